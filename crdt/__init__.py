@@ -1,0 +1,1 @@
+"""The ledger: signed entries, merge rules, deterministic fold, anti-entropy. Sans-IO."""

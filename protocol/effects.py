@@ -1,0 +1,154 @@
+"""What the round core asks of its shell, and what it tells: values, in the order in which they must be carried out.
+
+Contract of the shell: carry effects out in order; a `Persist` (and the durability of the blobs that it names) is
+complete before any later effect of the same core starts. Everything else may run on its own.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from shoal.protocol.errors import Failure
+from shoal.protocol.identity import PeerId
+from shoal.protocol.messages import ROUND_MESSAGES, Certificate, Result, RosterEntry
+from shoal.protocol.wire import U32, U63
+
+
+class Phase(StrEnum):
+    """Where a peer stands in a round; the text is what `shoal status` and the metrics show."""
+
+    PREPARE = "prepare"  # leads a later attempt and collects promises
+    GATHER = "gather"  # peers train and become ready
+    EXCHANGE = "exchange"  # a plan stands, parts move
+    COMMIT = "commit"  # a result is proposed, votes are collected
+    FETCH = "fetch"  # the round is certified, bytes of its update are missing here
+    APPLY = "apply"  # the outer step runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VoteRecord:
+    """A voter's durable memory of a round: Paxos acceptor state, and `led`, one past the last attempt in which this
+    peer proposed a result, so that a restart never makes it propose a second one in the same attempt."""
+
+    round: U63
+    promised: U32 = 0
+    led: U32 = 0
+    accepted_attempt: U32 = 0
+    accepted: Result | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    peer: PeerId
+    message: ROUND_MESSAGES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Persist:
+    """Make the vote record durable, after the blobs with these digests."""
+
+    vote: VoteRecord
+    digests: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendPart:
+    """Send part `part` of the own contribution to its owner."""
+
+    peer: PeerId
+    round: int
+    part: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduce:
+    """Decode, aggregate and encode one part from these contributors, in this order; then call `part_reduced`."""
+
+    round: int
+    attempt: int
+    part: int
+    indices: tuple[int, ...]
+    members: tuple[RosterEntry, ...]
+    digests: tuple[bytes, ...]
+    norms: tuple[float, ...]  # of the whole roster: norm clipping looks at all of them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendResult:
+    peer: PeerId
+    round: int
+    part: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchBlob:
+    """Get these bytes from whichever candidate has them; then call `blob_held`."""
+
+    round: int
+    part: int
+    digest: bytes
+    candidates: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Make the certificate durable, run the outer step, then call `applied`. Every byte of the update is held."""
+
+    certificate: Certificate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behind:
+    """`peer` knows a later round: ask it for certificates from the round after the head on."""
+
+    peer: PeerId
+    round: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseEntered:
+    round: int
+    attempt: int
+    phase: Phase
+    proposer: PeerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """This peer, as proposer, has planned an attempt."""
+
+    round: int
+    attempt: int
+    roster: tuple[PeerId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptFailed:
+    round: int
+    attempt: int
+    reason: Failure
+    peer: PeerId | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartReassigned:
+    round: int
+    part: int
+    old_owner: PeerId
+    new_owner: PeerId
+    reason: Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SenderMissing:
+    """An owner goes on without this member's part."""
+
+    round: int
+    part: int
+    peer: PeerId
+    reason: Failure
+
+
+Note = PhaseEntered | Planned | AttemptFailed | PartReassigned | SenderMissing
+Effect = Send | Persist | SendPart | Reduce | SendResult | FetchBlob | Commit | Behind | Note

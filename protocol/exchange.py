@@ -1,0 +1,105 @@
+"""One peer's side of the butterfly exchange of a round: what it received, what it owes, what it owns.
+
+A contribution stays frozen through all attempts of its round, so a part that arrived once is never asked for again;
+an owner's collection of one part is complete when every planned member has delivered, is lost, or was silent too long.
+
+Invariants: at most one digest is held for a (sender, part); what is reduced matches the sender's signed contribution
+root; every part is reduced at most once an attempt.
+"""
+
+from dataclasses import dataclass, field
+
+from shoal.protocol.errors import Failure, ProtocolError, Refusal
+from shoal.protocol.identity import PeerId
+from shoal.protocol.messages import ROSTER_MAX, Plan, contribution_root
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """A roster member whose part is not waited for any longer."""
+
+    index: int
+    reason: Failure
+
+
+@dataclass(slots=True)
+class Collection:
+    """One part that this peer owns in the current attempt."""
+
+    part: int
+    started_s: float
+    reduced: bool = False
+
+
+@dataclass(slots=True)
+class Inbox:
+    """Everything that members delivered in this round, by sender. Survives attempts, cleared between rounds."""
+
+    parts: int
+    digests: dict[PeerId, tuple[bytes, ...]] = field(default_factory=dict)
+    roots: dict[PeerId, bytes] = field(default_factory=dict)
+    received: dict[PeerId, dict[int, bytes]] = field(default_factory=dict)
+    heard_s: dict[PeerId, float] = field(default_factory=dict)
+
+    def take_digests(self, sender: PeerId, digests: tuple[bytes, ...], now: float) -> None:
+        """The part digests behind a sender's contribution root; compared with the root when a plan names it."""
+        if len(digests) != self.parts:
+            raise ProtocolError(Refusal.WRONG_LENGTH, f"contribution has {len(digests)} parts, not {self.parts}")
+        if sender not in self.digests and len(self.digests) >= ROSTER_MAX:
+            raise ProtocolError(Refusal.LIMIT, f"{ROSTER_MAX} contributions are open already")
+        self.digests[sender] = digests
+        self.roots[sender] = contribution_root(digests)
+        self.heard_s[sender] = now
+
+    def check_part(self, sender: PeerId, part: int, digest: bytes) -> Refusal | None:
+        """Whether a part that is about to arrive may be stored."""
+        if part >= self.parts:
+            return Refusal.OUT_OF_RANGE
+        if sender in self.digests and self.digests[sender][part] != digest:
+            return Refusal.WRONG_DIGEST
+        if sender not in self.received and len(self.received) >= ROSTER_MAX:
+            return Refusal.LIMIT
+        return Refusal.DUPLICATE if self.received.get(sender, {}).get(part) == digest else None
+
+    def take_part(self, sender: PeerId, part: int, digest: bytes, now: float) -> None:
+        """The part's bytes are held and match `digest`."""
+        self.received.setdefault(sender, {})[part] = digest
+        self.heard_s[sender] = now
+
+    def has_part(self, sender: PeerId, part: int, root: bytes) -> bool:
+        """Whether the sender's part is here and belongs to the contribution with this root."""
+        if self.roots.get(sender) != root:
+            return False
+        return self.received.get(sender, {}).get(part) == self.digests[sender][part]
+
+
+def list_delivered(plan: Plan, part: int, inbox: Inbox) -> tuple[int, ...]:
+    """Roster indices whose part is here, in roster order."""
+    return tuple(
+        index
+        for index, entry in enumerate(plan.roster)
+        if inbox.has_part(entry.signed.peer, part, entry.signed.ready.contribution_root)
+    )
+
+
+def list_missing(
+    plan: Plan, collection: Collection, inbox: Inbox, lost: frozenset[PeerId], silence_max_s: float, now: float
+) -> tuple[list[Missing], list[int]]:
+    """Members whose part is given up, with the reason, and members that are still waited for."""
+    delivered = set(list_delivered(plan, collection.part, inbox))
+    missing, pending = [], []
+    for index, entry in enumerate(plan.roster):
+        if index in delivered:
+            continue
+        if entry.signed.peer in lost:
+            missing.append(Missing(index=index, reason=Failure.SENDER_LOST))
+        elif now >= sender_deadline(entry.signed.peer, collection, inbox, silence_max_s):
+            missing.append(Missing(index=index, reason=Failure.SENDER_SLOW))
+        else:
+            pending.append(index)
+    return missing, pending
+
+
+def sender_deadline(sender: PeerId, collection: Collection, inbox: Inbox, silence_max_s: float) -> float:
+    """When a silent sender is given up: any part that it delivers to this owner starts the clock anew."""
+    return max(collection.started_s, inbox.heard_s.get(sender, collection.started_s)) + silence_max_s

@@ -1,0 +1,241 @@
+"""The manifest: a run's signed configuration. Its hash is the swarm id, and everybody in a swarm holds the same one.
+
+A person writes a draft (TOML); `shoal swarm create` adds the model's layout, the owner and the founders, and signs it.
+The founders are the voters of round 1.
+
+Invariant: the canonical bytes of a manifest hash to the swarm id; what shapes the global state stands nowhere else.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+from blake3 import blake3
+
+from shoal.protocol.aggregators import AGGREGATORS
+from shoal.protocol.codecs import CODECS
+from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriError
+from shoal.protocol.identity import Identity, PeerId, verify_signature
+from shoal.protocol.layout import Layout
+from shoal.protocol.messages import PARTS_MAX, VOTERS_MAX, Peer
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+from shoal.protocol.quorum import Head, QuorumRule
+from shoal.protocol.tables import parse_toml, read_table
+from shoal.protocol.wire import (
+    DELTA_BYTES_MAX,
+    U63,
+    Bound,
+    Bytes64,
+    Choice,
+    decode_record_untrusted,
+    encode_record,
+)
+
+URI_SCHEME = "shoal"
+BOOTSTRAPS_MAX = 16
+Seconds = Annotated[float, Bound(0.05, 86_400)]
+Name = Annotated[str, Bound(1, 64)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is trained: an entry of the trainer's task table and its options as canonical JSON text."""
+
+    kind: Name
+    options: Annotated[str, Bound(2, 16_384)] = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """The inner loop. A peer is ready after `inner_steps`, or after `round_time_s` with at least `steps_min`."""
+
+    strategy: Annotated[str, Choice(("diloco",))] = "diloco"
+    inner_steps: Annotated[int, Bound(1, 100_000)] = 100
+    steps_min: Annotated[int, Bound(1, 100_000)] = 5
+    round_time_s: Seconds = 600.0
+    batch_size: Annotated[int, Bound(1, 65_536)] = 16
+    learning_rate: Annotated[float, Bound(1e-9, 10)] = 1e-3
+    warmup_steps: Annotated[int, Bound(0, 1_000_000)] = 20
+    weight_decay: Annotated[float, Bound(0, 10)] = 0.1
+    gradient_clip: Annotated[float, Bound(1e-6, 1e6)] = 1.0
+    missed_rounds_max: Annotated[int, Bound(1, 1000)] = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outer:
+    """The outer step (DiLoCo, arXiv 2311.08105): Nesterov, learning rate 0.7, momentum 0.9 or 0.8 for short runs."""
+
+    optimizer: Annotated[str, Choice(tuple(OUTER_OPTIMIZERS))] = "nesterov"
+    learning_rate: Annotated[float, Bound(0, 10)] = 0.7
+    momentum: Annotated[float, Bound(0, 1)] = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounds:
+    """The round protocol: who is waited for, and every deadline by its name."""
+
+    peers_min: Annotated[int, Bound(1, 64)] = 2
+    grace_s: Annotated[float, Bound(0, 3600)] = 5.0
+    quorum: Annotated[str, Choice(tuple(rule.value for rule in QuorumRule))] = QuorumRule.MAJORITY.value
+    codec: Annotated[str, Choice(tuple(CODECS))] = "int8"
+    aggregator: Annotated[str, Choice(tuple(AGGREGATORS))] = "mean"
+    part_elements: Annotated[int, Bound(256, 1 << 20)] = 1 << 18
+    plan_timeout_s: Seconds = 6.0
+    sender_timeout_s: Seconds = 10.0
+    owner_timeout_s: Seconds = 15.0
+    exchange_timeout_s: Seconds = 60.0
+    commit_timeout_s: Seconds = 20.0
+    presence_period_s: Seconds = 2.0
+    presence_timeout_s: Seconds = 8.0
+    snapshot_every: Annotated[int, Bound(1, 10_000)] = 8
+    rounds_kept: Annotated[int, Bound(2, 100_000)] = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """The part of a manifest that a person writes."""
+
+    name: Name
+    task: Task
+    seed: U63 = 0
+    training: Training = field(default_factory=Training)
+    outer: Outer = field(default_factory=Outer)
+    rounds: Rounds = field(default_factory=Rounds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    name: Name
+    task: Task
+    layout: Layout
+    seed: U63
+    training: Training
+    outer: Outer
+    rounds: Rounds
+    owner: Peer
+    founders: Annotated[tuple[Peer, ...], Bound(1, VOTERS_MAX)]
+
+    @property
+    def parts(self) -> int:
+        """How many parts a reduction has."""
+        parts: int = -(-self.layout.elements // self.rounds.part_elements)
+        return parts
+
+    def part_range(self, part: int) -> tuple[int, int]:
+        """First element and one past the last of a part of the flat vector."""
+        first = part * self.rounds.part_elements
+        return first, min(first + self.rounds.part_elements, self.layout.elements)
+
+    @property
+    def quorum(self) -> QuorumRule:
+        return QuorumRule(self.rounds.quorum)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedManifest:
+    manifest: Annotated[bytes, Bound(1, DELTA_BYTES_MAX)]
+    signature: Bytes64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmUri:
+    """shoal://<swarm-id>?bootstrap=<multiaddr>[&bootstrap=…]"""
+
+    swarm: bytes
+    bootstraps: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        query = "&".join(f"bootstrap={quote(address, safe='/:.')}" for address in self.bootstraps)
+        return f"{URI_SCHEME}://{self.swarm.hex()}" + (f"?{query}" if query else "")
+
+
+def parse_draft(text: str, options: str) -> Draft:
+    """The draft in a TOML document. `options` is the task table's own keys, as canonical JSON."""
+    document = parse_toml(text, ManifestError)
+    task = document.get("task")
+    if isinstance(task, dict):
+        document["task"] = {"kind": task.get("kind", ""), "options": options}
+    return read_table(Draft, document, "", text, ManifestError)
+
+
+def task_options(text: str) -> dict[str, Any]:
+    """Everything in [task] but its kind: what the task itself validates."""
+    task = parse_toml(text, ManifestError).get("task", {})
+    if not isinstance(task, dict) or not isinstance(task.get("kind"), str):
+        raise ManifestError("task.kind", "is missing", 'add [task] with kind = "byte_gpt"')
+    return {key: value for key, value in task.items() if key != "kind"}
+
+
+def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[PeerId, ...]) -> Manifest:
+    """The whole manifest; raises ManifestError where the pieces do not fit each other."""
+    parts = -(-layout.elements // draft.rounds.part_elements)
+    if parts > PARTS_MAX:
+        fix = f"use at least {-(-layout.elements // PARTS_MAX)}"
+        raise ManifestError("rounds.part_elements", f"makes {parts} parts, at most {PARTS_MAX}", fix)
+    if draft.rounds.part_elements % 256:
+        raise ManifestError("rounds.part_elements", "is no multiple of 256, the codec's block", "round it up to one")
+    if draft.rounds.presence_timeout_s < 2 * draft.rounds.presence_period_s:
+        fix = "use at least twice rounds.presence_period_s"
+        raise ManifestError("rounds.presence_timeout_s", "leaves no room for one lost heartbeat", fix)
+    if draft.training.steps_min > draft.training.inner_steps:
+        raise ManifestError("training.steps_min", "is more than training.inner_steps", "lower it")
+    return Manifest(
+        name=draft.name,
+        task=draft.task,
+        layout=layout,
+        seed=draft.seed,
+        training=draft.training,
+        outer=draft.outer,
+        rounds=draft.rounds,
+        owner=owner,
+        founders=founders,
+    )
+
+
+def sign_manifest(manifest: Manifest, owner: Identity) -> bytes:
+    """The file that a swarm's peers hold."""
+    assert owner.peer == manifest.owner, "only its owner signs a manifest"
+    raw = encode_record(manifest)
+    return encode_record(SignedManifest(manifest=raw, signature=owner.sign("manifest", blake3(raw).digest(), raw)))
+
+
+def read_manifest_untrusted(signed: bytes, swarm: bytes | None = None) -> tuple[Manifest, bytes]:
+    """The manifest and its swarm id; raises ProtocolError unless it is whole, signed, and (if given) of `swarm`."""
+    outside = decode_record_untrusted(SignedManifest, signed, DELTA_BYTES_MAX)
+    digest = blake3(outside.manifest).digest()
+    if swarm is not None and digest != swarm:
+        raise ProtocolError(Refusal.WRONG_SWARM, f"manifest of {digest.hex()[:16]}, wanted {swarm.hex()[:16]}")
+    manifest = decode_record_untrusted(Manifest, outside.manifest, DELTA_BYTES_MAX)
+    verify_signature(manifest.owner, "manifest", digest, outside.manifest, outside.signature)
+    if manifest.parts > PARTS_MAX:
+        raise ProtocolError(Refusal.OUT_OF_RANGE, f"manifest.rounds.part_elements makes {manifest.parts} parts")
+    return manifest, digest
+
+
+def genesis_head(manifest: Manifest, swarm: bytes, state_root: bytes) -> Head:
+    """Round 0: the state that the manifest's seed gives, voted on by its founders."""
+    return Head(round=0, digest=swarm, state_root=state_root, voters=manifest.founders)
+
+
+def parse_uri(text: str) -> SwarmUri:
+    """Inverse of `str(SwarmUri)`; raises UriError naming the piece that is wrong."""
+    example = f"{URI_SCHEME}://<64 hex digits>?bootstrap=/ip4/…/tcp/…/p2p/12D3KooW…"
+    split = urlsplit(text.strip())
+    if split.scheme != URI_SCHEME:
+        raise UriError("scheme", f"{text[:64]!r} does not start with {URI_SCHEME}://", f"write {example}")
+    try:
+        swarm = bytes.fromhex(split.netloc)
+    except ValueError:
+        swarm = b""
+    if len(swarm) != 32:
+        raise UriError("swarm id", f"{split.netloc[:80]!r} is not 64 hex digits", "copy the URI whole")
+    query = parse_qs(split.query, keep_blank_values=True)
+    if unknown := [key for key in query if key != "bootstrap"]:
+        raise UriError("query", f"{unknown[0]!r} is no known parameter", "only bootstrap=<multiaddr> may stand there")
+    bootstraps = tuple(query.get("bootstrap", ()))
+    if len(bootstraps) > BOOTSTRAPS_MAX:
+        raise UriError("bootstrap", f"{len(bootstraps)} addresses", f"give at most {BOOTSTRAPS_MAX}")
+    for address in bootstraps:
+        if not address.startswith("/") or "/p2p/" not in address:
+            raise UriError("bootstrap", f"{address!r} is no multiaddr with a peer id", f"write {example}")
+    return SwarmUri(swarm=swarm, bootstraps=bootstraps)

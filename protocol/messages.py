@@ -1,0 +1,372 @@
+"""Every control message, one frozen dataclass each, with its bounds; the envelope that carries them.
+
+Ids here are 32-byte BLAKE3 digests or Ed25519 keys. A `Result` is the value that a round decides; its digest names the
+round's update everywhere (two certificates of one round may differ in their votes, never in their result).
+
+Invariant: whatever decodes is within its bounds; what it means is checked by the core that receives it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, TypeVar
+
+from blake3 import blake3
+
+from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.identity import PROTOCOL_VERSION, Identity, PeerId, verify_signature
+from shoal.protocol.wire import (
+    DELTA_BYTES_MAX,
+    MESSAGE_BYTES_MAX,
+    U16,
+    U32,
+    U63,
+    Bound,
+    Bytes32,
+    Bytes64,
+    Schema,
+    Text,
+    decode_record_untrusted,
+    encode_record,
+)
+
+ROSTER_MAX = 64
+VOTERS_MAX = 31
+PARTS_MAX = 1024
+ADDRESSES_MAX = 8
+CERTIFICATES_PER_ANSWER = 16
+PEERS_PER_ANSWER = 64
+
+Peer = Annotated[PeerId, Bound(32, 32)]
+Bitmap = Annotated[bytes, Bound(1, ROSTER_MAX // 8)]
+Reason = Annotated[str, Bound(1, 64)]
+_NO_SIGNATURE = bytes(64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A peer's frozen contribution to a round. `norm` is the L2 norm of the produced pseudo-gradient."""
+
+    round: U63
+    base_root: Bytes32
+    contribution_root: Bytes32
+    tokens: U63
+    steps: Annotated[int, Bound(1, 2**40)]
+    norm: float
+    owns: bool  # whether others can dial this peer's tensor port, and so whether it may own parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedReady:
+    peer: Peer
+    ready: Ready
+    signature: Bytes64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Presence:
+    """A peer's signed soft state: the newest (incarnation, sequence) wins. It doubles as the heartbeat."""
+
+    peer: Peer
+    incarnation: U63
+    sequence: U63
+    sent_at_s: float  # the sender's wall clock: for the clock check only
+    agent: Text
+    trains: bool
+    leaving: bool
+    head_round: U63
+    head_digest: Bytes32
+    state_root: Bytes32
+    phase: Reason
+    tensor_addresses: Annotated[tuple[Text, ...], Bound(0, ADDRESSES_MAX)]
+    control_addresses: Annotated[tuple[Text, ...], Bound(0, ADDRESSES_MAX)]
+    tokens_per_s: float
+    ready: SignedReady | None
+    signature: Bytes64 = _NO_SIGNATURE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RosterEntry:
+    signed: SignedReady
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The proposer's plan of one attempt. `owners[part]` is an index into the roster. A later `revision` of the same
+    attempt changes owners only."""
+
+    round: U63
+    attempt: U32
+    revision: U16
+    previous: Bytes32
+    base_root: Bytes32
+    codec: Reason
+    roster: Annotated[tuple[RosterEntry, ...], Bound(1, ROSTER_MAX)]
+    owners: Annotated[tuple[U16, ...], Bound(1, PARTS_MAX)]
+    signature: Bytes64 = _NO_SIGNATURE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """The part digests behind a contribution root, sent to an owner before any part."""
+
+    round: U63
+    digests: Annotated[tuple[Bytes32, ...], Bound(1, PARTS_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartDone:
+    """An owner's signed word: this part was reduced from these roster members."""
+
+    round: U63
+    attempt: U32
+    part: U16
+    digest: Bytes32
+    contributors: Bitmap
+    signature: Bytes64 = _NO_SIGNATURE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """Who took part, as the certificate tells it; credit is derived from this."""
+
+    peer: Peer
+    tokens: U63
+    steps: U63
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartResult:
+    digest: Bytes32
+    contributors: Bitmap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The value of a round. No parts: the round changes the voters and nothing else."""
+
+    round: U63
+    previous: Bytes32
+    base_root: Bytes32
+    codec: Reason
+    members: Annotated[tuple[Member, ...], Bound(0, ROSTER_MAX)]
+    parts: Annotated[tuple[PartResult, ...], Bound(0, PARTS_MAX)]
+    voters: Annotated[tuple[Peer, ...], Bound(1, VOTERS_MAX)]  # who votes in the next round
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    round: U63
+    attempt: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """A voter's word to take part in no lower attempt, with what it has voted for, if anything."""
+
+    round: U63
+    attempt: U32
+    accepted_attempt: U32
+    accepted: Result | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nack:
+    """A voter has promised a higher attempt."""
+
+    round: U63
+    attempt: U32
+    promised: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    attempt: U32
+    result: Result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vote:
+    """A voter holds every byte of the result and has persisted this vote."""
+
+    voter: Peer
+    round: U63
+    attempt: U32
+    result_digest: Bytes32
+    signature: Bytes64 = _NO_SIGNATURE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """A quorum of votes of one attempt for one result."""
+
+    result: Result
+    attempt: U32
+    votes: Annotated[tuple[Vote, ...], Bound(1, VOTERS_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certified:
+    certificate: Certificate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """Tells a peer why it is left out."""
+
+    refusal: Reason
+    detail: Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetManifest:
+    """Answered by Manifest bytes: the asker knows their hash, the swarm id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestAnswer:
+    signed_manifest: Annotated[bytes, Bound(1, DELTA_BYTES_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetCertificates:
+    first_round: U63
+    count: Annotated[int, Bound(1, CERTIFICATES_PER_ANSWER)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertificatesAnswer:
+    certificates: Annotated[tuple[Certificate, ...], Bound(0, CERTIFICATES_PER_ANSWER)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetSnapshot:
+    """Asks for the index of the newest snapshot that the certificates up to `round_max` vouch for."""
+
+    round_max: U63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotAnswer:
+    """`index` is an encoded SnapshotIndex, or empty where there is none."""
+
+    index: Annotated[bytes, Bound(0, DELTA_BYTES_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconcile:
+    """One step of ledger anti-entropy; the bytes are the ledger's own message."""
+
+    payload: Annotated[bytes, Bound(0, DELTA_BYTES_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerEntries:
+    """Encoded entry batches, pushed or as the answer to a reconciliation step (then with its own next message)."""
+
+    payload: Annotated[bytes, Bound(0, DELTA_BYTES_MAX)]
+    batches: Annotated[tuple[Annotated[bytes, Bound(1, DELTA_BYTES_MAX)], ...], Bound(0, 256)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetPeers:
+    """Peer exchange: asks for the newest presences that the other one knows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeersAnswer:
+    presences: Annotated[tuple[Presence, ...], Bound(0, PEERS_PER_ANSWER)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """What a control frame carries. The version and the swarm are readable before the body is."""
+
+    version: U16
+    swarm: Bytes32
+    body: Annotated[bytes, Bound(1, DELTA_BYTES_MAX)]
+
+
+ROUND_MESSAGES = Prepare | Promise | Nack | Plan | Contribution | PartDone | Proposal | Vote | Certified
+
+SCHEMA = Schema(
+    {
+        1: Presence,
+        2: Refused,
+        10: Prepare,
+        11: Promise,
+        12: Nack,
+        13: Plan,
+        14: Contribution,
+        15: PartDone,
+        16: Proposal,
+        17: Vote,
+        18: Certified,
+        30: GetManifest,
+        31: ManifestAnswer,
+        32: GetCertificates,
+        33: CertificatesAnswer,
+        34: GetSnapshot,
+        35: SnapshotAnswer,
+        36: Reconcile,
+        37: LedgerEntries,
+        38: GetPeers,
+        39: PeersAnswer,
+    }
+)
+# What may be larger than MESSAGE_BYTES_MAX: answers that carry state. Everything else is refused past it.
+_LARGE = (ManifestAnswer, CertificatesAnswer, SnapshotAnswer, LedgerEntries, PeersAnswer, Certified, Promise, Proposal)
+
+S = TypeVar("S", Presence, Plan, PartDone, Vote)
+_DOMAINS: dict[type, str] = {Presence: "presence", Plan: "plan", PartDone: "part-done", Vote: "vote"}
+
+
+def encode_message(swarm: bytes, message: object) -> bytes:
+    """The bytes of one control frame."""
+    return encode_record(Envelope(version=PROTOCOL_VERSION, swarm=swarm, body=SCHEMA.encode(message)))
+
+
+def decode_message_untrusted(swarm: bytes, raw: bytes | memoryview) -> object:
+    """The message in a control frame of this swarm; raises ProtocolError and nothing else."""
+    envelope = decode_record_untrusted(Envelope, raw, DELTA_BYTES_MAX + 256)
+    if envelope.version != PROTOCOL_VERSION:
+        detail = f"peer speaks version {envelope.version}, we speak {PROTOCOL_VERSION}"
+        raise ProtocolError(Refusal.WRONG_VERSION, detail)
+    if envelope.swarm != swarm:
+        raise ProtocolError(Refusal.WRONG_SWARM, f"peer is in swarm {envelope.swarm.hex()[:16]}")
+    message: object = SCHEMA.decode_untrusted(envelope.body, DELTA_BYTES_MAX)
+    if len(envelope.body) > MESSAGE_BYTES_MAX and not isinstance(message, _LARGE):
+        raise ProtocolError(Refusal.OVERSIZED, f"{type(message).__name__} of {len(envelope.body)} bytes")
+    return message
+
+
+def digest_record(value: object) -> bytes:
+    """BLAKE3 of the canonical bytes: how results, readies and the manifest are named."""
+    return blake3(encode_record(value)).digest()
+
+
+def contribution_root(digests: tuple[bytes, ...]) -> bytes:
+    """The root of a contribution's part digests."""
+    return blake3(b"".join(digests)).digest()
+
+
+def sign_message(identity: Identity, swarm: bytes, message: S) -> S:
+    """The message with the identity's signature in its `signature` field."""
+    payload = encode_record(replace(message, signature=_NO_SIGNATURE))
+    return replace(message, signature=identity.sign(_DOMAINS[type(message)], swarm, payload))
+
+
+def verify_message(peer: PeerId, swarm: bytes, message: S) -> None:
+    """Raise ProtocolError(BAD_SIGNATURE) unless `peer` signed this message."""
+    payload = encode_record(replace(message, signature=_NO_SIGNATURE))
+    verify_signature(peer, _DOMAINS[type(message)], swarm, payload, message.signature)
+
+
+def sign_ready(identity: Identity, swarm: bytes, ready: Ready) -> SignedReady:
+    """A READY that third parties can check, so that a proposer cannot invent one."""
+    return SignedReady(peer=identity.peer, ready=ready, signature=identity.sign("ready", swarm, encode_record(ready)))
+
+
+def verify_ready(swarm: bytes, signed: SignedReady) -> None:
+    """Raise ProtocolError(BAD_SIGNATURE) unless the named peer signed this READY."""
+    verify_signature(signed.peer, "ready", swarm, encode_record(signed.ready), signed.signature)

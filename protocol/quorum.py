@@ -1,0 +1,122 @@
+"""Who decides a round: voters, quorum, the order of proposers, and what makes a certificate valid.
+
+The voters of round r+1 stand in the result of round r, so every peer that holds the log agrees on them; round 1 is
+voted by the manifest's founders. Within a round the attempts are the ballots of single-decree Paxos (Lamport, "Paxos
+Made Simple", 2001): attempt a belongs to one proposer, any two quorums of one voter set meet, and a voter votes at most
+once an attempt.
+
+Invariant: everything here is a pure function of certified values, never of a peer's own view.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from blake3 import blake3
+
+from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.identity import PeerId, short_peer_id
+from shoal.protocol.messages import VOTERS_MAX, Certificate, Result, digest_record, verify_message
+
+
+class QuorumRule(StrEnum):
+    """MAJORITY where members may only crash; TWO_THIRDS where they may lie."""
+
+    MAJORITY = "majority"
+    TWO_THIRDS = "two_thirds"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The newest certified round that a peer has applied. Round 0 is the manifest itself."""
+
+    round: int
+    digest: bytes
+    state_root: bytes
+    voters: tuple[PeerId, ...]
+
+
+def quorum_size(voters: int, rule: QuorumRule) -> int:
+    """How many votes certify: more than half, or more than two thirds, of all voters, dead ones included."""
+    return voters // 2 + 1 if rule is QuorumRule.MAJORITY else voters * 2 // 3 + 1
+
+
+def proposer_order(head_digest: bytes, voters: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
+    """Rendezvous order of the proposers of the round after `head_digest`."""
+    return tuple(sorted(voters, key=lambda peer: blake3(head_digest + peer).digest()))
+
+
+def owner_order(head_digest: bytes, part: int, owners: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
+    """Rendezvous order in which peers take over one part."""
+    seed = head_digest + part.to_bytes(4, "big")
+    return tuple(sorted(owners, key=lambda peer: blake3(seed + peer).digest()))
+
+
+def choose_voters(
+    current: tuple[PeerId, ...], contributors: tuple[PeerId, ...], absent: frozenset[PeerId]
+) -> tuple[PeerId, ...]:
+    """The next voters: those who stay, longest-serving first, then this round's contributors."""
+    kept = dict.fromkeys(peer for peer in (*current, *contributors) if peer not in absent)
+    return tuple(kept)[:VOTERS_MAX] or current
+
+
+def has_member(bitmap: bytes, index: int) -> bool:
+    """Whether roster member `index` is in a contributor bitmap (bit 0 of byte 0 first)."""
+    return index // 8 < len(bitmap) and bool(bitmap[index // 8] >> (index % 8) & 1)
+
+
+def make_bitmap(indices: frozenset[int], count: int) -> bytes:
+    """The contributor bitmap of `count` roster members."""
+    raw = bytearray((count + 7) // 8)
+    for index in indices:
+        raw[index // 8] |= 1 << (index % 8)
+    return bytes(raw)
+
+
+def list_members(bitmap: bytes, count: int) -> tuple[int, ...]:
+    """The roster indices in a bitmap, ascending: the order in which a part is aggregated."""
+    return tuple(index for index in range(count) if has_member(bitmap, index))
+
+
+def check_bitmap(bitmap: bytes, count: int) -> None:
+    """Raise ProtocolError unless the bitmap names at least one and only existing roster members."""
+    if len(bitmap) != (count + 7) // 8 or not any(bitmap) or (count % 8 and bitmap[-1] >> (count % 8)):
+        raise ProtocolError(Refusal.OUT_OF_RANGE, f"contributor bitmap does not fit a roster of {count}")
+
+
+def check_result(result: Result, head: Head, parts: int) -> None:
+    """Raise ProtocolError unless `result` can follow `head`."""
+    if result.round != head.round + 1:
+        raise ProtocolError(Refusal.WRONG_ROUND, f"result of round {result.round}, we are after {head.round}")
+    if result.previous != head.digest or result.base_root != head.state_root:
+        raise ProtocolError(Refusal.WRONG_BASE, f"round {result.round} builds on another state than ours")
+    if len(result.parts) not in (0, parts) or bool(result.parts) != bool(result.members):
+        raise ProtocolError(Refusal.WRONG_LENGTH, f"{len(result.parts)} parts, expected {parts} or none")
+    for part in result.parts:
+        check_bitmap(part.contributors, len(result.members))
+    allowed = {*head.voters, *(member.peer for member in result.members)}
+    if len(set(result.voters)) != len(result.voters) or not allowed.issuperset(result.voters):
+        raise ProtocolError(Refusal.NOT_A_MEMBER, "next voters are neither voters nor members of the round")
+
+
+def check_certificate(certificate: Certificate, head: Head, rule: QuorumRule, parts: int, swarm: bytes) -> bytes:
+    """The digest of the certified result; raises ProtocolError unless a quorum of `head.voters` signed it."""
+    check_result(certificate.result, head, parts)
+    check_votes(certificate, head.voters, rule, swarm)
+    return digest_record(certificate.result)
+
+
+def check_votes(certificate: Certificate, voters: tuple[PeerId, ...], rule: QuorumRule, swarm: bytes) -> None:
+    """Raise ProtocolError unless distinct voters, a quorum of them, signed this result in one attempt."""
+    digest = digest_record(certificate.result)
+    seen: set[PeerId] = set()
+    for vote in certificate.votes:
+        if vote.voter not in voters:
+            raise ProtocolError(Refusal.NOT_A_MEMBER, f"{short_peer_id(vote.voter)} is no voter of this round")
+        if vote.voter in seen:
+            raise ProtocolError(Refusal.DUPLICATE, f"two votes of {short_peer_id(vote.voter)}")
+        if (vote.round, vote.attempt, vote.result_digest) != (certificate.result.round, certificate.attempt, digest):
+            raise ProtocolError(Refusal.WRONG_ATTEMPT, f"the vote of {short_peer_id(vote.voter)} is for something else")
+        verify_message(vote.voter, swarm, vote)
+        seen.add(vote.voter)
+    if len(seen) < quorum_size(len(voters), rule):
+        raise ProtocolError(Refusal.NO_QUORUM, f"{len(seen)} votes of {len(voters)}")
