@@ -15,7 +15,7 @@ from shoal.protocol.messages import ROUND_MESSAGES, Certificate, Plan, Presence,
 from shoal.protocol.proposer import Lead
 from shoal.protocol.quorum import Head, QuorumRule, proposer_order
 
-BACKOFF_MAX = 8.0
+BACKOFF_MAX = 4.0
 BACKOFF_FACTOR = 1.5
 
 

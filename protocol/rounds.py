@@ -210,7 +210,7 @@ class RoundCore(RoundState):
                 self._take_promise(message, sender, now)
             case Nack():
                 if self._leads(message.attempt) and message.promised > message.attempt:
-                    self._fail_attempt(Failure.SUPERSEDED, sender, now)
+                    self._fail_attempt(Failure.SUPERSEDED, sender, now, message.promised)
             case Plan():
                 self._take_plan(message, sender, now)
             case Contribution():
@@ -271,7 +271,8 @@ class RoundCore(RoundState):
     def _take_plan(self, plan: Plan, sender: PeerId, now: float) -> None:
         self._check_proposer(plan.attempt, sender)
         verify_message(sender, self._swarm, plan)
-        if plan.attempt < max(self._vote.promised, self.attempt):
+        # Only a promise binds. A peer that gave up on this attempt too early, and waits, comes back to it.
+        if plan.attempt < self._vote.promised or (plan.attempt < self.attempt and self.phase is not Phase.GATHER):
             self._send(sender, Nack(round=self.round, attempt=plan.attempt, promised=self._vote.promised))
             return
         check_plan(plan, self.head, self._rules.codec, self._parts, self._swarm)
@@ -279,7 +280,7 @@ class RoundCore(RoundState):
             return
         if plan.attempt == self.attempt and self._plan and plan.revision <= self._plan.revision:
             return
-        if plan.attempt > self.attempt:
+        if plan.attempt != self.attempt:
             self._enter_attempt(plan.attempt, now)
         self._follow_plan(plan, now)
 
@@ -473,11 +474,11 @@ class RoundCore(RoundState):
             self._fetch_missing(self._proposal.result, now)
             self._vote_if_held()
 
-    def _fail_attempt(self, reason: Failure, peer: PeerId | None, now: float) -> None:
+    def _fail_attempt(self, reason: Failure, peer: PeerId | None, now: float, superseded_by: int = 0) -> None:
         self._effects.append(AttemptFailed(round=self.round, attempt=self.attempt, reason=reason, peer=peer))
         self._failures += 1
         self._last_failure = reason
-        following = self.attempt + 1
+        following = max(self.attempt + 1, superseded_by)
         for _ in self._order:
             if self._proposer(following) not in self._lost:
                 break
