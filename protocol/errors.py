@@ -66,6 +66,10 @@ class Failure(StrEnum):
     DISK_FULL = "disk_full"
     PEER_UNREACHABLE = "peer_unreachable"
     PEER_SLOW = "peer_slow"
+    STORE_DAMAGED = "store_damaged"
+    STORE_FOREIGN = "store_foreign"
+    STORE_IN_USE = "store_in_use"
+    STORE_UNUSABLE = "store_unusable"
 
 
 class ShoalError(Exception):

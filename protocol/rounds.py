@@ -128,13 +128,13 @@ class RoundCore(RoundState):
     def receive(self, message: ROUND_MESSAGES, sender: PeerId, now: float) -> None:
         """Take a message from an authenticated peer; raises ProtocolError for one that it must not send."""
         number = _round_of(message)
-        if number < self.round:
+        if number < self.round or (self._decided and number == self.round):
             self._answer_late(message, number, sender)
         elif number > self.round:
             self._note_behind(sender, number - 1, now)
             if number == self.round + 1 and len(self._early) < EARLY_MESSAGES_MAX:
                 self._early.append((sender, message))
-        elif self.phase is not Phase.APPLY:
+        else:
             self._dispatch(message, sender, now)
             self._evaluate(now)
 
@@ -323,7 +323,7 @@ class RoundCore(RoundState):
                 self._send(peer, Certified(certificate=certificate))
 
     def _answer_late(self, message: ROUND_MESSAGES, number: int, sender: PeerId) -> None:
-        certificate = self._last_certificate
+        certificate = self._decided or self._last_certificate
         asks = isinstance(message, Prepare | Plan | Proposal)
         if asks and certificate and certificate.result.round == number:
             self._send(sender, Certified(certificate=certificate))

@@ -76,6 +76,7 @@ class SimPeer:
         self.disk = Disk()
         self.up = False
         self.left = False
+        self.leaving = False
         self.paused_until_s = 0.0
         self.rng = random.Random(f"{world.seed}/{number}")
         self.speed_s = self.rng.uniform(1.0, 4.0)

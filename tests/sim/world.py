@@ -161,11 +161,17 @@ class World:
             elif peer.up and self.rng.random() < self.rates.pause_per_s:
                 peer.paused_until_s = self.now + self.rng.uniform(1.0, 60.0)
                 self.happen(f"pause {peer.number} until {peer.paused_until_s:.1f}")
-            elif peer.up and not peer.leaving and self.rng.random() < self.rates.leave_per_s:
+            elif self._may_leave(peer) and self.rng.random() < self.rates.leave_per_s:
                 self.happen(f"leave {peer.number}")
                 peer.leave()
         if self.waiting and self.rng.random() < self.rates.join_per_s:
             self._join()
+
+    def _count_staying(self) -> int:
+        return len([peer for peer in self.peers if not peer.left and not peer.leaving])
+
+    def _may_leave(self, peer: SimPeer) -> bool:
+        return peer.up and not peer.leaving and self._count_staying() + len(self.waiting) > RULES.peers_min
 
     def _join(self) -> None:
         peer = self.waiting.pop(0)
@@ -189,7 +195,7 @@ class World:
     def _begin_calm(self) -> None:
         self.happen("calm")
         self.network.calm()
-        if len([peer for peer in self.peers if not peer.left]) < RULES.peers_min and self.waiting:
+        while self._count_staying() < RULES.peers_min and self.waiting:
             self._join()
         for peer in self.peers:
             peer.paused_until_s = 0.0
