@@ -119,8 +119,8 @@ def clip_factors(norms: Iterable[float]) -> Float32s:
 
 
 def squared_norm(values: Float32s) -> float:
-    """The sum of squares in float64, the same on every machine: a contribution's norm is the square root of the sum of
-    this over its parts, in order, so that a validator who recomputes it can compare bits."""
+    """The sum of squares in float64, the same on every machine. The norm of a vector in parts is the square root of the
+    sum of this over the parts, in order; whoever has the same values then gets the same bits."""
     total = 0.0
     squares = np.empty(CHUNK_ELEMENTS, np.float64)
     for start in range(0, values.size, CHUNK_ELEMENTS):

@@ -20,6 +20,7 @@ from shoal.protocol.layout import Layout
 from shoal.protocol.messages import PARTS_MAX, VOTERS_MAX, Peer
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
 from shoal.protocol.quorum import Head, QuorumRule
+from shoal.protocol.state import STATE_ELEMENTS_MAX
 from shoal.protocol.tables import parse_toml, read_table
 from shoal.protocol.wire import (
     DELTA_BYTES_MAX,
@@ -172,6 +173,9 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
     if parts > PARTS_MAX:
         fix = f"use at least {-(-layout.elements // PARTS_MAX)}"
         raise ManifestError("rounds.part_elements", f"makes {parts} parts, at most {PARTS_MAX}", fix)
+    if layout.elements > STATE_ELEMENTS_MAX:
+        problem = f"has {layout.elements} parameters, at most {STATE_ELEMENTS_MAX} fit a snapshot's index"
+        raise ManifestError("task", problem, "choose a smaller model")
     if draft.rounds.part_elements % 256:
         raise ManifestError("rounds.part_elements", "is no multiple of 256, the codec's block", "round it up to one")
     if draft.rounds.presence_timeout_s < 2 * draft.rounds.presence_period_s:

@@ -50,7 +50,7 @@ class Ready:
     contribution_root: Bytes32
     tokens: U63
     steps: Annotated[int, Bound(1, 2**40)]
-    norm: float
+    norm: Annotated[float, Bound(0, 2**80)]
     owns: bool  # whether others can dial this peer's tensor port, and so whether it may own parts
 
 

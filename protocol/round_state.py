@@ -70,12 +70,15 @@ class RoundState:
         self._behind_after_s = now
         self._early: list[tuple[PeerId, ROUND_MESSAGES]] = []
         self._now_s = now
-        self._clear_round(head, vote)
+        self._saved_vote = vote
+        self._clear_round(head)
 
-    def _clear_round(self, head: Head, vote: VoteRecord | None) -> None:
+    def _clear_round(self, head: Head) -> None:
         self.head = head
         self.round = head.round + 1
-        self._vote = vote if vote and vote.round == self.round else VoteRecord(round=self.round)
+        # The record may be of a round that is still ahead: the disk lost part of the log, but not what was signed.
+        saved = self._saved_vote
+        self._vote = saved if saved and saved.round == self.round else VoteRecord(round=self.round)
         self._order = proposer_order(head.digest, head.voters)
         self._offer: Offer | None = None
         self._inbox = Inbox(parts=self._parts)

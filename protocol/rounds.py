@@ -187,7 +187,8 @@ class RoundCore(RoundState):
     def applied(self, head: Head, now: float) -> None:
         """The committed round is applied, or the state was fetched at a later round: `head` is the new base."""
         assert head.round >= self.round, "rounds only go forward"
-        self._clear_round(head, None)
+        self._clear_round(head)
+        self._begin_attempt(now)
         early, self._early = self._early, []
         for sender, message in early:
             try:

@@ -214,6 +214,7 @@ class _RecordKey:
         self._rekey_records = rekey_records
 
     def _next_nonce(self) -> bytes:
+        """Call it before `_aead` is looked up: it may replace the key."""
         if self._records and self._records % self._rekey_records == 0:
             self._key = self._aead.encrypt(_encode_nonce(_NONCE_REKEY), bytes(32), None)[:32]
             self._aead = AESGCM(self._key)
@@ -236,7 +237,8 @@ class RecordSealer(_RecordKey):
         end = len(plain) + RECORD_OVERHEAD_BYTES
         prefix = _PREFIX.pack(kind << 24 | len(plain))
         out[:PREFIX_BYTES] = prefix
-        self._aead.encrypt_into(self._next_nonce(), plain, prefix, out[PREFIX_BYTES:end])
+        nonce = self._next_nonce()
+        self._aead.encrypt_into(nonce, plain, prefix, out[PREFIX_BYTES:end])
         return end
 
 
@@ -251,8 +253,9 @@ class RecordOpener(_RecordKey):
         Raises ProtocolError(NOT_AUTHENTIC); the channel is then unusable and `out` holds rubbish.
         """
         prefix, sealed = record[:PREFIX_BYTES], record[PREFIX_BYTES:]
+        nonce = self._next_nonce()
         try:
-            self._aead.decrypt_into(self._next_nonce(), sealed, prefix, out)
+            self._aead.decrypt_into(nonce, sealed, prefix, out)
         except InvalidTag as error:
             raise ProtocolError(Refusal.NOT_AUTHENTIC, "a record was altered") from error
 

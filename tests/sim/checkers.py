@@ -43,6 +43,10 @@ class Checker:
         self.contributions: dict[tuple[PeerId, int], list[tuple[bytes, ...]]] = {}
         self.committed_round: dict[PeerId, int] = {}
 
+    def newest_head(self) -> Head:
+        """The head that the certificates lead to, whoever holds them."""
+        return self.heads[max(self.heads)]
+
     def froze(self, peer: "SimPeer", frozen: Frozen) -> None:
         """Error feedback is exact: encoded + residual = produced, to the bit."""
         codec = CODECS[self.manifest.rounds.codec]

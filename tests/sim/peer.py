@@ -139,7 +139,8 @@ class SimPeer:
 
     def _gone(self) -> None:
         self.up = False
-        self.left = self.identity.peer not in self.core.head.voters
+        # Who goes for good while the swarm counts on its vote takes the quorum along; such a peer counts as crashed.
+        self.left = self.identity.peer not in self.world.checker.newest_head().voters
 
     # -- training ------------------------------------------------------------------------------------------------
 

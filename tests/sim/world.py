@@ -120,14 +120,17 @@ class World:
         self.schedule(1.0, self._faults)
         self._run_until(FAULT_PHASE_S, None)
         self._begin_calm()
-        goal = max(self.checker.results, default=0) + CALM_ROUNDS
+        # Once presences have told everybody who is there; then, rounds in which nobody has made an attempt yet.
+        self._run_until(self.now + RULES.presence_timeout_s, None)
+        first_calm = max(peer.core.round for peer in self.peers if peer.up) + 1
+        goal = first_calm + CALM_ROUNDS - 1
         limit = self.now + CALM_LIMIT_S
         self._run_until(limit, lambda: all(peer.core.head.round >= goal for peer in self.peers if peer.up))
         late = [peer.number for peer in self.peers if peer.up and peer.core.head.round < goal]
         if late:
             states = [f"{peer.number}: {peer.core.view()}" for peer in self.peers if peer.up]
             raise broken("rounds commit after faults stop", f"peers {late} short of round {goal}\n" + "\n".join(states))
-        self._check_calm(goal)
+        self._check_calm(first_calm, goal)
         counts = [count for count in self.checker.participants.values() if count]
         return Outcome(
             seed=self.seed,
@@ -188,6 +191,8 @@ class World:
         self.schedule(self.rng.expovariate(1.0 / self.rates.restart_s), lambda: self._restart(peer))
 
     def _restart(self, peer: SimPeer) -> None:
+        if peer.left and peer.identity.peer in self.checker.newest_head().voters:
+            peer.left = False  # a round that it took part in was certified after it went
         if not peer.up and not peer.left:
             self.happen(f"restart {peer.number}")
             peer.boot()
@@ -199,11 +204,17 @@ class World:
             self._join()
         for peer in self.peers:
             peer.paused_until_s = 0.0
-            self._restart(peer)
+        self._tend_calm()
 
-    def _check_calm(self, goal: int) -> None:
-        """Once the first calm round is certified, the next ones need at most two attempts."""
-        for number in range(goal - CALM_ROUNDS + 2, goal + 1):
+    def _tend_calm(self) -> None:
+        """A round that was voted for earlier may still be certified, and count on a peer that has gone since."""
+        for peer in self.peers:
+            self._restart(peer)
+        self.schedule(5.0, self._tend_calm)
+
+    def _check_calm(self, first: int, last: int) -> None:
+        """After faults stop, a round needs at most two attempts."""
+        for number in range(first, last + 1):
             if self.checker.attempts[number] > 1:
                 raise broken("two attempts in calm", f"round {number} took attempt {self.checker.attempts[number]}")
 

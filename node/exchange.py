@@ -1,0 +1,259 @@
+"""The data plane of a round: what arrives over the tensor links and where it goes, and the core's bulk effects.
+
+Implements the sink of the tensor links. A part's length comes from the manifest, never from the header; the round core
+decides whether it is wanted; its scales are checked in a thread before it counts as received.
+
+Invariants: memory is bounded by one encoded part per (roster member, part) of the open round plus the round's results;
+nothing of a finished round stays.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from shoal.node.blobs import BlobStore
+from shoal.node.link_port import Address, FetchFailed, LinkEnd, LinkLost
+from shoal.node.links import TensorLinks
+from shoal.node.snapshots import SnapshotStore, read_chunk
+from shoal.protocol.aggregators import WeightedPart, clip_factors
+from shoal.protocol.codecs import CODECS
+from shoal.protocol.contribution import Frozen
+from shoal.protocol.effects import FetchBlob, Reduce, SendPart, SendResult
+from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.frames import FrameHeader, FrameKind
+from shoal.protocol.identity import PeerId, short_peer_id
+from shoal.protocol.manifest import Manifest
+from shoal.protocol.replica import make_reduction
+from shoal.protocol.rounds import RoundCore
+
+SEND_TRIES = 3
+SEND_RETRY_S = 0.5
+FETCH_TIMEOUT_S = 20.0
+FETCHES_MAX = 8  # at once; every one holds a part in memory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangePorts:
+    """What the exchange needs of the daemon. `pump` carries out the effects that a call to the core has made."""
+
+    address_of: Callable[[PeerId], Address | None]
+    pump: Callable[[], None]
+    now: Callable[[], float]
+    link_lost: Callable[[PeerId, LinkEnd], None]
+    refusal: Callable[[PeerId | None, Refusal], None]
+    spawn: Callable[[Coroutine[None, None, None]], None]
+
+
+class PartExchange:
+    """Parts, results and blobs of the open round. `core` and `links` are set once, before anything is called."""
+
+    core: RoundCore
+    links: TensorLinks
+
+    def __init__(self, me: PeerId, manifest: Manifest, blobs: BlobStore, snapshots: SnapshotStore) -> None:
+        self._me = me
+        self._manifest = manifest
+        self._codec = CODECS[manifest.rounds.codec]
+        self._reduction = make_reduction(manifest)
+        self._blobs = blobs
+        self._snapshots = snapshots
+        self._parts: dict[tuple[PeerId, int, bytes], memoryview] = {}
+        self._results: dict[bytes, memoryview] = {}
+        self._fetching = asyncio.Semaphore(FETCHES_MAX)
+        self.frozen: Frozen | None = None
+        self.ports: ExchangePorts
+        self.contribution_bytes = 0
+        self.contribution_fp32_bytes = 0
+
+    def finish_round(self) -> None:
+        """The round is applied: let go of everything that belonged to it."""
+        self._parts.clear()
+        self._results.clear()
+        self.frozen = None
+
+    def part_bytes(self, part: int) -> int:
+        """The exact encoded length of a part."""
+        first, end = self._manifest.part_range(part)
+        return self._codec.encoded_bytes(end - first)
+
+    def result(self, digest: bytes) -> memoryview | None:
+        """A result of the open round that is held in memory."""
+        return self._results.get(digest)
+
+    # -- the sink of the tensor links ------------------------------------------------------------------------------
+
+    def admit(self, peer: PeerId) -> Refusal | None:
+        return None  # the handshake has bound the peer to this swarm; admission rules come with the manifest's owner
+
+    def reserve(self, peer: PeerId, header: FrameHeader) -> memoryview | Refusal:
+        if header.part >= self._manifest.parts:
+            raise ProtocolError(Refusal.OUT_OF_RANGE, f"part {header.part} of {self._manifest.parts}")
+        if header.nbytes != self.part_bytes(header.part):
+            detail = f"part {header.part} has {header.nbytes} bytes, the codec makes {self.part_bytes(header.part)}"
+            raise ProtocolError(Refusal.WRONG_LENGTH, detail)
+        if header.kind is FrameKind.CONTRIBUTION:
+            refusal = self.core.check_part(peer, header.round, header.part, header.digest)
+        elif header.digest in self._results:
+            refusal = Refusal.DUPLICATE
+        else:
+            refusal = self.core.check_result_part(peer, header.round, header.part)
+        return refusal or memoryview(bytearray(header.nbytes))
+
+    async def complete(self, peer: PeerId, header: FrameHeader, buffer: memoryview) -> None:
+        first, end = self._manifest.part_range(header.part)
+        await asyncio.to_thread(self._codec.check_untrusted, buffer, end - first)
+        if header.round != self.core.round:
+            return  # it was on its way when the round ended
+        if header.kind is FrameKind.CONTRIBUTION:
+            self._parts[peer, header.part, header.digest] = buffer
+            self.core.part_received(peer, header.round, header.part, header.digest, self.ports.now())
+        else:
+            self._results[header.digest] = buffer
+            self.core.blob_held(header.digest, self.ports.now())
+        self.ports.pump()
+
+    def aborted(self, peer: PeerId, header: FrameHeader) -> None:
+        log.debug("%s did not finish part %d of round %d", short_peer_id(peer), header.part, header.round)
+
+    def refused(self, peer: PeerId, header: FrameHeader) -> None:
+        log.debug("%s refuses part %d of round %d: %s", short_peer_id(peer), header.part, header.round, header.refusal)
+
+    async def serve(self, peer: PeerId, digest: bytes) -> memoryview | Refusal | None:
+        held = self._results.get(digest)
+        if held is not None:
+            return held
+        raw = await asyncio.to_thread(self._read_blob, digest)
+        return None if raw is None else memoryview(raw)
+
+    def _read_blob(self, digest: bytes) -> bytes | None:
+        raw = self._blobs.read(digest)
+        if raw is None and (found := self._snapshots.find_chunk(digest)):
+            raw = read_chunk(*found)
+        return raw
+
+    def link_up(self, peer: PeerId) -> None:
+        log.debug("tensor link to %s", short_peer_id(peer))
+
+    def link_lost(self, peer: PeerId, reason: LinkEnd) -> None:
+        self.ports.link_lost(peer, reason)
+
+    def on_refusal(self, peer: PeerId | None, refusal: Refusal) -> None:
+        self.ports.refusal(peer, refusal)
+
+    # -- effects of the round core ---------------------------------------------------------------------------------
+
+    def send_part(self, effect: SendPart) -> None:
+        """Push an own encoded part to its owner, unless the contribution was replaced since."""
+        frozen = self.frozen
+        if frozen is None or frozen.round != effect.round or frozen.digests[effect.part] != effect.digest:
+            return
+        payload = memoryview(frozen.encoded[effect.part])
+        first, end = self._manifest.part_range(effect.part)
+        self.contribution_bytes += payload.nbytes
+        self.contribution_fp32_bytes += (end - first) * 4
+        header = FrameHeader(
+            kind=FrameKind.CONTRIBUTION,
+            round=effect.round,
+            part=effect.part,
+            nbytes=payload.nbytes,
+            digest=effect.digest,
+        )
+        self.ports.spawn(self._push(effect.peer, header, payload))
+
+    def send_result(self, effect: SendResult) -> None:
+        """Push a reduced part to one member."""
+        payload = self._results.get(effect.digest)
+        if payload is None:
+            return  # the round has ended
+        header = FrameHeader(
+            kind=FrameKind.RESULT,
+            round=effect.round,
+            part=effect.part,
+            nbytes=payload.nbytes,
+            digest=effect.digest,
+        )
+        self.ports.spawn(self._push(effect.peer, header, payload))
+
+    async def _push(self, peer: PeerId, header: FrameHeader, payload: memoryview) -> None:
+        for attempt in range(1, SEND_TRIES + 1):
+            if header.round != self.core.round:
+                return
+            try:
+                await self.links.send(peer, self.ports.address_of(peer), header, payload)
+                return
+            except LinkLost as error:
+                log.debug("%s, try %d of %d", error, attempt, SEND_TRIES)
+                await asyncio.sleep(SEND_RETRY_S * attempt)
+
+    def reduce(self, effect: Reduce) -> None:
+        """Reduce a part in a thread and tell the core."""
+        self.ports.spawn(self._reduce(effect))
+
+    async def _reduce(self, effect: Reduce) -> None:
+        factors = clip_factors(effect.norms)
+        parts = [
+            WeightedPart(
+                encoded=self._contributed(entry.signed.peer, effect.part, digest),
+                weight=entry.weight,
+                clip_factor=float(factors[index]),
+            )
+            for entry, digest, index in zip(effect.members, effect.digests, effect.indices, strict=True)
+        ]
+        first, end = self._manifest.part_range(effect.part)
+        reduced = await asyncio.to_thread(self._reduction.reduce_part, parts, end - first)
+        digest = blake3(reduced).digest()
+        if effect.round != self.core.round:
+            return
+        self._results[digest] = reduced
+        self.core.part_reduced(effect.round, effect.attempt, effect.part, digest, frozenset(effect.indices))
+        self.ports.pump()
+
+    def _contributed(self, peer: PeerId, part: int, digest: bytes) -> memoryview:
+        if peer != self._me:
+            return self._parts[peer, part, digest]
+        assert self.frozen is not None, "an own part is reduced while the contribution is frozen"
+        return memoryview(self.frozen.encoded[part])
+
+    def fetch(self, effect: FetchBlob) -> None:
+        """Get a result part from whoever has it."""
+        self.ports.spawn(self._fetch(effect))
+
+    async def _fetch(self, effect: FetchBlob) -> None:
+        stored = await asyncio.to_thread(self._blobs.read, effect.digest)
+        if stored is not None:
+            self._hold(effect, memoryview(stored))
+            return
+        async with self._fetching:
+            # Peers that catch up ask different donors for different parts.
+            turn = effect.part % len(effect.candidates) if effect.candidates else 0
+            for peer in (*effect.candidates[turn:], *effect.candidates[:turn]):
+                if effect.digest in self._results or effect.round != self.core.round:
+                    return
+                buffer = memoryview(bytearray(self.part_bytes(effect.part)))
+                try:
+                    address = self.ports.address_of(peer)
+                    await self.links.fetch(peer, address, effect.digest, buffer, FETCH_TIMEOUT_S)
+                except (LinkLost, FetchFailed) as error:
+                    log.debug("part %d of round %d: %s", effect.part, effect.round, error)
+                    continue
+                self._hold(effect, buffer)
+                return
+
+    def _hold(self, effect: FetchBlob, buffer: memoryview) -> None:
+        if effect.round == self.core.round:
+            self._results[effect.digest] = buffer
+            self.core.blob_held(effect.digest, self.ports.now())
+            self.ports.pump()
+
+    def store_results(self, digests: tuple[bytes, ...]) -> None:
+        """Write held results to the blob store and force them to the disk. Blocking; raises OSError."""
+        for digest in digests:
+            held = self._results.get(digest)
+            if held is not None:
+                self._blobs.write(digest, held)
+        self._blobs.sync(digests)

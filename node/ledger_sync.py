@@ -1,0 +1,167 @@
+"""The ledger at work: one replica, its store, eager push of what is new, and anti-entropy with a random peer.
+
+Invariants: what this peer signs is durable before anyone sees it; what arrives is verified by the ledger before it is
+stored; a conversation ends after ROUND_TRIPS_MAX messages and is taken up again at the next period.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
+from shoal.crdt.fold import LedgerState
+from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
+from shoal.crdt.ledger import ChainForkedError, Draft, Ledger, LedgerRules
+from shoal.crdt.reconciliation import answer, begin
+from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
+from shoal.node.ledger_store import LedgerStore
+from shoal.protocol.errors import ProtocolError
+from shoal.protocol.identity import Identity, PeerId
+from shoal.protocol.manifest import Manifest
+from shoal.protocol.messages import (
+    Certificate,
+    LedgerEntries,
+    Reconcile,
+    decode_message_untrusted,
+    digest_record,
+    encode_message,
+    verify_message,
+)
+from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted, encode_record
+
+PUSH_PEERS = 4  # new entries go to so many peers at once; reconciliation brings them to the others
+ROUND_TRIPS_MAX = 8
+
+log = logging.getLogger(__name__)
+
+
+def is_well_formed_certificate(swarm: bytes) -> Callable[[int, bytes], bool]:
+    """Whether ledger bytes are a certificate of that round whose votes are signed by those whom they name. That these
+    are the round's voters is judged by the round core, which knows the certificate before it."""
+
+    def judge(number: int, body: bytes) -> bool:
+        try:
+            certificate = decode_record_untrusted(Certificate, body, DELTA_BYTES_MAX)
+            digest = digest_record(certificate.result)
+            for vote in certificate.votes:
+                verify_message(vote.voter, swarm, vote)
+        except ProtocolError:
+            return False
+        named = {(vote.round, vote.attempt, vote.result_digest) for vote in certificate.votes}
+        return certificate.result.round == number and named == {(number, certificate.attempt, digest)}
+
+    return judge
+
+
+class LedgerSync:
+    """Owns the replica. All calls on the event loop; the store works in threads."""
+
+    def __init__(
+        self, *, identity: Identity, manifest: Manifest, swarm: bytes, store: LedgerStore, control: ControlPlane
+    ) -> None:
+        rules = LedgerRules(
+            swarm=swarm,
+            owner=manifest.owner,
+            is_valid_certificate=is_well_formed_certificate(swarm),
+            is_valid_snapshot=lambda number, body: False,
+        )
+        self.ledger = Ledger(identity=identity, rules=rules)
+        self._identity = identity
+        self._swarm = swarm
+        self._store = store
+        self._control = control
+        self._lock = asyncio.Lock()
+        self.forked = False
+
+    async def start(self) -> None:
+        """Take in what was stored. Call before anything else."""
+        self.ledger.restore(await asyncio.to_thread(self._store.load))
+
+    def state(self) -> LedgerState:
+        """The fold as of now."""
+        return self.ledger.fold(_wall_ms())
+
+    async def write_lease(self, value: bytes, peers: Sequence[PeerId]) -> None:
+        """Say that this peer takes part, and under which conditions."""
+        await self._write(Draft(kind=Kind.LEASE, body=RegisterBody(value=value)), peers)
+
+    async def write_certificate(self, certificate: Certificate, peers: Sequence[PeerId]) -> None:
+        """Enter a certificate, unless the ledger has one of its round."""
+        number = certificate.result.round
+        if number not in self.state().certificates:
+            body = RoundBody(round=number, value=encode_record(certificate))
+            await self._write(Draft(kind=Kind.CERTIFICATE, body=body), peers)
+
+    async def _write(self, draft: Draft, peers: Sequence[PeerId]) -> None:
+        async with self._lock:
+            try:
+                batch = self.ledger.write([draft], _wall_ms())
+            except ChainForkedError as error:
+                if not self.forked:
+                    log.error("%s", error)
+                self.forked = True
+                return
+            await asyncio.to_thread(self._store.append, [batch], own=True)
+            self.ledger.accept(batch)
+        await self._push([batch], peers)
+
+    async def _push(self, batches: Sequence[Batch], peers: Sequence[PeerId]) -> None:
+        message = LedgerEntries(payload=b"", batches=tuple(encode_batch(batch) for batch in batches))
+        payload = encode_message(self._swarm, message)
+        for peer in peers[:PUSH_PEERS]:
+            try:
+                await self._control.send(peer, payload)
+            except PeerUnreachable as error:
+                log.debug("ledger entries were not pushed: %s", error)
+
+    async def take(self, message: LedgerEntries) -> int:
+        """Entries from a peer; how many batches were new. Raises ProtocolError for what no replica may accept."""
+        fresh: list[Batch] = []
+        async with self._lock:
+            for raw in message.batches:
+                # Ed25519 takes a quarter of a millisecond; between batches the loop may breathe.
+                fresh += self.ledger.accept(decode_batch_untrusted(raw)).accepted
+                await asyncio.sleep(0)
+            others = [batch for batch in fresh if batch.author != self._identity.peer]
+            own = [batch for batch in fresh if batch.author == self._identity.peer]
+            if others:
+                await asyncio.to_thread(self._store.append, others, own=False)
+            for batch in own:  # a restored backup learns its own later entries from others
+                await asyncio.to_thread(self._store.append, [batch], own=True)
+        return len(fresh)
+
+    def answer_reconcile(self, message: Reconcile) -> LedgerEntries:
+        """One step of a conversation that a peer opened."""
+        reply = answer(self.ledger, message.payload)
+        return LedgerEntries(payload=reply.reply or b"", batches=reply.batches)
+
+    async def reconcile(self, peer: PeerId) -> int:
+        """Compare ledgers with one peer until both hold the same; how many batches were new here.
+
+        Raises PeerUnreachable, RequestRefused or ProtocolError; what came before that is kept.
+        """
+        payload, fresh = begin(self.ledger), 0
+        for _ in range(ROUND_TRIPS_MAX):
+            raw = await self._control.request(peer, encode_message(self._swarm, Reconcile(payload=payload)))
+            reply = decode_message_untrusted(self._swarm, raw)
+            if not isinstance(reply, LedgerEntries):
+                break
+            fresh += await self.take(reply)
+            if not reply.payload:
+                break
+            following = answer(self.ledger, reply.payload)
+            if following.batches:
+                push = LedgerEntries(payload=b"", batches=following.batches)
+                await self._control.send(peer, encode_message(self._swarm, push))
+            if following.reply is None:
+                break
+            payload = following.reply
+        return fresh
+
+
+RECONCILE_ERRORS = (PeerUnreachable, RequestRefused, ProtocolError)
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000

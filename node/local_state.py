@@ -1,0 +1,222 @@
+"""This peer's copy of the state, on disk and in memory: restore at start, commit a certified round, install a snapshot.
+
+Order of a commit: the update's bytes are durable, then the certificate (fully synced), then the outer step runs. So
+after kill -9 every certified round that was ever acted on can be replayed from the disk.
+
+Invariants: `head` always names what `replica` holds; one operation on the vectors at a time (`lock`); a snapshot is
+used only when its index hashes to the state root that the next certificate names.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from shoal.node.blobs import BlobStore
+from shoal.node.ledger_store import LedgerStore, StoredCertificate
+from shoal.node.snapshots import SnapshotStore
+from shoal.protocol.codecs import Float32s
+from shoal.protocol.contribution import Contributor, Frozen
+from shoal.protocol.effects import VoteRecord
+from shoal.protocol.errors import ProtocolError
+from shoal.protocol.manifest import Manifest, genesis_head
+from shoal.protocol.messages import Certificate, Result, digest_record
+from shoal.protocol.quorum import Head
+from shoal.protocol.replica import Replica
+from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted, encode_record
+
+VOTE_NAMESPACE = "round"
+VOTE_KEY = b"vote"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stores:
+    """The three places on the disk."""
+
+    ledger: LedgerStore
+    blobs: BlobStore
+    snapshots: SnapshotStore
+    snapshots_kept: int
+
+
+class LocalState:
+    """`params` may be the trainer's shared memory. Everything that blocks runs in a thread."""
+
+    def __init__(self, manifest: Manifest, swarm: bytes, stores: Stores, params: Float32s, momentum: Float32s) -> None:
+        self.lock = asyncio.Lock()
+        self.stores = stores
+        self._manifest = manifest
+        self._swarm = swarm
+        self.replica = Replica(manifest, params, momentum)
+        self.contributor = Contributor(manifest)
+        self.head: Head
+        self.roots: dict[int, bytes] = {}  # state roots by round, for the report; bounded by rounds_kept
+        self._snapshot_task: asyncio.Task[None] | None = None
+
+    # -- start -----------------------------------------------------------------------------------------------------
+
+    async def restore(self) -> Head:
+        """The newest state that this disk can prove: a snapshot, then the certified updates after it."""
+        async with self.lock:
+            self.head = await asyncio.to_thread(self._restore)
+        return self.head
+
+    def _restore(self) -> Head:
+        head = self._restore_snapshot() or genesis_head(self._manifest, self._swarm, self.replica.reset())
+        while stored := self.stores.ledger.get_certificate(head.round + 1):
+            result = _certificate_of(stored).result
+            encoded = self._read_parts(result)
+            if encoded is None or result.previous != head.digest or result.base_root != head.state_root:
+                break  # the rest comes from peers
+            head = self._advance(result, encoded)
+        self._remember(head)
+        return head
+
+    def _restore_snapshot(self) -> Head | None:
+        snapshots = self.stores.snapshots
+        for number in reversed(snapshots.rounds()):
+            own = self.stores.ledger.get_certificate(number)
+            snapshot = snapshots.get(number)
+            if own is None or snapshot is None:
+                continue
+            if not snapshots.read(number, self.replica.params, self.replica.momentum):
+                log.warning("snapshot of round %d is damaged and was removed", number)
+                continue
+            self.replica.round = number
+            return Head(
+                round=number,
+                digest=own.result_digest,
+                state_root=snapshot.index.root,
+                voters=_certificate_of(own).result.voters,
+            )
+        return None
+
+    def _read_parts(self, result: Result) -> dict[bytes, bytes] | None:
+        encoded: dict[bytes, bytes] = {}
+        for part in result.parts:
+            raw = self.stores.blobs.read(part.digest)
+            if raw is None:
+                return None
+            encoded[part.digest] = raw
+        return encoded
+
+    def load_vote(self) -> VoteRecord | None:
+        """What this peer promised and voted for before it stopped. Blocking."""
+        raw = self.stores.ledger.get_record(VOTE_NAMESPACE, VOTE_KEY)
+        return None if raw is None else decode_record_untrusted(VoteRecord, raw, DELTA_BYTES_MAX)
+
+    def save_vote(self, vote: VoteRecord) -> None:
+        """Durable on return. Blocking; raises StoreError."""
+        self.stores.ledger.put_record(VOTE_NAMESPACE, VOTE_KEY, encode_record(vote))
+
+    # -- the log ---------------------------------------------------------------------------------------------------
+
+    async def commit(self, certificate: Certificate, held: Callable[[bytes], memoryview | None]) -> Head:
+        """Make the round durable and apply it. `held` finds parts that are still in memory."""
+        async with self.lock:
+            self.head = await asyncio.to_thread(self._commit, certificate, held)
+        self._begin_snapshot()
+        return self.head
+
+    def _commit(self, certificate: Certificate, held: Callable[[bytes], memoryview | None]) -> Head:
+        result = certificate.result
+        encoded: dict[bytes, bytes | memoryview] = {}
+        for part in result.parts:
+            raw = held(part.digest)
+            if raw is not None:
+                self.stores.blobs.write(part.digest, raw)
+            found = raw if raw is not None else self.stores.blobs.read(part.digest)
+            assert found is not None, "a round is committed when every byte of its update is held"
+            encoded[part.digest] = found
+        self.stores.blobs.sync(encoded)
+        self.save_certificate(certificate)
+        head = self._advance(result, encoded)
+        self._remember(head)
+        return head
+
+    def _advance(self, result: Result, encoded: Mapping[bytes, bytes | memoryview]) -> Head:
+        root = self.replica.apply(result, encoded)
+        return Head(round=result.round, digest=digest_record(result), state_root=root, voters=result.voters)
+
+    def save_certificate(self, certificate: Certificate) -> None:
+        """Durable on return. Blocking; raises StoreError."""
+        stored = StoredCertificate(
+            round=certificate.result.round,
+            result_digest=digest_record(certificate.result),
+            body=encode_record(certificate),
+        )
+        self.stores.ledger.put_certificate(stored)
+
+    def load_certificates(self, first: int, count: int) -> tuple[Certificate, ...]:
+        """Stored certificates of consecutive rounds from `first` on, at most `count`. Blocking."""
+        found = [_certificate_of(one) for one in self.stores.ledger.list_certificates(first, first + count)]
+        return tuple(one for at, one in enumerate(found) if one.result.round == first + at)
+
+    def _remember(self, head: Head) -> None:
+        self.roots[head.round] = head.state_root
+        while len(self.roots) > self._manifest.rounds.rounds_kept:
+            del self.roots[min(self.roots)]
+
+    # -- contributions ---------------------------------------------------------------------------------------------
+
+    async def freeze(self, local: Float32s) -> Frozen:
+        """Encode the contribution to the round after the head; raises NonFiniteContribution."""
+        async with self.lock:
+            return await asyncio.to_thread(self.contributor.freeze, self.head.round + 1, self.replica.params, local)
+
+    # -- snapshots -------------------------------------------------------------------------------------------------
+
+    def _begin_snapshot(self) -> None:
+        due = self.head.round % self._manifest.rounds.snapshot_every == 0
+        if due and (self._snapshot_task is None or self._snapshot_task.done()):
+            self._snapshot_task = asyncio.get_running_loop().create_task(self.write_snapshot())
+
+    async def write_snapshot(self) -> None:
+        """Write the state as it is now, and drop what it makes unnecessary."""
+        async with self.lock:
+            if self.head.round and self.head.round not in self.stores.snapshots.rounds():
+                try:
+                    await asyncio.to_thread(self._write_snapshot)
+                except OSError as error:
+                    log.error("no snapshot of round %d: %s", self.head.round, error)
+
+    def _write_snapshot(self) -> None:
+        snapshots = self.stores.snapshots
+        snapshots.write(self.replica.index(), self.replica.params, self.replica.momentum)
+        snapshots.keep_newest(self.stores.snapshots_kept)
+        oldest_kept = min(snapshots.rounds()[0], self.head.round - self._manifest.rounds.rounds_kept)
+        for number in range(oldest_kept, 0, -1):
+            stored = self.stores.ledger.get_certificate(number)
+            digests = [] if stored is None else [part.digest for part in _certificate_of(stored).result.parts]
+            if not any(self.stores.blobs.has(digest) for digest in digests):
+                break
+            for digest in digests:
+                self.stores.blobs.remove(digest)
+
+    async def install(self, head: Head, params: Float32s, momentum: Float32s) -> None:
+        """Take over a whole state that was checked against `head.state_root`."""
+        async with self.lock:
+            assert head.round > self.head.round, "a snapshot only leads forward"
+            self.replica.params[:] = params
+            self.replica.momentum[:] = momentum
+            self.replica.round = head.round
+            self.contributor.clear()
+            self.head = head
+            self._remember(head)
+            await asyncio.to_thread(self._write_snapshot)
+
+    async def finish(self) -> None:
+        """Let a snapshot that is being written come to its end."""
+        if self._snapshot_task is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._snapshot_task
+
+
+def _certificate_of(stored: StoredCertificate) -> Certificate:
+    try:
+        return decode_record_untrusted(Certificate, stored.body, DELTA_BYTES_MAX)
+    except ProtocolError as error:
+        raise AssertionError(f"the stored certificate of round {stored.round} was checked when written") from error

@@ -1,0 +1,184 @@
+"""Runs the round core on asyncio: feed it, carry out its effects in order, re-arm one timer.
+
+Contract with the core (protocol.effects): effects are carried out in their order, and nothing after a `Persist` or a
+`Commit` starts before it is done. Messages go out in the order of their effects, per peer.
+
+Invariant: a vote leaves this process only after its record and the update's bytes are durable; when the disk fails, the
+driver stops carrying out effects (the peer no longer votes) and everything else goes on.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+
+from shoal.node.control import ControlPlane, PeerUnreachable
+from shoal.node.exchange import PartExchange
+from shoal.node.ledger_store import StoreError
+from shoal.node.local_state import LocalState
+from shoal.protocol.effects import (
+    AttemptFailed,
+    Behind,
+    Commit,
+    Effect,
+    FetchBlob,
+    Note,
+    PartReassigned,
+    Persist,
+    PhaseEntered,
+    Planned,
+    Reduce,
+    Send,
+    SenderMissing,
+    SendPart,
+    SendResult,
+)
+from shoal.protocol.errors import Failure, ProtocolError
+from shoal.protocol.identity import PeerId
+from shoal.protocol.messages import ROUND_MESSAGES, Certificate, encode_message
+from shoal.protocol.quorum import Head
+from shoal.protocol.rounds import RoundCore
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverPorts:
+    """What the driver tells the daemon. `committed` runs after a round is applied, before the next one begins."""
+
+    note: Callable[[Note], None]
+    committed: Callable[[Certificate, Head], Awaitable[None]]
+    behind: Callable[[Behind], None]
+    misbehaved: Callable[[PeerId, ProtocolError], None]
+    disk_failed: Callable[[Failure, str], None]
+    spawn: Callable[[Coroutine[None, None, None]], None]
+
+
+class RoundDriver:
+    """All calls on the event loop. `pump` after every call to the core."""
+
+    def __init__(
+        self,
+        *,
+        me: PeerId,
+        swarm: bytes,
+        core: RoundCore,
+        state: LocalState,
+        exchange: PartExchange,
+        control: ControlPlane,
+        ports: DriverPorts,
+    ) -> None:
+        self.core = core
+        self._me = me
+        self._swarm = swarm
+        self._state = state
+        self._exchange = exchange
+        self._control = control
+        self._ports = ports
+        self._effects: deque[Effect] = deque()
+        self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def now(self) -> float:
+        """The core's clock: the loop's, monotonic, in seconds."""
+        return self._loop.time()
+
+    def pump(self) -> None:
+        """Take over what the core wants done, and be woken when its next deadline passes."""
+        self._effects.extend(self.core.take_effects())
+        if self._effects:
+            self._wake.set()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self.core.next_deadline()
+        if deadline is not None:
+            self._timer = self._loop.call_at(deadline, self._on_deadline)
+
+    def _on_deadline(self) -> None:
+        self._timer = None
+        self.core.handle_deadline(self.now())
+        self.pump()
+
+    def receive(self, message: ROUND_MESSAGES, sender: PeerId) -> None:
+        """Hand a peer's message to the core; a peer that must not send it is reported."""
+        try:
+            self.core.receive(message, sender, self.now())
+        except ProtocolError as error:
+            self._ports.misbehaved(sender, error)
+        self.pump()
+
+    async def run(self) -> None:
+        """Carry out effects until cancelled, or until the disk fails."""
+        self.pump()
+        while True:
+            while self._effects:
+                try:
+                    await self._carry_out(self._effects.popleft())
+                except (OSError, StoreError) as error:
+                    self._ports.disk_failed(Failure.DISK_FULL, str(error))
+                    return
+            self._wake.clear()
+            if not self._effects:
+                await self._wake.wait()
+
+    def stop(self) -> None:
+        """No deadline fires any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Send():
+                self._send(effect)
+            case Persist():
+                await asyncio.to_thread(self._persist, effect)
+            case SendPart():
+                self._exchange.send_part(effect)
+            case SendResult():
+                self._exchange.send_result(effect)
+            case Reduce():
+                self._exchange.reduce(effect)
+            case FetchBlob():
+                self._exchange.fetch(effect)
+            case Commit():
+                await self._commit(effect)
+            case Behind():
+                self._ports.behind(effect)
+            case PhaseEntered() | Planned() | AttemptFailed() | PartReassigned() | SenderMissing():
+                self._ports.note(effect)
+
+    def _send(self, effect: Send) -> None:
+        if effect.peer == self._me:
+            self.receive(effect.message, self._me)
+        else:
+            # Tasks start in the order in which they are made, so messages to one peer keep theirs.
+            self._ports.spawn(self._transmit(effect.peer, encode_message(self._swarm, effect.message)))
+
+    async def _transmit(self, peer: PeerId, payload: bytes) -> None:
+        try:
+            await self._control.send(peer, payload)
+        except PeerUnreachable as error:
+            log.debug("a round message was not sent: %s", error)
+
+    def _persist(self, effect: Persist) -> None:
+        if effect.digests:
+            self._exchange.store_results(effect.digests)
+        self._state.save_vote(effect.vote)
+
+    async def _commit(self, effect: Commit) -> None:
+        if effect.certificate.result.round != self.core.round:
+            return  # a snapshot has led past this round meanwhile
+        head = await self._state.commit(effect.certificate, self._exchange.result)
+        await self._ports.committed(effect.certificate, head)
+        self._exchange.finish_round()
+        self.core.applied(head, self.now())
+        self.pump()
+
+    def jump(self, head: Head) -> None:
+        """A snapshot was installed: go on from there."""
+        self._exchange.finish_round()
+        self.core.applied(head, self.now())
+        self.pump()

@@ -1,0 +1,240 @@
+"""The aggregators: golden bytes, roster order, weights and their caps, norms."""
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from blake3 import blake3
+
+from shoal.protocol.aggregators import (
+    AGGREGATORS,
+    WEIGHT_RATIO_MIN,
+    Aggregator,
+    Reduction,
+    WeightedPart,
+    clip_factors,
+    planned_weights,
+    squared_norm,
+)
+from shoal.protocol.codecs import CHUNK_ELEMENTS, CODECS, Codec, Float32s
+from shoal.protocol.errors import ProtocolError, Refusal
+
+MEAN = AGGREGATORS["mean"]
+CLIPPED = AGGREGATORS["norm_clipped_mean"]
+
+GOLDEN_UPDATES = {
+    ("mean", "fp32"): "c0dd9489a56de7991805cfc3536c20eb069be9f059eef34c4c82d165ba8dddcf",
+    ("mean", "fp16"): "8da806e4f1e1ffe2d9ae00e9d9284a0cfec8f3fe1886d4ae780ed35d5f1d904f",
+    ("mean", "int8"): "1ce9f6cbc961da417499a51e1e42ec25b57cfcbc47bb0309fe23281c5deda289",
+    ("norm_clipped_mean", "fp32"): "2ac61ebd90c2abb4ebb90bca8feaa8b14ef82f6eb457505c971aab41e859bee0",
+    ("norm_clipped_mean", "fp16"): "331323057d86de4fdb5082bb111df60e5934999d010e5951d2351d272ac8f609",
+    ("norm_clipped_mean", "int8"): "c31646ea7ca638e4e9abb356650ccbd06b31dfccface6c679ba9806990b83278",
+}
+GOLDEN_WEIGHTS = "8aae6a3e0000803ec98aaa3c0000803ef8fce5340000803e"
+GOLDEN_SQUARED_NORM = "0x1.6bf1925197909p+22"
+
+
+def golden_contributions() -> list[Float32s]:
+    """Three vectors of 300 values by whole-number arithmetic."""
+    mixed = (np.arange(900, dtype=np.int64) * 2_246_822_519 + 374_761_393) % 2**32 - 2**31
+    return list(((mixed >> 8).astype(np.float32) * np.float32(2.0**-26)).reshape(3, 300))
+
+
+def part(values: Float32s | list[float], weight: float, clip_factor: float = 1.0) -> WeightedPart:
+    encoded = CODECS["fp32"].encode(np.array(values, np.float32))
+    return WeightedPart(encoded=encoded, weight=weight, clip_factor=clip_factor)
+
+
+def aggregate(name: str, parts: list[WeightedPart], elements: int) -> list[float]:
+    out = np.empty(elements, np.float32)
+    AGGREGATORS[name].aggregate(CODECS["fp32"], parts, out)
+    values: list[float] = out.tolist()
+    return values
+
+
+def test_table_names_each_aggregator_once() -> None:
+    assert {name: aggregator.name for name, aggregator in AGGREGATORS.items()} == {
+        "mean": "mean",
+        "norm_clipped_mean": "norm_clipped_mean",
+    }
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("codec_name", CODECS)
+def test_updates_are_golden(name: str, codec_name: str) -> None:
+    codec = CODECS[codec_name]
+    vectors = golden_contributions()
+    weights = planned_weights([4000, 3000, 1000], [10, 10, 7])
+    factors = clip_factors(math.sqrt(squared_norm(vector)) * (index + 1) for index, vector in enumerate(vectors))
+    parts = [
+        WeightedPart(encoded=codec.encode(vector), weight=float(weight), clip_factor=float(factor))
+        for vector, weight, factor in zip(vectors, weights, factors, strict=True)
+    ]
+    reduction = Reduction(codec_in=codec, aggregator=AGGREGATORS[name], codec_out=codec)
+
+    assert blake3(reduction.reduce_part(parts, 300)).hexdigest() == GOLDEN_UPDATES[name, codec_name]
+
+
+def test_mean_is_weighted() -> None:
+    assert aggregate("mean", [part([1.0, -8.0], 0.75), part([5.0, 8.0], 0.25)], 2) == [2.0, -4.0]
+
+
+def test_absent_members_leave_the_denominator() -> None:
+    assert aggregate("mean", [part([6.0], 0.25), part([2.0], 0.25)], 1) == [4.0]
+
+
+def test_mean_ignores_clip_factors() -> None:
+    assert aggregate("mean", [part([4.0], 0.5, 0.5), part([4.0], 0.5)], 1) == [4.0]
+
+
+def test_clipped_members_keep_their_weight_in_the_denominator() -> None:
+    assert aggregate("norm_clipped_mean", [part([4.0], 0.5, 0.5), part([4.0], 0.5)], 1) == [3.0]
+
+
+def test_sum_is_in_roster_order() -> None:
+    """float32 addition is not associative: 2**24 + 1 + 1 depends on who comes first."""
+    large, one = part([2.0**24], 1.0), part([1.0], 1.0)
+    third = np.float32(3)
+    assert aggregate("mean", [large, one, one], 1) == [float(np.float32(2.0**24) / third)]
+    assert aggregate("mean", [one, one, large], 1) == [float(np.float32(2.0**24 + 2) / third)]
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS.values(), ids=AGGREGATORS)
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_largest_values_stay_finite(codec: Codec, aggregator: Aggregator) -> None:
+    extreme = codec.encode(np.full(300, np.finfo(np.float32).max, np.float32))
+    parts = [WeightedPart(encoded=extreme, weight=1.0)] * 64
+    update = Reduction(codec_in=codec, aggregator=aggregator, codec_out=codec).reduce_part(parts, 300)
+    out = np.empty(300, np.float32)
+    codec.decode_untrusted(update, 300, out)
+    assert out.tolist() == [codec.magnitude_max] * 300
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_chunks_leave_no_trace(name: str) -> None:
+    random = np.random.default_rng(8)
+    elements = 2 * CHUNK_ELEMENTS + 513
+    vectors = [random.standard_normal(elements).astype(np.float32) for _ in range(3)]
+    whole, piece = np.empty(elements, np.float32), np.empty(1000, np.float32)
+    codec = CODECS["int8"]
+    weights, factors = (0.5, 0.3, 0.2), (1.0, 0.25, 0.75)
+
+    def parts(start: int, stop: int) -> list[WeightedPart]:
+        return [
+            WeightedPart(encoded=codec.encode(vector[start:stop]), weight=weight, clip_factor=factor)
+            for vector, weight, factor in zip(vectors, weights, factors, strict=True)
+        ]
+
+    AGGREGATORS[name].aggregate(codec, parts(0, elements), whole)
+    for first in (0, CHUNK_ELEMENTS - 512, CHUNK_ELEMENTS, 2 * CHUNK_ELEMENTS - 512):
+        AGGREGATORS[name].aggregate(codec, parts(first, first + 1000), piece)
+        # A piece that starts with a block has the same blocks, the last one of this piece excepted.
+        assert piece[:768].tobytes() == whole[first : first + 768].tobytes()
+
+
+def test_reduction_changes_codecs() -> None:
+    reduction = Reduction(codec_in=CODECS["fp32"], aggregator=MEAN, codec_out=CODECS["int8"])
+    update = reduction.reduce_part([part([254.0, 3.1], 1.0)], 2)
+    assert bytes(update) == bytes(CODECS["int8"].encode(np.array([254.0, 3.1], np.float32)))
+
+
+def test_part_that_does_not_decode_is_refused() -> None:
+    reduction = Reduction(codec_in=CODECS["fp32"], aggregator=MEAN, codec_out=CODECS["fp32"])
+    broken = WeightedPart(encoded=b"\0\0\x80\x7f", weight=0.5)
+    with pytest.raises(ProtocolError) as caught:
+        reduction.reduce_part([part([1.0], 0.5), broken], 1)
+    assert caught.value.refusal is Refusal.NOT_FINITE
+
+
+@pytest.mark.parametrize("weight", [0.0, -0.5, 1.5, math.nan])
+def test_weight_that_no_plan_has_is_a_bug(weight: float) -> None:
+    with pytest.raises(AssertionError, match="plan"):
+        aggregate("mean", [part([1.0], weight)], 1)
+
+
+def test_aggregate_of_nobody_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="plan"):
+        aggregate("mean", [], 1)
+
+
+def test_memory_is_one_part_whoever_takes_part() -> None:
+    elements = 4 * CHUNK_ELEMENTS
+    encoded = CODECS["int8"].encode(np.ones(elements, np.float32))
+    parts = [WeightedPart(encoded=encoded, weight=1 / 32)] * 32
+    reduction = Reduction(codec_in=CODECS["int8"], aggregator=CLIPPED, codec_out=CODECS["int8"])
+    tracemalloc.start()
+    try:
+        reduction.reduce_part(parts, elements)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * elements + 3 * 4 * CHUNK_ELEMENTS
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps", "shares"),
+    [
+        ([500], [5], [1.0]),
+        ([100, 100], [10, 10], [0.5, 0.5]),
+        ([200, 100], [20, 10], [2 / 3, 1 / 3]),  # twice the work in twice the steps
+        ([200, 100], [10, 10], [0.8, 0.2]),  # twice the batch
+        ([100, 100, 1000], [10, 10, 10], [0.25, 0.25, 0.5]),  # the third counts for two medians
+        ([100, 100, 100, 1000], [10] * 4, [0.25] * 4),
+        ([1, 1, 1, 1000], [1] * 4, [0.25] * 4),
+        ([100, 100, 100, 100, 1000], [10] * 5, [3 / 16, 3 / 16, 3 / 16, 3 / 16, 1 / 4]),
+        ([0, 0, 0], [1, 1, 1], [1 / 3, 1 / 3, 1 / 3]),
+        ([2**63 - 1] * 16, [1] * 16, [1 / 16] * 16),
+    ],
+)
+def test_weights_follow_work_under_a_cap(tokens: list[int], steps: list[int], shares: list[float]) -> None:
+    weights = planned_weights(tokens, steps)
+    assert weights.dtype == np.float32
+    assert weights.tolist() == np.array(shares, np.float32).tolist()
+
+
+def test_weights_are_golden() -> None:
+    weights = planned_weights([51_200, 204_800, 12_345, 999_999, 7, 80_000], [100, 130, 64, 300, 1, 90])
+    assert weights.astype("<f4").tobytes().hex() == GOLDEN_WEIGHTS
+
+
+def test_one_who_did_nothing_weighs_next_to_nothing() -> None:
+    weights = planned_weights([1, 10**9, 10**9, 10**9, 10**9], [10**6, 10, 10, 10, 10])
+    assert 0 < weights[0] < weights[1] * WEIGHT_RATIO_MIN * 1.001
+
+
+def test_weights_of_unequal_lists_are_a_bug() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        planned_weights([1, 2], [1])
+
+
+@pytest.mark.parametrize(
+    ("norms", "factors"),
+    [
+        ([3.0], [1.0]),
+        ([1.0, 2.0, 8.0], [1.0, 1.0, 0.25]),
+        ([1.0, 3.0], [1.0, 2 / 3]),
+        ([0.0, 0.0, 5.0], [1.0, 1.0, 0.0]),
+        ([0.0, 0.0], [1.0, 1.0]),
+        ([1.0, 1.0, 1e300], [1.0, 1.0, 0.0]),
+    ],
+)
+def test_clip_factors_bring_norms_to_the_median(norms: list[float], factors: list[float]) -> None:
+    assert clip_factors(norms).tolist() == np.array(factors, np.float32).tolist()
+
+
+@pytest.mark.parametrize("norms", [[], [-1.0], [math.nan], [1.0, math.inf]])
+def test_norm_that_no_plan_has_is_a_bug(norms: list[float]) -> None:
+    with pytest.raises(AssertionError, match="norm"):
+        clip_factors(norms)
+
+
+def test_squared_norm_is_golden() -> None:
+    random_bits = np.random.Philox(key=1).random_raw(CHUNK_ELEMENTS).astype("<u8").view("<u4")
+    values = ((random_bits >> 8).astype(np.float32) * np.float32(2.0**-20))[: CHUNK_ELEMENTS + 4321]
+    assert squared_norm(values).hex() == GOLDEN_SQUARED_NORM
+    assert squared_norm(values) == pytest.approx(math.fsum(float(value) ** 2 for value in values), rel=1e-14)
+
+
+def test_squared_norm_of_the_largest_values_is_finite() -> None:
+    assert squared_norm(np.full(CHUNK_ELEMENTS, 2.0**64, np.float32)) == 2.0**144

@@ -1,0 +1,355 @@
+"""The codecs: golden bytes, edges, refusals, bounded memory."""
+
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from shoal.protocol.codecs import (
+    BLOCK_ELEMENTS,
+    CHUNK_ELEMENTS,
+    CODECS,
+    FLOAT16_MAX,
+    INT8_SCALE_MAX,
+    INT8_SCALE_MIN,
+    MAGNITUDE_MAX,
+    Codec,
+    Float32s,
+    encode_with_feedback,
+    is_encodable,
+    is_finite,
+)
+from shoal.protocol.errors import ProtocolError, Refusal
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+SMALLEST = 2.0**-149
+
+GOLDEN_INPUT = "2e3cb7b0345cbd1df67edb58d2aa37d24b5e931a29b18dde3e888d4507a8e9b8"
+# Codec: BLAKE3 of the encoded bytes, of the decoded values.
+GOLDEN = {
+    "fp32": (
+        "2e3cb7b0345cbd1df67edb58d2aa37d24b5e931a29b18dde3e888d4507a8e9b8",
+        "2e3cb7b0345cbd1df67edb58d2aa37d24b5e931a29b18dde3e888d4507a8e9b8",
+    ),
+    "fp16": (
+        "19339deec62b03f6ef185817469031ef8e63101f25017f067bb5e6886a1a78ea",
+        "bde9089fe6304165c293dab8f325a6270de009f09908b3076b4187f9ba554265",
+    ),
+    "int8": (
+        "323c685ab051a407de3b115093b73b4f6cc59785cdff7e66634ea52758ffb53e",
+        "39f5e60bb75365a5924164a659582f29db5621036ec0070af1918b45b3cc1a91",
+    ),
+}
+GOLDEN_SHORT = {
+    "fp32": "0000803f9a9999be000000006f12833a8104353f",
+    "fp16": "003ccdb400001914a839",
+    "int8": "0402013c7fda00005a",
+}
+
+every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+
+
+def vector(*values: float) -> Float32s:
+    return np.array(values, np.float32)
+
+
+def golden_input() -> Float32s:
+    """600 values by exact arithmetic: an ordinary block, a block of zeros, and 88 values of many magnitudes."""
+    mixed = (np.arange(600, dtype=np.int64) * 2_654_435_761 + 12_345) % 2**32 - 2**31
+    values = (mixed >> 8).astype(np.float32) * np.float32(2.0**-30)
+    values[BLOCK_ELEMENTS : 2 * BLOCK_ELEMENTS] = 0
+    values[2 * BLOCK_ELEMENTS :] = np.ldexp(values[2 * BLOCK_ELEMENTS :], -2 * (np.arange(88) % 44))
+    return values
+
+
+def decode(codec: Codec, raw: bytes | memoryview, elements: int) -> Float32s:
+    out = np.empty(elements, np.float32)
+    codec.decode_untrusted(raw, elements, out)
+    return out
+
+
+def int8_part(scale: float | bytes, *codes: int) -> bytes:
+    head = scale if isinstance(scale, bytes) else struct.pack("<f", scale)
+    return head + struct.pack(f"{len(codes)}b", *codes)
+
+
+def lattice(seed: int, elements: int) -> Float32s:
+    return np.random.default_rng(seed).standard_normal(elements).astype(np.float32)
+
+
+def test_table_names_each_codec_once() -> None:
+    assert {name: codec.name for name, codec in CODECS.items()} == {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
+
+
+def test_input_of_golden_bytes_is_what_it_was() -> None:
+    assert blake3(golden_input().astype("<f4").tobytes()).hexdigest() == GOLDEN_INPUT
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_bytes_are_golden(name: str) -> None:
+    values = golden_input()
+    encoded = CODECS[name].encode(values)
+    decoded = decode(CODECS[name], encoded, values.size)
+
+    assert (blake3(encoded).hexdigest(), blake3(decoded.astype("<f4").tobytes()).hexdigest()) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_short_vector_is_golden_in_full(name: str) -> None:
+    assert bytes(CODECS[name].encode(vector(1.0, -0.3, 0.0, 1e-3, 0.7071))).hex() == GOLDEN_SHORT[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "elements", "size"),
+    [("fp32", 1, 4), ("fp32", 600, 2400), ("fp16", 3, 6), ("int8", 1, 5), ("int8", 256, 260), ("int8", 257, 265)],
+)
+def test_size_depends_on_elements_alone(name: str, elements: int, size: int) -> None:
+    codec = CODECS[name]
+    assert codec.encoded_bytes(elements) == size
+    assert len(codec.encode(np.zeros(elements, np.float32))) == size
+    assert len(codec.encode(lattice(1, elements))) == size
+
+
+def test_int8_scales_stand_before_codes() -> None:
+    values = np.zeros(258, np.float32)
+    values[[0, 1, 256, 257]] = [127.0, -63.5, 254.0, 3.0]
+
+    encoded = bytes(CODECS["int8"].encode(values))
+
+    assert encoded[:8] == struct.pack("<2f", 1.0, 2.0)
+    assert struct.unpack("258b", encoded[8:]) == (127, -64, *([0] * 254), 127, 2)
+
+
+def test_int8_rounds_half_to_even() -> None:
+    values = vector(127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5)
+    assert decode(CODECS["int8"], CODECS["int8"].encode(values), 8).tolist() == [127, 0, 2, 2, 0, -2, -2, 126]
+
+
+def test_fp16_rounds_half_to_even() -> None:
+    values = vector(1 + 2.0**-11, 1 + 3 * 2.0**-11, 2.0**-25, 3 * 2.0**-25)
+    decoded = decode(CODECS["fp16"], CODECS["fp16"].encode(values), 4)
+    assert decoded.tolist() == [1.0, 1 + 2.0**-9, 0.0, 2.0**-23]
+
+
+@pytest.mark.parametrize("peak", [SMALLEST, 2.0**-140, 2.0**-127, 100 * SMALLEST, INT8_SCALE_MIN, 126 * INT8_SCALE_MIN])
+def test_int8_scale_is_never_subnormal(peak: float) -> None:
+    values = vector(peak, -peak / 2, 0.0)
+    encoded = CODECS["int8"].encode(values)
+
+    assert struct.unpack("<f", encoded[:4]) == (INT8_SCALE_MIN,)
+    assert np.abs(decode(CODECS["int8"], encoded, 3) - values).max() <= INT8_SCALE_MIN / 2
+
+
+def test_int8_block_of_zeros_has_no_scale() -> None:
+    assert bytes(CODECS["int8"].encode(vector(0.0, -0.0))) == bytes(6)
+
+
+@pytest.mark.parametrize("peak", [127 * INT8_SCALE_MAX, np.nextafter(np.float32(127 * INT8_SCALE_MAX), np.float32(0))])
+def test_int8_holds_its_bound_up_to_its_largest_magnitude(peak: float) -> None:
+    values = (np.linspace(-1, 1, 256) * peak).astype(np.float32)
+    decoded = decode(CODECS["int8"], CODECS["int8"].encode(values), 256)
+    assert np.abs(decoded.astype(np.float64) - values).max() <= INT8_SCALE_MAX * (0.5 + 2.0**-16)
+
+
+@every_codec
+@pytest.mark.parametrize("peak", [FLOAT32_MAX, FLOAT32_MAX / 2, 2.0**65, 2.0**100])
+def test_what_is_too_large_saturates(codec: Codec, peak: float) -> None:
+    decoded = decode(codec, codec.encode(vector(peak, -peak, 0.0)), 3)
+    assert decoded.tolist() == [codec.magnitude_max, -codec.magnitude_max, 0.0]
+
+
+@every_codec
+def test_largest_magnitude_survives(codec: Codec) -> None:
+    values = vector(codec.magnitude_max, -codec.magnitude_max)
+    assert decode(codec, codec.encode(values), 2).tolist() == values.tolist()
+
+
+@every_codec
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("place", [0, 300])
+def test_encoding_what_is_not_finite_is_a_bug(codec: Codec, value: float, place: int) -> None:
+    values = np.zeros(301, np.float32)
+    values[place] = value
+    with pytest.raises(AssertionError, match="finite"):
+        codec.encode(values)
+
+
+@every_codec
+@pytest.mark.parametrize("change", [-1, 1, 4])
+def test_wrong_length_is_refused(codec: Codec, change: int) -> None:
+    raw = bytes(codec.encoded_bytes(300) + change)
+    with pytest.raises(ProtocolError) as caught:
+        codec.decode_untrusted(raw, 300, np.empty(300, np.float32))
+    assert caught.value.refusal is Refusal.WRONG_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "refusal"),
+    [
+        ("fp32", struct.pack("<2f", 0.0, np.nan), Refusal.NOT_FINITE),
+        ("fp32", struct.pack("<2f", -np.inf, 0.0), Refusal.NOT_FINITE),
+        (
+            "fp32",
+            struct.pack("<2f", 0.0, np.nextafter(np.float32(MAGNITUDE_MAX), np.float32(np.inf))),
+            Refusal.OUT_OF_RANGE,
+        ),
+        ("fp32", struct.pack("<2f", -FLOAT32_MAX, 0.0), Refusal.OUT_OF_RANGE),
+        ("fp16", struct.pack("<2H", 0, 0x7C00), Refusal.NOT_FINITE),
+        ("fp16", struct.pack("<2H", 0xFC00, 0), Refusal.NOT_FINITE),
+        ("fp16", struct.pack("<2H", 0, 0xFE01), Refusal.NOT_FINITE),
+        ("int8", int8_part(np.nan, 1, 1), Refusal.NOT_FINITE),
+        ("int8", int8_part(np.inf, 0, 0), Refusal.NOT_FINITE),
+        ("int8", int8_part(-np.inf, 0, 0), Refusal.NOT_FINITE),
+        ("int8", int8_part(-1.0, 1, 1), Refusal.OUT_OF_RANGE),
+        ("int8", int8_part(-0.0, 0, 0), Refusal.OUT_OF_RANGE),
+        ("int8", int8_part(SMALLEST, 1, 1), Refusal.OUT_OF_RANGE),
+        ("int8", int8_part(2.0**-127, 1, 1), Refusal.OUT_OF_RANGE),
+        ("int8", int8_part(2.0**58, 1, 1), Refusal.OUT_OF_RANGE),
+        ("int8", int8_part(FLOAT32_MAX, 1, 1), Refusal.OUT_OF_RANGE),
+        ("int8", int8_part(1.0, 127, -128), Refusal.OUT_OF_RANGE),
+    ],
+)
+def test_what_no_encoder_writes_is_refused_before_anything_is_written(name: str, raw: bytes, refusal: Refusal) -> None:
+    out = vector(5.0, 6.0)
+    with pytest.raises(ProtocolError) as caught:
+        CODECS[name].decode_untrusted(raw, 2, out)
+    assert caught.value.refusal is refusal
+    assert out.tolist() == [5.0, 6.0]
+
+
+@pytest.mark.parametrize("scale", [INT8_SCALE_MIN, INT8_SCALE_MAX, 0.0])
+def test_int8_limits_are_inclusive(scale: float) -> None:
+    assert decode(CODECS["int8"], int8_part(scale, 127, -127), 2).tolist() == [127 * scale, -127 * scale]
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+def test_fault_in_the_last_chunk_is_found(name: str) -> None:
+    codec, elements = CODECS[name], 2 * CHUNK_ELEMENTS + 3
+    raw = bytearray(codec.encode(lattice(2, elements)))
+    raw[-1] = 0x80 if name == "int8" else 0x7F
+    raw[-2] = 0x00 if name == "int8" else 0xFF
+    with pytest.raises(ProtocolError):
+        codec.check_untrusted(raw, elements)
+
+
+@every_codec
+@pytest.mark.parametrize(
+    "elements", [1, 255, 256, 257, CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS + 1, 2 * CHUNK_ELEMENTS + 777]
+)
+def test_chunks_leave_no_trace(codec: Codec, elements: int) -> None:
+    values = lattice(elements, elements)
+    whole = decode(codec, codec.encode(values), elements)
+    blocks = [values[start : start + BLOCK_ELEMENTS] for start in range(0, elements, BLOCK_ELEMENTS)]
+    piecewise = np.concatenate([decode(codec, codec.encode(block), block.size) for block in blocks])
+    assert whole.tobytes() == piecewise.tobytes()
+
+
+@every_codec
+@pytest.mark.parametrize(("start", "stop"), [(0, 256), (256, 1000), (512, 600), (768, 1000)])
+def test_range_is_a_slice_of_the_whole(codec: Codec, start: int, stop: int) -> None:
+    encoded = codec.encode(lattice(3, 1000))
+    out = np.empty(stop - start, np.float32)
+    codec.decode_range(encoded, 1000, start, out)
+    assert out.tobytes() == decode(codec, encoded, 1000)[start:stop].tobytes()
+
+
+@every_codec
+def test_memory_of_the_caller_is_used(codec: Codec) -> None:
+    values = lattice(4, 700)
+    frame = memoryview(bytearray(codec.encoded_bytes(700) + 3))
+    payload = frame[3:]  # at an odd address, as behind a frame's header
+
+    assert codec.encode(values, payload) is payload
+    assert bytes(payload) == bytes(codec.encode(values))
+    assert decode(codec, payload.toreadonly(), 700).tobytes() == decode(codec, bytes(payload), 700).tobytes()
+
+
+@every_codec
+def test_memory_of_another_size_is_a_bug(codec: Codec) -> None:
+    with pytest.raises(AssertionError, match="bytes"):
+        codec.encode(vector(1.0, 2.0), memoryview(bytearray(codec.encoded_bytes(2) + 1)))
+
+
+@pytest.mark.parametrize("values", [np.zeros(4), np.zeros((2, 2), np.float32), np.zeros(4, np.float32)[::2], vector()])
+@every_codec
+def test_other_arrays_are_a_bug(codec: Codec, values: NDArray[np.float32]) -> None:
+    with pytest.raises(AssertionError):
+        codec.encode(values)
+
+
+@every_codec
+def test_temporary_memory_is_bounded(codec: Codec) -> None:
+    elements = 16 * CHUNK_ELEMENTS
+    values, out, residual = lattice(5, elements), np.empty(elements, np.float32), np.zeros(elements, np.float32)
+    payload = memoryview(bytearray(codec.encoded_bytes(elements)))
+    tracemalloc.start()
+    try:
+        encode_with_feedback(codec, values, residual, values, payload)
+        codec.decode_untrusted(payload, elements, out)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * 4 * CHUNK_ELEMENTS
+
+
+@pytest.mark.parametrize(
+    ("value", "encodable", "finite"),
+    [
+        (0.0, True, True),
+        (-MAGNITUDE_MAX, True, True),
+        (float(np.nextafter(np.float32(MAGNITUDE_MAX), np.float32(np.inf))), False, True),
+        (-FLOAT32_MAX, False, True),
+        (np.inf, False, False),
+        (-np.nan, False, False),
+    ],
+)
+def test_values_are_judged_before_they_are_encoded(value: float, encodable: bool, finite: bool) -> None:
+    values = np.zeros(CHUNK_ELEMENTS + 1, np.float32)
+    values[-1] = value
+    assert (is_encodable(values), is_finite(values)) == (encodable, finite)
+
+
+def test_feedback_returns_what_rounds_left_out() -> None:
+    """A value too small for its block's scale is sent once enough of it has gathered."""
+    codec, residual = CODECS["int8"], np.zeros(2, np.float32)
+    sent = np.zeros(2, np.float64)
+    for _ in range(100):
+        residual_next = np.empty_like(residual)
+        encoded = encode_with_feedback(codec, vector(127.0, 0.125), residual, residual_next)
+        sent += decode(codec, encoded, 2)
+        residual = residual_next
+    assert sent[1] + residual[1] == 12.5
+    assert sent[1] == 12.0
+
+
+@every_codec
+def test_feedback_may_overwrite_the_delta_but_not_the_residual(codec: Codec) -> None:
+    delta, residual = lattice(6, 500), lattice(7, 500) * np.float32(0.01)
+    apart, together = np.empty_like(delta), delta.copy()
+    kept = residual.copy()
+
+    encoded = encode_with_feedback(codec, delta, residual, apart)
+
+    assert bytes(encode_with_feedback(codec, together, residual, together)) == bytes(encoded)
+    assert together.tobytes() == apart.tobytes()
+    assert residual.tobytes() == kept.tobytes()
+    with pytest.raises(AssertionError, match="residual"):
+        encode_with_feedback(codec, delta, residual, residual)
+
+
+@pytest.mark.parametrize(
+    ("name", "produced"),
+    [("int8", 2.0**80), ("int8", FLOAT32_MAX / 2**48), ("fp16", 2.0**28 + 48), ("fp16", 65_520.0), ("fp32", 2.0**65)],
+)
+def test_feedback_keeps_what_saturates(name: str, produced: float) -> None:
+    codec, residual_next = CODECS[name], np.empty(1, np.float32)
+    encoded = encode_with_feedback(codec, vector(produced), vector(0.0), residual_next)
+    assert decode(codec, encoded, 1)[0] + residual_next[0] == np.float32(produced)
+    assert residual_next[0] > 0
+
+
+def test_fp16_limit_is_binary16s() -> None:
+    assert float(np.finfo(np.float16).max) == FLOAT16_MAX

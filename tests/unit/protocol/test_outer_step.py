@@ -1,0 +1,173 @@
+"""The outer step: golden state, a slow reference, slices, subnormal numbers, the thread's rounding mode."""
+
+import ctypes
+import platform
+import struct
+import tracemalloc
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from blake3 import blake3
+
+from shoal.protocol.codecs import CHUNK_ELEMENTS, CODECS, Float32s
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterOptimizer, rounds_as_specified
+
+RATES = (0.7, 0.9)
+# Optimizer: BLAKE3 of the params, of the momentum.
+GOLDEN_STATES = {
+    "nesterov": (
+        "c9d94bccb6bea15d30385ca5ad1ffd7e063bf2b2740edb8fcc52c18be9d158d3",
+        "bee849ecb3e932d3bb2f55dd59c46a25a18fb5f52d3e9d5b3ec9ce2f2cecb3c4",
+    ),
+    "sgd": (
+        "f6da5c75997e23394e63f4595764d0aa210f1da82866615279b2cd3d2952357f",
+        "b076a598eede7c291f01690cac91c37ef5349d63a431b204a93122496b2b4564",
+    ),
+}
+every_optimizer = pytest.mark.parametrize("optimizer", OUTER_OPTIMIZERS.values(), ids=OUTER_OPTIMIZERS)
+
+
+def golden_vector(seed: int, elements: int = 600) -> Float32s:
+    mixed = (np.arange(elements, dtype=np.int64) * 2_654_435_761 + seed * 40_503) % 2**32 - 2**31
+    return (mixed >> 8).astype(np.float32) * np.float32(2.0**-25)
+
+
+def to_float32(value: float) -> float:
+    (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    assert isinstance(rounded, float)
+    return rounded
+
+
+def step_slowly(name: str, p: float, m: float, d: float, learning_rate: float, momentum: float) -> tuple[float, float]:
+    eta, mu = to_float32(learning_rate), to_float32(momentum)
+    if name == "sgd":
+        return to_float32(p - to_float32(eta * d)), m
+    m = to_float32(to_float32(mu * m) + d)
+    return to_float32(p - to_float32(eta * to_float32(d + to_float32(mu * m)))), m
+
+
+def test_table_names_each_optimizer_once() -> None:
+    assert {name: optimizer.name for name, optimizer in OUTER_OPTIMIZERS.items()} == {
+        "nesterov": "nesterov",
+        "sgd": "sgd",
+    }
+
+
+@pytest.mark.parametrize("name", OUTER_OPTIMIZERS)
+def test_state_after_three_rounds_is_golden(name: str) -> None:
+    params, momentum = golden_vector(1), np.zeros(600, np.float32)
+    codec, update = CODECS["int8"], np.empty(600, np.float32)
+    for round_number in range(3):
+        codec.decode_untrusted(codec.encode(golden_vector(round_number + 2)), 600, update)
+        OUTER_OPTIMIZERS[name].apply(params, momentum, update, *RATES)
+
+    digests = tuple(blake3(vector.astype("<f4").tobytes()).hexdigest() for vector in (params, momentum))
+    assert digests == GOLDEN_STATES[name]
+
+
+@every_optimizer
+@pytest.mark.parametrize("scale", [1.0, 2.0**-120, 2.0**-130, 2.0**60])
+@pytest.mark.parametrize("rates", [(0.7, 0.9), (1.0, 0.0), (0.0, 0.5), (0.1, 1.0)])
+def test_bits_are_the_references(optimizer: OuterOptimizer, scale: float, rates: tuple[float, float]) -> None:
+    params, momentum, update = (golden_vector(seed) * np.float32(scale) for seed in (5, 6, 7))
+    expected = [
+        step_slowly(optimizer.name, *values, *rates)
+        for values in zip(params.tolist(), momentum.tolist(), update.tolist(), strict=True)
+    ]
+    kept = update.copy()
+
+    optimizer.apply(params, momentum, update, *rates)
+
+    assert list(zip(params.tolist(), momentum.tolist(), strict=True)) == expected
+    assert update.tobytes() == kept.tobytes()
+
+
+def test_one_step_by_hand() -> None:
+    params, momentum, update = (np.array([value], np.float32) for value in (10.0, 4.0, 2.0))
+    OUTER_OPTIMIZERS["nesterov"].apply(params, momentum, update, 0.25, 0.5)
+    assert (momentum[0], params[0]) == (4.0, 9.0)
+
+    OUTER_OPTIMIZERS["sgd"].apply(params, momentum, update, 0.25, 0.5)
+    assert (momentum[0], params[0]) == (4.0, 8.5)
+
+
+@every_optimizer
+@pytest.mark.parametrize("cuts", [(1,), (256, 512), (CHUNK_ELEMENTS,), (100_000, 100_001, 150_000)])
+def test_slices_make_the_whole(optimizer: OuterOptimizer, cuts: tuple[int, ...]) -> None:
+    elements = 2 * CHUNK_ELEMENTS + 999
+    whole = [golden_vector(seed, elements) for seed in (1, 2, 3)]
+    sliced = [vector.copy() for vector in whole]
+
+    optimizer.apply(whole[0], whole[1], whole[2], *RATES)
+    for start, stop in zip((0, *cuts), (*cuts, elements), strict=True):
+        params, momentum, update = (vector[start:stop] for vector in sliced)
+        optimizer.apply(params, momentum, update, *RATES)
+
+    assert [vector.tobytes() for vector in sliced] == [vector.tobytes() for vector in whole]
+
+
+@every_optimizer
+def test_largest_updates_keep_the_state_finite(optimizer: OuterOptimizer) -> None:
+    params, momentum = np.zeros(8, np.float32), np.zeros(8, np.float32)
+    update = np.full(8, 2.0**64, np.float32)
+    for _ in range(100):
+        optimizer.apply(params, momentum, update, 10.0, 1.0)
+    assert np.isfinite(params).all()
+    assert np.isfinite(momentum).all()
+
+
+@every_optimizer
+def test_temporary_memory_is_bounded(optimizer: OuterOptimizer) -> None:
+    vectors = [golden_vector(seed, 8 * CHUNK_ELEMENTS) for seed in (1, 2, 3)]
+    tracemalloc.start()
+    try:
+        optimizer.apply(vectors[0], vectors[1], vectors[2], *RATES)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 4 * CHUNK_ELEMENTS
+
+
+@every_optimizer
+@pytest.mark.parametrize("rates", [(-0.1, 0.9), (0.7, -0.1), (0.7, 1.1), (float("nan"), 0.9), (float("inf"), 0.9)])
+def test_rates_that_no_manifest_has_are_a_bug(optimizer: OuterOptimizer, rates: tuple[float, float]) -> None:
+    vector = np.ones(2, np.float32)
+    with pytest.raises(AssertionError, match="rates"):
+        optimizer.apply(vector, vector.copy(), vector.copy(), *rates)
+
+
+@every_optimizer
+def test_slices_of_two_lengths_are_a_bug(optimizer: OuterOptimizer) -> None:
+    vector = np.ones(2, np.float32)
+    with pytest.raises(AssertionError, match="length"):
+        optimizer.apply(vector, vector.copy(), np.ones(3, np.float32), *RATES)
+
+
+# Of the processor's floating-point control register in glibc's fenv_t: its offset, the bits that make it round toward
+# plus infinity, those that make it flush subnormal results and operands to zero.
+_CONTROL = {"x86_64": (28, 0x4000, 0x8040), "aarch64": (0, 1 << 22, 1 << 24)}
+
+
+@pytest.fixture(params=[1, 2], ids=["rounding upward", "flushing subnormals"])
+def altered_arithmetic(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The calling thread computes as a library built for speed may have left it."""
+    control = _CONTROL[platform.machine()]
+    libm = ctypes.CDLL("libm.so.6")
+    usual = ctypes.create_string_buffer(64)
+    assert libm.fegetenv(usual) == 0
+    altered = bytearray(usual.raw)
+    (register,) = struct.unpack_from("<I", altered, control[0])
+    struct.pack_into("<I", altered, control[0], register | control[request.param])
+    assert libm.fesetenv(bytes(altered)) == 0
+    yield
+    assert libm.fesetenv(usual) == 0
+
+
+@pytest.mark.usefixtures("altered_arithmetic")
+def test_thread_that_computes_otherwise_is_found() -> None:
+    assert not rounds_as_specified()
+
+
+def test_thread_as_python_starts_it_computes_as_specified() -> None:
+    assert rounds_as_specified()
