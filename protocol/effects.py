@@ -27,7 +27,7 @@ class Phase(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VoteRecord:
     """A voter's durable memory of a round: Paxos acceptor state, and `led`, one past the last attempt in which this
-    peer proposed a result, so that a restart never makes it propose a second one in the same attempt."""
+    peer planned or proposed, so that a restart never makes it do so a second time in the same attempt."""
 
     round: U63
     promised: U32 = 0

@@ -40,6 +40,7 @@ class Refusal(StrEnum):
     NO_QUORUM = "no_quorum"
     LIMIT = "limit"
     NOT_AUTHENTIC = "not_authentic"
+    NOT_READY = "not_ready"
 
 
 class Failure(StrEnum):

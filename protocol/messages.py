@@ -279,6 +279,19 @@ class PeersAnswer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReach:
+    """Asks the other one to dial this peer's announced tensor address."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReachAnswer:
+    """`known` is false where an open link says nothing about dialling."""
+
+    known: bool
+    reached: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
     """What a control frame carries. The version and the swarm are readable before the body is."""
 
@@ -312,6 +325,8 @@ SCHEMA = Schema(
         37: LedgerEntries,
         38: GetPeers,
         39: PeersAnswer,
+        40: CheckReach,
+        41: ReachAnswer,
     }
 )
 # What may be larger than MESSAGE_BYTES_MAX: answers that carry state. Everything else is refused past it.

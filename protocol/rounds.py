@@ -515,6 +515,7 @@ class RoundCore(RoundState):
         plan = make_plan(self.head, self.attempt, self._rules.codec, ready, self._parts)
         if plan is None:
             return
+        self._mark_led()
         self._effects.append(
             Planned(
                 round=self.round,
@@ -591,11 +592,15 @@ class RoundCore(RoundState):
         if len(self._lead.done) == self._parts:
             self._propose(make_result(self._plan, self._lead.done, self.head, self._absent()), now)
 
+    def _mark_led(self) -> None:
+        # Durable before a plan or a proposal leaves: after a restart there must be no second one in this attempt.
+        if self._vote.led <= self.attempt:
+            self._vote = replace(self._vote, promised=self.attempt, led=self.attempt + 1)
+            self._effects.append(Persist(vote=self._vote))
+
     def _propose(self, result: Result, now: float) -> None:
         assert self._lead is not None
-        # Durable before it is sent: after a restart no second result may be proposed in this attempt.
-        self._vote = replace(self._vote, promised=self.attempt, led=self.attempt + 1)
-        self._effects.append(Persist(vote=self._vote))
+        self._mark_led()
         proposal = Proposal(attempt=self.attempt, result=result)
         self._follow_proposal(proposal, now)
         for peer in sorted({*self._audience(), *(member.peer for member in result.members)} - {self._me}):

@@ -1,0 +1,98 @@
+"""What this peer answers when others ask: manifest, certificates, snapshot index, ledger steps, peers, reachability.
+
+Invariant: every answer is bounded by its message's schema; a question that no honest peer asks costs the asker.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shoal.node.ledger_sync import LedgerSync
+from shoal.node.link_port import Address, FetchFailed, FetchFailure, LinkLost
+from shoal.node.links import TensorLinks
+from shoal.node.local_state import LocalState
+from shoal.node.membership import Membership
+from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.identity import PeerId
+from shoal.protocol.messages import (
+    CERTIFICATES_PER_ANSWER,
+    CertificatesAnswer,
+    CheckReach,
+    GetCertificates,
+    GetManifest,
+    GetPeers,
+    GetSnapshot,
+    ManifestAnswer,
+    ReachAnswer,
+    Reconcile,
+    SnapshotAnswer,
+    decode_message_untrusted,
+    encode_message,
+)
+from shoal.protocol.wire import DELTA_BYTES_MAX, encode_record
+
+REACH_TIMEOUT_S = 4.0
+ANSWER_BYTES_MAX = DELTA_BYTES_MAX - 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """Answers on the event loop; what reads the disk does so in a thread."""
+
+    swarm: bytes
+    signed_manifest: bytes
+    state: LocalState
+    ledger: LedgerSync
+    membership: Membership
+    links: TensorLinks
+    address_of: Callable[[PeerId], Address | None]
+
+    async def answer(self, peer: PeerId, raw: bytes) -> bytes:
+        """The encoded answer; raises ProtocolError for a question that has none."""
+        question = decode_message_untrusted(self.swarm, raw)
+        match question:
+            case GetManifest():
+                answer: object = ManifestAnswer(signed_manifest=self.signed_manifest)
+            case GetCertificates():
+                answer = await self._answer_certificates(question)
+            case GetSnapshot():
+                answer = await asyncio.to_thread(self._answer_snapshot, question)
+            case Reconcile():
+                answer = self.ledger.answer_reconcile(question)
+            case GetPeers():
+                answer = self.membership.answer_peers()
+            case CheckReach():
+                answer = await self._check_reach(peer)
+            case _:
+                raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(question).__name__} is no question")
+        return encode_message(self.swarm, answer)
+
+    async def _answer_certificates(self, question: GetCertificates) -> CertificatesAnswer:
+        count = min(question.count, CERTIFICATES_PER_ANSWER)
+        found = await asyncio.to_thread(self.state.load_certificates, question.first_round, count)
+        kept, size = [], 0
+        for certificate in found:
+            size += len(encode_record(certificate))
+            if size > ANSWER_BYTES_MAX:
+                break
+            kept.append(certificate)
+        return CertificatesAnswer(certificates=tuple(kept))
+
+    def _answer_snapshot(self, question: GetSnapshot) -> SnapshotAnswer:
+        snapshots = self.state.stores.snapshots
+        usable = [number for number in snapshots.rounds() if number <= question.round_max]
+        snapshot = snapshots.get(usable[-1]) if usable else None
+        return SnapshotAnswer(index=b"" if snapshot is None else encode_record(snapshot.index))
+
+    async def _check_reach(self, peer: PeerId) -> ReachAnswer:
+        """Dial the asker's announced tensor address; asking it for a blob that nobody has shows that it is there."""
+        address = self.address_of(peer)
+        if address is None or self.links.is_linked(peer):
+            return ReachAnswer(known=False, reached=False)
+        try:
+            await self.links.fetch(peer, address, bytes(32), memoryview(bytearray(1)), REACH_TIMEOUT_S)
+        except FetchFailed as error:
+            return ReachAnswer(known=True, reached=error.reason is not FetchFailure.TIMEOUT)
+        except LinkLost:
+            return ReachAnswer(known=True, reached=False)
+        return ReachAnswer(known=True, reached=True)

@@ -1,0 +1,209 @@
+"""The trainer at the daemon's side of a round: start it, freeze what it made, hand it the new base, restart it.
+
+The pseudo-gradient is anchored at the current certified base; a round that was certified without this peer changes the
+base and nothing else here, so the next contribution carries the work. Past `missed_rounds_max` such rounds the peer
+starts again from the base.
+
+Invariants: a contribution is offered at most once a round, and only while it is what the trainer last handed over; a
+trainer that keeps failing is given up after RESTARTS_MAX within RESTART_WINDOW_S, and the daemon goes on without one.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+
+from shoal.node.local_state import LocalState
+from shoal.node.status import TrainerState
+from shoal.node.trainer import Trainer, TrainerError, TrainerEvent, TrainerExited, TrainerStalled
+from shoal.node.training.messages import Evaluated, Failed, Merge, Progress, Ready, Sampled, Work
+from shoal.protocol.contribution import Frozen, NonFiniteContribution
+from shoal.protocol.errors import Failure
+from shoal.protocol.identity import PeerId
+from shoal.protocol.manifest import Manifest
+from shoal.protocol.messages import Result
+from shoal.protocol.quorum import make_bitmap
+
+RESTARTS_MAX = 5
+RESTART_WINDOW_S = 600.0
+RESTART_DELAY_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputePorts:
+    """What the compute side tells the daemon."""
+
+    frozen: Callable[[Frozen, Ready], None]  # a contribution to the open round is ready to be offered
+    restarted: Callable[[Failure, str], None]
+    spawn: Callable[[Coroutine[object, object, object]], None]
+
+
+class Compute:
+    """All calls on the event loop. The trainer's events come in by `take`."""
+
+    def __init__(self, *, me: PeerId, manifest: Manifest, state: LocalState, ports: ComputePorts) -> None:
+        self.trainer: Trainer
+        self.phase = TrainerState.NONE
+        self.device = ""
+        self.error = ""
+        self.restarts = 0
+        self.progress: Progress | None = None
+        self.loss: float | None = None
+        self.tokens = 0  # since the daemon's start
+        self.steps = 0
+        self.evaluations: list[Evaluated] = []
+        self._me = me
+        self._manifest = manifest
+        self._state = state
+        self._ports = ports
+        self._ready: Ready | None = None  # what the trainer last handed over, until it is told to go on
+        self._missed = 0
+        self._batches_done = 0
+        self._counted_tokens = 0
+        self._counted_steps = 0
+        self._failures_s: list[float] = []
+        self._freezing = asyncio.Lock()
+        self._stopping = False
+
+    # -- life of the trainer -----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the trainer and let it train for the round after the head."""
+        self.phase = TrainerState.STARTING
+        work = Work(
+            task=self._manifest.task,
+            training=self._manifest.training,
+            layout_digest=self._manifest.layout.digest,
+            seed=self._manifest.seed,
+            peer=self._me,
+            batches_done=self._batches_done,
+        )
+        try:
+            started = await self.trainer.start(work)
+        except TrainerError as error:
+            await self._failed(error.failure, error.detail)
+            return
+        self.device = started.device
+        self.phase = TrainerState.RUNNING
+        self._ready = None
+        self._missed = 0
+        self._counted_tokens = self._counted_steps = 0
+        await self.trainer.begin(self._state.head.round + 1, adopt=True)
+
+    async def stop(self) -> None:
+        """End the trainer in bounded time."""
+        self._stopping = True
+        self.phase = TrainerState.STOPPED
+        await self.trainer.stop()
+
+    async def _failed(self, reason: Failure, detail: str) -> None:
+        """Restart it from the last certified state, unless it fails again and again."""
+        if self._stopping:
+            return
+        now = asyncio.get_running_loop().time()
+        self._failures_s = [at for at in self._failures_s if now - at < RESTART_WINDOW_S] + [now]
+        self.restarts += 1
+        self.error = detail
+        self._ready = None
+        self._ports.restarted(reason, detail)
+        if len(self._failures_s) > RESTARTS_MAX:
+            self.phase = TrainerState.STOPPED
+            log.error("the trainer failed %d times and is not started again: %s", len(self._failures_s), detail)
+            return
+        self.phase = TrainerState.STARTING
+        await asyncio.sleep(RESTART_DELAY_S * len(self._failures_s))
+        await self.trainer.stop()
+        # The local parameters are gone with the process. The residual is not: it is work that was merged and not sent.
+        await self.start()
+
+    # -- its events --------------------------------------------------------------------------------------------------
+
+    def take(self, event: TrainerEvent) -> None:
+        """Called by the trainer port, in the order in which things happened."""
+        match event:
+            case Progress():
+                self._count(event.tokens, event.steps)
+                self.progress = event
+                self.loss = event.loss
+            case Ready():
+                self._count(event.tokens, event.steps)
+                self._batches_done = event.batches_done
+                self.loss = event.loss_mean
+                self._ready = event
+                self.phase = TrainerState.PAUSED
+                self._ports.spawn(self._freeze())
+            case Evaluated():
+                self.evaluations = [*self.evaluations[-63:], event]
+            case Failed():
+                self.error = event.detail
+                log.warning("trainer: %s: %s", event.reason, event.detail)
+            case TrainerExited():
+                last = event.stderr_lines[-1] if event.stderr_lines else f"exit status {event.returncode}"
+                self._ports.spawn(self._failed(Failure.TRAINER_CRASHED, last))
+            case TrainerStalled():
+                self.phase = TrainerState.STALLED
+                detail = f"no report for {event.silent_s:.0f} s"
+                self._ports.spawn(self._failed(Failure.TRAINER_STALLED, detail))
+            case Sampled():
+                pass  # nobody asks a running trainer for text
+
+    def _count(self, tokens: int, steps: int) -> None:
+        """The trainer counts since it last adopted the base; the daemon counts since its own start."""
+        if tokens < self._counted_tokens:
+            self._counted_tokens = self._counted_steps = 0
+        self.tokens += tokens - self._counted_tokens
+        self.steps += steps - self._counted_steps
+        self._counted_tokens, self._counted_steps = tokens, steps
+
+    # -- rounds ------------------------------------------------------------------------------------------------------
+
+    async def _freeze(self) -> None:
+        async with self._freezing:
+            ready = self._ready
+            if ready is None:
+                return
+            try:
+                frozen = await self._state.freeze(self.trainer.local)
+            except NonFiniteContribution as error:
+                log.warning("%s; the trainer starts again from the base", error)
+                self._ready = None
+                self._state.contributor.clear()
+                await self.trainer.begin(self._state.head.round + 1, adopt=True)
+                return
+            if self._ready is ready and frozen.round == self._state.head.round + 1:
+                self._ports.frozen(frozen, ready)
+
+    async def committed(self, result: Result, included: tuple[int, ...]) -> None:
+        """A round is applied; `included` are the parts that were certified with this peer in them."""
+        self._missed = 0 if included or not result.parts else self._missed + 1
+        restart = self._missed > self._manifest.training.missed_rounds_max
+        if restart:
+            log.warning("missed %d rounds in a row: training goes on from the certified base", self._missed)
+            self._state.contributor.clear()
+            self._missed = 0
+        waiting = self._ready is not None
+        self._ready = None
+        if not (waiting or included or restart) or self.phase is TrainerState.STARTING:
+            return  # it trains on; the new base is the anchor of what it will hand over
+        merge = Merge(
+            round=result.round + 1,
+            included=make_bitmap(frozenset(included), self._manifest.parts),
+            part_elements=self._manifest.rounds.part_elements,
+            adopt_all=restart,
+            begin=True,
+        )
+        self.phase = TrainerState.RUNNING
+        if included or restart:
+            self._counted_tokens = self._counted_steps = 0
+        await self.trainer.merge(merge)
+
+    async def adopt_base(self) -> None:
+        """The state has jumped: local work belongs to a base that is gone."""
+        self._ready = None
+        self._missed = 0
+        self._counted_tokens = self._counted_steps = 0
+        if self.trainer.running:
+            self.phase = TrainerState.RUNNING
+            await self.trainer.begin(self._state.head.round + 1, adopt=True)

@@ -1,0 +1,390 @@
+"""What the daemon tells about itself: the Status, the metrics, and the happenings, all from the same values.
+
+Invariant: a reason has one text everywhere: the value of its enum, in the log, in the metrics and in the status.
+"""
+
+import asyncio
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from shoal.node.catchup import CatchUp
+from shoal.node.compute import Compute
+from shoal.node.config import NodeConfig
+from shoal.node.exchange import PartExchange
+from shoal.node.happenings import REMEDIES, Happening, HappeningFeed, HappeningKind, Severity, describe_notes
+from shoal.node.ledger_sync import LedgerSync
+from shoal.node.links import TensorLinks
+from shoal.node.local_state import LocalState
+from shoal.node.membership import Membership
+from shoal.node.metrics import Direction, Metrics, PeerState, Plane
+from shoal.node.status import (
+    CatchUpStatus,
+    DiskStatus,
+    FailureStatus,
+    LossHistory,
+    PeerStatus,
+    ReasonCount,
+    RoundStatus,
+    Status,
+    TrafficStatus,
+    TrainerState,
+    TrainingStatus,
+    Wait,
+    clean_text,
+    keep_peers,
+)
+from shoal.protocol.effects import AttemptFailed, Note, PartReassigned, Phase, PhaseEntered, Planned, SenderMissing
+from shoal.protocol.errors import Failure
+from shoal.protocol.identity import PeerId, format_peer_id, short_peer_id
+from shoal.protocol.manifest import Manifest
+from shoal.protocol.messages import Presence, Result
+from shoal.protocol.quorum import quorum_size
+from shoal.protocol.rounds import RoundCore
+
+LAG_PERIOD_S = 0.1
+_LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
+
+log = logging.getLogger("shoal")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subjects:
+    """Everything that is reported on."""
+
+    config: NodeConfig
+    me: PeerId
+    swarm: bytes
+    manifest: Manifest
+    uri: str
+    core: RoundCore
+    state: LocalState
+    exchange: PartExchange
+    links: TensorLinks
+    ledger: LedgerSync
+    membership: Membership
+    compute: Compute
+    catch_up: CatchUp
+
+
+class Reporter:
+    """Keeps the counts that nobody else needs. All calls on the event loop."""
+
+    def __init__(self, metrics: Metrics, feed: HappeningFeed) -> None:
+        self.metrics = metrics
+        self.feed = feed
+        self.subjects: Subjects
+        self.started_s = time.time()
+        self.joined = False
+        self.leaving = False
+        self.control_up = True
+        self.disk_failed = ""
+        self.control_bytes: dict[Direction, int] = dict.fromkeys(Direction, 0)
+        self.losses = LossHistory()
+        self.rounds_certified = 0
+        self.participants: dict[int, int] = {}
+        self._aborted: Counter[str] = Counter()
+        self._failure: tuple[Failure, PeerId | None, int, float] | None = None
+        self._phase: tuple[Phase, float] | None = None
+        self._round_began_s = time.monotonic()
+        self._train_ended_s = 0.0
+
+    # -- happenings --------------------------------------------------------------------------------------------------
+
+    def happen(self, kind: HappeningKind, text: str, severity: Severity = Severity.INFO) -> None:
+        """Tell people: in the log, on the page, in the status."""
+        self.feed.publish(Happening(at_s=time.time(), severity=severity, kind=kind, text=text))
+        log.log(_LEVELS[severity], "%s", text)
+
+    def note(self, note: Note) -> None:
+        """Something that the round core did or found."""
+        metrics = self.metrics
+        match note:
+            case PhaseEntered():
+                self._enter_phase(note)
+            case AttemptFailed():
+                metrics.attempts_aborted[note.reason].add()
+                self._aborted[note.reason.value] += 1
+                self._failure = note.reason, note.peer, note.round, time.time()
+            case PartReassigned():
+                metrics.parts_reassigned[note.reason].add()
+                self._failure = note.reason, note.old_owner, note.round, time.time()
+            case SenderMissing():
+                metrics.senders_missing[note.reason].add()
+            case Planned():
+                log.debug("planned attempt %d of round %d for %d peers", note.attempt, note.round, len(note.roster))
+        for happening in describe_notes((note,), self.name_of, time.time()):
+            self.feed.publish(happening)
+            log.warning("%s", happening.text)
+
+    def _enter_phase(self, note: PhaseEntered) -> None:
+        now = time.monotonic()
+        if self._phase is not None:
+            phase, since = self._phase
+            self.metrics.phase_s[phase].observe(now - since)
+        if note.phase is Phase.EXCHANGE:
+            self._train_ended_s = now
+        self._phase = note.phase, now
+        self.metrics.phase.set(note.phase)
+        self.metrics.attempt.set(note.attempt)
+        self.metrics.round.set(note.round)
+
+    def committed(self, result: Result, included: bool) -> None:
+        """A round was certified and applied."""
+        now = time.monotonic()
+        self.rounds_certified += 1
+        self.metrics.rounds_certified.add()
+        self.metrics.round_s.observe(now - self._round_began_s)
+        if self._train_ended_s > self._round_began_s:
+            self.metrics.overhead_s.observe(now - self._train_ended_s)
+        self._round_began_s = now
+        self.participants[result.round] = len(result.members)
+        if len(self.participants) > 4096:
+            del self.participants[min(self.participants)]
+        loss = self.subjects.compute.loss
+        if loss is not None:
+            self.losses.add(result.round, loss)
+        if not result.parts:
+            self.happen(HappeningKind.ROUND_CERTIFIED, f"round {result.round} changed the voters: a peer leaves")
+            return
+        part = "" if included else ", without this peer"
+        text = f"round {result.round} certified by {len(result.members)} peers{part}"
+        self.happen(HappeningKind.ROUND_CERTIFIED, text + (f", loss {loss:.3f}" if loss is not None else ""))
+
+    def peer_lost(self, peer: PeerId, reason: Failure) -> None:
+        self.metrics.peers_lost[reason].add()
+        text = f"lost {self.name_of(peer)}: {reason}; {REMEDIES[reason]}"
+        severity = Severity.INFO if reason is Failure.PEER_LEFT else Severity.WARNING
+        self.happen(HappeningKind.PEER_LOST, text, severity)
+
+    def name_of(self, peer: PeerId) -> str:
+        """What people call a peer here."""
+        if peer == self.subjects.me:
+            return "this peer"
+        known = self.subjects.membership.table.newest(peer)
+        name = clean_text(_name_in(known)) if known else ""
+        return f"{name} ({short_peer_id(peer)})" if name else short_peer_id(peer)
+
+    async def watch_lag(self) -> None:
+        """Measure how late the loop runs its timers: what all of its work waits."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LAG_PERIOD_S
+            await asyncio.sleep(LAG_PERIOD_S)
+            self.metrics.loop_lag_s.observe(max(0.0, loop.time() - due))
+
+    # -- the status --------------------------------------------------------------------------------------------------
+
+    def build_status(self) -> Status:
+        """Everything that a person or a program asks, as of now."""
+        one = self.subjects
+        live = one.membership.table.live()
+        failure = self._failure
+        return Status(
+            version=version("shoal"),
+            peer=format_peer_id(one.me),
+            name=one.config.node.name,
+            swarm=one.swarm.hex(),
+            swarm_name=one.manifest.name,
+            uri=one.uri,
+            role=one.config.node.role,
+            at_s=time.time(),
+            uptime_s=time.time() - self.started_s,
+            joined=self.joined,
+            leaving=self.leaving,
+            control_up=self.control_up,
+            round=self._round_status(live),
+            training=self._training_status(),
+            traffic=self._traffic_status(),
+            catch_up=CatchUpStatus(
+                active=one.catch_up.active, rounds_behind=self._rounds_behind(live), detail=one.catch_up.detail
+            ),
+            disk=self._disk_status(),
+            peers=self._peer_rows(live),
+            rounds_certified=self.rounds_certified,
+            aborted=tuple(ReasonCount(reason=reason, count=count) for reason, count in sorted(self._aborted.items())),
+            failure=None
+            if failure is None
+            else FailureStatus(
+                reason=failure[0].value,
+                peer="" if failure[1] is None else self.name_of(failure[1]),
+                round=failure[2],
+                age_s=time.time() - failure[3],
+                remedy=REMEDIES[failure[0]],
+            ),
+            warnings=self._warnings(live),
+            happenings=self.feed.recent,
+        )
+
+    def _round_status(self, live: Mapping[PeerId, Presence]) -> RoundStatus:
+        view = self.subjects.core.view()
+        head = self.subjects.core.head
+        now = asyncio.get_running_loop().time()
+        progress = self.subjects.compute.progress
+        planned = self.subjects.manifest.training.inner_steps
+        return RoundStatus(
+            round=view.round,
+            attempt=view.attempt,
+            phase=view.phase.value,
+            progress=min(1.0, progress.steps / planned) if progress and view.phase is Phase.GATHER else None,
+            deadline_s=None if view.deadline_s is None else max(0.0, view.deadline_s - now),
+            waiting_for=tuple(Wait(peer=format_peer_id(peer), name=self.name_of(peer)) for peer in view.waiting_for),
+            voters=len(head.voters),
+            voters_live=sum(1 for voter in head.voters if voter in live or voter == self.subjects.me),
+            votes_needed=quorum_size(len(head.voters), self.subjects.manifest.quorum),
+            head_digest=head.digest.hex(),
+            state_root=head.state_root.hex(),
+        )
+
+    def _training_status(self) -> TrainingStatus:
+        compute = self.subjects.compute
+        points = self.losses.points
+        return TrainingStatus(
+            state=compute.phase,
+            device=compute.device,
+            restarts=compute.restarts,
+            error=clean_text(compute.error),
+            steps=0 if compute.progress is None else compute.progress.steps,
+            steps_planned=self.subjects.manifest.training.inner_steps,
+            tokens=compute.tokens,
+            tokens_per_s=self._tokens_per_s(),
+            loss_first=points[0].loss if points else compute.loss,
+            loss_last=compute.loss,
+            loss_history=points,
+        )
+
+    def _tokens_per_s(self) -> float:
+        compute = self.subjects.compute
+        running = compute.phase in (TrainerState.RUNNING, TrainerState.PAUSED)
+        return compute.progress.tokens_per_s if compute.progress and running else 0.0
+
+    def _traffic_status(self) -> TrafficStatus:
+        peers = self.subjects.links.statistics().peers
+        exchange = self.subjects.exchange
+        return TrafficStatus(
+            control_sent_bytes=self.control_bytes[Direction.SENT],
+            control_received_bytes=self.control_bytes[Direction.RECEIVED],
+            tensor_sent_bytes=sum(one.wire_bytes_out for one in peers),
+            tensor_received_bytes=sum(one.wire_bytes_in for one in peers),
+            contribution_bytes=exchange.contribution_bytes,
+            fp32_bytes=exchange.contribution_fp32_bytes,
+        )
+
+    def _disk_status(self) -> DiskStatus:
+        stores = self.subjects.state.stores
+        rounds = stores.snapshots.rounds()
+        return DiskStatus(
+            failing=bool(self.disk_failed),
+            errors=1 if self.disk_failed else 0,
+            free_bytes=shutil.disk_usage(self.subjects.config.data_path).free,
+            blob_bytes=stores.blobs.stored_bytes,
+            ledger_entries=len(self.subjects.ledger.ledger),
+            snapshot_round=rounds[-1] if rounds else 0,
+        )
+
+    def _peer_rows(self, live: Mapping[PeerId, Presence]) -> tuple[PeerStatus, ...]:
+        view = self.subjects.core.view()
+        me = self.subjects.me
+        head = self.subjects.core.head
+        rows = [
+            PeerStatus(
+                peer=format_peer_id(me),
+                name=self.subjects.config.node.name,
+                agent=f"shoal/{version('shoal')}",
+                me=True,
+                alive=True,
+                ready=me in view.ready,
+                participating=me in view.roster,
+                voter=me in head.voters,
+                owner=True,
+                tokens_per_s=self._tokens_per_s(),
+                head_round=head.round,
+                address="",
+            )
+        ]
+        for peer, presence in live.items():
+            rows.append(
+                PeerStatus(
+                    peer=format_peer_id(peer),
+                    name=clean_text(_name_in(presence)),
+                    agent=clean_text(presence.agent.partition(" ")[0]),
+                    me=False,
+                    alive=True,
+                    ready=peer in view.ready,
+                    participating=peer in view.roster,
+                    voter=peer in head.voters,
+                    owner=presence.ready is not None and presence.ready.ready.owns,
+                    tokens_per_s=presence.tokens_per_s,
+                    head_round=presence.head_round,
+                    address=clean_text(presence.tensor_addresses[0]) if presence.tensor_addresses else "",
+                )
+            )
+        return keep_peers(rows)
+
+    def _rounds_behind(self, live: Mapping[PeerId, Presence]) -> int:
+        newest = max((presence.head_round for presence in live.values()), default=0)
+        return max(0, newest - self.subjects.core.head.round)
+
+    def _warnings(self, live: Mapping[PeerId, Presence]) -> tuple[str, ...]:
+        found = []
+        if self.disk_failed:
+            found.append(f"{Failure.DISK_FULL}: {self.disk_failed}; {REMEDIES[Failure.DISK_FULL]}")
+        skew = self._clock_skew_s()
+        if skew > 30:
+            found.append(
+                f"{Failure.CLOCK_SKEW}: most peers' clocks differ by {skew:.0f} s; {REMEDIES[Failure.CLOCK_SKEW]}"
+            )
+        if not live:
+            found.append("no other peer of the swarm is in sight")
+        if self.subjects.ledger.forked:
+            found.append("this peer's ledger chain has two branches: start it with a new identity")
+        return tuple(found)
+
+    def _clock_skew_s(self) -> float:
+        skews = sorted(abs(skew) for skew in self.subjects.membership.clock_skew_s.values())
+        return skews[len(skews) // 2] if skews else 0.0
+
+    # -- the metrics -------------------------------------------------------------------------------------------------
+
+    def render_metrics(self) -> bytes:
+        """The text exposition, with everything that is not counted where it happens brought up to date."""
+        one, metrics = self.subjects, self.metrics
+        live = one.membership.table.live()
+        view = one.core.view()
+        metrics.peers[PeerState.LIVE].set(len(live) + 1)
+        metrics.peers[PeerState.READY].set(len(view.ready))
+        metrics.peers[PeerState.PARTICIPATING].set(len(view.roster) or self.participants.get(one.core.head.round, 0))
+        status = self._round_status(live)
+        metrics.voters.set(status.voters)
+        metrics.voters_live.set(status.voters_live)
+        metrics.clock_skew_s.set(self._clock_skew_s())
+        compute = one.compute
+        if compute.loss is not None:
+            metrics.loss.set(compute.loss)
+        metrics.tokens.count_to(compute.tokens)
+        metrics.inner_steps.count_to(compute.steps)
+        metrics.tokens_per_s.set(self._tokens_per_s())
+        metrics.trainer_running.set(compute.phase is TrainerState.RUNNING)
+        traffic = self._traffic_status()
+        metrics.wire_bytes[Direction.SENT, Plane.TENSOR].count_to(traffic.tensor_sent_bytes)
+        metrics.wire_bytes[Direction.RECEIVED, Plane.TENSOR].count_to(traffic.tensor_received_bytes)
+        metrics.wire_bytes[Direction.SENT, Plane.CONTROL].count_to(traffic.control_sent_bytes)
+        metrics.wire_bytes[Direction.RECEIVED, Plane.CONTROL].count_to(traffic.control_received_bytes)
+        metrics.contribution_bytes.count_to(traffic.contribution_bytes)
+        metrics.contribution_fp32_bytes.count_to(traffic.fp32_bytes)
+        metrics.rounds_behind.set(self._rounds_behind(live))
+        metrics.catching_up.set(one.catch_up.active)
+        disk = self._disk_status()
+        metrics.snapshot_round.set(disk.snapshot_round)
+        metrics.ledger_entries.set(disk.ledger_entries)
+        metrics.blob_bytes.set(disk.blob_bytes)
+        return metrics.render()
+
+
+def _name_in(presence: Presence) -> str:
+    """Peers put their names behind their agent: "shoal/0.1.0 name"."""
+    return presence.agent.partition(" ")[2]
