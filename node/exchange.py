@@ -9,6 +9,7 @@ nothing of a finished round stays.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ from shoal.protocol.frames import FrameHeader, FrameKind
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.replica import make_reduction
-from shoal.protocol.rounds import RoundCore
+from shoal.protocol.rounds import RESEND_AFTER, RESENDS_MAX, RoundCore
 
 SEND_TRIES = 3
 SEND_RETRY_S = 0.5
@@ -46,7 +47,7 @@ class ExchangePorts:
     now: Callable[[], float]
     link_lost: Callable[[PeerId, LinkEnd], None]
     refusal: Callable[[PeerId | None, Refusal], None]
-    spawn: Callable[[Coroutine[None, None, None]], None]
+    spawn: Callable[[Coroutine[object, object, object]], None]
 
 
 class PartExchange:
@@ -64,6 +65,7 @@ class PartExchange:
         self._snapshots = snapshots
         self._parts: dict[tuple[PeerId, int, bytes], memoryview] = {}
         self._results: dict[bytes, memoryview] = {}
+        self._resends: Counter[tuple[PeerId, int]] = Counter()
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self.frozen: Frozen | None = None
         self.ports: ExchangePorts
@@ -74,6 +76,7 @@ class PartExchange:
         """The round is applied: let go of everything that belonged to it."""
         self._parts.clear()
         self._results.clear()
+        self._resends.clear()
         self.frozen = None
 
     def part_bytes(self, part: int) -> int:
@@ -121,6 +124,10 @@ class PartExchange:
         log.debug("%s did not finish part %d of round %d", short_peer_id(peer), header.part, header.round)
 
     def refused(self, peer: PeerId, header: FrameHeader) -> None:
+        key = peer, header.part
+        if header.refusal in RESEND_AFTER and header.round == self.core.round and self._resends[key] < RESENDS_MAX:
+            self._resends[key] += 1
+            self.ports.spawn(self._resend(peer, header))
         log.debug("%s refuses part %d of round %d: %s", short_peer_id(peer), header.part, header.round, header.refusal)
 
     async def serve(self, peer: PeerId, digest: bytes) -> memoryview | Refusal | None:
@@ -178,6 +185,10 @@ class PartExchange:
             digest=effect.digest,
         )
         self.ports.spawn(self._push(effect.peer, header, payload))
+
+    async def _resend(self, peer: PeerId, header: FrameHeader) -> None:
+        await asyncio.sleep(SEND_RETRY_S)
+        self.send_part(SendPart(peer=peer, round=header.round, part=header.part, digest=header.digest))
 
     async def _push(self, peer: PeerId, header: FrameHeader, payload: memoryview) -> None:
         for attempt in range(1, SEND_TRIES + 1):

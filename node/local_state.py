@@ -61,10 +61,11 @@ class LocalState:
     async def restore(self) -> Head:
         """The newest state that this disk can prove: a snapshot, then the certified updates after it."""
         async with self.lock:
-            self.head = await asyncio.to_thread(self._restore)
+            self.head = await asyncio.to_thread(self.restore_now)
         return self.head
 
-    def _restore(self) -> Head:
+    def restore_now(self) -> Head:
+        """`restore` for a caller without an event loop. Blocking; raises StoreError."""
         head = self._restore_snapshot() or genesis_head(self._manifest, self._swarm, self.replica.reset())
         while stored := self.stores.ledger.get_certificate(head.round + 1):
             result = _certificate_of(stored).result
@@ -72,6 +73,7 @@ class LocalState:
             if encoded is None or result.previous != head.digest or result.base_root != head.state_root:
                 break  # the rest comes from peers
             head = self._advance(result, encoded)
+        self.head = head
         self._remember(head)
         return head
 

@@ -52,7 +52,7 @@ class DriverPorts:
     behind: Callable[[Behind], None]
     misbehaved: Callable[[PeerId, ProtocolError], None]
     disk_failed: Callable[[Failure, str], None]
-    spawn: Callable[[Coroutine[None, None, None]], None]
+    spawn: Callable[[Coroutine[object, object, object]], None]
 
 
 class RoundDriver:

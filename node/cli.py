@@ -1,0 +1,252 @@
+"""The command line: parse, run, print. The only module besides terminal.py that writes to the terminal.
+
+Exit codes: 0 done, 1 a person must mend something (the message says what), 130 interrupted twice.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.protocol.errors import ConfigError, InputError, ShoalError
+
+if TYPE_CHECKING:
+    from shoal.node.config import NodeConfig
+    from shoal.protocol.identity import Identity
+
+EXIT_INPUT = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point of `shoal`."""
+    if not __debug__:
+        print("shoal: run it without -O: its assertions are part of it", file=sys.stderr)
+        return EXIT_INPUT
+    options = _make_parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except InputError as error:
+        print(f"shoal: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except ShoalError as error:
+        print(f"shoal: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has gone; nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    from shoal.node.config import FLAGS
+
+    parser = argparse.ArgumentParser(prog="shoal", description="Volunteer decentralized training, peer to peer.")
+    parser.add_argument("--version", action="version", version=f"shoal {version('shoal')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", help="run one peer in the foreground")
+    join = commands.add_parser("join", help="join a swarm by its shoal:// URI, in the foreground")
+    join.add_argument("uri", help="shoal://<swarm-id>?bootstrap=<multiaddr>")
+    for command in (up, join):
+        command.add_argument("--config", type=Path, help="a TOML file; see configs/")
+        for flag, field in FLAGS.items():
+            if not (command is join and flag == "swarm"):
+                command.add_argument(f"--{flag}", metavar="VALUE", help=f"overrides {field}")
+        command.set_defaults(run=_run_up)
+
+    status = commands.add_parser("status", help="show a running peer")
+    status.add_argument("--watch", action="store_true", help="keep it up to date until Ctrl-C")
+    status.add_argument("--json", action="store_true", help="one JSON object")
+    status.add_argument("--web-host", default="127.0.0.1")
+    status.add_argument("--web-port", type=int, default=None)
+    status.set_defaults(run=_run_status)
+
+    swarm = commands.add_parser("swarm", help="make a swarm").add_subparsers(required=True, metavar="COMMAND")
+    create = swarm.add_parser("create", help="make and sign a manifest from a draft, and print the swarm's URI")
+    create.add_argument("draft", type=Path, help="a TOML file; see configs/tiny.manifest.toml")
+    create.add_argument("--out", type=Path, help="the signed manifest; default: the draft's name with .shoal")
+    create.add_argument("--data-dir", type=Path, help="of the peer that founds the swarm; default as for `up`")
+    create.add_argument("--founder", action="append", default=[], metavar="PEER_ID", help="further first voters")
+    create.add_argument("--bootstrap", action="append", default=[], metavar="MULTIADDR", help="goes into the URI")
+    create.set_defaults(run=_run_create)
+
+    identity = commands.add_parser("id", help="print this peer's id, making its key if there is none")
+    identity.add_argument("--data-dir", type=Path)
+    identity.set_defaults(run=_run_identity)
+
+    export = commands.add_parser("export", help="write the certified model as safetensors")
+    export.add_argument("--out", type=Path, required=True)
+    export.add_argument("--data-dir", type=Path)
+    export.set_defaults(run=_run_export)
+
+    demo = commands.add_parser("demo", help="train with a local swarm, kill a peer, let one join, show the result")
+    demo.add_argument("--text", type=Path, help="train on this file or folder; default: Python's own source")
+    demo.add_argument("--rounds", type=int, default=None, help="how many rounds to train")
+    demo.add_argument("--out", type=Path, default=Path("demo-run"), help="where everything goes")
+    demo.add_argument("--report", type=Path, help="write the summary as JSON here, too")
+    demo.set_defaults(run=_run_demo)
+    return parser
+
+
+def _data_dir(given: Path | None) -> Path:
+    from shoal.node.config import NodeConfig
+
+    return (given or Path(NodeConfig().node.data_dir)).expanduser().absolute()
+
+
+def _run_up(options: argparse.Namespace) -> int:
+    from shoal.node.config import FLAGS, load_config
+    from shoal.node.identity_file import hold_identity, next_incarnation
+
+    given = {flag: getattr(options, flag.replace("-", "_"), None) for flag in FLAGS}
+    overrides = {flag: value for flag, value in given.items() if value is not None}
+    if options.command == "join":
+        overrides["swarm"] = options.uri
+    config = load_config(options.config, overrides)
+    set_up_log(config.log.level, config.log.format)
+    folder = config.data_path
+    with hold_identity(folder / "identity.key") as identity:
+        incarnation = next_incarnation(folder / "incarnation", time.time())
+        return _run_daemon(config, identity, incarnation)
+
+
+def _run_daemon(config: "NodeConfig", identity: "Identity", incarnation: int) -> int:
+    from shoal.node.daemon import Daemon
+    from shoal.protocol.identity import format_peer_id
+
+    async def serve() -> None:
+        daemon = Daemon(config, identity, incarnation)
+        loop = asyncio.get_running_loop()
+
+        def interrupt() -> None:
+            daemon.stop()
+            # A second Ctrl-C does not wait for anybody.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupt)
+
+        def tell(ready: Daemon) -> None:
+            log = logging.getLogger("shoal")
+            log.info("peer %s of swarm %s", format_peer_id(identity.peer), ready.manifest.name)
+            log.info("page and metrics: http://%s:%d/", config.web.host, ready.web_port)
+            log.info("another machine joins with: shoal join '%s'", ready.reporter.subjects.uri)
+
+        await daemon.run(tell)
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serve())
+    return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None  # Windows: asyncio's own loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"at": record.created, "level": record.levelname.lower(), "text": record.getMessage()}
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def set_up_log(level: str, style: str) -> None:
+    """The log goes to standard error, one line a record."""
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(_JsonFormatter() if style == "json" else text)
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in ("shoal",):
+        logging.getLogger(name).setLevel(level.upper())
+
+
+def _run_status(options: argparse.Namespace) -> int:
+    from shoal.node.config import WEB_PORT
+    from shoal.node.status import fetch_status
+    from shoal.node.terminal import print_status, watch_status
+
+    port = options.web_port or WEB_PORT
+    if options.watch:
+        return watch_status(lambda: fetch_status(options.web_host, port))
+    status = fetch_status(options.web_host, port)
+    if options.json:
+        print(status.to_json())
+    else:
+        print_status(status)
+    return 0
+
+
+def _run_create(options: argparse.Namespace) -> int:
+    from shoal.node.identity_file import load_or_create_identity
+    from shoal.node.trainer import describe_task
+    from shoal.protocol.identity import format_peer_id, parse_peer_id
+    from shoal.protocol.manifest import SwarmUri, make_manifest, parse_draft, read_manifest_untrusted, sign_manifest
+    from shoal.protocol.manifest import task_options as read_task_options
+
+    try:
+        text = options.draft.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(options.draft), f"cannot be read: {error}", "give the path of a draft") from error
+    task = json.dumps(read_task_options(text), sort_keys=True, separators=(",", ":"))
+    draft = parse_draft(text, task)
+    layout = asyncio.run(describe_task(draft.task))
+    folder = _data_dir(options.data_dir)
+    owner = load_or_create_identity(folder / "owner.key")
+    peer = load_or_create_identity(folder / "identity.key")
+    founders = tuple(dict.fromkeys((peer.peer, *(parse_peer_id(text) for text in options.founder))))
+    signed = sign_manifest(make_manifest(draft, layout, owner.peer, founders), owner)
+    _, swarm = read_manifest_untrusted(signed)
+    out = options.out or options.draft.with_suffix(".shoal")
+    out.write_bytes(signed)
+    print(f"swarm      {draft.name}: {layout.elements:,} parameters, first voter {format_peer_id(peer.peer)}")
+    print(f"manifest   {out}")
+    print(f"owner key  {folder / 'owner.key'} (keep it safe: it signs changes of the swarm)")
+    print(f"URI        {SwarmUri(swarm=swarm, bootstraps=tuple(options.bootstrap))}")
+    print(f"start it   shoal up --manifest {out} --data-dir {folder}")
+    return 0
+
+
+def _run_identity(options: argparse.Namespace) -> int:
+    from shoal.node.identity_file import load_or_create_identity
+    from shoal.protocol.identity import format_peer_id
+
+    print(format_peer_id(load_or_create_identity(_data_dir(options.data_dir) / "identity.key").peer))
+    return 0
+
+
+def _run_export(options: argparse.Namespace) -> int:
+    from shoal.node.export import read_certified_model, write_model
+
+    model = read_certified_model(_data_dir(options.data_dir))
+    write_model(model, options.out)
+    print(f"{options.out}: {model.params.size:,} parameters at round {model.head.round}")
+    print(f"state root {model.head.state_root.hex()}")
+    return 0
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from shoal.node.demo import DemoOptions, run_demo
+
+    return run_demo(
+        DemoOptions(text=options.text, rounds=options.rounds, folder=options.out.absolute(), report=options.report)
+    )

@@ -1,0 +1,300 @@
+"""What the person at this machine decides: the node's configuration, read once from TOML and from the command line.
+
+The field annotations are the schema, the field defaults are those of one volunteer machine. What a whole swarm must
+agree on stands in its manifest instead.
+
+Invariant: a NodeConfig that exists is usable: every field is within its bounds, every path is absolute, every address
+parses, and the fields fit each other. Everything else is a ConfigError with the field, the line and the fix.
+"""
+
+import dataclasses
+import ipaddress
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from shoal.dht.addresses import parse_address, parse_peer_address
+from shoal.protocol.errors import ConfigError, InputError, UriError
+from shoal.protocol.manifest import BOOTSTRAPS_MAX, parse_uri
+from shoal.protocol.messages import ADDRESSES_MAX
+from shoal.protocol.tables import locate, parse_toml, read_table
+from shoal.protocol.wire import Bound, Choice
+
+CONTROL_PORT = 9460
+TENSOR_PORT = 9461
+WEB_PORT = 9464
+CONFIG_BYTES_MAX = 1 << 20
+
+TRAINER = "trainer"
+BOOTSTRAP = "bootstrap"
+
+Port = Annotated[int, Bound(0, 65_535)]
+Host = Annotated[str, Bound(1, 253)]
+PathText = Annotated[str, Bound(1, 4096)]
+OptionalPath = Annotated[str | None, Bound(1, 4096)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeTable:
+    """[node]: who this peer is and which swarm it serves."""
+
+    data_dir: PathText = "~/.local/share/shoal"
+    """Keys, ledger, updates and snapshots. One running daemon a folder."""
+    name: Annotated[str, Bound(0, 32)] = ""
+    """Shown to other people beside the peer id; nothing depends on it."""
+    role: Annotated[str, Choice((TRAINER, BOOTSTRAP))] = TRAINER
+    """A bootstrap peer introduces, relays and keeps the log, and trains nothing."""
+    manifest: OptionalPath = None
+    """A signed manifest, from `shoal swarm create`."""
+    swarm: Annotated[str | None, Bound(1, 8192)] = None
+    """A shoal:// URI; the manifest is then fetched from the swarm, unless the file is given, too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlTable:
+    """[control]: the libp2p host."""
+
+    host: Host = "0.0.0.0"
+    port: Port = CONTROL_PORT
+    announce: Annotated[tuple[str, ...], Bound(0, ADDRESSES_MAX)] = ()
+    """Multiaddrs that others should dial, where the observed ones are wrong (a forwarded port, a DNS name)."""
+    bootstraps: Annotated[tuple[str, ...], Bound(0, BOOTSTRAPS_MAX)] = ()
+    """Multiaddrs with peer ids, besides those of the swarm's URI."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorTable:
+    """[tensor]: the port that tensor links come in on."""
+
+    host: Host = "0.0.0.0"
+    port: Port = TENSOR_PORT
+    announce_host: Annotated[str | None, Bound(1, 253)] = None
+    """The IP address or DNS name under which others reach this port, where the observed one is wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebTable:
+    """[web]: metrics, health and the live page. Whoever reaches this port reads all of it."""
+
+    host: Host = "127.0.0.1"
+    port: Port = WEB_PORT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerTable:
+    """[trainer]: the child process with torch."""
+
+    device: Annotated[str, Choice(("auto", "cpu", "cuda"))] = "auto"
+    threads: Annotated[int, Bound(0, 1024)] = 0
+    """CPU threads of the inner steps; 0 leaves the choice to torch."""
+    nice: Annotated[int, Bound(0, 19)] = 10
+    """How far the trainer stands back: at 0 it competes with the daemon and with the person at this machine."""
+    text: OptionalPath = None
+    """A file or folder to train on; without it, the source of the running Python."""
+    stall_timeout_s: Annotated[float, Bound(1, 86_400)] = 300.0
+    """A trainer that reports no inner step for so long is restarted. Less than one step's time restarts it forever."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreTable:
+    """[store]: the disk. How many rounds are kept is the manifest's word."""
+
+    snapshots_kept: Annotated[int, Bound(1, 64)] = 2
+    free_gib_min: Annotated[float, Bound(0, 1024)] = 1.0
+    """With less free space than this a peer stops voting and says so, before the disk is full."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogTable:
+    """[log]: what goes to the standard error stream."""
+
+    level: Annotated[str, Choice(("debug", "info", "warning", "error"))] = "info"
+    format: Annotated[str, Choice(("text", "json"))] = "text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    node: NodeTable = field(default_factory=NodeTable)
+    control: ControlTable = field(default_factory=ControlTable)
+    tensor: TensorTable = field(default_factory=TensorTable)
+    web: WebTable = field(default_factory=WebTable)
+    trainer: TrainerTable = field(default_factory=TrainerTable)
+    store: StoreTable = field(default_factory=StoreTable)
+    log: LogTable = field(default_factory=LogTable)
+
+    @property
+    def data_path(self) -> Path:
+        """`node.data_dir`, absolute."""
+        return Path(self.node.data_dir)
+
+
+# The command line's flags and the fields that they override. The list is short on purpose: the rest is the file's.
+FLAGS: Mapping[str, str] = {
+    "data-dir": "node.data_dir",
+    "name": "node.name",
+    "role": "node.role",
+    "manifest": "node.manifest",
+    "swarm": "node.swarm",
+    "bootstrap": "control.bootstraps",
+    "control-host": "control.host",
+    "control-port": "control.port",
+    "announce": "control.announce",
+    "tensor-host": "tensor.host",
+    "tensor-port": "tensor.port",
+    "announce-host": "tensor.announce_host",
+    "web-host": "web.host",
+    "web-port": "web.port",
+    "device": "trainer.device",
+    "threads": "trainer.threads",
+    "text": "trainer.text",
+    "log-level": "log.level",
+    "log-format": "log.format",
+}
+_PATHS = (("node", "data_dir"), ("node", "manifest"), ("trainer", "text"))
+
+
+def load_config(path: Path | None, overrides: Mapping[str, str]) -> NodeConfig:
+    """The configuration in the file at `path`, or the defaults without one, under the overrides.
+
+    `overrides` maps names of FLAGS to texts; lists are separated by commas. Relative paths are relative to the file
+    that they stand in, those of overrides to the working directory. Raises ConfigError.
+    """
+    text = "" if path is None else _read_file(path)
+    config = read_table(NodeConfig, parse_toml(text, ConfigError), "", text, ConfigError)
+    config = _with_paths(config, Path.cwd() if path is None else path.resolve().parent)
+    for flag, value in overrides.items():
+        config = _override(config, flag, value)
+    config = _with_paths(config, Path.cwd())
+    for section, name, problem, fix in _find_faults(config):
+        given = next((flag for flag in overrides if FLAGS[flag] == f"{section}.{name}"), None)
+        raise ConfigError(f"--{given}" if given else locate(text, section, name), problem, fix)
+    return config
+
+
+def _read_file(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(CONFIG_BYTES_MAX + 1)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+        raise ConfigError(str(path), problem, "give the path of a TOML file that you may read") from error
+    if len(raw) > CONFIG_BYTES_MAX:
+        raise ConfigError(str(path), f"is larger than {CONFIG_BYTES_MAX} bytes", "give the path of a configuration")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "is not UTF-8 text", "save it as UTF-8") from error
+
+
+def _override(config: NodeConfig, flag: str, text: str) -> NodeConfig:
+    if flag not in FLAGS:
+        raise ConfigError(f"--{flag}", "is no known flag", f"use one of: {', '.join(f'--{known}' for known in FLAGS)}")
+    section, _, name = FLAGS[flag].partition(".")
+    table = getattr(config, section)
+    try:
+        value = _parse_flag(table, name, text)
+        read = read_table(type(table), {name: value}, section, "", ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"--{flag}", error.problem, error.fix) from error
+    return dataclasses.replace(config, **{section: dataclasses.replace(table, **{name: getattr(read, name)})})
+
+
+def _parse_flag(table: Any, name: str, text: str) -> Any:
+    """The value in the text of a flag. The type is that of the field's default; None stands for an optional text."""
+    default = {one.name: one.default for one in dataclasses.fields(table)}[name]
+    if isinstance(default, tuple):
+        return [item.strip() for item in text.split(",") if item.strip()]
+    if isinstance(default, int):
+        try:
+            return int(text)
+        except ValueError as error:
+            raise ConfigError(name, f"{text!r} is no whole number", "give digits") from error
+    return text
+
+
+def _with_paths(config: NodeConfig, folder: Path) -> NodeConfig:
+    for section, name in _PATHS:
+        table = getattr(config, section)
+        written = getattr(table, name)
+        if written is not None:
+            # normpath and not resolve: a link stays the name that the person gave.
+            absolute = os.path.normpath(folder / Path(written).expanduser())
+            config = dataclasses.replace(config, **{section: dataclasses.replace(table, **{name: absolute})})
+    return config
+
+
+Fault = tuple[str, str, str, str]
+
+
+def _find_faults(config: NodeConfig) -> Iterator[Fault]:
+    """What read_table cannot see, as (section, field, problem, fix)."""
+    yield from _find_node_faults(config)
+    yield from _find_address_faults(config)
+    ports = (("control", config.control.port), ("tensor", config.tensor.port), ("web", config.web.port))
+    for index, (section, port) in enumerate(ports):
+        for other, taken in ports[:index]:
+            if port == taken != 0:
+                yield section, "port", f"{port} is {other}.port, too", "give each a port of its own, or 0 for any free"
+
+
+def _find_node_faults(config: NodeConfig) -> Iterator[Fault]:
+    node = config.node
+    if not node.name.isprintable():
+        yield "node", "name", "holds characters that cannot be shown", "use letters, digits and punctuation"
+    if node.swarm is not None:
+        try:
+            parse_uri(node.swarm)
+        except UriError as error:
+            yield "node", "swarm", f"{error.field}: {error.problem}", error.fix
+    if node.role == TRAINER and node.swarm is None and node.manifest is None:
+        fix = "give the shoal:// URI of a swarm (node.swarm), or make a manifest with `shoal swarm create`"
+        yield "node", "role", "is trainer, but neither node.swarm nor node.manifest says of what", fix
+    if node.manifest is not None and not Path(node.manifest).is_file():
+        yield "node", "manifest", f"{node.manifest} is no file", "make one with `shoal swarm create`, or mend the path"
+    if config.trainer.text is not None and not Path(config.trainer.text).exists():
+        yield "trainer", "text", f"{config.trainer.text} does not exist", "give a text file, or a folder of them"
+
+
+def _find_address_faults(config: NodeConfig) -> Iterator[Fault]:
+    for section, host in (("control", config.control.host), ("tensor", config.tensor.host), ("web", config.web.host)):
+        if not _is_ip(host):
+            fix = "use 127.0.0.1 for this machine alone, 0.0.0.0 for all of its IPv4 addresses, :: for all"
+            yield section, "host", f"{host!r} is no IP address to listen on", fix
+    for text in config.control.announce:
+        try:
+            wildcard = parse_address(text).is_wildcard
+        except InputError as error:
+            yield "control", "announce", error.problem, error.fix
+        else:
+            if wildcard:
+                yield "control", "announce", f"{text} cannot be dialled", "write the address that others see"
+    for text in config.control.bootstraps:
+        try:
+            parse_peer_address(text)
+        except InputError as error:
+            yield "control", "bootstraps", error.problem, error.fix
+    announced = config.tensor.announce_host
+    if announced is not None and not _is_dialable(announced):
+        fix = "write an IP address or a DNS name, without a port"
+        yield "tensor", "announce_host", f"{announced!r} cannot be dialled", fix
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_dialable(host: str) -> bool:
+    if _is_ip(host):
+        return not ipaddress.ip_address(host).is_unspecified
+    try:
+        parse_address(f"/dns/{host}/tcp/1")
+    except UriError:
+        return False
+    # Four numbers with dots, or digits alone, are a mistyped address and not a name.
+    return not host.replace(".", "").isdigit()

@@ -1,0 +1,680 @@
+"""The composition root: builds every piece by hand, wires them, starts and stops them in order.
+
+Start: control plane (so that a manifest can be fetched), disk, state, round core, tensor links, web, trainer.
+Stop: trainer, leave notice, last snapshot, web, links, control plane, disk; every step is bounded.
+
+Invariant: nobody else can make the start fail: with every bootstrap peer dead the daemon runs, says so, and joins when
+a path appears. After `run` returns no task, thread or process of it is left.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from importlib.metadata import version
+
+import numpy as np
+
+from shoal.dht.addresses import parse_address
+from shoal.dht.peer_book import PeerBook, decode_peer_book_untrusted
+from shoal.node.answers import Answers
+from shoal.node.blobs import BlobStore
+from shoal.node.catchup import CatchUp, CatchUpPorts
+from shoal.node.compute import Compute, ComputePorts
+from shoal.node.config import TRAINER, NodeConfig
+from shoal.node.control import BootstrapFailed, ControlConfig, ControlHandlers, PeerUnreachable, RequestRefused
+from shoal.node.exchange import ExchangePorts, PartExchange
+from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
+from shoal.node.ledger_store import LedgerStore
+from shoal.node.ledger_sync import RECONCILE_ERRORS, LedgerSync
+from shoal.node.libp2p_host import Libp2pHost
+from shoal.node.link_port import Address, LinkConfig, LinkEnd
+from shoal.node.links import TensorLinks
+from shoal.node.local_state import LocalState, Stores
+from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
+from shoal.node.membership import Membership, MembershipPorts
+from shoal.node.metrics import Direction, Metrics, Plane
+from shoal.node.reporting import Reporter, Subjects
+from shoal.node.round_driver import DriverPorts, RoundDriver
+from shoal.node.snapshots import SnapshotStore
+from shoal.node.status import TrainerState
+from shoal.node.trainer import SharedParameters, TrainerProcess
+from shoal.node.training.messages import Ready as TrainerReady
+from shoal.node.web import WebServer, WebSources
+from shoal.protocol.codecs import Float32s
+from shoal.protocol.contribution import Frozen
+from shoal.protocol.effects import Behind, Phase
+from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
+from shoal.protocol.identity import Identity, PeerId, short_peer_id
+from shoal.protocol.manifest import Manifest, SwarmUri, read_manifest_untrusted
+from shoal.protocol.messages import (
+    ROUND_MESSAGES,
+    Certificate,
+    Certified,
+    CheckReach,
+    LedgerEntries,
+    Presence,
+    ReachAnswer,
+    Ready,
+    Refused,
+    SignedReady,
+    decode_message_untrusted,
+    encode_message,
+    sign_message,
+    sign_ready,
+)
+from shoal.protocol.outer_step import rounds_as_specified
+from shoal.protocol.presence import PeerLost, PresenceTable
+from shoal.protocol.quorum import Head
+from shoal.protocol.round_state import Offer, Setting
+from shoal.protocol.rounds import RoundCore
+
+LEAVE_TIMEOUT_S = 10.0
+RECONCILE_PERIOD_S = 10.0
+MISBEHAVIOUR_MAX = 16  # refusals of one peer before its connection is closed
+TASKS_MAX = 4096
+PEER_BOOK_FILE = "peers.book"
+TOLD = (Refusal.WRONG_SWARM, Refusal.WRONG_VERSION, Refusal.WRONG_BASE)
+
+log = logging.getLogger("shoal")
+
+
+class Daemon:
+    """One peer. `run` it once; `stop` from a signal handler or a test."""
+
+    def __init__(self, config: NodeConfig, identity: Identity, incarnation: int) -> None:
+        self.config = config
+        self.identity = identity
+        self.me = identity.peer
+        self._incarnation = incarnation
+        self._sequence = 0
+        self._stop = asyncio.Event()
+        self._head_moved = asyncio.Event()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._misbehaviour: Counter[PeerId] = Counter()
+        self._told: set[tuple[PeerId, Refusal]] = set()
+        self._signed_ready: SignedReady | None = None
+        self._reached: bool | None = None  # whether somebody has dialled the tensor port; None: nobody could say
+        self._answers: Answers | None = None
+        self._leaving = False
+        self.reporter = Reporter(Metrics(), HappeningFeed())
+        self.web_port = 0
+
+    def stop(self) -> None:
+        """Leave gracefully; `run` returns when that is done."""
+        self._stop.set()
+
+    async def run(self, on_ready: Callable[["Daemon"], None]) -> None:
+        """Start, serve until `stop`, leave. Raises ConfigError for what a person must mend."""
+        if not await asyncio.to_thread(rounds_as_specified):
+            fix = "find the library that was built with -ffast-math and remove it"
+            raise ConfigError("this machine", "float32 arithmetic is not IEEE 754 (subnormals are flushed)", fix)
+        choice = choose_swarm(self.config)
+        try:
+            await self._start_control(choice)
+            signed = choice.signed or await self._until_stopped(self._fetch_manifest(choice))
+            if signed is None:
+                return
+            store_manifest(self.config, signed)
+            await self._assemble(signed, choice.swarm)
+            await self._serve()
+            on_ready(self)
+            await self._stop.wait()
+            await self._leave()
+        finally:
+            await self._shut_down()
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    async def _start_control(self, choice: SwarmChoice) -> None:
+        self.swarm = choice.swarm
+        table = self.config.control
+        net = "ip6" if ":" in table.host else "ip4"
+        host = "127.0.0.1" if table.host == "localhost" else table.host
+        config = ControlConfig(
+            identity=self.identity,
+            swarm=choice.swarm,
+            listen=(f"/{net}/{host}/tcp/{table.port}",),
+            announce=table.announce,
+            bootstrap=choice.bootstraps,
+            listen_field="control.port",
+        )
+        handlers = ControlHandlers(
+            on_message=self._take_message,
+            on_request=self._answer,
+            on_presence=self._take_presence,
+            on_peer_connected=self._peer_connected,
+            on_peer_lost=self._peer_disconnected,
+            on_misbehaviour=self._misbehaved,
+            on_bootstrap_failed=self._bootstrap_failed,
+            on_crashed=self._control_crashed,
+        )
+        self.control = Libp2pHost(config, handlers)
+        await self.control.start()
+
+    async def _fetch_manifest(self, choice: SwarmChoice) -> bytes:
+        def remind(problem: str) -> None:
+            self.reporter.happen(
+                HappeningKind.NETWORK, f"waiting for the swarm's manifest: {problem}", Severity.WARNING
+            )
+
+        return await fetch_manifest(self.control, choice.swarm, remind)
+
+    async def _until_stopped(self, work: Coroutine[None, None, bytes]) -> bytes | None:
+        task = asyncio.ensure_future(work)
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            return None
+        return task.result()
+
+    async def _assemble(self, signed: bytes, swarm: bytes) -> None:
+        """Build what needs the manifest. Nothing of it runs yet."""
+        self.manifest, _ = read_manifest_untrusted(signed, swarm)
+        folder = self.config.data_path
+        self._store = await asyncio.to_thread(LedgerStore.open, folder / "ledger.sqlite")
+        stores = Stores(
+            ledger=self._store,
+            blobs=await asyncio.to_thread(BlobStore, folder / "blobs"),
+            snapshots=await asyncio.to_thread(SnapshotStore, folder / "snapshots"),
+            snapshots_kept=self.config.store.snapshots_kept,
+        )
+        params, momentum = self._allocate(self.manifest)
+        self.state = LocalState(self.manifest, swarm, stores, params, momentum)
+        self.exchange = PartExchange(self.me, self.manifest, stores.blobs, stores.snapshots)
+        link_config = LinkConfig(host=self.config.tensor.host, port=self.config.tensor.port, reuse_port=False)
+        self.links = TensorLinks(self.identity, swarm, link_config, self.exchange)
+        head = await self.state.restore()
+        setting = Setting(identity=self.identity, swarm=swarm, rules=self.manifest.rounds, parts=self.manifest.parts)
+        vote = await asyncio.to_thread(self.state.load_vote)
+        loop = asyncio.get_running_loop()
+        self.core = RoundCore(setting, head, vote, loop.time())
+        self.driver = RoundDriver(
+            me=self.me,
+            swarm=swarm,
+            core=self.core,
+            state=self.state,
+            exchange=self.exchange,
+            control=self.control,
+            ports=DriverPorts(
+                note=self.reporter.note,
+                committed=self._committed,
+                behind=self._behind,
+                misbehaved=self._misbehaved,
+                disk_failed=self._disk_failed,
+                spawn=self._spawn,
+            ),
+        )
+        self.exchange.core = self.core
+        self.exchange.links = self.links
+        self.exchange.ports = ExchangePorts(
+            address_of=self._address_of,
+            pump=self.driver.pump,
+            now=loop.time,
+            link_lost=self._link_lost,
+            refusal=lambda peer, refusal: self.reporter.metrics.refusals[refusal, Plane.TENSOR].add(),
+            spawn=self._spawn,
+        )
+        self.compute = Compute(
+            me=self.me,
+            manifest=self.manifest,
+            state=self.state,
+            ports=ComputePorts(frozen=self._offer, restarted=self._trainer_restarted, spawn=self._spawn),
+        )
+        if self.config.node.role == TRAINER:
+            assert self._memory is not None
+            self.compute.trainer = TrainerProcess(self._memory, self.config.trainer, self.compute.take)
+        self.ledger = LedgerSync(
+            identity=self.identity, manifest=self.manifest, swarm=swarm, store=self._store, control=self.control
+        )
+        await self.ledger.start()
+        self._assemble_membership(swarm)
+
+    def _allocate(self, manifest: Manifest) -> tuple[Float32s, Float32s]:
+        elements = manifest.layout.elements
+        self._memory = SharedParameters(elements) if self.config.node.role == TRAINER else None
+        params = self._memory.base if self._memory else np.zeros(elements, np.float32)
+        return params, np.zeros(elements, np.float32)
+
+    def _assemble_membership(self, swarm: bytes) -> None:
+        rounds = self.manifest.rounds
+        self.membership = Membership(
+            me=self.me,
+            swarm=swarm,
+            control=self.control,
+            table=PresenceTable(self.me, swarm, rounds.presence_timeout_s),
+            book=self._load_peer_book(),
+            presence_period_s=rounds.presence_period_s,
+            ports=MembershipPorts(
+                describe=self._describe,
+                observed=self._observed,
+                lost=self._lost,
+                misbehaved=self._misbehaved,
+                spawn=self._spawn,
+            ),
+        )
+        self.membership.table.expect(self.core.head.voters, asyncio.get_running_loop().time())
+        self.catch_up = CatchUp(
+            manifest=self.manifest,
+            swarm=swarm,
+            control=self.control,
+            links=self.links,
+            state=self.state,
+            folder=self.config.data_path / "catchup",
+            ports=CatchUpPorts(
+                donors=self._donors,
+                address_of=self._address_of,
+                take_certificate=self._take_certificate,
+                wait_past=self._wait_past,
+                installed=self._installed,
+            ),
+        )
+
+    async def _serve(self) -> None:
+        """Let everything run."""
+        config = self.config
+        try:
+            self._tensor_host, self._tensor_port = await self.links.start()
+        except OSError as error:
+            problem = f"port {config.tensor.port} of {config.tensor.host} cannot be listened on: {error.strerror}"
+            raise ConfigError(
+                "tensor.port", problem, "stop the other program, or give --tensor-port another"
+            ) from error
+        manifest_uri = SwarmUri(swarm=self.swarm, bootstraps=self.control.addresses()[:4])
+        self._answers = Answers(
+            swarm=self.swarm,
+            signed_manifest=(config.data_path / "manifest.shoal").read_bytes(),
+            state=self.state,
+            ledger=self.ledger,
+            membership=self.membership,
+            links=self.links,
+            address_of=self._address_of,
+        )
+        self.reporter.joined = self.core.head.round > 0 or self.me in self.core.head.voters
+        self.reporter.subjects = Subjects(
+            config=config,
+            me=self.me,
+            swarm=self.swarm,
+            manifest=self.manifest,
+            uri=str(manifest_uri),
+            core=self.core,
+            state=self.state,
+            exchange=self.exchange,
+            links=self.links,
+            ledger=self.ledger,
+            membership=self.membership,
+            compute=self.compute,
+            catch_up=self.catch_up,
+        )
+        sources = WebSources(
+            status=self.reporter.build_status, metrics=self.reporter.render_metrics, feed=self.reporter.feed
+        )
+        self.web = WebServer(config.web.host, config.web.port, sources)
+        self.web_port = await self.web.start()
+        for work in (
+            self.driver.run(),
+            self.membership.beat(),
+            self.membership.discover(),
+            self._reconcile(),
+            self.reporter.watch_lag(),
+        ):
+            self._spawn(work)
+        for one in self.control.peers():
+            self._peer_connected(one.peer)
+        if config.node.role == TRAINER:
+            self._spawn(self.compute.start())
+
+    # -- stop --------------------------------------------------------------------------------------------------------
+
+    async def _leave(self) -> None:
+        """Say so, see the round in work to its end, and let the others vote without this peer."""
+        self._leaving = self.reporter.leaving = True
+        self.reporter.happen(HappeningKind.PEER_LOST, "leaving the swarm")
+        if self.config.node.role == TRAINER:
+            await self.compute.stop()
+        self.core.leave(asyncio.get_running_loop().time())
+        self.driver.pump()
+        self.membership.announce()
+        deadline = asyncio.get_running_loop().time() + LEAVE_TIMEOUT_S
+        while asyncio.get_running_loop().time() < deadline and self._is_needed():
+            self._head_moved.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._head_moved.wait(), 0.2)
+        await self.state.write_snapshot()
+        self.membership.announce()
+
+    def _is_needed(self) -> bool:
+        """Whether a round in work, or the next vote, counts on this peer."""
+        live = self.membership.table.live()
+        if not live:
+            return False
+        busy = self.core.phase is not Phase.GATHER and self.me in self.core.view().roster
+        others_vote = any(voter in live for voter in self.core.head.voters)
+        return busy or (self.me in self.core.head.voters and others_vote)
+
+    async def _shut_down(self) -> None:
+        if hasattr(self, "driver"):
+            self.driver.stop()
+            self._save_peer_book()
+        if hasattr(self, "compute") and self.config.node.role == TRAINER:
+            await self.compute.stop()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "state"):
+            await self.state.finish()
+        if hasattr(self, "web"):
+            await self.web.stop()
+        if hasattr(self, "links"):
+            await self.links.stop()
+        if hasattr(self, "control"):
+            await self.control.stop()
+        if hasattr(self, "_store"):
+            await asyncio.to_thread(self._store.close)
+        if getattr(self, "_memory", None) is not None:
+            assert self._memory is not None
+            self._memory.close()
+
+    def _spawn(self, work: Coroutine[object, object, object]) -> None:
+        if len(self._tasks) >= TASKS_MAX:
+            work.close()
+            log.error("more than %d things are under way at once: one is dropped", TASKS_MAX)
+            return
+        task = asyncio.get_running_loop().create_task(self._guard(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guard(self, work: Coroutine[object, object, object]) -> None:
+        try:
+            await work
+        except Exception:  # the top of the daemon: a defect here must be seen, and the rest goes on
+            log.exception("a defect in %s; please report it with this trace", getattr(work, "__qualname__", work))
+
+    # -- presence ----------------------------------------------------------------------------------------------------
+
+    def _describe(self) -> Presence:
+        self._sequence += 1
+        head = self.core.head
+        ready = self._signed_ready
+        live = ready is not None and ready.ready.round == self.core.round and not self._leaving
+        presence = Presence(
+            peer=self.me,
+            incarnation=self._incarnation,
+            sequence=self._sequence,
+            sent_at_s=time.time(),
+            agent=f"shoal/{version('shoal')} {self.config.node.name}".strip(),
+            trains=self.config.node.role == TRAINER and self.compute.phase is not TrainerState.STOPPED,
+            leaving=self._leaving,
+            head_round=head.round,
+            head_digest=head.digest,
+            state_root=head.state_root,
+            phase=self.core.phase.value,
+            tensor_addresses=self._tensor_addresses(),
+            control_addresses=self.control.addresses()[:8],
+            tokens_per_s=self.compute.progress.tokens_per_s if self.compute.progress else 0.0,
+            ready=ready if live else None,
+        )
+        return sign_message(self.identity, self.swarm, presence)
+
+    def _tensor_addresses(self) -> tuple[str, ...]:
+        if self.config.tensor.announce_host is not None:
+            hosts: tuple[str, ...] = (self.config.tensor.announce_host,)
+        elif self._tensor_host not in ("0.0.0.0", "::"):
+            hosts = (self._tensor_host,)
+        else:
+            hosts = tuple(parse_address(text).host for text in self.control.addresses())
+        return tuple(dict.fromkeys(f"{host}:{self._tensor_port}" for host in hosts))[:8]
+
+    def _address_of(self, peer: PeerId) -> Address | None:
+        known = self.membership.table.newest(peer)
+        if known is None or not known.tensor_addresses:
+            return None
+        host, _, port = known.tensor_addresses[0].rpartition(":")
+        return (host, int(port)) if port.isdigit() else None
+
+    def _observed(self, presence: Presence, first: bool) -> None:
+        now = asyncio.get_running_loop().time()
+        self.core.observe(presence, now)
+        self.driver.pump()
+        if first:
+            self.reporter.happen(HappeningKind.PEER_JOINED, f"{self.reporter.name_of(presence.peer)} is here")
+            self._spawn(self._check_reach(presence.peer))
+        head = self.core.head
+        if presence.head_round == head.round and presence.state_root != head.state_root:
+            detail = (
+                f"round {head.round} has root {presence.state_root.hex()[:16]} there, {head.state_root.hex()[:16]} here"
+            )
+            self._misbehaved(presence.peer, ProtocolError(Refusal.WRONG_BASE, detail))
+
+    def _lost(self, lost: PeerLost) -> None:
+        known = self.membership.table.newest(lost.peer)
+        self.core.lose(lost.peer, asyncio.get_running_loop().time())
+        self.driver.pump()
+        self.reporter.peer_lost(lost.peer, Failure.PEER_LEFT if known and known.leaving else lost.reason)
+
+    async def _check_reach(self, peer: PeerId) -> None:
+        """Ask a new peer to dial the tensor port: only who can be dialled may own parts."""
+        if self._reached:
+            return
+        try:
+            raw = await self.control.request(peer, encode_message(self.swarm, CheckReach()))
+            answer = decode_message_untrusted(self.swarm, raw)
+        except (PeerUnreachable, RequestRefused, ProtocolError) as error:
+            log.debug("no reachability check: %s", error)
+            return
+        if isinstance(answer, ReachAnswer) and answer.known:
+            self._reached = bool(self._reached) or answer.reached
+            log.debug("the tensor port can%s be dialled", "" if answer.reached else "not")
+
+    def _peer_connected(self, peer: PeerId) -> None:
+        if self._answers is not None:
+            self.membership.connection_opened(peer)
+
+    def _peer_disconnected(self, peer: PeerId) -> None:
+        if self._answers is not None:
+            self.membership.connection_lost(peer)
+
+    def _link_lost(self, peer: PeerId, reason: LinkEnd) -> None:
+        log.debug("tensor link to %s ended: %s", short_peer_id(peer), reason)
+
+    def _bootstrap_failed(self, failed: BootstrapFailed) -> None:
+        if failed.attempts == 1:
+            text = f"{failed.failure}: {failed.address} ({failed.detail}); it is tried again"
+            self.reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
+
+    def _control_crashed(self, detail: str) -> None:
+        self.reporter.control_up = False
+        self.reporter.happen(HappeningKind.NETWORK, f"the control plane has stopped: {detail}", Severity.ERROR)
+
+    # -- messages ----------------------------------------------------------------------------------------------------
+
+    def _take_presence(self, source: PeerId, payload: bytes) -> None:
+        self.reporter.control_bytes[Direction.RECEIVED] += len(payload)
+        if self._answers is not None:
+            self.membership.take_presence(payload, source)
+
+    def _take_message(self, peer: PeerId, payload: bytes) -> None:
+        self.reporter.control_bytes[Direction.RECEIVED] += len(payload)
+        if self._answers is None:
+            return
+        try:
+            message = decode_message_untrusted(self.swarm, payload)
+            if isinstance(message, ROUND_MESSAGES):
+                self.driver.receive(message, peer)
+            elif isinstance(message, LedgerEntries):
+                self._spawn(self._take_entries(peer, message))
+            elif isinstance(message, Refused):
+                text = f"{self.reporter.name_of(peer)} refuses this peer: {message.refusal} ({message.detail})"
+                self.reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
+            else:
+                raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(message).__name__} is no message")
+        except ProtocolError as error:
+            self._misbehaved(peer, error)
+
+    async def _answer(self, peer: PeerId, raw: bytes) -> bytes:
+        self.reporter.control_bytes[Direction.RECEIVED] += len(raw)
+        if self._answers is None:
+            raise ProtocolError(Refusal.NOT_READY, "this peer is starting")
+        return await self._answers.answer(peer, raw)
+
+    def _misbehaved(self, peer: PeerId, error: ProtocolError) -> None:
+        """Count it; tell a peer that is in the wrong place; hang up on one that goes on."""
+        self.reporter.metrics.refusals[error.refusal, Plane.CONTROL].add()
+        log.warning("refused something of %s: %s", short_peer_id(peer), error)
+        if error.refusal in TOLD and (peer, error.refusal) not in self._told and len(self._told) < TASKS_MAX:
+            self._told.add((peer, error.refusal))
+            told = Refused(refusal=error.refusal.value, detail=error.detail[:200])
+            self._spawn(self._send(peer, encode_message(self.swarm, told)))
+        self._misbehaviour[peer] += 1
+        if self._misbehaviour[peer] == MISBEHAVIOUR_MAX:
+            self._misbehaviour[peer] = 0
+            self.reporter.happen(HappeningKind.NETWORK, f"hung up on {short_peer_id(peer)}: {error}", Severity.WARNING)
+            self._spawn(self.control.disconnect(peer))
+
+    async def _send(self, peer: PeerId, payload: bytes) -> None:
+        self.reporter.control_bytes[Direction.SENT] += len(payload)
+        with contextlib.suppress(PeerUnreachable):
+            await self.control.send(peer, payload)
+
+    # -- ledger ------------------------------------------------------------------------------------------------------
+
+    async def _take_entries(self, peer: PeerId, message: LedgerEntries) -> None:
+        try:
+            await self.ledger.take(message)
+        except ProtocolError as error:
+            self._misbehaved(peer, error)
+
+    async def _reconcile(self) -> None:
+        """Compare ledgers with a random live peer, period after period; write the own lease once that has been done."""
+        leased = False
+        while True:
+            live = list(self.membership.table.live())
+            if live:
+                # Not entropy that anybody could exploit: any spread over the peers does.
+                peer = live[time.time_ns() // 1_000_000 % len(live)]
+                try:
+                    await self.ledger.reconcile(peer)
+                except RECONCILE_ERRORS as error:
+                    log.debug("ledgers were not compared: %s", error)
+            if not leased:
+                leased = True
+                await self.ledger.write_lease(self._incarnation.to_bytes(8, "big"), live)
+            await asyncio.sleep(RECONCILE_PERIOD_S)
+
+    # -- rounds ------------------------------------------------------------------------------------------------------
+
+    def _offer(self, frozen: Frozen, ready: TrainerReady) -> None:
+        """The trainer's work is frozen and encoded: become ready."""
+        if self._leaving or frozen.round != self.core.round or self.core.phase is Phase.APPLY:
+            return
+        head = self.core.head
+        alone = not self.membership.table.live()
+        said = Ready(
+            round=frozen.round,
+            base_root=head.state_root,
+            contribution_root=frozen.root,
+            tokens=ready.tokens,
+            steps=max(1, ready.steps),
+            norm=frozen.norm,
+            owns=alone or bool(self._reached),
+        )
+        self._signed_ready = sign_ready(self.identity, self.swarm, said)
+        self.exchange.frozen = frozen
+        self.core.offer(Offer(signed=self._signed_ready, digests=frozen.digests), asyncio.get_running_loop().time())
+        self.driver.pump()
+        self.membership.announce()
+
+    async def _committed(self, certificate: Certificate, head: Head) -> None:
+        """A round is applied; the core goes on to the next one when this returns."""
+        result = certificate.result
+        included: tuple[int, ...] = ()
+        members = [member.peer for member in result.members]
+        frozen = self.exchange.frozen
+        if frozen is not None and frozen.round == result.round and self.me in members:
+            included = self.state.contributor.settle(frozen, result, members.index(self.me))
+        self._signed_ready = None
+        if self.config.node.role == TRAINER and not self._leaving:
+            await self.compute.committed(result, included)
+        self.reporter.joined = True
+        self.reporter.committed(result, bool(included))
+        self._spawn(self._record(certificate))
+        self._head_moved.set()
+        self.membership.table.expect(head.voters, asyncio.get_running_loop().time())
+        self.membership.announce()
+
+    async def _record(self, certificate: Certificate) -> None:
+        """One peer enters the certificate into the ledger: its proposer, or whoever is first where that one is gone."""
+        live = list(self.membership.table.live())
+        voters = [voter for voter in certificate.result.voters if voter in live or voter == self.me]
+        if voters and voters[0] == self.me:
+            await self.ledger.write_certificate(certificate, live)
+
+    def _behind(self, behind: Behind) -> None:
+        if not self.catch_up.active:
+            self._spawn(self._catch_up(behind))
+
+    async def _catch_up(self, behind: Behind) -> None:
+        first = self.core.round
+        if behind.round - first >= 1:
+            text = f"{behind.round - first + 1} rounds behind: catching up from round {first} to {behind.round}"
+            self.reporter.happen(HappeningKind.CATCH_UP, text)
+        await self.catch_up.run(behind.peer, behind.round)
+
+    def _take_certificate(self, certificate: Certificate, peer: PeerId) -> None:
+        self.driver.receive(Certified(certificate=certificate), peer)
+
+    async def _wait_past(self, number: int, timeout_s: float) -> bool:
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self.core.head.round <= number and asyncio.get_running_loop().time() < deadline:
+            self._head_moved.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._head_moved.wait(), 0.5)
+        return self.core.head.round > number
+
+    def _donors(self, number: int) -> tuple[PeerId, ...]:
+        live = self.membership.table.live()
+        return tuple(peer for peer, presence in live.items() if presence.head_round >= number)
+
+    def _installed(self, head: Head) -> None:
+        self._signed_ready = None
+        self.reporter.joined = True
+        self.driver.jump(head)
+        self.reporter.happen(HappeningKind.CATCH_UP, f"took over the snapshot of round {head.round}")
+        if self.config.node.role == TRAINER:
+            self._spawn(self.compute.adopt_base())
+
+    def _trainer_restarted(self, reason: Failure, detail: str) -> None:
+        self.reporter.metrics.trainer_restarts[reason].add()
+        text = f"the trainer failed: {reason} ({detail}); it is started again from the last certified state"
+        self.reporter.happen(HappeningKind.TRAINER, text, Severity.WARNING)
+
+    def _disk_failed(self, reason: Failure, detail: str) -> None:
+        self.reporter.disk_failed = detail
+        self.reporter.metrics.disk_errors.add()
+        text = f"{reason}: {detail}; this peer votes and contributes no more until it is started again"
+        self.reporter.happen(HappeningKind.DISK, text, Severity.ERROR)
+
+    # -- peer book ---------------------------------------------------------------------------------------------------
+
+    def _load_peer_book(self) -> PeerBook:
+        path = self.config.data_path / PEER_BOOK_FILE
+        try:
+            return decode_peer_book_untrusted(path.read_bytes(), self.me)
+        except FileNotFoundError:
+            return PeerBook(self.me)
+        except ProtocolError as error:
+            log.warning("%s is damaged and is begun anew: %s", path, error)
+            return PeerBook(self.me)
+
+    def _save_peer_book(self) -> None:
+        if hasattr(self, "membership"):
+            path = self.config.data_path / PEER_BOOK_FILE
+            temporary = path.with_suffix(".partial")
+            temporary.write_bytes(self.membership.book.encode())
+            temporary.replace(path)

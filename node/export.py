@@ -1,0 +1,73 @@
+"""From a peer's disk to a model file: the certified parameters as named tensors in safetensors.
+
+Works on a stopped peer's data folder; a running daemon holds its own store, so the newest snapshot is taken then.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from shoal.node.blobs import BlobStore
+from shoal.node.ledger_store import LedgerStore
+from shoal.node.local_state import LocalState, Stores
+from shoal.node.manifest_source import MANIFEST_FILE, read_manifest_file
+from shoal.node.snapshots import SnapshotStore
+from shoal.protocol.codecs import Float32s
+from shoal.protocol.errors import ConfigError
+from shoal.protocol.layout import Layout
+from shoal.protocol.manifest import Manifest, read_manifest_untrusted
+from shoal.protocol.quorum import Head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertifiedModel:
+    """The state at a certified round, as this disk can prove it."""
+
+    manifest: Manifest
+    head: Head
+    params: Float32s
+
+
+def read_certified_model(data_dir: Path) -> CertifiedModel:
+    """The newest certified state in a stopped peer's folder; raises ConfigError or StoreError."""
+    path = data_dir / MANIFEST_FILE
+    if not path.exists():
+        fix = "give the --data-dir of a peer that has taken part in a swarm"
+        raise ConfigError("--data-dir", f"{data_dir} holds no manifest", fix)
+    signed, swarm = read_manifest_file(path)
+    manifest, _ = read_manifest_untrusted(signed, swarm)
+    params, momentum = (np.zeros(manifest.layout.elements, np.float32) for _ in range(2))
+    with LedgerStore.open(data_dir / "ledger.sqlite") as ledger:
+        stores = Stores(
+            ledger=ledger,
+            blobs=BlobStore(data_dir / "blobs"),
+            snapshots=SnapshotStore(data_dir / "snapshots"),
+            snapshots_kept=1,
+        )
+        head = LocalState(manifest, swarm, stores, params, momentum).restore_now()
+    return CertifiedModel(manifest=manifest, head=head, params=params)
+
+
+def split_tensors(layout: Layout, params: Float32s) -> dict[str, Float32s]:
+    """The flat vector as the layout's named tensors; views, not copies."""
+    tensors = {}
+    for spec, first in zip(layout.tensors, layout.offsets, strict=True):
+        tensors[spec.name] = params[first : first + spec.elements].reshape(spec.shape)
+    return tensors
+
+
+def write_model(model: CertifiedModel, out: Path) -> None:
+    """Write the safetensors file; its metadata names the swarm's task, the round and the state root."""
+    metadata = {
+        "format": "pt",
+        "task": model.manifest.task.kind,
+        "task_options": model.manifest.task.options,
+        "round": str(model.head.round),
+        "state_root": model.head.state_root.hex(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".partial")
+    save_file(split_tensors(model.manifest.layout, model.params), temporary, metadata=metadata)
+    temporary.replace(out)

@@ -1,0 +1,280 @@
+"""The ledger on disk: one SQLite file with the batches, the certificates and small records that must not be forgotten.
+
+The caller's contract is *persist before send*: an own batch, a vote or a certificate leaves this peer only after the
+call that stores it has returned. A peer that sends first and crashes then may sign something else in the same place,
+and to others that is equivocation.
+
+What is promised for each call that returned: after the process is killed, everything is there; after a power cut,
+everything that was stored with full durability is there, together with all that was stored before it (write-ahead
+log, `synchronous=FULL`). Other peers' batches are stored without waiting for the disk: what a power cut takes of them
+comes back by reconciliation. Batches are to be appended in the order in which the ledger accepted or wrote them.
+
+Invariants: the file belongs to one process at a time, so that two daemons cannot sign with one chain; no own batch is
+stored whose sequence numbers are not above all own ones before; a round's certified result never changes.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
+from shoal.protocol.errors import Failure, ProtocolError, Refusal, ShoalError
+from shoal.protocol.identity import short_peer_id
+
+# "shol": marks the file as ours (https://www.sqlite.org/pragma.html#pragma_application_id).
+APPLICATION_ID = 0x73686F6C
+RECORD_BYTES_MAX = 1024 * 1024
+
+# What leads from each schema version to the next, from the empty file on. Released steps are never changed, only
+# added to.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE batches (
+            position INTEGER PRIMARY KEY,
+            author BLOB NOT NULL,
+            last_seq INTEGER NOT NULL,
+            is_own INTEGER NOT NULL,
+            encoded BLOB NOT NULL
+        ) STRICT""",
+        "CREATE UNIQUE INDEX own_chain ON batches (author, last_seq) WHERE is_own",
+        """CREATE TABLE certificates (
+            round INTEGER PRIMARY KEY,
+            result_digest BLOB NOT NULL,
+            body BLOB NOT NULL
+        ) STRICT""",
+        """CREATE TABLE records (
+            namespace TEXT NOT NULL,
+            key BLOB NOT NULL,
+            value BLOB NOT NULL,
+            PRIMARY KEY (namespace, key)
+        ) STRICT, WITHOUT ROWID""",
+    ),
+)
+
+_REFETCH = "move the file away and start again; the ledger is then fetched from other peers"
+
+
+class StoreError(ShoalError):
+    """The database file cannot be used. `failure` says how, `fix` what a person can do about it."""
+
+    def __init__(self, path: Path, failure: Failure, problem: str, fix: str) -> None:
+        super().__init__(f"{path}: {problem}. Fix: {fix}")
+        self.path = path
+        self.failure = failure
+        self.fix = fix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredCertificate:
+    """A certified round: the digest of its result and the certificate's bytes."""
+
+    round: int
+    result_digest: bytes
+    body: bytes
+
+
+class LedgerStore:
+    """An open store. All calls block; one runs at a time, from whichever thread. Each may raise StoreError."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self._path = path
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._is_full_durability: bool | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> "LedgerStore":
+        """Open or create the store at `path`, bring its schema up to date and check the file for damage."""
+        with _explain(path):
+            connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            with _explain(path):
+                # Set before the first access, this keeps every other process out until the file is closed.
+                connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+                version = _read_version(path, connection)
+                connection.execute("PRAGMA journal_mode=WAL")
+                _migrate(connection, version)
+                faults = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if faults != ("ok",):
+                raise StoreError(path, Failure.STORE_DAMAGED, f"the database is damaged ({faults[0]})", _REFETCH)
+        except StoreError:
+            connection.close()
+            raise
+        return cls(path, connection)
+
+    def __enter__(self) -> "LedgerStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; no other call may follow."""
+        with self._lock, _explain(self._path):
+            self._connection.close()
+
+    def load(self) -> tuple[Batch, ...]:
+        """All batches in the order in which they were appended: what `Ledger.restore` takes."""
+        with self._lock, _explain(self._path):
+            rows = self._connection.execute("SELECT encoded FROM batches ORDER BY position").fetchall()
+        try:
+            return tuple(decode_batch_untrusted(encoded) for (encoded,) in rows)
+        except ProtocolError as error:
+            problem = f"a stored batch is damaged ({error})"
+            raise StoreError(self._path, Failure.STORE_DAMAGED, problem, _REFETCH) from error
+
+    def append(self, batches: Sequence[Batch], *, own: bool) -> None:
+        """Store batches, all or none; of this peer's own chain (`own`) with full durability."""
+        rows = [(batch.author, batch.entries[-1].seq, own, encode_batch(batch)) for batch in batches]
+        with self._transaction(is_full=own):
+            for batch, row in zip(batches, rows, strict=True):
+                if own:
+                    self._assert_goes_on(batch)
+                self._connection.execute(
+                    "INSERT INTO batches (author, last_seq, is_own, encoded) VALUES (?, ?, ?, ?)", row
+                )
+
+    def put_record(self, namespace: str, key: bytes, value: bytes) -> None:
+        """Store `value` under `key` with full durability, in place of what stood there."""
+        assert len(value) <= RECORD_BYTES_MAX, "records are small"
+        with self._transaction(is_full=True):
+            self._connection.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", (namespace, key, value))
+
+    def get_record(self, namespace: str, key: bytes) -> bytes | None:
+        """The value under `key`, or None."""
+        row = self._read_one("SELECT value FROM records WHERE namespace = ? AND key = ?", (namespace, key))
+        value = None if row is None else row[0]
+        assert value is None or isinstance(value, bytes), "a STRICT table"
+        return value
+
+    def delete_record(self, namespace: str, key: bytes) -> None:
+        """Forget the value under `key`, if there is one."""
+        with self._transaction(is_full=True):
+            self._connection.execute("DELETE FROM records WHERE namespace = ? AND key = ?", (namespace, key))
+
+    def put_certificate(self, certificate: StoredCertificate) -> None:
+        """Store a round's certificate with full durability; one that is there already stays.
+
+        Raises ProtocolError(EQUIVOCATION) if the round is certified with another result: a quorum has voted twice.
+        """
+        with self._transaction(is_full=True):
+            row = self._connection.execute(
+                "SELECT result_digest FROM certificates WHERE round = ?", (certificate.round,)
+            ).fetchone()
+            if row is None:
+                values = certificate.round, certificate.result_digest, certificate.body
+                self._connection.execute("INSERT INTO certificates VALUES (?, ?, ?)", values)
+            elif row != (certificate.result_digest,):
+                raise ProtocolError(Refusal.EQUIVOCATION, f"round {certificate.round} is certified with another result")
+
+    def get_certificate(self, round_number: int) -> StoredCertificate | None:
+        """The certificate of this round, or None."""
+        return _certificate_of(self._read_one(f"{_SELECT_CERTIFICATES} WHERE round = ?", (round_number,)))
+
+    def get_last_certificate(self) -> StoredCertificate | None:
+        """The certificate of the highest certified round, or None."""
+        return _certificate_of(self._read_one(f"{_SELECT_CERTIFICATES} ORDER BY round DESC LIMIT 1", ()))
+
+    def list_certificates(self, first: int, end: int) -> tuple[StoredCertificate, ...]:
+        """The certificates of the rounds from `first` up to but not including `end`, in order; rounds may be absent."""
+        with self._lock, _explain(self._path):
+            query = f"{_SELECT_CERTIFICATES} WHERE round >= ? AND round < ? ORDER BY round"
+            rows = self._connection.execute(query, (first, end)).fetchall()
+        return tuple(certificate for row in rows if (certificate := _certificate_of(row)) is not None)
+
+    def _read_one(self, query: str, values: tuple[object, ...]) -> tuple[object, ...] | None:
+        with self._lock, _explain(self._path):
+            row: tuple[object, ...] | None = self._connection.execute(query, values).fetchone()
+            return row
+
+    def _assert_goes_on(self, batch: Batch) -> None:
+        query = "SELECT MAX(last_seq) FROM batches WHERE author = ? AND is_own"
+        (last_seq,) = self._connection.execute(query, (batch.author,)).fetchone()
+        assert last_seq is None or batch.entries[0].seq > last_seq, (
+            f"{short_peer_id(batch.author)} has signed entry {batch.entries[0].seq} before"
+        )
+
+    @contextmanager
+    def _transaction(self, *, is_full: bool) -> Iterator[None]:
+        with self._lock, _explain(self._path):
+            if self._is_full_durability is not is_full:
+                self._connection.execute(f"PRAGMA synchronous={'FULL' if is_full else 'NORMAL'}")
+                self._is_full_durability = is_full
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            finally:
+                # After an error SQLite may or may not have rolled back by itself.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+
+
+_SELECT_CERTIFICATES = "SELECT round, result_digest, body FROM certificates"
+
+
+def _certificate_of(row: tuple[object, ...] | None) -> StoredCertificate | None:
+    if row is None:
+        return None
+    number, result_digest, body = row
+    assert isinstance(number, int) and isinstance(result_digest, bytes) and isinstance(body, bytes), "a STRICT table"
+    return StoredCertificate(round=number, result_digest=result_digest, body=body)
+
+
+def _read_version(path: Path, connection: sqlite3.Connection) -> int:
+    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    assert isinstance(version, int)
+    if application_id != APPLICATION_ID and (application_id or version or tables):
+        problem = "the file is a database of another program"
+        raise StoreError(path, Failure.STORE_FOREIGN, problem, "give the daemon a data directory of its own")
+    if version > len(MIGRATIONS):
+        problem = f"the file has schema version {version}, this release knows {len(MIGRATIONS)}"
+        raise StoreError(path, Failure.STORE_FOREIGN, problem, "install the newer release of shoal again")
+    return version
+
+
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    for target, statements in enumerate(MIGRATIONS[version:], version + 1):
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in statements:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version={target}")
+        connection.execute("COMMIT")
+
+
+@contextmanager
+def _explain(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into the one that says what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        failure, problem, fix = _EXPLANATIONS.get(_primary_code(error), _UNUSABLE)
+        raise StoreError(path, failure, f"{problem} ({error})", fix) from error
+
+
+_UNUSABLE = (
+    Failure.STORE_UNUSABLE,
+    "the file cannot be read or written",
+    "check that the directory exists and is writable",
+)
+_EXPLANATIONS = {
+    sqlite3.SQLITE_NOTADB: (Failure.STORE_DAMAGED, "the file is not a database or is damaged", _REFETCH),
+    sqlite3.SQLITE_CORRUPT: (Failure.STORE_DAMAGED, "the database is damaged", _REFETCH),
+    sqlite3.SQLITE_BUSY: (Failure.STORE_IN_USE, "another process uses the file", "stop the other daemon first"),
+    sqlite3.SQLITE_LOCKED: (Failure.STORE_IN_USE, "another process uses the file", "stop the other daemon first"),
+    sqlite3.SQLITE_FULL: (Failure.DISK_FULL, "the disk is full", "free some space"),
+}
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    # Extended codes carry the primary one in their lowest byte; errors of the Python module itself have none.
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF

@@ -1,0 +1,160 @@
+"""Connecting to peers: one peer by several addresses, and bootstrap peers for as long as the node runs. Runs in trio.
+
+The library's own dialling is gone around: it waits out a quarter of a second after success, refuses to dial a peer
+that failed within the last minute, has no time limit of its own, and resolves names past the system's resolver.
+
+Invariants: at most one dial per peer at a time; every dial ends within CONNECT_TIMEOUT_S; a bootstrap peer that cannot
+be reached is dialled again after a pause that doubles up to BOOTSTRAP_RETRY_MAX_S, and costs nothing else.
+"""
+
+import random
+import socket
+from collections.abc import Callable, Sequence
+
+import trio
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
+from multiaddr import Multiaddr
+
+from shoal.dht.addresses import Address, keep_dialable, parse_address
+from shoal.node.control import CONNECT_TIMEOUT_S, BootstrapFailed, PeerUnreachable
+from shoal.node.libp2p_stack import BoundedSwarm
+from shoal.protocol.errors import Failure
+from shoal.protocol.identity import PeerId, encode_libp2p_peer_id
+
+# The next address of a peer is tried when the one before has not answered for this long (RFC 8305).
+HEAD_START_S = 0.25
+BOOTSTRAP_RETRY_MIN_S = 1.0
+BOOTSTRAP_RETRY_MAX_S = 60.0
+# How long an address that was told for a peer may be used by look-ups.
+TOLD_ADDRESS_TTL_S = 600
+
+_FAMILIES = {"dns": socket.AF_UNSPEC, "dns4": socket.AF_INET, "dns6": socket.AF_INET6}
+
+
+class Dialer:
+    """Makes connections for one host."""
+
+    def __init__(self, swarm: BoundedSwarm, me: PeerId) -> None:
+        self._swarm = swarm
+        self._me = me
+        self._dials: dict[PeerId, trio.Event] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """Refuse every later dial."""
+        self._closed = True
+
+    def is_connected(self, peer: PeerId) -> bool:
+        """Whether any connection to the peer stands."""
+        return any(not connection.is_closed for connection in self._swarm.get_connections(_peer_id(peer)))
+
+    def known_addresses(self, peer: PeerId) -> tuple[str, ...]:
+        """What the peer said of itself, or others of it, in canonical form."""
+        try:
+            known = self._swarm.peerstore.addrs(_peer_id(peer))
+        except PeerStoreError:
+            return ()
+        return keep_dialable((str(address) for address in known), peer)
+
+    async def connect(self, peer: PeerId, addresses: Sequence[Address] = ()) -> None:
+        """Connect by these addresses, or by those that are known; raises PeerUnreachable within CONNECT_TIMEOUT_S."""
+        while not self.is_connected(peer):
+            if (ongoing := self._dials.get(peer)) is None:
+                break
+            await ongoing.wait()
+        else:
+            return
+        if self._closed or peer == self._me:
+            raise _unreachable(peer, "this node is stopping" if self._closed else "that is this node itself")
+        targets = addresses or [parse_address(text) for text in self.known_addresses(peer)]
+        if not targets:
+            raise _unreachable(peer, "no address is known")
+        self._dials[peer] = trio.Event()
+        try:
+            await self._dial(peer, targets)
+        finally:
+            self._dials.pop(peer).set()
+
+    async def _dial(self, peer: PeerId, targets: Sequence[Address]) -> None:
+        peer_id, errors = _peer_id(peer), list[str]()
+
+        async def attempt(target: Address, failed: trio.Event) -> None:
+            try:
+                await self._swarm.dial_addr(Multiaddr(str(target)), peer_id)
+            except (BaseLibp2pError, OSError) as error:
+                errors.append(f"{target.host} port {target.port}: {_root_cause(error)}")
+                failed.set()
+                return
+            self._swarm.peerstore.add_addr(peer_id, Multiaddr(str(target)), TOLD_ADDRESS_TTL_S)
+            attempts.cancel_scope.cancel()
+
+        with trio.move_on_after(CONNECT_TIMEOUT_S) as limit:
+            async with trio.open_nursery() as attempts:
+                for target in await _resolve(targets, errors):
+                    failed = trio.Event()
+                    attempts.start_soon(attempt, target, failed)
+                    with trio.move_on_after(HEAD_START_S):
+                        await failed.wait()
+        if not self.is_connected(peer):
+            if limit.cancelled_caught:
+                errors.append(f"no answer within {CONNECT_TIMEOUT_S:.0f} s")
+            raise _unreachable(peer, "; ".join(errors) or "hung up at once")
+
+    async def keep_bootstrapped(
+        self,
+        peer: PeerId,
+        addresses: Sequence[Address],
+        wait_until_lost: Callable[[PeerId], "trio.Event"],
+        on_failed: Callable[[BootstrapFailed], None],
+    ) -> None:
+        """Dial a bootstrap peer now and whenever it was lost, for ever."""
+        attempts, pause_s = 0, BOOTSTRAP_RETRY_MIN_S
+        while True:
+            try:
+                await self.connect(peer, addresses)
+            except PeerUnreachable as error:
+                attempts += 1
+                address = " or ".join(str(address) for address in addresses)
+                on_failed(BootstrapFailed(address=address, detail=error.detail, attempts=attempts, retry_s=pause_s))
+            else:
+                attempts, pause_s = 0, BOOTSTRAP_RETRY_MIN_S
+                await wait_until_lost(peer).wait()
+            # Not all peers that lost the same bootstrap peer come back at the same moment.
+            await trio.sleep(pause_s * random.uniform(0.75, 1.25))
+            pause_s = min(2 * pause_s, BOOTSTRAP_RETRY_MAX_S)
+
+
+async def _resolve(targets: Sequence[Address], errors: list[str]) -> list[Address]:
+    resolved: list[Address] = []
+    for target in targets:
+        if target.net not in _FAMILIES:
+            resolved.append(target)
+            continue
+        try:
+            found = await trio.socket.getaddrinfo(target.host, target.port, _FAMILIES[target.net], socket.SOCK_STREAM)
+        except OSError as error:
+            errors.append(f"{target.host}: {error.strerror or error}")
+            continue
+        for family, _, _, _, endpoint in found:
+            net = "ip6" if family == socket.AF_INET6 else "ip4"
+            resolved.append(Address(net=net, host=str(endpoint[0]), port=target.port, peer=target.peer))
+    return resolved
+
+
+def _peer_id(peer: PeerId) -> ID:
+    return ID(encode_libp2p_peer_id(peer))
+
+
+def _unreachable(peer: PeerId, detail: str) -> PeerUnreachable:
+    return PeerUnreachable(peer, Failure.PEER_UNREACHABLE, detail)
+
+
+def _root_cause(error: BaseException) -> str:
+    # The library wraps what happened several times over; a person needs the innermost.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, BaseExceptionGroup):
+        return _root_cause(error.exceptions[0])
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

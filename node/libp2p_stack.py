@@ -1,0 +1,496 @@
+"""py-libp2p's parts, set up and hardened for a long-running public node.
+
+What this module adds to 0.8.1, because without it a peer could end, deafen or fill the node:
+
+- tasks that remote bytes can make fail are contained (the library ends the whole swarm when one of them raises);
+- an accepted connection gives its place back when it closes (the library keeps it until the swarm stops);
+- bounds on unread bytes per connection, streams per peer, provider records, known peers and seen messages;
+- a listen port that is taken is an error (the library shares it by SO_REUSEPORT), links that died are noticed by the
+  kernel (TCP user timeout), and nothing dials peers that nobody asked for.
+
+Secure channel: Noise only. Multiplexer: Yamux only. Discovery: identify, ping, kad-dht, gossipsub, by their standard
+protocol ids (libp2p specifications). Imported only in a process that starts a host: importing libp2p takes a second.
+"""
+
+import collections
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any
+
+import libp2p.network.connection.swarm_connection
+import libp2p.stream_muxer.yamux.yamux
+import trio
+from libp2p.abc import IListener, IMuxedConn, INetStream, IRawConnection, ISecureConn
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import THandler, TProtocol
+from libp2p.host.basic_host import BasicHost
+from libp2p.io.abc import ReadWriteCloser
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.trio import TrioTCPStream
+from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.provider_store import ProviderStore
+from libp2p.metrics.swarm import SwarmEvent
+from libp2p.network.auto_connector import AutoConnector
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerinfo import PeerInfo
+from libp2p.peer.peerstore import PeerStore
+from libp2p.protocol_muxer.exceptions import MultiselectError
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.score import ScoreParams, TopicScoreParams
+from libp2p.records.validator import NamespacedValidator
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
+from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
+from libp2p.tools.anyio_service import TrioManager
+from libp2p.tools.anyio_service.api import ServiceAPI
+from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
+from libp2p.transport.exceptions import MuxerUpgradeFailure
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+from libp2p.utils.multiaddr_utils import multiaddr_from_socket
+from multiaddr import Multiaddr
+
+from shoal.node.control import ControlConfig
+from shoal.protocol.identity import encode_libp2p_peer_id
+
+HANDSHAKE_TIMEOUT_S = 5.0
+NEGOTIATION_TIMEOUT_S = 5.0
+# A peer whose kernel acknowledges nothing for this long is hung up on.
+LINK_TIMEOUT_S = 20
+LISTEN_BACKLOG = 128
+READ_BYTES_MAX = 64 * 1024
+STREAMS_PER_PEER_MAX = 64
+STREAM_WINDOW_BYTES = 1024 * 1024
+CREDIT_BYTES_MIN = 16 * 1024
+UNREAD_BYTES_PER_CONNECTION_MAX = 16 * STREAM_WINDOW_BYTES
+CONNECTIONS_PER_PEER_MAX = 3
+PROVIDED_KEYS_MAX = 4096
+ADDRESSES_PER_PROVIDER_MAX = 8
+KNOWN_PEERS_MAX = 1024
+SEEN_MESSAGES_MAX = 65536
+SEEN_MESSAGES_TTL_S = 120.0
+GOSSIP_RPC_BYTES_MAX = 256 * 1024
+GOSSIP_RPCS_QUEUED_MAX = 512
+HEARTBEAT_S = 1
+
+_log = logging.getLogger(__name__)
+
+
+def quiet_libp2p() -> None:
+    """Keep the library's log to itself: it has an ERROR line for every ordinary hang-up."""
+    for name in ("libp2p", "libp2p.network.auto_connector"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # This module logs to the root logger, and so would configure it.
+    module: Any = libp2p.network.connection.swarm_connection
+    module.logging = logging.getLogger(module.__name__)
+
+
+class Contained:
+    """A barrier for what remote bytes can make the library raise, which is anything.
+
+    Its errors have no common root, and one that passes ends the run for every peer; so this ends what failed, and
+    only that. Cancellation passes.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self.failed = False
+
+    def __enter__(self) -> "Contained":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self.failed = isinstance(error, Exception)
+        if self.failed:
+            _log.info("%s failed: %r", self._what, error)
+        return self.failed
+
+
+class BufferedTcpStream(TrioTCPStream):
+    """A TCP stream whose `read(n)` returns n bytes unless the peer hangs up, with one system call for many reads."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        super().__init__(stream)
+        self._unread = bytearray()
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # Not every system has these; there, the daemon's own heartbeats are all there is.
+        for name, value in (
+            ("TCP_USER_TIMEOUT", LINK_TIMEOUT_S * 1000),
+            ("TCP_KEEPIDLE", LINK_TIMEOUT_S // 2),
+            ("TCP_KEEPINTVL", LINK_TIMEOUT_S // 4),
+        ):
+            if hasattr(socket, name):
+                stream.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        try:
+            # The library's own reading of it fails for IPv6.
+            host, port = stream.socket.getpeername()[:2]
+        except OSError:
+            return
+        self._cached_remote_address = (str(host), int(port))
+
+    async def read(self, n: int | None = None) -> bytes:
+        enough = 1 if n is None else min(n, READ_BYTES_MAX)
+        while len(self._unread) < enough:
+            chunk = await super().read(READ_BYTES_MAX)
+            if not chunk:
+                break
+            self._unread += chunk
+        count = len(self._unread) if n is None else enough
+        taken = bytes(self._unread[:count])
+        del self._unread[:count]
+        return taken
+
+
+class TcpListener(IListener):
+    """Listens on sockets that were opened before, so that a port that is taken is known before anything else starts."""
+
+    def __init__(self, handler: THandler, sockets: Sequence[trio.SocketListener]) -> None:
+        self._handler = handler
+        self._sockets = sockets
+        self._scope = trio.CancelScope()
+        self._addresses = tuple(multiaddr_from_socket(opened.socket) for opened in sockets)
+
+    async def listen(self, maddr: Multiaddr) -> None:
+        """Serve until `close`; the address was settled when the sockets were opened."""
+        with self._scope:
+            await trio.serve_listeners(self._serve, list(self._sockets))
+
+    def get_addrs(self) -> tuple[Multiaddr, ...]:
+        return self._addresses
+
+    async def close(self) -> None:
+        self._scope.cancel()
+        for opened in self._sockets:
+            await opened.aclose()
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        with Contained("an incoming connection"):
+            await self._handler(BufferedTcpStream(stream))
+
+
+class TcpTransport(TCP):
+    """The library's dialler over `BufferedTcpStream`."""
+
+    async def _dial_resolved(self, maddr: Multiaddr, source: tuple[str, int] | None = None) -> IRawConnection:
+        dialled = await super()._dial_resolved(maddr, source)
+        assert isinstance(dialled, RawConnection) and isinstance(dialled.stream, TrioTCPStream)
+        return RawConnection(BufferedTcpStream(dialled.stream.stream), True)
+
+
+class SteadyWindowStream(YamuxStream):
+    """A stream with a window of STREAM_WINDOW_BYTES, topped up in few large steps.
+
+    The library sends an update for every read, which costs more than a small message itself.
+    """
+
+    async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
+        self._pending_recv_release += bytes_read
+        if self._pending_recv_release < CREDIT_BYTES_MIN:
+            return
+        unread = len(self.conn.stream_buffers.get(self.stream_id, b""))
+        missing = STREAM_WINDOW_BYTES - self.recv_window - unread
+        if missing >= STREAM_WINDOW_BYTES // 2:
+            self._pending_recv_release = 0
+            self.recv_window += missing
+            await self.send_window_update(missing)
+
+
+class BoundedYamux(Yamux):
+    """Yamux that hangs up on a peer that sends more than the windows it was given."""
+
+    async def _read_data_body(self, length: int) -> bytes:
+        unread = sum(len(buffer) for buffer in self.stream_buffers.values())
+        if length > STREAM_WINDOW_BYTES or unread + length > UNREAD_BYTES_PER_CONNECTION_MAX:
+            await self._cleanup_on_error()
+            raise ConnectionClosedError(f"{unread} bytes unread and {length} more announced")
+        return await super()._read_data_body(length)
+
+
+class YamuxUpgrader(TransportUpgrader):
+    """Multiplexes every connection with `BoundedYamux`; the library takes its own class, whatever it is given."""
+
+    async def upgrade_connection(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        try:
+            await self.muxer_multistream.select_transport(conn)
+        except MultiselectError as error:
+            raise MuxerUpgradeFailure("the peer does not speak Yamux") from error
+        return BoundedYamux(conn, peer_id, is_initiator=conn.is_initiator)
+
+
+class ContainedTasks(TrioManager):
+    """A service manager in which a failed task costs that task: remote bytes must not be able to end the service."""
+
+    def run_task(
+        self, async_fn: Callable[..., Awaitable[Any]], *args: Any, daemon: bool = False, **kwargs: Any
+    ) -> None:
+        if daemon or kwargs.get("_internal"):
+            super().run_task(async_fn, *args, daemon=daemon, **kwargs)
+            return
+
+        async def run_contained() -> None:
+            with Contained(f"{async_fn}"):
+                await async_fn(*args)
+
+        super().run_task(run_contained, **kwargs)
+
+
+@asynccontextmanager
+async def run_service(service: ServiceAPI) -> AsyncIterator[None]:
+    """Run one of the library's services under `ContainedTasks`."""
+    async with trio.open_nursery() as nursery:
+        manager = ContainedTasks(service)
+        service._manager = manager
+        nursery.start_soon(manager.run)
+        await manager.wait_started()
+        try:
+            yield
+        finally:
+            await manager.stop()
+
+
+class _NoAutoConnector(AutoConnector):
+    """Dials nobody: whom to connect to is the daemon's choice."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        return
+
+    async def maybe_connect(self) -> None:
+        return
+
+    def record_disconnect(self, peer_id: ID) -> None:
+        return
+
+
+class BoundedSwarm(Swarm):
+    """A swarm that listens on given sockets and frees the place of an accepted connection when it closes."""
+
+    def _init_connection_management(self) -> None:
+        super()._init_connection_management()
+        self.auto_connector = _NoAutoConnector(swarm=self)
+
+    def add_listener(self, sockets: Sequence[trio.SocketListener], nursery: trio.Nursery) -> None:
+        """Accept connections on these sockets from now on."""
+        maddr = multiaddr_from_socket(sockets[0].socket)
+
+        async def handle(stream: ReadWriteCloser) -> None:
+            await self._handle_inbound_connection(stream, maddr)
+
+        listener = TcpListener(handle, sockets)
+        self.listeners[str(maddr)] = listener
+        nursery.start_soon(listener.listen, maddr)
+
+    async def _do_handle_inbound_connection(
+        self, read_write_closer: ReadWriteCloser, maddr: Multiaddr, failure_event: SwarmEvent
+    ) -> None:
+        muxed = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
+        assert isinstance(muxed, Yamux)
+        await muxed.event_closed.wait()
+
+
+class BoundedHost(BasicHost):
+    """A host with a bound on the streams of one peer, that says when a peer has identified itself."""
+
+    def __init__(self, swarm: BoundedSwarm, announced: Callable[[list[Multiaddr]], list[Multiaddr]]) -> None:
+        self._streams: collections.Counter[ID] = collections.Counter()
+        self._advertised: list[Multiaddr] = []
+        self.on_identified: Callable[[ID], Awaitable[None]] | None = None
+        super().__init__(swarm, addrs_factory=announced, negotiate_timeout=int(NEGOTIATION_TIMEOUT_S))
+
+    def get_addrs(self) -> list[Multiaddr]:
+        # Asked for at every message; what makes up the answer changes rarely.
+        return list(self._advertised)
+
+    def refresh_addrs(self) -> None:
+        """Work out anew what to advertise."""
+        self._advertised = super().get_addrs()
+
+    async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
+        await super()._identify_peer(peer_id, reason=reason)
+        if self.on_identified is not None and self._network.get_connections(peer_id):
+            await self.on_identified(peer_id)
+
+    async def _swarm_stream_handler(self, net_stream: INetStream) -> None:
+        peer_id = net_stream.muxed_conn.peer_id
+        if self._streams[peer_id] >= STREAMS_PER_PEER_MAX:
+            await net_stream.reset()
+            return
+        self._streams[peer_id] += 1
+        try:
+            with Contained(f"a stream of {peer_id}") as handling:
+                await super()._swarm_stream_handler(net_stream)
+            if handling.failed:
+                await net_stream.reset()
+        finally:
+            self._streams[peer_id] -= 1
+            if not self._streams[peer_id]:
+                del self._streams[peer_id]
+
+
+class BoundedProviders(ProviderStore):
+    """Provider records with a bound on their number; the key that came first goes first."""
+
+    def add_provider(self, key: bytes, provider: PeerInfo) -> None:
+        if key not in self.providers and len(self.providers) >= PROVIDED_KEYS_MAX:
+            del self.providers[next(iter(self.providers))]
+        super().add_provider(key, PeerInfo(provider.peer_id, provider.addrs[:ADDRESSES_PER_PROVIDER_MAX]))
+
+
+class SeenMessages(LastSeenCache):
+    """Which gossip messages came by already: bounded, and without the library's sweeper thread."""
+
+    def __init__(self) -> None:
+        self._seen_until: collections.OrderedDict[bytes, float] = collections.OrderedDict()
+
+    def add(self, key: bytes) -> bool:
+        is_new = not self.has(key)
+        self._seen_until[key] = time.monotonic() + SEEN_MESSAGES_TTL_S
+        self._seen_until.move_to_end(key)
+        while len(self._seen_until) > SEEN_MESSAGES_MAX or next(iter(self._seen_until.values())) < time.monotonic():
+            self._seen_until.popitem(last=False)
+        return is_new
+
+    def has(self, key: bytes) -> bool:
+        return self._seen_until.get(key, 0.0) >= time.monotonic()
+
+    def length(self) -> int:
+        return len(self._seen_until)
+
+    def stop(self) -> None:
+        return
+
+
+class LeanGossip(GossipSub):
+    """GossipSub that does not enclose the sender's signed addresses with every message: identify has told them."""
+
+    def send_rpc(self, peer_id: ID, rpc: rpc_pb2.RPC, priority: bool = False) -> None:
+        rpc.ClearField("senderRecord")
+        super().send_rpc(peer_id, rpc, priority)
+
+
+class DirectPubsub(Pubsub):
+    """Pubsub that hands every message on at once; the library's two queues of 32 drop what comes in a burst."""
+
+    on_message: Callable[[rpc_pb2.Message], None]
+
+    def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
+        self.on_message(publish_message)
+
+    async def _handle_new_peer(self, peer_id: ID) -> None:
+        await super()._handle_new_peer(peer_id)
+        if queue := self.peer_queues.get(peer_id):
+            queue._queue.max_size = GOSSIP_RPCS_QUEUED_MAX
+
+
+def build_host(
+    config: ControlConfig, announced: Callable[[list[Multiaddr]], list[Multiaddr]]
+) -> tuple[BoundedHost, BoundedSwarm]:
+    """A host with the identity of `config` that advertises what `announced` makes of its addresses."""
+    # Yamux makes its streams from whatever stands under this name.
+    yamux: Any = libp2p.stream_muxer.yamux.yamux
+    yamux.YamuxStream = SteadyWindowStream
+    keys = create_new_key_pair(config.identity.seed)
+    peer_id = ID.from_pubkey(keys.public_key)
+    assert peer_id.to_bytes() == encode_libp2p_peer_id(config.identity.peer), "both stacks derive the same peer id"
+    peerstore = PeerStore()
+    peerstore.add_key_pair(peer_id, keys)
+    noise = NoiseTransport(keys, noise_privkey=create_noise_key_pair().private_key)
+    upgrader = YamuxUpgrader(
+        secure_transports_by_protocol={TProtocol(NOISE_PROTOCOL_ID): noise},
+        muxer_transports_by_protocol={TProtocol(YAMUX_PROTOCOL_ID): BoundedYamux},
+        negotiate_timeout=int(NEGOTIATION_TIMEOUT_S),
+    )
+    # A quarter of the places stays for connections that this node makes.
+    reserved = config.connections_max // 4
+    limits = ConnectionConfig(
+        max_connections=config.connections_max,
+        min_connections=reserved,
+        low_watermark=reserved,
+        high_watermark=config.connections_max,
+        max_connections_per_peer=CONNECTIONS_PER_PEER_MAX,
+        inbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
+        outbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
+        outbound_stream_protocol_negotiation_timeout=NEGOTIATION_TIMEOUT_S,
+        inbound_stream_protocol_negotiation_timeout=NEGOTIATION_TIMEOUT_S,
+    )
+    swarm = BoundedSwarm(
+        peer_id,
+        peerstore,
+        upgrader,
+        [TcpTransport()],
+        retry_config=RetryConfig(max_retries=0),
+        connection_config=limits,
+    )
+    return BoundedHost(swarm, announced), swarm
+
+
+def build_gossip(host: BoundedHost, topic: str, presences_per_s_max: float) -> tuple[LeanGossip, DirectPubsub]:
+    """Gossip of one topic. A peer that forwards refused presences is heeded less and then not at all."""
+    scores = ScoreParams(
+        # Counted linearly and subtracted here: a positive weight is a penalty.
+        p4_invalid_messages=TopicScoreParams(weight=10.0, cap=100.0, decay=0.98),
+        publish_threshold=-50.0,
+        gossip_threshold=-50.0,
+        graylist_threshold=-80.0,
+        accept_px_threshold=0.0,
+    )
+    router = LeanGossip(
+        # Not 1.2: its IDONTWANT, sent to everybody for every message, is as large as a presence.
+        protocols=[PROTOCOL_ID_V11],
+        degree=6,
+        degree_low=4,
+        degree_high=12,
+        heartbeat_interval=HEARTBEAT_S,
+        score_params=scores,
+        # This would stretch the heartbeat to a minute whenever few messages flow.
+        adaptive_gossip_enabled=False,
+        max_messages_per_topic_per_second=presences_per_s_max,
+        # A swarm may well live behind one address.
+        eclipse_protection_enabled=False,
+    )
+    pubsub = DirectPubsub(
+        host,
+        router,
+        strict_signing=True,
+        max_subscriptions_per_rpc=16,
+        max_subscriptions_per_peer=16,
+        max_inbound_rpc_size=GOSSIP_RPC_BYTES_MAX,
+        allowed_topics={topic},
+    )
+    pubsub.seen_messages.stop()
+    pubsub.seen_messages = SeenMessages()
+    return router, pubsub
+
+
+def build_dht(host: BoundedHost, serves: bool) -> KadDHT:
+    """A DHT node for providers and peers. It takes no values: nobody reads them, and they would fill it."""
+    dht = KadDHT(
+        host,
+        DHTMode.SERVER if serves else DHTMode.CLIENT,
+        validator=NamespacedValidator({}, strict_validation=True),
+        validator_changed=True,
+        strict_validation=True,
+    )
+    dht.provider_store = BoundedProviders(host, dht.peer_routing)
+    return dht
+
+
+def forget_strangers(swarm: BoundedSwarm, router: GossipSub) -> None:
+    """Keep what the library only ever adds to within its bounds; call about once a minute."""
+    known = swarm.peerstore.peer_ids()
+    for peer_id in known[: max(0, len(known) - KNOWN_PEERS_MAX)]:
+        if peer_id != swarm.self_id and not swarm.get_connections(peer_id):
+            swarm.peerstore.clear_peerdata(peer_id)
+    router.recent_message_deliveries.clear()

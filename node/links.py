@@ -1,0 +1,317 @@
+"""Tensor links, the data plane: one listening port, dialled and accepted links by peer, and what is sent over them.
+
+A link serves both directions, whoever dialled it, so two peers that dial each other at once end up with two good links;
+each send takes the one with the shortest queue and an idle one is closed later. Control traffic never comes here.
+
+Copies of a payload byte in user space: one at the sender (sealing, from the caller's memory into the link's record
+buffer) and one at the receiver (opening, from the inbox into the sink's buffer); the kernel adds one on each side.
+
+Invariants: memory that others can make us hold is bounded by LinkConfig (links, half-open links, one inbox and one
+record buffer of 256 KiB each per busy link) plus what the sink reserves; every dial, fetch and silent or stuck link
+ends within its deadline; after `stop` no task and no socket is left.
+
+Memory handed to `send` is read until the call returns or is cancelled, memory handed to `fetch` is written until then.
+"""
+
+import asyncio
+import os
+import socket
+from collections import OrderedDict
+from collections.abc import Coroutine, Iterable
+
+from shoal.node.link_port import (
+    Address,
+    FetchFailed,
+    FetchFailure,
+    LinkConfig,
+    LinkEnd,
+    LinkLost,
+    LinkSink,
+    LinkStatistics,
+    PeerLinkStatistics,
+)
+from shoal.node.link_protocol import Link
+from shoal.node.link_traffic import PeerTraffic
+from shoal.protocol.errors import Refusal
+from shoal.protocol.frames import FrameHeader, FrameKind
+from shoal.protocol.identity import Identity, PeerId
+from shoal.protocol.secure_channel import STATIC_KEY_BYTES, ChannelKeys, Handshake
+
+# A frame that met the orderly end of its link goes to another one, this often.
+LINKS_TRIED_MAX = 3
+_ORDERLY_ENDS = (LinkEnd.IDLE, LinkEnd.PEER_SAID_GOODBYE)
+_PUSHED = (FrameKind.CONTRIBUTION, FrameKind.RESULT)
+
+
+class TensorLinks:
+    """All tensor links of this process. Call `start` once, and `stop` before the loop ends."""
+
+    def __init__(self, identity: Identity, swarm_id: bytes, config: LinkConfig, sink: LinkSink) -> None:
+        self.config = config
+        self.sink = sink
+        self.stopping = False
+        self._peer = identity.peer
+        self._swarm = swarm_id
+        self._keys = ChannelKeys(identity, os.urandom(STATIC_KEY_BYTES))
+        self._server: asyncio.Server | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._connected: set[Link] = set()  # every link whose socket is still there
+        self._links: dict[PeerId, list[Link]] = {}
+        self._dials: dict[PeerId, asyncio.Task[Link]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._traffic: OrderedDict[PeerId, PeerTraffic] = OrderedDict()
+
+    async def start(self) -> Address:
+        """Listen; returns the bound host and port. Raises OSError when the port cannot be had."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            self._make_inbound,
+            self.config.host,
+            self.config.port,
+            backlog=self.config.backlog,
+            reuse_port=self.config.reuse_port or None,
+        )
+        self._timer = loop.call_later(self.config.tick_s, self._tick)
+        bound = self._server.sockets[0].getsockname()
+        return bound[0], bound[1]
+
+    async def stop(self) -> None:
+        """Say goodbye to every peer, then close everything. Waiting senders and fetchers get LinkLost(STOPPED)."""
+        self.stopping = True
+        if self._server is not None:
+            self._server.close()
+        for dial in list(self._dials.values()):
+            dial.cancel()
+        for link in list(self._connected):
+            link.leave(LinkEnd.STOPPED)
+        await self._wait_closed(self.config.goodbye_timeout_s)
+        for link in list(self._connected):
+            link.end(LinkEnd.STOPPED)
+        await self._wait_closed(None)
+        if self._timer is not None:
+            self._timer.cancel()
+        running: list[asyncio.Task[None] | asyncio.Task[Link]] = [*self._tasks, *self._dials.values()]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        if self._server is not None:
+            await self._server.wait_closed()
+
+    async def send(self, peer: PeerId, address: Address | None, header: FrameHeader, payload: memoryview) -> None:
+        """Push a CONTRIBUTION or a RESULT, over an open link or a new one to `address`; raises LinkLost.
+
+        Returns when the kernel has taken the last byte, which is no receipt: a refusal comes to `sink.refused`.
+        Cancelling stops the payload and tells the peer so.
+        """
+        assert header.kind in _PUSHED and header.nbytes == payload.nbytes, "send pushes what its header describes"
+        lost: LinkLost | None = None
+        for _ in range(LINKS_TRIED_MAX):
+            link = await self._link_to(peer, address)
+            try:
+                await link.send_frame(header, payload.cast("B"))
+                return
+            except LinkLost as error:
+                if error.reason not in _ORDERLY_ENDS:
+                    raise
+                lost = error
+        assert lost is not None
+        raise lost
+
+    async def fetch(
+        self, peer: PeerId, address: Address | None, digest: bytes, into: memoryview, timeout_s: float
+    ) -> None:
+        """Fill `into` with the blob of exactly its length that has this digest; it has been checked on return.
+
+        Raises LinkLost or FetchFailed; then, and when cancelled, `into` holds rubbish and is no longer written to.
+        """
+        target = into.cast("B")
+        lost: LinkLost | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                for _ in range(LINKS_TRIED_MAX):
+                    link = await self._link_to(peer, address)
+                    try:
+                        await link.fetch(digest, target)
+                        return
+                    except LinkLost as error:
+                        if error.reason not in _ORDERLY_ENDS:
+                            raise
+                        lost = error
+        except TimeoutError:
+            raise FetchFailed(peer, FetchFailure.TIMEOUT) from None
+        assert lost is not None
+        raise lost
+
+    async def adopt(self, connection: socket.socket, peer: PeerId, *, dialer: bool) -> None:
+        """Make a link of a connected socket, such as one that came through a punched hole; raises LinkLost.
+
+        The two sides must have agreed on which of them is the dialer. The socket is ours from here on.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            _, link = await loop.create_connection(lambda: self._make_link(peer, dialer), sock=connection)
+        except OSError as error:
+            connection.close()
+            raise LinkLost(peer, LinkEnd.UNREACHABLE) from error
+        await asyncio.shield(link.opened)
+
+    def is_linked(self, peer: PeerId) -> bool:
+        """Whether a frame to this peer would find an open link."""
+        return any(link.is_usable for link in self._links.get(peer, ()))
+
+    def statistics(self) -> LinkStatistics:
+        """A snapshot; peers in the order in which they were last met."""
+        return LinkStatistics(
+            links=sum(len(links) for links in self._links.values()),
+            half_open=sum(1 for link in self._half_open() if link.ended is None),
+            dials=len(self._dials),
+            peers=tuple(self._describe(peer, traffic) for peer, traffic in self._traffic.items()),
+        )
+
+    # What links ask of their host
+
+    def connected(self, link: Link) -> bool:
+        """Count a connected socket in, unless a limit says no."""
+        self._connected.add(link)
+        if self.stopping:
+            return False
+        if link.expected is not None:
+            return True
+        inbound = sum(1 for other in self._connected if other.expected is None)
+        half_open = list(self._half_open())
+        same_host = sum(1 for other in half_open if other.remote_host == link.remote_host)
+        if (
+            inbound > self.config.inbound_links_max
+            or len(half_open) > self.config.half_open_max
+            or same_host > self.config.half_open_per_host_max
+        ):
+            self.sink.on_refusal(None, Refusal.LIMIT)
+            return False
+        return True
+
+    def link_opened(self, link: Link, peer: PeerId) -> Refusal | None:
+        """Enter a proven link in the table, unless a limit or the sink says no."""
+        links = self._links.get(peer, [])
+        if len(links) >= self.config.links_per_peer_max:
+            return Refusal.LIMIT
+        refusal = self.sink.admit(peer)
+        if refusal is not None:
+            return refusal
+        self._links[peer] = [*links, link]
+        if not links:
+            self.sink.link_up(peer)
+        return None
+
+    def link_ended(self, link: Link) -> None:
+        """Strike a link from the table."""
+        peer, reason = link.peer, link.ended
+        assert reason is not None
+        if peer is None or link not in self._links.get(peer, ()):
+            return
+        self._links[peer].remove(link)
+        if not self._links[peer]:
+            del self._links[peer]
+            self.sink.link_lost(peer, reason)
+
+    def disconnected(self, link: Link) -> None:
+        """Forget a link whose socket is gone."""
+        self._connected.discard(link)
+
+    def traffic_with(self, peer: PeerId) -> PeerTraffic:
+        """The peer's counters; those of peers without a link that were met longest ago are forgotten first."""
+        traffic = self._traffic.setdefault(peer, PeerTraffic())
+        self._traffic.move_to_end(peer)
+        for other in list(self._traffic)[: max(0, len(self._traffic) - self.config.peers_remembered_max)]:
+            if other not in self._links:
+                del self._traffic[other]
+        return traffic
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run `work` until it is done or the links stop."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finish_task)
+
+    # Inside
+
+    def _finish_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            task.get_loop().call_exception_handler({"message": "a sink failed", "exception": error, "task": task})
+
+    def _make_inbound(self) -> Link:
+        return Link(self, Handshake(self._keys, self._swarm, dialer=False), expected=None)
+
+    def _make_link(self, peer: PeerId, dialer: bool) -> Link:
+        return Link(self, Handshake(self._keys, self._swarm, dialer=dialer, expected=peer), expected=peer)
+
+    def _half_open(self) -> Iterable[Link]:
+        return (link for link in self._connected if link.peer is None and link.expected is None)
+
+    async def _link_to(self, peer: PeerId, address: Address | None) -> Link:
+        usable = [link for link in self._links.get(peer, ()) if link.is_usable]
+        if usable:
+            return min(usable, key=lambda link: link.waiting_sends)
+        assert peer != self._peer, "nobody links to itself"
+        if self.stopping:
+            raise LinkLost(peer, LinkEnd.STOPPED)
+        dial = self._dials.get(peer)
+        if dial is None:
+            if address is None:
+                raise LinkLost(peer, LinkEnd.NO_ADDRESS)
+            if len(self._connected) + len(self._dials) >= self.config.links_max:
+                raise LinkLost(peer, LinkEnd.LIMIT)
+            dial = asyncio.get_running_loop().create_task(self._dial(peer, address))
+            self._dials[peer] = dial
+            dial.add_done_callback(lambda done: self._finish_dial(peer, done))
+        try:
+            # One dial serves all who wait; none of them may cancel it for the others.
+            return await asyncio.shield(dial)
+        except asyncio.CancelledError:
+            if dial.cancelled() and self.stopping:
+                raise LinkLost(peer, LinkEnd.STOPPED) from None
+            raise
+
+    async def _dial(self, peer: PeerId, address: Address) -> Link:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.config.connect_timeout_s):
+                _, link = await loop.create_connection(lambda: self._make_link(peer, True), *address)
+        except (OSError, TimeoutError) as error:
+            raise LinkLost(peer, LinkEnd.UNREACHABLE) from error
+        # The link's own deadline bounds the handshake.
+        await asyncio.shield(link.opened)
+        return link
+
+    def _finish_dial(self, peer: PeerId, dial: asyncio.Task[Link]) -> None:
+        del self._dials[peer]
+        if not dial.cancelled():
+            # Retrieved here, because those who waited for it may have gone.
+            dial.exception()
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        for link in list(self._connected):
+            link.tick(now_s)
+        self._timer = loop.call_later(self.config.tick_s, self._tick)
+
+    async def _wait_closed(self, timeout_s: float | None) -> None:
+        closing = [link.closed for link in self._connected]
+        if closing:
+            await asyncio.wait(closing, timeout=timeout_s)
+
+    def _describe(self, peer: PeerId, traffic: PeerTraffic) -> PeerLinkStatistics:
+        return PeerLinkStatistics(
+            peer=peer,
+            links=len(self._links.get(peer, ())),
+            frames_in=traffic.frames_in,
+            frames_out=traffic.frames_out,
+            payload_bytes_in=traffic.payload_bytes_in,
+            payload_bytes_out=traffic.payload_bytes_out,
+            wire_bytes_in=traffic.wire_bytes_in,
+            wire_bytes_out=traffic.wire_bytes_out,
+            send_bytes_per_s=traffic.send_rate.bytes_per_s,
+            receive_bytes_per_s=traffic.receive_rate.bytes_per_s,
+            round_trip_s=traffic.round_trip_s,
+        )

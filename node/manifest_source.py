@@ -1,0 +1,96 @@
+"""Where a daemon has its manifest from: a file, the data folder of an earlier start, or the swarm itself.
+
+Invariant: a manifest that this returns is whole, signed by its owner, and hashes to the swarm id that was asked for.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.node.config import NodeConfig
+from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
+from shoal.protocol.errors import ConfigError, ProtocolError
+from shoal.protocol.identity import short_peer_id
+from shoal.protocol.manifest import parse_uri, read_manifest_untrusted
+from shoal.protocol.messages import GetManifest, ManifestAnswer, decode_message_untrusted, encode_message
+
+MANIFEST_BYTES_MAX = 512 * 1024
+MANIFEST_FILE = "manifest.shoal"
+RETRY_S = 1.0
+REMIND_S = 15.0
+
+log = logging.getLogger("shoal")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmChoice:
+    """Which swarm, where to look for it, and its manifest if that is at hand already."""
+
+    swarm: bytes
+    bootstraps: tuple[str, ...]
+    signed: bytes | None
+
+
+def read_manifest_file(path: Path) -> tuple[bytes, bytes]:
+    """The signed bytes and the swarm id; raises ConfigError naming the file."""
+    try:
+        signed = path.read_bytes()[: MANIFEST_BYTES_MAX + 1]
+        _, swarm = read_manifest_untrusted(signed)
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror}", "give the path of a manifest") from error
+    except ProtocolError as error:
+        fix = "make one with `shoal swarm create DRAFT.toml`, or copy it whole"
+        raise ConfigError(str(path), f"is no signed manifest ({error})", fix) from error
+    return signed, swarm
+
+
+def choose_swarm(config: NodeConfig) -> SwarmChoice:
+    """What the configuration says; raises ConfigError where its pieces contradict each other."""
+    uri = parse_uri(config.node.swarm) if config.node.swarm else None
+    stored = config.data_path / MANIFEST_FILE
+    signed, swarm = None, None
+    if config.node.manifest is not None:
+        signed, swarm = read_manifest_file(Path(config.node.manifest))
+    elif stored.exists():
+        signed, swarm = read_manifest_file(stored)
+    if swarm is not None and uri is not None and uri.swarm != swarm:
+        fix = "give one of the two, or a fresh --data-dir for another swarm"
+        raise ConfigError("node.swarm", f"is {uri.swarm.hex()[:16]}…, the manifest is of {swarm.hex()[:16]}…", fix)
+    chosen = swarm or (uri.swarm if uri else None)
+    if chosen is None:
+        fix = "give --manifest FILE (from `shoal swarm create`) or a shoal:// URI (`shoal join URI`)"
+        raise ConfigError("node.manifest", "neither a manifest nor a swarm is given", fix)
+    bootstraps = tuple(dict.fromkeys((*(uri.bootstraps if uri else ()), *config.control.bootstraps)))
+    return SwarmChoice(swarm=chosen, bootstraps=bootstraps, signed=signed)
+
+
+def store_manifest(config: NodeConfig, signed: bytes) -> None:
+    """Keep it for the next start."""
+    path = config.data_path / MANIFEST_FILE
+    if not path.exists():
+        temporary = path.with_suffix(".partial")
+        temporary.write_bytes(signed)
+        temporary.replace(path)
+
+
+async def fetch_manifest(control: ControlPlane, swarm: bytes, waiting: Callable[[str], None]) -> bytes:
+    """Ask connected peers until one has it; `waiting` is told from time to time why it takes long."""
+    question = encode_message(swarm, GetManifest())
+    loop = asyncio.get_running_loop()
+    remind_at = loop.time() + REMIND_S
+    problem = "no peer of the swarm is connected yet"
+    while True:
+        for one in control.peers():
+            try:
+                answer = decode_message_untrusted(swarm, await control.request(one.peer, question))
+                if isinstance(answer, ManifestAnswer):
+                    read_manifest_untrusted(answer.signed_manifest, swarm)
+                    return answer.signed_manifest
+            except (PeerUnreachable, RequestRefused, ProtocolError) as error:
+                problem = f"{short_peer_id(one.peer)} did not give it: {error}"
+        if loop.time() >= remind_at:
+            remind_at += REMIND_S
+            waiting(problem)
+        await asyncio.sleep(RETRY_S)

@@ -1,0 +1,417 @@
+"""The daemon's side of the compute plane: shared parameters, the trainer port, and the child process behind it.
+
+The daemon owns `base` and writes it; the trainer owns `local` from Begin (or Merge) to Ready, the daemon from Ready on.
+What the trainer reports, its death and its silence are events; whether it is started again is the daemon's decision.
+
+Invariant: no child outlives `stop()`, which takes bounded time, nor this process (the child watches its socket); what
+the child writes to its standard error takes bounded memory.
+"""
+
+import asyncio
+import importlib.util
+import mmap
+import os
+import signal
+import socket
+import sys
+import tempfile
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+
+from shoal.node.config import TrainerTable
+from shoal.node.training.messages import (
+    Begin,
+    Command,
+    Described,
+    Evaluate,
+    Evaluated,
+    Failed,
+    FloatVector,
+    FrameReader,
+    Freeze,
+    Merge,
+    Progress,
+    Ready,
+    Report,
+    Sample,
+    Sampled,
+    Start,
+    Started,
+    Stop,
+    Undescribed,
+    Work,
+    encode_frame,
+)
+from shoal.protocol.errors import Failure, ManifestError, ProtocolError, ShoalError
+from shoal.protocol.layout import Layout
+from shoal.protocol.manifest import Task
+
+START_TIMEOUT_S = 120.0
+DESCRIBE_TIMEOUT_S = 120.0
+STOP_GRACE_S = 2.0
+TERMINATE_GRACE_S = 2.0
+RECEIVE_BYTES = 1 << 16
+STDERR_BYTES_MAX = 1 << 13
+STDERR_LINES_MAX = 40
+INSTALL_TORCH = "install it: pip install 'shoal[train]'"
+
+
+class TrainerError(ShoalError):
+    """The trainer could not be started; `failure` is TRAINER_CRASHED or TRAINER_STALLED."""
+
+    def __init__(self, failure: Failure, detail: str) -> None:
+        super().__init__(f"{failure}: {detail}")
+        self.failure = failure
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerExited:
+    """The child ended without being asked to. A negative `returncode` is the signal that killed it."""
+
+    returncode: int
+    stderr_lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerStalled:
+    """No report for so long, while there was work. The child is still there: `stop()` it, or wait on."""
+
+    silent_s: float
+
+
+TrainerEvent = Progress | Ready | Evaluated | Sampled | Failed | TrainerExited | TrainerStalled
+
+
+class SharedParameters:
+    """`base` and `local`, float32[D] each, in anonymous memory that a child process maps by its descriptor."""
+
+    def __init__(self, elements: int) -> None:
+        """Raises OSError where the machine has not that much memory."""
+        size_bytes = 2 * elements * np.dtype(np.float32).itemsize
+        self.descriptor = _open_anonymous()
+        try:
+            # Reserved now, so that a lack of memory is an error here and not a SIGBUS at some later write.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.descriptor, 0, size_bytes)
+            os.ftruncate(self.descriptor, size_bytes)
+            rows = np.frombuffer(mmap.mmap(self.descriptor, size_bytes), dtype=np.float32).reshape(2, elements)
+        except OSError:
+            self.close()
+            raise
+        self.base: FloatVector = rows[0]
+        self.local: FloatVector = rows[1]
+
+    def close(self) -> None:
+        """No further child can be started. The memory itself goes when the last array over it does."""
+        os.close(self.descriptor)
+
+
+class Trainer(Protocol):
+    """What a daemon needs of a trainer: one at a time, started, told, stopped, and started again.
+
+    Events arrive at the callback that the implementation was made with, on the daemon's loop, in order."""
+
+    @property
+    def base(self) -> FloatVector: ...
+
+    @property
+    def local(self) -> FloatVector: ...
+
+    @property
+    def running(self) -> bool:
+        """Whether commands have somebody to go to. After TrainerExited it is False."""
+        ...
+
+    async def start(self, work: Work) -> Started:
+        """Returns when the trainer waits for its first Begin; raises TrainerError, and nothing is left running."""
+        ...
+
+    async def begin(self, round: int, *, adopt: bool) -> None:
+        """Train for `round`, from `base` with `adopt`; answered by Progress and at last by Ready."""
+        ...
+
+    async def merge(self, merge: Merge) -> None:
+        """Say that `base` has changed by a certified round."""
+        ...
+
+    async def freeze(self) -> None:
+        """Ask for Ready now."""
+        ...
+
+    async def evaluate(self) -> None:
+        """Answered by Evaluated."""
+        ...
+
+    async def sample(self, prompt: bytes, size_bytes: int) -> None:
+        """Answered by Sampled."""
+        ...
+
+    async def stop(self) -> None:
+        """End it in bounded time, without TrainerExited. Means nothing where none runs."""
+        ...
+
+
+class TrainerProcess:
+    """The trainer as a child process. Start it from the main thread: Linux ends it with the thread it came from."""
+
+    def __init__(
+        self, memory: SharedParameters, settings: TrainerTable, on_event: Callable[[TrainerEvent], None]
+    ) -> None:
+        self._memory = memory
+        self._settings = settings
+        self._on_event = on_event
+        self._child: _Child | None = None
+
+    @property
+    def base(self) -> FloatVector:
+        return self._memory.base
+
+    @property
+    def local(self) -> FloatVector:
+        return self._memory.local
+
+    @property
+    def running(self) -> bool:
+        return self._child is not None and self._child.attached
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.process.pid if self._child else None
+
+    async def start(self, work: Work) -> Started:
+        assert not self.running, "one child at a time"
+        await self.stop()
+        _require_torch()
+        child = self._child = await _Child.spawn(self._memory, self._settings, self._on_event)
+        settings = self._settings
+        await child.send(Start(work=work, device=settings.device, threads=settings.threads, text=settings.text))
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                return await asyncio.shield(child.started)
+        except TimeoutError:
+            detail = f"no word within {START_TIMEOUT_S:.0f} s of its start"
+            raise TrainerError(Failure.TRAINER_STALLED, detail) from None
+        finally:
+            if not child.started.done() or child.started.exception():
+                await self.stop()
+
+    async def begin(self, round: int, *, adopt: bool) -> None:
+        await self._send(Begin(round=round, adopt=adopt))
+
+    async def merge(self, merge: Merge) -> None:
+        await self._send(merge)
+
+    async def freeze(self) -> None:
+        await self._send(Freeze())
+
+    async def evaluate(self) -> None:
+        await self._send(Evaluate())
+
+    async def sample(self, prompt: bytes, size_bytes: int) -> None:
+        await self._send(Sample(prompt=prompt, size_bytes=size_bytes))
+
+    async def stop(self) -> None:
+        child, self._child = self._child, None
+        if child:
+            await child.stop()
+
+    async def _send(self, command: Command) -> None:
+        # A command to a child that has just died is lost; TrainerExited is on its way.
+        if self._child and self._child.attached:
+            await self._child.send(command)
+
+
+class _Child:
+    """One child process from its birth to its burial."""
+
+    _reader: asyncio.StreamReader
+    _writer: asyncio.StreamWriter
+    _attendance: asyncio.Task[None]
+
+    def __init__(self, process: Process, stall_timeout_s: float, on_event: Callable[[TrainerEvent], None]) -> None:
+        self.process = process
+        self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
+        self.attached = True
+        self._stall_timeout_s = stall_timeout_s
+        self._on_event = on_event
+        self._stopping = False
+        self._training = False
+        self._asked = False
+        self._silence: asyncio.TimerHandle | None = None
+        self._failure = ""
+        self._stderr = bytearray()
+
+    @classmethod
+    async def spawn(
+        cls, memory: SharedParameters, settings: TrainerTable, on_event: Callable[[TrainerEvent], None]
+    ) -> Self:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *_python_command("shoal.node.training.worker"),
+                    str(theirs.fileno()),
+                    str(memory.descriptor),
+                    pass_fds=(theirs.fileno(), memory.descriptor),
+                    stdin=DEVNULL,
+                    stdout=DEVNULL,
+                    stderr=PIPE,
+                    # Ctrl-C in the terminal is for the daemon, which ends the child in its own time.
+                    start_new_session=True,
+                )
+            except OSError as error:
+                ours.close()
+                raise TrainerError(Failure.TRAINER_CRASHED, f"no process: {error.strerror}") from error
+        # From outside, so that it holds before the long import of torch.
+        with suppress(ProcessLookupError, PermissionError):
+            os.setpriority(os.PRIO_PROCESS, process.pid, settings.nice)
+        child = cls(process, settings.stall_timeout_s, on_event)
+        child._reader, child._writer = await asyncio.open_unix_connection(sock=ours)
+        child._attendance = asyncio.create_task(child._attend(), name=f"trainer {process.pid}")
+        return child
+
+    async def send(self, command: Command) -> None:
+        if isinstance(command, Begin | Merge):
+            self._training = isinstance(command, Begin) or command.begin
+        elif isinstance(command, Evaluate | Sample):
+            self._asked = True
+        if self._silence is None:
+            self._await_report()
+        with suppress(ConnectionError):
+            self._writer.write(encode_frame(command))
+            await self._writer.drain()
+
+    async def stop(self) -> None:
+        self._stopping = True
+        # Without drain: a child that does not read is ended by signals.
+        self._writer.write(encode_frame(Stop()))
+        await self._end()
+        await self._attendance
+
+    async def _attend(self) -> None:
+        """Read until the child closes its ends, bury it, and say so."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._read_stderr())
+            await self._read_reports()
+            await self._end()
+        self.attached = False
+        self._cancel_silence()
+        self._writer.close()
+        lines = tuple(self._stderr.decode(errors="replace").splitlines()[-STDERR_LINES_MAX:])
+        if not self.started.done():
+            detail = self._failure or (lines[-1] if lines else f"exit status {self.process.returncode}")
+            self.started.set_exception(TrainerError(Failure.TRAINER_CRASHED, detail))
+            self.started.exception()  # retrieved here, for the case that nobody waits any more
+        elif not self._stopping:
+            assert self.process.returncode is not None, "buried"
+            self._on_event(TrainerExited(returncode=self.process.returncode, stderr_lines=lines))
+
+    async def _read_reports(self) -> None:
+        frames = FrameReader()
+        with suppress(ConnectionError):
+            while data := await self._reader.read(RECEIVE_BYTES):
+                try:
+                    for report in frames.feed(data):
+                        self._receive(report)
+                except ProtocolError as error:
+                    self._stderr += f"the trainer broke its protocol: {error}\n".encode()
+                    return
+
+    def _receive(self, report: Report) -> None:
+        if isinstance(report, Started):
+            self.started.set_result(report)
+            return
+        if isinstance(report, Ready):
+            self._training = False
+        elif isinstance(report, Evaluated | Sampled | Failed):
+            self._asked = False
+        self._await_report()
+        if isinstance(report, Failed) and not self.started.done():
+            self._failure = report.detail
+        elif not self._stopping:
+            self._on_event(report)
+
+    async def _read_stderr(self) -> None:
+        assert self.process.stderr is not None, "a pipe was asked for"
+        while data := await self.process.stderr.read(RECEIVE_BYTES):
+            self._stderr += data
+            del self._stderr[:-STDERR_BYTES_MAX]
+
+    async def _end(self) -> None:
+        """Wait for the child's exit; the longer it takes, the harder it is asked."""
+        for grace_s, number in ((STOP_GRACE_S, signal.SIGTERM), (TERMINATE_GRACE_S, signal.SIGKILL)):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(grace_s):
+                    await self.process.wait()
+                return
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+        await self.process.wait()
+
+    def _await_report(self) -> None:
+        self._cancel_silence()
+        if self._training or self._asked:
+            loop = asyncio.get_running_loop()
+            self._silence = loop.call_later(self._stall_timeout_s, self._report_silence)
+
+    def _cancel_silence(self) -> None:
+        if self._silence:
+            self._silence.cancel()
+        self._silence = None
+
+    def _report_silence(self) -> None:
+        self._silence = None
+        if not self._stopping:
+            self._on_event(TrainerStalled(silent_s=self._stall_timeout_s))
+
+
+async def describe_task(task: Task) -> Layout:
+    """The layout of a task, for its manifest, from a child process that has torch; raises ManifestError where the
+    options are wrong, and TrainerError where the child fails."""
+    _require_torch()
+    process = await asyncio.create_subprocess_exec(
+        *_python_command("shoal.node.training.tasks"), task.kind, task.options, stdin=DEVNULL, stdout=PIPE, stderr=PIPE
+    )
+    try:
+        async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+            answer, errors = await process.communicate()
+    except TimeoutError:
+        detail = f"the task was not described within {DESCRIBE_TIMEOUT_S:.0f} s"
+        raise TrainerError(Failure.TRAINER_STALLED, detail) from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        lines = errors[-STDERR_BYTES_MAX:].decode(errors="replace").splitlines() or [f"status {process.returncode}"]
+        raise TrainerError(Failure.TRAINER_CRASHED, lines[-1])
+    (message,) = FrameReader().feed(answer)
+    if isinstance(message, Undescribed):
+        raise ManifestError(message.field, message.problem, message.fix)
+    assert isinstance(message, Described), "one of the two answers"
+    return message.layout
+
+
+def _python_command(module: str) -> tuple[str, ...]:
+    # -P: the folder in which the daemon was started must not shadow torch or the standard library.
+    return (sys.executable, "-P", "-m", module)
+
+
+def _require_torch() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise TrainerError(Failure.TRAINER_CRASHED, f"torch is not installed; {INSTALL_TORCH}")
+
+
+def _open_anonymous() -> int:
+    """The descriptor of a new file that has no name and lives in memory where the system offers that."""
+    if hasattr(os, "memfd_create"):
+        # Unlike a file in /dev/shm it does not count against that mount's size, 64 MB in a plain container.
+        return os.memfd_create("shoal-parameters")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
