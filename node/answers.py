@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shoal.node.ledger_sync import LedgerSync
-from shoal.node.link_port import Address, FetchFailed, FetchFailure, LinkLost
+from shoal.node.link_port import Address, LinkLost
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
 from shoal.node.membership import Membership
@@ -31,7 +31,6 @@ from shoal.protocol.messages import (
 )
 from shoal.protocol.wire import DELTA_BYTES_MAX, encode_record
 
-REACH_TIMEOUT_S = 4.0
 ANSWER_BYTES_MAX = DELTA_BYTES_MAX - 1024
 
 
@@ -85,14 +84,11 @@ class Answers:
         return SnapshotAnswer(index=b"" if snapshot is None else encode_record(snapshot.index))
 
     async def _check_reach(self, peer: PeerId) -> ReachAnswer:
-        """Dial the asker's announced tensor address; asking it for a blob that nobody has shows that it is there."""
+        """Dial the asker's announced tensor address anew; an open link would say nothing about that."""
         address = self.address_of(peer)
-        if address is None or self.links.is_linked(peer):
+        if address is None:
             return ReachAnswer(known=False, reached=False)
         try:
-            await self.links.fetch(peer, address, bytes(32), memoryview(bytearray(1)), REACH_TIMEOUT_S)
-        except FetchFailed as error:
-            return ReachAnswer(known=True, reached=error.reason is not FetchFailure.TIMEOUT)
+            return ReachAnswer(known=True, reached=await self.links.probe(peer, address))
         except LinkLost:
-            return ReachAnswer(known=True, reached=False)
-        return ReachAnswer(known=True, reached=True)
+            return ReachAnswer(known=False, reached=False)

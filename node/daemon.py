@@ -13,6 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -75,6 +76,8 @@ LEAVE_TIMEOUT_S = 10.0
 RECONCILE_PERIOD_S = 10.0
 MISBEHAVIOUR_MAX = 16  # refusals of one peer before its connection is closed
 TASKS_MAX = 4096
+REACH_PERIOD_S = 2.0
+REACH_ASKED_MAX = 3
 PEER_BOOK_FILE = "peers.book"
 TOLD = (Refusal.WRONG_SWARM, Refusal.WRONG_VERSION, Refusal.WRONG_BASE)
 
@@ -96,7 +99,7 @@ class Daemon:
         self._misbehaviour: Counter[PeerId] = Counter()
         self._told: set[tuple[PeerId, Refusal]] = set()
         self._signed_ready: SignedReady | None = None
-        self._reached: bool | None = None  # whether somebody has dialled the tensor port; None: nobody could say
+        self._reached = False  # whether somebody has dialled the tensor port
         self._answers: Answers | None = None
         self._leaving = False
         self.reporter = Reporter(Metrics(), HappeningFeed())
@@ -322,6 +325,7 @@ class Daemon:
             self.membership.beat(),
             self.membership.discover(),
             self._reconcile(),
+            self._watch_reach(),
             self.reporter.watch_lag(),
         ):
             self._spawn(work)
@@ -444,7 +448,6 @@ class Daemon:
         self.driver.pump()
         if first:
             self.reporter.happen(HappeningKind.PEER_JOINED, f"{self.reporter.name_of(presence.peer)} is here")
-            self._spawn(self._check_reach(presence.peer))
         head = self.core.head
         if presence.head_round == head.round and presence.state_root != head.state_root:
             detail = (
@@ -458,19 +461,32 @@ class Daemon:
         self.driver.pump()
         self.reporter.peer_lost(lost.peer, Failure.PEER_LEFT if known and known.leaving else lost.reason)
 
-    async def _check_reach(self, peer: PeerId) -> None:
-        """Ask a new peer to dial the tensor port: only who can be dialled may own parts."""
-        if self._reached:
-            return
+    async def _watch_reach(self) -> None:
+        """Find out whether others can dial the tensor port: only then this peer may own parts."""
+        while not self._reached:
+            live = tuple(self.membership.table.live())
+            if self.links.accepted or any([await self._ask_reach(peer) for peer in live[:REACH_ASKED_MAX]]):
+                self._reached = True
+                self._offer_again()
+                return
+            await asyncio.sleep(REACH_PERIOD_S)
+
+    async def _ask_reach(self, peer: PeerId) -> bool:
         try:
             raw = await self.control.request(peer, encode_message(self.swarm, CheckReach()))
             answer = decode_message_untrusted(self.swarm, raw)
         except (PeerUnreachable, RequestRefused, ProtocolError) as error:
             log.debug("no reachability check: %s", error)
+            return False
+        return isinstance(answer, ReachAnswer) and answer.known and answer.reached
+
+    def _offer_again(self) -> None:
+        """The READY that stands says that this peer owns nothing: say it anew, for as long as no plan uses it."""
+        signed, frozen = self._signed_ready, self.exchange.frozen
+        if signed is None or frozen is None or self._leaving:
             return
-        if isinstance(answer, ReachAnswer) and answer.known:
-            self._reached = bool(self._reached) or answer.reached
-            log.debug("the tensor port can%s be dialled", "" if answer.reached else "not")
+        if signed.ready.round == self.core.round and self.core.phase is Phase.GATHER and not signed.ready.owns:
+            self._publish_ready(replace(signed.ready, owns=True), frozen)
 
     def _peer_connected(self, peer: PeerId) -> None:
         if self._answers is not None:
@@ -582,8 +598,11 @@ class Daemon:
             tokens=ready.tokens,
             steps=max(1, ready.steps),
             norm=frozen.norm,
-            owns=alone or bool(self._reached),
+            owns=alone or self._reached,
         )
+        self._publish_ready(said, frozen)
+
+    def _publish_ready(self, said: Ready, frozen: Frozen) -> None:
         self._signed_ready = sign_ready(self.identity, self.swarm, said)
         self.exchange.frozen = frozen
         self.core.offer(Offer(signed=self._signed_ready, digests=frozen.digests), asyncio.get_running_loop().time())

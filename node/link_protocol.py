@@ -14,12 +14,11 @@ import asyncio
 import socket
 from collections.abc import Coroutine
 from dataclasses import replace
-from enum import IntEnum
 from typing import Protocol, cast
 
 from shoal.node.link_inlet import Fetch, FetchTable, PayloadInlet
 from shoal.node.link_port import LinkConfig, LinkEnd, LinkLost, LinkSink
-from shoal.node.link_records import SCRATCH, LinkDeadlines, LinkSigns, RecordInbox
+from shoal.node.link_records import SCRATCH, LinkDeadlines, LinkSigns, RecordInbox, RecordKind
 from shoal.node.link_traffic import PeerTraffic
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.frames import (
@@ -48,13 +47,6 @@ YIELD_BYTES = 1024 * 1024
 UNSENT_HEADERS_MAX = 64
 
 _HEADER_RECORD_BYTES = HEADER_BYTES + RECORD_OVERHEAD_BYTES
-
-
-class RecordKind(IntEnum):
-    """What a record holds."""
-
-    HEADER = 1
-    PAYLOAD = 2
 
 
 class LinkHost(Protocol):
@@ -194,6 +186,7 @@ class Link(asyncio.BufferedProtocol):
         self._abort_at_s = self._loop.time() + self._host.config.goodbye_timeout_s
         self._write_header(FrameHeader(kind=FrameKind.GOODBYE))
         self._wake_sender()
+        self._release()
         if self._peer_left:
             self._transport.close()
 
@@ -296,11 +289,7 @@ class Link(asyncio.BufferedProtocol):
         try:
             channel = self._handshake.receive(self._early[:nbytes])
         except ProtocolError as error:
-            if self._send_handshake():
-                self._condemn(error)
-            else:
-                self._host.sink.on_refusal(None, error.refusal)
-                self.end(LinkEnd.MISBEHAVED, error.refusal)
+            self._condemn(error, linger=self._send_handshake())
             return
         self._send_handshake()
         if channel is not None:
@@ -330,16 +319,18 @@ class Link(asyncio.BufferedProtocol):
             self._host.sink.on_refusal(None, Refusal.EXPIRED)
         self.end(LinkEnd.HANDSHAKE_TIMEOUT)
 
-    def _condemn(self, error: ProtocolError) -> None:
-        """End the link because of what the peer did, and stay just long enough for it to read why."""
+    def _condemn(self, error: ProtocolError, *, linger: bool = True) -> None:
+        """End the link because of what the peer did; linger just long enough for it to read why."""
         if self.ended is not None:
             return
         self._host.sink.on_refusal(self.peer, error.refusal)
         if self.peer is not None:
             self._write_header(FrameHeader(kind=FrameKind.GOODBYE, refusal=error.refusal))
         self._finish(LinkEnd.MISBEHAVED, error.refusal)
-        self._abort_at_s = self._loop.time() + self._host.config.goodbye_timeout_s
-        if not self._transport.is_closing():
+        if not linger:
+            self._transport.abort()
+        elif not self._transport.is_closing():
+            self._abort_at_s = self._loop.time() + self._host.config.goodbye_timeout_s
             # What still arrives is dropped: closing upon unread bytes would reset the connection and lose the reason.
             self._transport.resume_reading()
             self._transport.write_eof()
@@ -488,7 +479,7 @@ class Link(asyncio.BufferedProtocol):
 
     def _hand_over(self, header: FrameHeader, buffer: memoryview) -> None:
         self._completions += 1
-        if self._completions >= self._host.config.completions_max:
+        if self._completions >= self._host.config.completions_max and self._leaving is None:
             self._held = True
             self._transport.pause_reading()
         self._host.spawn(self._complete(header, buffer))
@@ -500,11 +491,15 @@ class Link(asyncio.BufferedProtocol):
             self._condemn(error)
         finally:
             self._completions -= 1
-            if self._held and self.ended is None:
-                self._held = False
-                self._read_records()
-                if not self._held:
-                    self._transport.resume_reading()
+            self._release()
+
+    def _release(self) -> None:
+        """Go on reading after the sink has held it up."""
+        if self._held and self.ended is None:
+            self._held = False
+            self._read_records()
+            if not self._held:
+                self._transport.resume_reading()
 
     def _take_header(self, inlet: PayloadInlet, header: FrameHeader) -> None:
         if header.kind not in (FrameKind.PING, FrameKind.PONG):

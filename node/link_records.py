@@ -7,6 +7,7 @@ has been found to be the one that has to come.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 from shoal.node.link_port import LinkConfig, LinkEnd
 from shoal.protocol.errors import ProtocolError, Refusal
@@ -22,6 +23,13 @@ SMALL_INBOX_BYTES = 4096
 LARGE_INBOX_BYTES = RECORD_BYTES_MAX + RECORD_OVERHEAD_BYTES + PREFIX_BYTES
 # Where bytes go that nobody wants: read, and overwritten by the next. Shared by all links of the process.
 SCRATCH = memoryview(bytearray(RECORD_BYTES_MAX))
+
+
+class RecordKind(IntEnum):
+    """What a record holds."""
+
+    HEADER = 1
+    PAYLOAD = 2
 
 
 class RecordInbox:

@@ -50,6 +50,7 @@ class TensorLinks:
         self.config = config
         self.sink = sink
         self.stopping = False
+        self.accepted = 0  # proven links that others have dialled: where there is one, this port can be reached
         self._peer = identity.peer
         self._swarm = swarm_id
         self._keys = ChannelKeys(identity, os.urandom(STATIC_KEY_BYTES))
@@ -159,6 +160,18 @@ class TensorLinks:
         """Whether a frame to this peer would find an open link."""
         return any(link.is_usable for link in self._links.get(peer, ()))
 
+    async def probe(self, peer: PeerId, address: Address) -> bool:
+        """Whether `peer` can be dialled there now, whatever links to it are open; the new link ends when idle."""
+        if self.stopping or len(self._connected) + len(self._dials) >= self.config.links_max:
+            raise LinkLost(peer, LinkEnd.LIMIT)
+        try:
+            await self._dial(peer, address)
+        except LinkLost as error:
+            if error.reason is LinkEnd.LIMIT:
+                raise
+            return False
+        return True
+
     def statistics(self) -> LinkStatistics:
         """A snapshot; peers in the order in which they were last met."""
         return LinkStatistics(
@@ -198,6 +211,7 @@ class TensorLinks:
         if refusal is not None:
             return refusal
         self._links[peer] = [*links, link]
+        self.accepted += link.expected is None
         if not links:
             self.sink.link_up(peer)
         return None

@@ -283,16 +283,21 @@ class _Child:
             self._asked = True
         if self._silence is None:
             self._await_report()
+        self._write(command)
         with suppress(ConnectionError):
-            self._writer.write(encode_frame(command))
             await self._writer.drain()
 
     async def stop(self) -> None:
         self._stopping = True
         # Without drain: a child that does not read is ended by signals.
-        self._writer.write(encode_frame(Stop()))
+        self._write(Stop())
         await self._end()
         await self._attendance
+
+    def _write(self, command: Command) -> None:
+        # A closed transport is no news: the end of the child has been or will be told.
+        if not self._writer.is_closing():
+            self._writer.write(encode_frame(command))
 
     async def _attend(self) -> None:
         """Read until the child closes its ends, bury it, and say so."""

@@ -1,0 +1,411 @@
+"""What the terminal shows: a status as a table, as plain lines, or live, and the demo's view of several peers at once.
+
+rich is imported where it is used, so that commands that need none of this start fast.
+
+Invariant: text that other peers chose reaches the terminal without control characters and is never read as markup.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from shoal.node.happenings import Happening, Severity
+from shoal.node.status import PeerStatus, Status, Verdict, clean_text, judge_health, judge_readiness
+from shoal.protocol.effects import Phase
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+REFRESHES_PER_S = 4
+WATCH_PERIOD_S = 1.0
+HAPPENINGS_SHOWN_MAX = 8
+CURVE_WIDTH = 48
+_BARS = "▁▂▃▄▅▆▇█"
+_STYLES = {Severity.INFO: "", Severity.WARNING: "yellow", Severity.ERROR: "red"}
+_PHASES = (Phase.GATHER, Phase.EXCHANGE, Phase.COMMIT, Phase.FETCH, Phase.APPLY)
+
+
+class PeerMark(StrEnum):
+    """What the demo did to a peer, and how that peer is."""
+
+    ALIVE = "alive"
+    JOINED = "joined"
+    KILLED = "killed"
+    CATCHING_UP = "catching up"
+    LEFT = "left"
+
+
+_MARKS = {
+    PeerMark.ALIVE: ("●", "green"),
+    PeerMark.JOINED: ("+", "cyan"),
+    PeerMark.KILLED: ("✕", "red"),
+    PeerMark.CATCHING_UP: ("↻", "yellow"),
+    PeerMark.LEFT: ("-", "dim"),
+}
+_GONE = (PeerMark.KILLED, PeerMark.LEFT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoPeer:
+    """One peer of the demo. `state_root` is hexadecimal, empty before it has one."""
+
+    name: str
+    mark: PeerMark
+    phase: str
+    round: int
+    loss: float | None
+    tokens_per_s: float
+    state_root: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoView:
+    """One moment of the demo. `rounds_planned` is 0 where it runs until it is stopped; the losses are one a round."""
+
+    elapsed_s: float
+    round: int
+    rounds_planned: int
+    losses: tuple[float, ...]
+    tokens_per_s: float
+    contribution_bytes: int
+    fp32_bytes: int
+    peers: tuple[DemoPeer, ...]
+    happenings: tuple[Happening, ...]
+
+
+def format_bytes(count: float) -> str:
+    """Three digits and a decimal unit."""
+    units = ("B", "kB", "MB", "GB", "TB", "PB")
+    power = 0
+    while abs(count) >= 999.5 and power < len(units) - 1:
+        count /= 1000
+        power += 1
+    return f"{count:.0f} {units[power]}" if power == 0 or abs(count) >= 99.95 else f"{count:.1f} {units[power]}"
+
+
+def format_count(count: float) -> str:
+    """Three digits and a factor: 18.4k, 5.2M."""
+    units = ("", "k", "M", "G", "T")
+    power = 0
+    while abs(count) >= 999.5 and power < len(units) - 1:
+        count /= 1000
+        power += 1
+    return f"{count:.0f}{units[power]}" if power == 0 or abs(count) >= 99.95 else f"{count:.1f}{units[power]}"
+
+
+def format_span(seconds: float) -> str:
+    """A span of time in its two largest units."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def format_loss(loss: float | None) -> str:
+    return "–" if loss is None or not math.isfinite(loss) else f"{loss:.3f}"
+
+
+def draw_curve(losses: Sequence[float], width: int = CURVE_WIDTH) -> str:
+    """A line of bars, `width` at most: each the mean of as many rounds, the lowest loss the lowest bar."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if not finite:
+        return ""
+    columns = min(width, len(finite))
+    edges = [index * len(finite) // columns for index in range(columns + 1)]
+    means = [sum(finite[low:high]) / (high - low) for low, high in pairwise(edges)]
+    low, spread = min(means), (max(means) - min(means)) or 1.0
+    return "".join(_BARS[min(len(_BARS) - 1, int((mean - low) / spread * len(_BARS)))] for mean in means)
+
+
+def describe_status(status: Status) -> list[str]:
+    """The status in plain lines, for pipes and logs."""
+    now, training, traffic = status.round, status.training, status.traffic
+    lines = [
+        f"{clean_text(status.swarm_name)}: round {now.round}, attempt {now.attempt}, {now.phase}{_waiting(status)}",
+        f"peer {status.peer} {clean_text(status.name)}".rstrip(),
+        f"{status.role}, up {format_span(status.uptime_s)}",
+        f"{status.rounds_certified} rounds certified, loss {format_loss(training.loss_last)},"
+        f" {format_count(training.tokens_per_s)} tokens/s, trainer {training.state} on {clean_text(training.device)}",
+        f"{_count_peers(status.peers)}; {now.voters_live} of {now.voters} voters live, {now.votes_needed} needed",
+        f"sent {format_bytes(traffic.tensor_sent_bytes + traffic.control_sent_bytes)},"
+        f" received {format_bytes(traffic.tensor_received_bytes + traffic.control_received_bytes)};"
+        f" contributions {_compression(traffic.contribution_bytes, traffic.fp32_bytes)}",
+        f"state root {now.state_root[:16] or 'none'}",
+    ]
+    for title, verdict in (("unhealthy", judge_health(status)), ("not ready", judge_readiness(status))):
+        lines += [f"{title}: {clean_text(reason)}" for reason in verdict.reasons]
+    lines += [f"warning: {clean_text(warning)}" for warning in status.warnings]
+    return lines
+
+
+def render_status(status: Status) -> "RenderableType":
+    """The status for a terminal of any width."""
+    from rich.console import Group
+    from rich.rule import Rule
+    from rich.text import Text
+
+    health, readiness = judge_health(status), judge_readiness(status)
+    title = Text.assemble((clean_text(status.swarm_name), "bold"), "  ", _verdict_text(health, readiness))
+    notices: list[RenderableType] = [Text(f"! {clean_text(reason)}", "red") for reason in health.reasons]
+    notices += [Text(f"! {clean_text(one)}", "yellow") for one in readiness.reasons if one not in health.reasons]
+    notices += [Text(f"! {clean_text(warning)}", "yellow") for warning in status.warnings]
+    happened = _happening_lines(status.happenings)
+    return Group(
+        title,
+        *notices,
+        _phase_line(status),
+        _figures(status),
+        Rule("peers", style="dim"),
+        _peer_table(status.peers),
+        *([Rule("what happened", style="dim"), *happened] if happened else []),
+    )
+
+
+def render_demo(view: DemoView) -> "RenderableType":
+    """One frame of the demo."""
+    from rich.console import Group
+    from rich.rule import Rule
+    from rich.table import Table
+    from rich.text import Text
+
+    planned = f" of {view.rounds_planned}" if view.rounds_planned else ""
+    head = Text.assemble(
+        (f"round {view.round}{planned}", "bold"),
+        f"   {format_span(view.elapsed_s)}   {format_count(view.tokens_per_s)} tokens/s   ",
+        f"contributions {_compression(view.contribution_bytes, view.fp32_bytes)}",
+    )
+    ends = f"{format_loss(view.losses[0])} → {format_loss(view.losses[-1])}" if view.losses else "after the first round"
+    loss = Text.assemble("loss  ", (draw_curve(view.losses), "cyan"), f"  {ends}")
+    table = Table(box=None, pad_edge=False, header_style="dim", expand=False)
+    for column in ("", "peer", "", "phase"):
+        table.add_column(column)
+    for column in ("round", "loss", "tokens/s"):
+        table.add_column(column, justify="right")
+    table.add_column("state root")
+    for peer in view.peers:
+        sign, style = _MARKS[peer.mark]
+        gone = peer.mark in _GONE
+        figures = ("–", "–") if gone else (format_loss(peer.loss), format_count(peer.tokens_per_s))
+        table.add_row(
+            Text(sign, style),
+            Text(clean_text(peer.name)),
+            Text(peer.mark, style),
+            "" if gone else peer.phase,
+            str(peer.round),
+            *figures,
+            Text(peer.state_root[:12], "dim"),
+        )
+    happened = _happening_lines(view.happenings)
+    return Group(head, loss, Text(), table, *([Rule("what happened", style="dim"), *happened] if happened else []))
+
+
+def describe_demo(view: DemoView) -> str:
+    """One line of the demo, for pipes and logs."""
+    alive = sum(peer.mark not in _GONE for peer in view.peers)
+    last = view.losses[-1] if view.losses else None
+    return (
+        f"[{view.elapsed_s:6.1f} s] round {view.round}, loss {format_loss(last)}, {alive} of {len(view.peers)} peers,"
+        f" {format_count(view.tokens_per_s)} tokens/s,"
+        f" contributions {_compression(view.contribution_bytes, view.fp32_bytes)}"
+    )
+
+
+def print_status(status: Status) -> None:
+    """The status once: a table on a terminal, plain lines elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(render_status(status))
+    else:
+        print("\n".join(describe_status(status)))
+
+
+def watch_status(fetch: Callable[[], Status], wait: Callable[[float], None] = time.sleep) -> None:
+    """The status again and again, until `fetch` raises or the person interrupts; on a terminal, in place."""
+    if not sys.stdout.isatty():
+        while True:
+            print("\n".join([*describe_status(fetch()), ""]), flush=True)
+            wait(WATCH_PERIOD_S)
+    with show_live() as show:
+        while True:
+            show(render_status(fetch()))
+            wait(WATCH_PERIOD_S)
+
+
+@contextmanager
+def show_live() -> "Iterator[Callable[[RenderableType], None]]":
+    """A place on the terminal that each call draws anew; what was drawn last stays there afterwards."""
+    from rich.live import Live
+
+    with Live(auto_refresh=False, vertical_overflow="crop") as live:
+        yield lambda renderable: live.update(renderable, refresh=True)
+
+
+class DemoScreen:
+    """The demo's output: drawn in place on a terminal; elsewhere a line for every round and every happening."""
+
+    def __init__(self, show: "Callable[[RenderableType], None] | None") -> None:
+        self._show = show
+        self._round = -1
+        self._told_s = -math.inf
+
+    def show(self, view: DemoView) -> None:
+        """The newest moment. Cheap enough for REFRESHES_PER_S calls a second."""
+        if self._show is not None:
+            self._show(render_demo(view))
+            return
+        for happening in view.happenings:
+            if happening.at_s > self._told_s:
+                print(f"[{view.elapsed_s:6.1f} s] {clean_text(happening.text)}", flush=True)
+        self._told_s = max([self._told_s, *(happening.at_s for happening in view.happenings)])
+        if view.round != self._round:
+            print(describe_demo(view), flush=True)
+            self._round = view.round
+
+
+@contextmanager
+def open_demo_screen() -> Iterator[DemoScreen]:
+    """The demo's output until the context ends."""
+    if not sys.stdout.isatty():
+        yield DemoScreen(None)
+        return
+    with show_live() as show:
+        yield DemoScreen(show)
+
+
+def _waiting(status: Status) -> str:
+    names = [clean_text(one.name) or one.peer[-8:] for one in status.round.waiting_for]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f", waiting for {shown}" if names else ""
+
+
+def _count_peers(peers: Iterable[PeerStatus]) -> str:
+    rows = list(peers)
+    live = sum(row.alive for row in rows)
+    ready = sum(row.ready for row in rows)
+    return f"{live} peers live, {ready} ready, {sum(row.participating for row in rows)} in this round"
+
+
+def _plural(count: int, one: str) -> str:
+    return f"{count} {one}{'' if count == 1 else 's'}"
+
+
+def _compression(encoded_bytes: int, fp32_bytes: int) -> str:
+    if not encoded_bytes:
+        return "none yet"
+    ratio = fp32_bytes / encoded_bytes
+    return f"{format_bytes(encoded_bytes)}, {ratio:.1f} times less than fp32"
+
+
+def _verdict_text(health: Verdict, readiness: Verdict) -> "Text":
+    from rich.text import Text
+
+    if not health.ok:
+        return Text("unhealthy", "bold red")
+    return Text("ready", "green") if readiness.ok else Text("not ready", "yellow")
+
+
+def _phase_line(status: Status) -> "Text":
+    from rich.text import Text
+
+    now, training = status.round, status.training
+    line = Text.assemble((f"round {now.round}", "bold"), "  ")
+    if now.phase not in _PHASES:
+        line.append(f"{now.phase} ", "reverse")
+    for phase in _PHASES:
+        line.append(f" {phase} ", "reverse" if phase == now.phase else "dim")
+    if now.attempt:
+        line.append(f"  attempt {now.attempt + 1}", "yellow")
+    if now.phase == Phase.GATHER and training.steps_planned:
+        line.append(f"  step {training.steps} of {training.steps_planned}")
+    elif now.progress is not None:
+        line.append(f"  {now.progress:.0%}")
+    if now.deadline_s is not None:
+        line.append(f", at most {format_span(max(0.0, now.deadline_s))} left")
+    line.append(_waiting(status))
+    if status.catch_up.active:
+        line.append(f", catching up: {clean_text(status.catch_up.detail)}", "yellow")
+    return line
+
+
+def _figures(status: Status) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    training, traffic, disk = status.training, status.traffic, status.disk
+    losses = [point.loss for point in training.loss_history]
+    trainer = (
+        f"{training.state} on {clean_text(training.device) or 'no device'}, {_plural(training.restarts, 'restart')}"
+    )
+    sent = format_bytes(traffic.tensor_sent_bytes + traffic.control_sent_bytes)
+    received = format_bytes(traffic.tensor_received_bytes + traffic.control_received_bytes)
+    aborted = ", ".join(f"{one.count} {one.reason}" for one in status.aborted) or "none"
+    rows = [
+        ("loss", f"{format_loss(training.loss_first)} → {format_loss(training.loss_last)}  {draw_curve(losses)}"),
+        ("trainer", trainer),
+        ("speed", f"{format_count(training.tokens_per_s)} tokens/s, {format_count(training.tokens)} tokens trained"),
+        ("rounds", f"{status.rounds_certified} certified; aborted attempts: {aborted}"),
+        ("peers", f"{_count_peers(status.peers)}; {status.round.voters_live} of {status.round.voters} voters live"),
+        ("traffic", f"{sent} sent, {received} received"),
+        ("contributions", _compression(traffic.contribution_bytes, traffic.fp32_bytes)),
+        ("disk", f"{format_bytes(disk.blob_bytes)} used, {format_bytes(disk.free_bytes)} free"),
+        ("state root", status.round.state_root[:16] or "none"),
+        ("join", clean_text(status.uri, len(status.uri))),
+    ]
+    if status.failure is not None:
+        last = f"{status.failure.reason} in round {status.failure.round}, {format_span(status.failure.age_s)} ago"
+        rows.insert(4, ("last failure", f"{last}; {status.failure.remedy}"))
+    table = Table.grid(padding=(0, 2))
+    for title, text in rows:
+        table.add_row(Text(title, "dim"), Text(text, overflow="fold"))
+    return table
+
+
+def _peer_table(peers: Iterable[PeerStatus]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("peer", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("tokens/s", justify="right")
+    table.add_column("round", justify="right")
+    table.add_column("address", no_wrap=True)
+    for row in peers:
+        name = Text.assemble(
+            (clean_text(row.name, 32), ""), (f" {row.peer[-8:]}{' (this one)' if row.me else ''}", "dim")
+        )
+        state = "in the round" if row.participating else "ready" if row.ready else "trains on"
+        words = [state] + ["votes"] * row.voter + ["owns parts"] * row.owner
+        table.add_row(
+            name,
+            Text(", ".join(words), "green" if row.participating else "") if row.alive else Text("gone", "red"),
+            format_count(row.tokens_per_s) if row.alive else "–",
+            str(row.head_round),
+            Text(clean_text(row.address), "dim"),
+        )
+    return table
+
+
+def _happening_lines(happenings: Sequence[Happening]) -> "list[RenderableType]":
+    from rich.text import Text
+
+    return [
+        Text.assemble(
+            (time.strftime("%H:%M:%S  ", time.localtime(one.at_s)), "dim"),
+            (clean_text(one.text), _STYLES[one.severity]),
+        )
+        for one in happenings[-HAPPENINGS_SHOWN_MAX:]
+    ]

@@ -1,0 +1,1 @@
+"""The trainer child process; the only package that imports torch."""

@@ -1,0 +1,231 @@
+"""What a daemon and its trainer say to each other, over a socket pair; the tensors stand in memory that both map.
+
+Frames are a big-endian u32 length and one canonical message. The memory is float32[2, D]: row 0 is `base`, the
+certified parameters, which the daemon alone writes; row 1 is `local`, the trainer's, which it writes before Ready and
+never between Ready and the next Begin or Merge.
+
+Invariant: neither side believes the other beyond this schema; a frame that breaks it ends the connection.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.layout import Layout
+from shoal.protocol.manifest import Task, Training
+from shoal.protocol.messages import PARTS_MAX, Peer
+from shoal.protocol.wire import DELTA_BYTES_MAX, U63, Bound, Bytes32, Choice, Schema
+
+FRAME_BYTES_MAX = DELTA_BYTES_MAX
+PROMPT_BYTES_MAX = 1024
+SAMPLE_BYTES_MAX = 4096
+DETAIL_BYTES_MAX = 1024
+
+BAD_INPUT = "bad_input"
+OUT_OF_MEMORY = "out_of_memory"
+NOT_FINITE = "not_finite"
+
+FloatVector = NDArray[np.float32]
+Detail = Annotated[str, Bound(0, DETAIL_BYTES_MAX)]
+_LENGTH = struct.Struct(">I")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is trained, and where in its data this peer stands. `layout_digest` is the manifest's layout's."""
+
+    task: Task
+    training: Training
+    layout_digest: Bytes32
+    seed: U63
+    peer: Peer
+    batches_done: U63 = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The first frame. `text` is a file or a folder, None means the source of the running Python; 0 `threads` leaves
+    their number to torch."""
+
+    work: Work
+    device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
+    threads: Annotated[int, Bound(0, 1024)]
+    text: Annotated[str | None, Bound(1, 4096)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """Train for `round`: from `base` with `adopt`, else on from the local parameters."""
+
+    round: U63
+    adopt: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merge:
+    """`base` has changed. Adopt the parts whose bit is set in `included` (bit 0 of byte 0 first), or all with
+    `adopt_all`, and keep the rest; then train for `round` with `begin`, else wait."""
+
+    round: U63
+    included: Annotated[bytes, Bound(0, PARTS_MAX // 8)]
+    part_elements: Annotated[int, Bound(1, 2**40)]
+    adopt_all: bool
+    begin: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Freeze:
+    """Become ready now, or after the first step where there is none yet. Means nothing to a trainer that waits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate:
+    """Measure `base` on the held-out text, between two steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Continue `prompt` with `base` by `size_bytes` bytes, between two steps."""
+
+    prompt: Annotated[bytes, Bound(0, PROMPT_BYTES_MAX)]
+    size_bytes: Annotated[int, Bound(1, SAMPLE_BYTES_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Exit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    device: Annotated[str, Bound(1, 128)]
+    elements: U63
+    train_bytes: U63
+    held_out_bytes: U63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """At most two a second. `steps` and `tokens` are the work in `local` since the base was last adopted."""
+
+    round: U63
+    steps: U63
+    tokens: U63
+    loss: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """`local` is complete and finite, and holds still until the next Begin or Merge. `steps` and `tokens` are the work
+    in it since the base was last adopted; `loss_mean` is over the steps since the last Ready, in nats a token.
+    `batches_done` is the position to store for the next `Work`."""
+
+    round: U63
+    steps: U63
+    tokens: U63
+    loss_mean: float
+    batches_done: U63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """The held-out loss of `base`. `round` is the one that was last begun, so the base is that of the round before."""
+
+    round: U63
+    loss_nats_per_byte: float
+    tokens: U63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    text: Annotated[bytes, Bound(0, SAMPLE_BYTES_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """With `fatal` the trainer exits after this; without, it went back to `base` and trains on."""
+
+    reason: Annotated[str, Choice((BAD_INPUT, OUT_OF_MEMORY, NOT_FINITE))]
+    detail: Detail
+    fatal: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """Answer of `python -m shoal.node.training.tasks`: the layout of a task."""
+
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undescribed:
+    """Answer of `python -m shoal.node.training.tasks`: the pieces of a ManifestError."""
+
+    field: Detail
+    problem: Detail
+    fix: Detail
+
+
+Command = Start | Begin | Merge | Freeze | Evaluate | Sample | Stop
+Report = Started | Progress | Ready | Evaluated | Sampled | Failed
+
+SCHEMA = Schema(
+    {
+        1: Start,
+        2: Begin,
+        3: Merge,
+        4: Freeze,
+        5: Evaluate,
+        6: Sample,
+        7: Stop,
+        20: Started,
+        21: Progress,
+        22: Ready,
+        23: Evaluated,
+        24: Sampled,
+        25: Failed,
+        30: Described,
+        31: Undescribed,
+    }
+)
+
+
+def encode_frame(message: Command | Report | Described | Undescribed) -> bytes:
+    """One frame: length and message."""
+    body = SCHEMA.encode(message)
+    assert len(body) <= FRAME_BYTES_MAX, "every message of this schema fits a frame"
+    return _LENGTH.pack(len(body)) + body
+
+
+def trim_detail(text: str) -> str:
+    """As much of the text as a `detail` field holds."""
+    return text.encode(errors="replace")[:DETAIL_BYTES_MAX].decode(errors="ignore")
+
+
+class FrameReader:
+    """Frames out of a byte stream. Holds at most one incomplete frame besides the bytes just fed."""
+
+    __slots__ = ("_pending",)
+
+    def __init__(self) -> None:
+        self._pending = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """The messages that `data` completes, to be consumed before the next call; raises ProtocolError."""
+        self._pending += data
+        while len(self._pending) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._pending)
+            if size > FRAME_BYTES_MAX:
+                raise ProtocolError(Refusal.OVERSIZED, f"a frame of {size} bytes, at most {FRAME_BYTES_MAX}")
+            end = _LENGTH.size + size
+            if len(self._pending) < end:
+                return
+            body = bytes(self._pending[_LENGTH.size : end])
+            del self._pending[:end]
+            yield SCHEMA.decode_untrusted(body, FRAME_BYTES_MAX)

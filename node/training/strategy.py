@@ -1,0 +1,128 @@
+"""How a peer trains between two rounds, and what it does with a new base: the interface and the table of strategies.
+
+"diloco" (Douillard et al., arXiv 2311.08105, algorithm 1): AdamW inside, its state kept across rounds; when a base
+comes, the parts that include this peer's contribution adopt it, and the parts that left this peer out keep their local
+parameters, so that their work goes into the next pseudo-gradient, anchored at the new base.
+
+Invariant: a step whose loss or gradient is not finite changes no parameter and no optimizer state.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shoal.node.training.messages import FloatVector
+from shoal.protocol.layout import Layout
+from shoal.protocol.manifest import Training
+from shoal.protocol.quorum import has_member
+
+# Adam's moments for language models at small batches; the published DiLoCo runs use the same.
+ADAM_BETAS = (0.9, 0.95)
+
+
+class Strategy(Protocol):
+    """Owns the model's parameters and the inner optimizer. `base` and `local` are float32[D] in the layout's order."""
+
+    def step(self, loss: Tensor) -> bool:
+        """One inner step down the gradient of `loss`; False, and nothing changed, where either is not finite."""
+        ...
+
+    def adopt(self, base: FloatVector) -> None:
+        """Local parameters become the base; the inner optimizer keeps its state."""
+        ...
+
+    def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
+        """A round was certified: take the included parts of the new base as this strategy does."""
+        ...
+
+    def restart(self, base: FloatVector) -> None:
+        """As `adopt`, and the inner optimizer starts over: for when its state is not to be trusted."""
+        ...
+
+    def export(self, local: FloatVector) -> bool:
+        """Write the local parameters; False, and nothing written, where one of them is not finite."""
+        ...
+
+
+class DiLoCo:
+    def __init__(self, model: nn.Module, layout: Layout, training: Training) -> None:
+        self._model = model
+        self._training = training
+        self._parameters = list(model.parameters())
+        assert [tuple(parameter.shape) for parameter in self._parameters] == [spec.shape for spec in layout.tensors]
+        self._optimizer = self._make_optimizer()
+        self._steps = 0
+
+    def step(self, loss: Tensor) -> bool:
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._training.gradient_clip)
+        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+        if finite:
+            self._steps += 1
+            warmup = min(1.0, self._steps / max(1, self._training.warmup_steps))
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._training.learning_rate * warmup
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return finite
+
+    def adopt(self, base: FloatVector) -> None:
+        load_parameters(self._model, base)
+
+    def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
+        for first, last in included_ranges(included, part_elements, base.size):
+            load_parameters(self._model, base, first, last)
+
+    def restart(self, base: FloatVector) -> None:
+        self.adopt(base)
+        self._optimizer = self._make_optimizer()
+        self._steps = 0
+
+    @torch.no_grad()
+    def export(self, local: FloatVector) -> bool:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
+            return False
+        first = 0
+        target = torch.from_numpy(local)
+        for parameter in self._parameters:
+            target[first : first + parameter.numel()].copy_(parameter.view(-1))
+            first += parameter.numel()
+        return True
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        # Gains and biases, where a model has them, are not decayed.
+        decayed = [parameter for parameter in self._parameters if parameter.dim() >= 2]
+        rest = [parameter for parameter in self._parameters if parameter.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": self._training.weight_decay}]
+        if rest:
+            groups.append({"params": rest, "weight_decay": 0.0})
+        return torch.optim.AdamW(groups, lr=self._training.learning_rate, betas=ADAM_BETAS, fused=True)
+
+
+STRATEGIES: Mapping[str, Callable[[nn.Module, Layout, Training], Strategy]] = MappingProxyType({"diloco": DiLoCo})
+
+
+@torch.no_grad()
+def load_parameters(model: nn.Module, base: FloatVector, first: int = 0, last: int | None = None) -> None:
+    """Copy base[first:last] to where these elements stand in the model."""
+    source = torch.from_numpy(base)
+    end = base.size if last is None else last
+    offset = 0
+    for parameter in model.parameters():
+        low, high = max(first, offset), min(end, offset + parameter.numel())
+        if low < high:
+            parameter.view(-1)[low - offset : high - offset].copy_(source[low:high])
+        offset += parameter.numel()
+
+
+def included_ranges(included: bytes, part_elements: int, elements: int) -> Iterator[tuple[int, int]]:
+    """The longest runs (first element, one past the last) of the included parts of a vector."""
+    parts = range(-(-elements // part_elements))
+    for present, run in groupby(parts, key=lambda part: has_member(included, part)):
+        if present:
+            numbers = list(run)
+            yield numbers[0] * part_elements, min((numbers[-1] + 1) * part_elements, elements)

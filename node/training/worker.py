@@ -1,0 +1,128 @@
+"""The trainer as a process: `python -m shoal.node.training.worker SOCKET_FD MEMORY_FD`, started by shoal.node.trainer.
+
+It joins a socket and an inner loop: commands are read between two steps, or waited for while there is nothing to train.
+
+Invariant: the process never outlives its daemon, not even in the middle of a step, and writes nothing but its socket,
+its half of the shared memory and its standard error.
+"""
+
+import ctypes
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from shoal.node.training.loop import InnerLoop
+from shoal.node.training.messages import (
+    BAD_INPUT,
+    OUT_OF_MEMORY,
+    Command,
+    Failed,
+    FrameReader,
+    Report,
+    Start,
+    Stop,
+    encode_frame,
+    trim_detail,
+)
+from shoal.protocol.errors import InputError
+
+RECEIVE_BYTES = 1 << 16
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Channel:
+    """Frames over the inherited socket. The daemon's absence, at any point, ends the process."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._reader = FrameReader()
+
+    def receive(self, *, wait: bool) -> list[Command]:
+        """The commands that are here; with `wait`, at least some bytes are waited for."""
+        try:
+            data = self._connection.recv(RECEIVE_BYTES, 0 if wait else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise SystemExit(0)
+        return list(self._reader.feed(data))
+
+    def send(self, reports: Iterable[Report]) -> None:
+        """Send the reports; the process ends after a fatal one."""
+        for report in reports:
+            try:
+                self._connection.sendall(encode_frame(report))
+            except ConnectionError:
+                raise SystemExit(0) from None
+            if isinstance(report, Failed) and report.fatal:
+                raise SystemExit(1)
+
+
+def serve(channel: Channel, memory: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> None:
+    """Train as told until Stop."""
+    commands = channel.receive(wait=True)
+    while not commands:
+        commands = channel.receive(wait=True)
+    start = commands.pop(0)
+    assert isinstance(start, Start), "the first frame is Start"
+    if start.threads:
+        torch.set_num_threads(start.threads)
+    try:
+        loop = InnerLoop(start, memory)
+    except InputError as error:
+        channel.send([Failed(reason=BAD_INPUT, detail=trim_detail(str(error)), fatal=True)])
+        return
+    channel.send([loop.started()])
+    while True:
+        for command in commands:
+            if isinstance(command, Stop):
+                return
+            channel.send(loop.handle(command, time.monotonic()))
+        if loop.training:
+            channel.send(loop.step(time.monotonic()))
+        commands = channel.receive(wait=not loop.training)
+
+
+def end_with_parent(connection: socket.socket) -> None:
+    """Arrange that this process dies when the other end of the socket does.
+
+    The kernel's parent-death signal needs no cooperation of a busy interpreter, but is Linux's alone and comes too late
+    for a parent that is already gone; the watching thread covers both."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_exit_on_hangup, args=(connection.fileno(),), daemon=True).start()
+
+
+def _exit_on_hangup(descriptor: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, 0)  # a hang-up is reported without being asked for
+    poll.poll()
+    os._exit(0)
+
+
+def main(arguments: list[str]) -> None:
+    """Exits with 0 after Stop or when the daemon is gone, with 1 after a fatal report."""
+    connection = socket.socket(fileno=int(arguments[0]))
+    end_with_parent(connection)
+    descriptor = int(arguments[1])
+    shared = mmap.mmap(descriptor, 0)
+    os.close(descriptor)
+    try:
+        serve(Channel(connection), np.frombuffer(shared, dtype=np.float32).reshape(2, -1))
+    except torch.cuda.OutOfMemoryError as error:
+        Channel(connection).send([Failed(reason=OUT_OF_MEMORY, detail=trim_detail(str(error)), fatal=True)])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
