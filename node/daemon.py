@@ -9,7 +9,9 @@ a path appears. After `run` returns no task, thread or process of it is left.
 
 import asyncio
 import contextlib
+import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -79,6 +81,7 @@ TASKS_MAX = 4096
 REACH_PERIOD_S = 2.0
 REACH_ASKED_MAX = 3
 PEER_BOOK_FILE = "peers.book"
+RUNNING_FILE = "running.json"
 TOLD = (Refusal.WRONG_SWARM, Refusal.WRONG_VERSION, Refusal.WRONG_BASE)
 
 log = logging.getLogger("shoal")
@@ -123,6 +126,7 @@ class Daemon:
             store_manifest(self.config, signed)
             await self._assemble(signed, choice.swarm)
             await self._serve()
+            self._note_running()
             on_ready(self)
             await self._stop.wait()
             await self._leave()
@@ -334,6 +338,11 @@ class Daemon:
         if config.node.role == TRAINER:
             self._spawn(self.compute.start())
 
+    def _note_running(self) -> None:
+        """Where `shoal status --data-dir` finds this daemon."""
+        note = {"pid": os.getpid(), "web": f"{self.config.web.host}:{self.web_port}"}
+        (self.config.data_path / RUNNING_FILE).write_text(json.dumps(note), encoding="utf-8")
+
     # -- stop --------------------------------------------------------------------------------------------------------
 
     async def _leave(self) -> None:
@@ -359,7 +368,7 @@ class Daemon:
         if not live:
             return False
         busy = self.core.phase is not Phase.GATHER and self.me in self.core.view().roster
-        others_vote = any(voter in live for voter in self.core.head.voters)
+        others_vote = any(voter in live and not live[voter].leaving for voter in self.core.head.voters)
         return busy or (self.me in self.core.head.voters and others_vote)
 
     async def _shut_down(self) -> None:
@@ -375,6 +384,7 @@ class Daemon:
             await self.state.finish()
         if hasattr(self, "web"):
             await self.web.stop()
+            (self.config.data_path / RUNNING_FILE).unlink(missing_ok=True)
         if hasattr(self, "links"):
             await self.links.stop()
         if hasattr(self, "control"):
@@ -603,11 +613,12 @@ class Daemon:
         self._publish_ready(said, frozen)
 
     def _publish_ready(self, said: Ready, frozen: Frozen) -> None:
-        self._signed_ready = sign_ready(self.identity, self.swarm, said)
-        self.exchange.frozen = frozen
-        self.core.offer(Offer(signed=self._signed_ready, digests=frozen.digests), asyncio.get_running_loop().time())
+        signed = sign_ready(self.identity, self.swarm, said)
+        offer = Offer(signed=signed, digests=frozen.digests)
+        if self.core.offer(offer, asyncio.get_running_loop().time()):
+            self._signed_ready, self.exchange.frozen = signed, frozen
+            self.membership.announce()
         self.driver.pump()
-        self.membership.announce()
 
     async def _committed(self, certificate: Certificate, head: Head) -> None:
         """A round is applied; the core goes on to the next one when this returns."""

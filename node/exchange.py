@@ -69,8 +69,8 @@ class PartExchange:
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self.frozen: Frozen | None = None
         self.ports: ExchangePorts
-        self.contribution_bytes = 0
-        self.contribution_fp32_bytes = 0
+        self.encoded_bytes = 0
+        self.fp32_bytes = 0
 
     def finish_round(self) -> None:
         """The round is applied: let go of everything that belonged to it."""
@@ -161,8 +161,8 @@ class PartExchange:
             return
         payload = memoryview(frozen.encoded[effect.part])
         first, end = self._manifest.part_range(effect.part)
-        self.contribution_bytes += payload.nbytes
-        self.contribution_fp32_bytes += (end - first) * 4
+        self.encoded_bytes += payload.nbytes
+        self.fp32_bytes += (end - first) * 4
         header = FrameHeader(
             kind=FrameKind.CONTRIBUTION,
             round=effect.round,
@@ -177,6 +177,9 @@ class PartExchange:
         payload = self._results.get(effect.digest)
         if payload is None:
             return  # the round has ended
+        first, end = self._manifest.part_range(effect.part)
+        self.encoded_bytes += payload.nbytes
+        self.fp32_bytes += (end - first) * 4
         header = FrameHeader(
             kind=FrameKind.RESULT,
             round=effect.round,

@@ -161,15 +161,17 @@ class TensorLinks:
         return any(link.is_usable for link in self._links.get(peer, ()))
 
     async def probe(self, peer: PeerId, address: Address) -> bool:
-        """Whether `peer` can be dialled there now, whatever links to it are open; the new link ends when idle."""
+        """Whether `peer` can be dialled there now, whatever links to it are open. Raises LinkLost(LIMIT)."""
         if self.stopping or len(self._connected) + len(self._dials) >= self.config.links_max:
             raise LinkLost(peer, LinkEnd.LIMIT)
+        open_before = self.is_linked(peer)
         try:
-            await self._dial(peer, address)
-        except LinkLost as error:
-            if error.reason is LinkEnd.LIMIT:
-                raise
+            link = await self._dial(peer, address)
+        except LinkLost:
             return False
+        if open_before:
+            # It has told what it was made for, and would count against the other side's limit.
+            link.leave(LinkEnd.IDLE)
         return True
 
     def statistics(self) -> LinkStatistics:

@@ -270,8 +270,8 @@ class Reporter:
             control_received_bytes=self.control_bytes[Direction.RECEIVED],
             tensor_sent_bytes=sum(one.wire_bytes_out for one in peers),
             tensor_received_bytes=sum(one.wire_bytes_in for one in peers),
-            contribution_bytes=exchange.contribution_bytes,
-            fp32_bytes=exchange.contribution_fp32_bytes,
+            contribution_bytes=exchange.encoded_bytes,
+            fp32_bytes=exchange.fp32_bytes,
         )
 
     def _disk_status(self) -> DiskStatus:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from shoal.node.happenings import Happening, Severity
 from shoal.node.status import PeerStatus, Status, Verdict, clean_text, judge_health, judge_readiness
@@ -202,7 +202,7 @@ def render_demo(view: DemoView) -> "RenderableType":
             Text(sign, style),
             Text(clean_text(peer.name)),
             Text(peer.mark, style),
-            "" if gone else peer.phase,
+            Text("" if gone else clean_text(peer.phase)),
             str(peer.round),
             *figures,
             Text(peer.state_root[:12], "dim"),
@@ -232,7 +232,7 @@ def print_status(status: Status) -> None:
         print("\n".join(describe_status(status)))
 
 
-def watch_status(fetch: Callable[[], Status], wait: Callable[[float], None] = time.sleep) -> None:
+def watch_status(fetch: Callable[[], Status], wait: Callable[[float], None] = time.sleep) -> NoReturn:
     """The status again and again, until `fetch` raises or the person interrupts; on a terminal, in place."""
     if not sys.stdout.isatty():
         while True:
@@ -259,7 +259,7 @@ class DemoScreen:
     def __init__(self, show: "Callable[[RenderableType], None] | None") -> None:
         self._show = show
         self._round = -1
-        self._told_s = -math.inf
+        self._told: tuple[Happening, ...] = ()
 
     def show(self, view: DemoView) -> None:
         """The newest moment. Cheap enough for REFRESHES_PER_S calls a second."""
@@ -267,9 +267,9 @@ class DemoScreen:
             self._show(render_demo(view))
             return
         for happening in view.happenings:
-            if happening.at_s > self._told_s:
+            if happening not in self._told:
                 print(f"[{view.elapsed_s:6.1f} s] {clean_text(happening.text)}", flush=True)
-        self._told_s = max([self._told_s, *(happening.at_s for happening in view.happenings)])
+        self._told = view.happenings
         if view.round != self._round:
             print(describe_demo(view), flush=True)
             self._round = view.round
@@ -379,15 +379,15 @@ def _peer_table(peers: Iterable[PeerStatus]) -> "Table":
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("peer", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    table.add_column("tokens/s", justify="right")
-    table.add_column("round", justify="right")
-    table.add_column("address", no_wrap=True)
+    # The narrower the terminal, the more lines a state takes: nothing else of a row may be broken or lost.
+    table.add_column("state", min_width=9)
+    table.add_column("tokens/s", justify="right", no_wrap=True)
+    table.add_column("round", justify="right", no_wrap=True)
+    table.add_column("address", min_width=12, overflow="fold")
     for row in peers:
-        name = Text.assemble(
-            (clean_text(row.name, 32), ""), (f" {row.peer[-8:]}{' (this one)' if row.me else ''}", "dim")
-        )
-        state = "in the round" if row.participating else "ready" if row.ready else "trains on"
+        name = Text(clean_text(row.name, 32), "bold" if row.me else "")
+        name.append(f"{' ' if row.name else ''}{row.peer[-8:]}{' (this)' if row.me else ''}", "dim")
+        state = "in round" if row.participating else "ready" if row.ready else "trains on"
         words = [state] + ["votes"] * row.voter + ["owns parts"] * row.owner
         table.add_row(
             name,

@@ -79,6 +79,9 @@ EARLY_MESSAGES_MAX = 256  # messages of the next round that are kept while this 
 FETCH_DELAY_S = 1.0  # how long a missing result part may still be under way before it is asked for
 FETCH_RETRY_S = 5.0
 BEHIND_RETRY_S = 2.0
+# A part may overtake the plan that makes it welcome. The sender is told and sends it again, so often.
+RESEND_AFTER = (Refusal.NOT_A_MEMBER, Refusal.WRONG_ROUND)
+RESENDS_MAX = 6
 
 
 class RoundCore(RoundState):
@@ -111,14 +114,18 @@ class RoundCore(RoundState):
         self._sent = {(owner, part) for owner, part in self._sent if owner != peer}
         self._evaluate(now)
 
-    def offer(self, offer: Offer, now: float) -> None:
-        """The own contribution to this round is frozen; its READY is on its way in the presence."""
+    def offer(self, offer: Offer, now: float) -> bool:
+        """The own contribution to this round is frozen; its READY is on its way in the presence. False, and nothing is
+        changed, when another one was offered in this round: a plan may count on that."""
         assert offer.signed.ready.round == self.round, "a contribution belongs to the open round"
+        if self._offer is not None and self._offer.digests != offer.digests:
+            return False
         self._offer = offer
         self._inbox.take_digests(self._me, offer.digests, now)
         for part, digest in enumerate(offer.digests):
             self._inbox.take_part(self._me, part, digest, now)
         self._evaluate(now)
+        return True
 
     def leave(self, now: float) -> None:
         """This peer is about to stop: it becomes ready for nothing more and asks not to be counted as a voter."""
@@ -144,7 +151,8 @@ class RoundCore(RoundState):
             return Refusal.WRONG_ROUND
         known = self._members.get(sender)
         planned = self._plan is not None and self._index(sender) is not None
-        if not planned and (known is None or known.ready is None or known.ready.ready.round != self.round):
+        # Parts may overtake the plan and even the READY behind them: a live trainer's are taken, one contribution each.
+        if not planned and (known is None or not known.trains):
             return Refusal.NOT_A_MEMBER
         return self._inbox.check_part(sender, part, digest)
 
@@ -370,7 +378,8 @@ class RoundCore(RoundState):
             else:
                 self._collections.pop(part, None)
         entry = plan.roster[mine] if mine is not None else None
-        if entry and self._offer and entry.signed == self._offer.signed:
+        root = entry.signed.ready.contribution_root if entry else None
+        if self._offer and self._offer.signed.ready.contribution_root == root:
             self._send_parts(self._offer)
 
     def _send_parts(self, offer: Offer) -> None:
