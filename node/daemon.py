@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -79,6 +80,7 @@ RECONCILE_PERIOD_S = 10.0
 MISBEHAVIOUR_MAX = 16  # refusals of one peer before its connection is closed
 TASKS_MAX = 4096
 REACH_PERIOD_S = 2.0
+DISK_PERIOD_S = 10.0
 REACH_ASKED_MAX = 3
 PEER_BOOK_FILE = "peers.book"
 RUNNING_FILE = "running.json"
@@ -330,6 +332,7 @@ class Daemon:
             self.membership.discover(),
             self._reconcile(),
             self._watch_reach(),
+            self._watch_disk(),
             self.reporter.watch_lag(),
         ):
             self._spawn(work)
@@ -356,9 +359,7 @@ class Daemon:
         self.membership.announce()
         deadline = asyncio.get_running_loop().time() + LEAVE_TIMEOUT_S
         while asyncio.get_running_loop().time() < deadline and self._is_needed():
-            self._head_moved.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._head_moved.wait(), 0.2)
+            await self._wait_head(0.2)
         await self.state.write_snapshot()
         self.membership.announce()
 
@@ -662,10 +663,14 @@ class Daemon:
     async def _wait_past(self, number: int, timeout_s: float) -> bool:
         deadline = asyncio.get_running_loop().time() + timeout_s
         while self.core.head.round <= number and asyncio.get_running_loop().time() < deadline:
-            self._head_moved.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._head_moved.wait(), 0.5)
+            await self._wait_head(0.5)
         return self.core.head.round > number
+
+    async def _wait_head(self, timeout_s: float) -> None:
+        self._head_moved.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._head_moved.wait()
 
     def _donors(self, number: int) -> tuple[PeerId, ...]:
         live = self.membership.table.live()
@@ -683,6 +688,17 @@ class Daemon:
         self.reporter.metrics.trainer_restarts[reason].add()
         text = f"the trainer failed: {reason} ({detail}); it is started again from the last certified state"
         self.reporter.happen(HappeningKind.TRAINER, text, Severity.WARNING)
+
+    async def _watch_disk(self) -> None:
+        """Stop voting while there still is space to go on serving."""
+        least = self.config.store.free_gib_min
+        while True:
+            free_gib = shutil.disk_usage(self.config.data_path).free / 2**30
+            if free_gib < least:
+                self._disk_failed(Failure.DISK_FULL, f"{free_gib:.2f} GiB are free, store.free_gib_min is {least:g}")
+                self.driver.halt()
+                return
+            await asyncio.sleep(DISK_PERIOD_S)
 
     def _disk_failed(self, reason: Failure, detail: str) -> None:
         self.reporter.disk_failed = detail

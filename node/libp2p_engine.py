@@ -65,6 +65,7 @@ from shoal.protocol.identity import PeerId, decode_libp2p_peer_id, encode_libp2p
 
 UPKEEP_INTERVAL_S = 60.0
 PROVIDER_QUERIES_MAX = 10
+IDLE_CONNECTION_S = 600.0
 PRESENCES_WAITING_MAX = 1024
 # Opening a stream has its own limits; this one is for what the library forgot to limit.
 OPEN_STREAM_TIMEOUT_S = 6.0
@@ -86,6 +87,7 @@ class AsyncioSide(Protocol):
 @dataclass(slots=True, kw_only=True)
 class _ConnectedPeer:
     addresses: tuple[str, ...]
+    used_s: float = field(default_factory=trio.current_time)
     lost: trio.Event = field(default_factory=trio.Event)
 
 
@@ -168,6 +170,7 @@ class ControlEngine:
 
     async def connect(self, peer: PeerId, addresses: Sequence[Address]) -> None:
         """Connect to `peer`; raises PeerUnreachable."""
+        self._note_use(peer)
         await self._dialer.connect(peer, addresses)
 
     async def disconnect(self, peer: PeerId) -> None:
@@ -185,6 +188,18 @@ class ControlEngine:
     async def _keep_bootstrapped(self, peer: PeerId, addresses: Sequence[Address]) -> None:
         report = partial(self._asyncio.deliver, self._handlers.on_bootstrap_failed)
         await self._dialer.keep_bootstrapped(peer, addresses, self._loss_of, report)
+
+    def _note_use(self, peer: PeerId) -> None:
+        if connected := self._peers.get(peer):
+            connected.used_s = trio.current_time()
+
+    async def _make_room(self) -> None:
+        """Once most places are taken, hang up on the peers of least use: look-ups connect and never let go."""
+        excess = len(self._peers) - self._config.connections_max * 3 // 4
+        unused_since_s = trio.current_time() - IDLE_CONNECTION_S
+        for peer in sorted(self._peers, key=lambda peer: self._peers[peer].used_s)[: max(0, excess)]:
+            if self._peers[peer].used_s < unused_since_s:
+                await self.disconnect(peer)
 
     def _bootstraps(self) -> dict[PeerId, list[Address]]:
         by_peer: dict[PeerId, list[Address]] = {}
@@ -240,6 +255,7 @@ class ControlEngine:
 
     def send(self, peer: PeerId, payload: bytes, done: Completion) -> None:
         """Send a message to `peer`, in the order of the calls."""
+        self._note_use(peer)
         outbox = self._outboxes.get(peer)
         if outbox is None or outbox.is_closed:
             outbox = self._outboxes[peer] = Outbox(self._link(peer))
@@ -249,6 +265,7 @@ class ControlEngine:
 
     async def request(self, peer: PeerId, question: bytes) -> bytes:
         """Ask `peer`; the caller sets the time limit."""
+        self._note_use(peer)
         asker = self._askers.setdefault(peer, Asker(self._link(peer)))
         try:
             return await asker.ask(question)
@@ -287,6 +304,7 @@ class ControlEngine:
             self._note_connected(connection)
         peer = _ed25519_peer(peer_id)
         if peer in self._peers:
+            self._note_use(peer)
             return peer
         await stream.reset()
         return None
@@ -389,6 +407,7 @@ class ControlEngine:
             await trio.sleep(UPKEEP_INTERVAL_S)
             self._refresh_addresses()
             forget_strangers(self._swarm, self._router)
+            await self._make_room()
 
     def _refresh_addresses(self) -> None:
         interfaces: dict[str, Multiaddr] = {}

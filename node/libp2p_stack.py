@@ -16,7 +16,7 @@ import collections
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
@@ -54,6 +54,7 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.tools.anyio_service import TrioManager
 from libp2p.tools.anyio_service.api import ServiceAPI
+from libp2p.tools.anyio_service.exceptions import LifecycleError
 from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
 from libp2p.transport.exceptions import MuxerUpgradeFailure
 from libp2p.transport.tcp.tcp import TCP
@@ -231,7 +232,10 @@ class YamuxUpgrader(TransportUpgrader):
 
 
 class ContainedTasks(TrioManager):
-    """A service manager in which a failed task costs that task: remote bytes must not be able to end the service."""
+    """A service manager in which a failed task costs that task: remote bytes must not be able to end the service.
+
+    Tasks go straight to the service's nursery; the library searches all of its tasks for the parent of each new one.
+    """
 
     def run_task(
         self, async_fn: Callable[..., Awaitable[Any]], *args: Any, daemon: bool = False, **kwargs: Any
@@ -239,12 +243,13 @@ class ContainedTasks(TrioManager):
         if daemon or kwargs.get("_internal"):
             super().run_task(async_fn, *args, daemon=daemon, **kwargs)
             return
+        if self._task_nursery is None or not self.is_running:
+            raise LifecycleError("the service is not running")
+        self._task_nursery.start_soon(self._run_contained, async_fn, args)
 
-        async def run_contained() -> None:
-            with Contained(f"{async_fn}"):
-                await async_fn(*args)
-
-        super().run_task(run_contained, **kwargs)
+    async def _run_contained(self, async_fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
+        with Contained("a task of py-libp2p"):
+            await async_fn(*args)
 
 
 @asynccontextmanager
@@ -373,11 +378,29 @@ class SeenMessages(LastSeenCache):
 
 
 class LeanGossip(GossipSub):
-    """GossipSub that does not enclose the sender's signed addresses with every message: identify has told them."""
+    """GossipSub that sends its own messages to every neighbour, and no message with more than it needs.
+
+    Without the former (flood publishing, gossipsub 1.1) a node that all its neighbours have pruned is not heard. Left
+    out is the sender's signed address record, which identify has told and which costs a signature check each time.
+    """
 
     def send_rpc(self, peer_id: ID, rpc: rpc_pb2.RPC, priority: bool = False) -> None:
         rpc.ClearField("senderRecord")
         super().send_rpc(peer_id, rpc, priority)
+
+    def _get_peers_to_send(
+        self, topic_ids: Iterable[str], msg_forwarder: ID, origin: ID, msg_id: bytes | None = None
+    ) -> Iterable[ID]:
+        topics = tuple(topic_ids)
+        chosen = set(super()._get_peers_to_send(topics, msg_forwarder, origin, msg_id))
+        if self.pubsub is not None and origin == self.pubsub.my_id:
+            for topic in topics:
+                chosen |= self.pubsub.peer_topics.get(topic, set())
+        return chosen - {origin}
+
+    def _perform_opportunistic_grafting(self, topic: str, peers_to_graft: dict[ID, list[str]]) -> int:
+        # Of peers with equal scores it grafts all, and then everybody forwards every message to everybody.
+        return 0
 
 
 class DirectPubsub(Pubsub):
@@ -449,9 +472,11 @@ def build_gossip(host: BoundedHost, topic: str, presences_per_s_max: float) -> t
     router = LeanGossip(
         # Not 1.2: its IDONTWANT, sent to everybody for every message, is as large as a presence.
         protocols=[PROTOCOL_ID_V11],
-        degree=6,
-        degree_low=4,
-        degree_high=12,
+        # Forwarding is a reserve here: most presences arrive from their source. The upper bound is for a bootstrap
+        # peer, the only one that many others know at first: whom it prunes hears of nobody for a while.
+        degree=3,
+        degree_low=2,
+        degree_high=32,
         heartbeat_interval=HEARTBEAT_S,
         score_params=scores,
         # This would stretch the heartbeat to a minute whenever few messages flow.

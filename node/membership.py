@@ -8,6 +8,7 @@ on a failure of somebody else.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -88,10 +89,10 @@ class Membership:
             await self._control.publish(encode_message(self._swarm, self._ports.describe()))
             for lost in self.table.handle_deadline(loop.time()):
                 self._lose(lost)
-            try:
-                await asyncio.wait_for(self._changed.wait(), self._period_s)
-            except TimeoutError:
-                continue
+            # Not wait_for: Python 3.11's swallows a cancellation that meets the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._period_s):
+                    await self._changed.wait()
 
     # -- others' presence ------------------------------------------------------------------------------------------
 

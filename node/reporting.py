@@ -47,6 +47,7 @@ from shoal.protocol.quorum import quorum_size
 from shoal.protocol.rounds import RoundCore
 
 LAG_PERIOD_S = 0.1
+NOTES_DELAY_S = 0.2
 _LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
 
 log = logging.getLogger("shoal")
@@ -88,6 +89,7 @@ class Reporter:
         self.rounds_certified = 0
         self.participants: dict[int, int] = {}
         self._aborted: Counter[str] = Counter()
+        self._notes: list[Note] = []
         self._failure: tuple[Failure, PeerId | None, int, float] | None = None
         self._phase: tuple[Phase, float] | None = None
         self._round_began_s = time.monotonic()
@@ -117,7 +119,15 @@ class Reporter:
                 metrics.senders_missing[note.reason].add()
             case Planned():
                 log.debug("planned attempt %d of round %d for %d peers", note.attempt, note.round, len(note.roster))
-        for happening in describe_notes((note,), self.name_of, time.time()):
+        if isinstance(note, AttemptFailed | PartReassigned | SenderMissing):
+            # Alike notes about several parts of a round come together and become one sentence.
+            if not self._notes:
+                asyncio.get_running_loop().call_later(NOTES_DELAY_S, self._tell_notes)
+            self._notes.append(note)
+
+    def _tell_notes(self) -> None:
+        notes, self._notes = self._notes, []
+        for happening in describe_notes(notes, self.name_of, time.time()):
             self.feed.publish(happening)
             log.warning("%s", happening.text)
 
@@ -287,9 +297,10 @@ class Reporter:
         )
 
     def _peer_rows(self, live: Mapping[PeerId, Presence]) -> tuple[PeerStatus, ...]:
-        view = self.subjects.core.view()
-        me = self.subjects.me
-        head = self.subjects.core.head
+        one = self.subjects
+        view = one.core.view()
+        me = one.me
+        head = one.core.head
         rows = [
             PeerStatus(
                 peer=format_peer_id(me),
@@ -300,7 +311,7 @@ class Reporter:
                 ready=me in view.ready,
                 participating=me in view.roster,
                 voter=me in head.voters,
-                owner=True,
+                owner=one.links.accepted > 0,
                 tokens_per_s=self._tokens_per_s(),
                 head_round=head.round,
                 address="",

@@ -78,6 +78,7 @@ class RoundDriver:
         self._ports = ports
         self._effects: deque[Effect] = deque()
         self._wake = asyncio.Event()
+        self._halted = False
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -115,6 +116,8 @@ class RoundDriver:
         self.pump()
         while True:
             while self._effects:
+                if self._halted:
+                    return
                 try:
                     await self._carry_out(self._effects.popleft())
                 except (OSError, StoreError) as error:
@@ -123,6 +126,10 @@ class RoundDriver:
             self._wake.clear()
             if not self._effects:
                 await self._wake.wait()
+
+    def halt(self) -> None:
+        """Carry out nothing more: this peer votes and contributes no longer, and still serves what it has."""
+        self._halted = True
 
     def stop(self) -> None:
         """No deadline fires any more."""

@@ -8,12 +8,12 @@ Invariant: text that other peers chose reaches the terminal without control char
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from shoal.node.happenings import Happening, Severity
 from shoal.node.status import PeerStatus, Status, Verdict, clean_text, judge_health, judge_readiness
@@ -230,6 +230,35 @@ def print_status(status: Status) -> None:
         Console().print(render_status(status))
     else:
         print("\n".join(describe_status(status)))
+
+
+def print_summary(summary: Mapping[str, Any], problems: Sequence[str]) -> None:
+    """The demo's report, for people."""
+    roots = {root[:16] for root in summary["final_roots"].values()}
+    counts = ", ".join(f"{name} {count}" for name, count in summary["contributions"].items())
+    aborted = ", ".join(f"{reason} {count}" for reason, count in summary["rounds_aborted"].items()) or "none"
+    ratio = _compression(summary["bytes_encoded"], summary["bytes_fp32"])
+    print()
+    print(f"time              {format_span(summary['seconds'])}")
+    print(f"held-out loss     {summary['loss_first']:.3f} -> {summary['loss_last']:.3f} nats per byte")
+    print(f"rounds certified  {summary['rounds_certified']}; failed attempts: {aborted}")
+    print(f"took part in      {counts}")
+    print(f"killed, joined    {', '.join(summary['peers_killed'])}; {', '.join(summary['peers_joined'])}")
+    agreed = f"equal: {roots.pop()}" if len(roots) == 1 else f"DIFFERENT: {', '.join(sorted(roots))}"
+    print(f"state roots       {len(summary['final_roots'])} survivors, {agreed}")
+    print(f"bytes sent        {format_bytes(summary['bytes_sent'])}; parts {ratio}")
+    print(f"model             {summary['export']}")
+    print(f"loss curve        {summary['plot'] or 'not drawn: matplotlib is missing (the extra `plot`)'}")
+    print("\nsample of its text:")
+    for line in clean_lines(summary["sample"]):
+        print(f"    {line}")
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+
+
+def clean_lines(text: str) -> list[str]:
+    """Generated text, line by line, without control characters."""
+    return [clean_text(line, 160) for line in text.splitlines()]
 
 
 def watch_status(fetch: Callable[[], Status], wait: Callable[[float], None] = time.sleep) -> NoReturn:

@@ -55,6 +55,8 @@ class PresenceTable:
             self._drop_oldest_dead()
         first = presence.peer not in self._deadlines
         self._newest[presence.peer] = presence
+        if presence.leaving and first:
+            return None  # its farewell came after its connection ended
         self._deadlines[presence.peer] = now + self._timeout_s
         return PeerSeen(presence=presence, first=first)
 

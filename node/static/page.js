@@ -58,8 +58,8 @@ const nameOf = (row) => row.name || shortId(row.peer);
 function showHeader(status) {
   document.title = `round ${status.round.round} · ${status.swarm_name}`;
   at("swarm").textContent = status.swarm_name;
-  const words = [nameOf(status), `…${shortId(status.peer)}`, status.role, `up ${formatSpan(status.uptime_s)}`];
-  at("peer").textContent = words.join(" · ");
+  const words = [status.name, `…${shortId(status.peer)}`, status.role, `up ${formatSpan(status.uptime_s)}`];
+  at("peer").textContent = words.filter(Boolean).join(" · ");
   at("peer").title = status.peer;
   at("root").textContent = status.round.state_root.slice(0, 16) || "–";
   at("root").title = status.round.state_root;
@@ -137,10 +137,11 @@ function showTiles(status) {
 function showPeers(peers) {
   const rows = peers.map((peer) => {
     const row = make("tr", peer.alive ? "" : "gone");
-    const who = make("td", "", nameOf(peer));
+    const who = make("td");
+    who.append(make("bdi", "", nameOf(peer)));
     who.title = peer.peer;
-    if (peer.name) who.append(make("span", "id", shortId(peer.peer)));
-    if (peer.me) who.append(make("span", "id", "(this one)"));
+    if (peer.name) who.append(make("span", "id short", shortId(peer.peer)));
+    if (peer.me) who.append(make("span", "id", "(this)"));
     const state = make("td");
     const tags = peer.alive
       ? [peer.participating && ["in the round", ""], !peer.participating && peer.ready && ["ready", "good"], peer.voter && ["votes", "plain"], peer.owner && ["owns parts", "plain"]]

@@ -1,0 +1,128 @@
+"""A whole Status, as a daemon in the middle of a run would give it."""
+
+import math
+
+import pytest
+
+from shoal.node.happenings import Happening, HappeningKind, Severity
+from shoal.node.status import (
+    CatchUpStatus,
+    DiskStatus,
+    FailureStatus,
+    LossPoint,
+    PeerStatus,
+    ReasonCount,
+    RoundStatus,
+    Status,
+    TrafficStatus,
+    TrainerState,
+    TrainingStatus,
+    Wait,
+)
+from shoal.protocol.identity import Identity, format_peer_id
+
+NAMES = ("heron", "otter", "pike", "", "gull")
+PEERS = [format_peer_id(Identity(bytes([number]) * 32).peer) for number in range(len(NAMES))]
+START_S = 1_760_000_000.0
+
+
+def make_row(number: int) -> PeerStatus:
+    alive = number != 4
+    return PeerStatus(
+        peer=PEERS[number],
+        name=NAMES[number],
+        agent="shoal/0.1.0",
+        me=number == 0,
+        alive=alive,
+        ready=alive and number != 2,
+        participating=number < 2,
+        voter=number < 3,
+        owner=number != 2,
+        tokens_per_s=18_400.0 / (number + 1) if alive else 0.0,
+        head_round=127 if alive else 119,
+        address=f"203.0.113.{number}:9461",
+    )
+
+
+def make_happenings() -> tuple[Happening, ...]:
+    texts = [
+        (Severity.INFO, HappeningKind.ROUND_CERTIFIED, "round 126 is certified: 4 peers, 41 k tokens"),
+        (Severity.WARNING, HappeningKind.PEER_LOST, "gull is gone: peer_lost; the others go on"),
+        (Severity.WARNING, HappeningKind.PART_REASSIGNED, "4 parts of round 127 went from gull to otter: owner_lost"),
+        (Severity.INFO, HappeningKind.ROUND_CERTIFIED, "round 127 is certified: 3 peers, 35 k tokens"),
+        (Severity.ERROR, HappeningKind.DISK, "the disk is nearly full: 0.9 GiB free"),
+    ]
+    return tuple(
+        Happening(at_s=START_S + 9 * index, severity=severity, kind=kind, text=text)
+        for index, (severity, kind, text) in enumerate(texts)
+    )
+
+
+@pytest.fixture
+def status() -> Status:
+    history = [(number, 1.9 + 3.6 * math.exp(-number / 25) + 0.03 * math.sin(number * 2.1)) for number in range(1, 128)]
+    return Status(
+        version="0.1.0",
+        peer=PEERS[0],
+        name=NAMES[0],
+        swarm="5f" * 32,
+        swarm_name="tiny",
+        uri=f"shoal://{'5f' * 32}?bootstrap=/ip4/203.0.113.5/tcp/9460/p2p/{PEERS[1]}",
+        role="trainer",
+        at_s=START_S + 60,
+        uptime_s=11_573.4,
+        joined=True,
+        leaving=False,
+        control_up=True,
+        round=RoundStatus(
+            round=128,
+            attempt=1,
+            phase="exchange",
+            progress=0.62,
+            deadline_s=13.2,
+            waiting_for=(Wait(peer=PEERS[1], name=NAMES[1]), Wait(peer=PEERS[3], name=NAMES[3])),
+            voters=3,
+            voters_live=3,
+            votes_needed=2,
+            head_digest="c0ffee" * 10 + "c0ff",
+            state_root="1b" * 32,
+        ),
+        training=TrainingStatus(
+            state=TrainerState.RUNNING,
+            device="NVIDIA GeForce RTX 3060",
+            restarts=1,
+            error="",
+            steps=20,
+            steps_planned=20,
+            tokens=5_214_208,
+            tokens_per_s=18_412.7,
+            loss_first=history[0][1],
+            loss_last=history[-1][1],
+            loss_history=tuple(LossPoint(round=number, loss=loss) for number, loss in history),
+        ),
+        traffic=TrafficStatus(
+            control_sent_bytes=4_100_233,
+            control_received_bytes=5_333_874,
+            tensor_sent_bytes=412_313_000,
+            tensor_received_bytes=398_773_141,
+            contribution_bytes=134_000_000,
+            fp32_bytes=528_000_000,
+        ),
+        catch_up=CatchUpStatus(active=False, rounds_behind=0, detail=""),
+        disk=DiskStatus(
+            failing=False,
+            errors=0,
+            free_bytes=212_000_000_000,
+            blob_bytes=91_300_000,
+            ledger_entries=1_382,
+            snapshot_round=120,
+        ),
+        peers=tuple(make_row(number) for number in range(len(NAMES))),
+        rounds_certified=127,
+        aborted=(ReasonCount(reason="owner_lost", count=2), ReasonCount(reason="proposer_lost", count=1)),
+        failure=FailureStatus(
+            reason="owner_lost", peer=PEERS[4], round=127, age_s=42.0, remedy="its parts go to other owners"
+        ),
+        warnings=("your upload is 3.1 Mbit/s: contributions take 12 s of each round",),
+        happenings=make_happenings(),
+    )
