@@ -28,7 +28,14 @@ from shoal.node.blobs import BlobStore
 from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
 from shoal.node.config import TRAINER, NodeConfig
-from shoal.node.control import BootstrapFailed, ControlConfig, ControlHandlers, PeerUnreachable, RequestRefused
+from shoal.node.control import (
+    BootstrapFailed,
+    ControlConfig,
+    ControlHandlers,
+    ControlStopped,
+    PeerUnreachable,
+    RequestRefused,
+)
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.ledger_store import LedgerStore
@@ -373,6 +380,7 @@ class Daemon:
         return busy or (self.me in self.core.head.voters and others_vote)
 
     async def _shut_down(self) -> None:
+        self._answers = None  # from here on nothing from outside is looked at
         if hasattr(self, "driver"):
             self.driver.stop()
             self._save_peer_book()
@@ -408,6 +416,8 @@ class Daemon:
     async def _guard(self, work: Coroutine[object, object, object]) -> None:
         try:
             await work
+        except ControlStopped:
+            log.debug("%s ended with the control plane", getattr(work, "__qualname__", work))
         except Exception:  # the top of the daemon: a defect here must be seen, and the rest goes on
             log.exception("a defect in %s; please report it with this trace", getattr(work, "__qualname__", work))
 

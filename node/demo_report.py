@@ -26,7 +26,7 @@ from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted
 
 SAMPLE_BYTES = 240
 SAMPLE_PROMPT = b"def "
-ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 180.0
 LOSS_TARGET = 2.2  # nats per byte
 
 
@@ -158,7 +158,7 @@ async def _try_model(model: CertifiedModel, text: Path | None) -> _Outcome:
     """Measure the first and the last state on the held-out text, and let the last one write."""
     answers: asyncio.Queue[TrainerEvent] = asyncio.Queue()
     memory = SharedParameters(model.params.size)
-    settings = TrainerTable(text=str(text.absolute()) if text else None)
+    settings = TrainerTable(text=str(text.absolute()) if text else None, nice=0)
     trainer = TrainerProcess(memory, settings, answers.put_nowait)
     manifest = model.manifest
     work = Work(

@@ -325,7 +325,8 @@ class BoundedHost(BasicHost):
     async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
         await super()._identify_peer(peer_id, reason=reason)
         if self.on_identified is not None and self._network.get_connections(peer_id):
-            await self.on_identified(peer_id)
+            with Contained(f"identifying {peer_id}"):
+                await self.on_identified(peer_id)
 
     async def _swarm_stream_handler(self, net_stream: INetStream) -> None:
         peer_id = net_stream.muxed_conn.peer_id

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from shoal.node.training.messages import FloatVector
 from shoal.protocol.layout import Layout
@@ -22,6 +23,7 @@ from shoal.protocol.quorum import has_member
 
 # Adam's moments for language models at small batches; the published DiLoCo runs use the same.
 ADAM_BETAS = (0.9, 0.95)
+ADAM_EPSILON = 1e-8
 
 
 class Strategy(Protocol):
@@ -54,20 +56,15 @@ class DiLoCo:
         self._training = training
         self._parameters = list(model.parameters())
         assert [tuple(parameter.shape) for parameter in self._parameters] == [spec.shape for spec in layout.tensors]
-        self._optimizer = self._make_optimizer()
-        self._steps = 0
+        self._optimizer = AdamW(self._parameters, training)
 
     def step(self, loss: Tensor) -> bool:
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
         norm = nn.utils.clip_grad_norm_(self._parameters, self._training.gradient_clip)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
-            self._steps += 1
-            warmup = min(1.0, self._steps / max(1, self._training.warmup_steps))
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._training.learning_rate * warmup
             self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._model.zero_grad()
         return finite
 
     def adopt(self, base: FloatVector) -> None:
@@ -79,8 +76,7 @@ class DiLoCo:
 
     def restart(self, base: FloatVector) -> None:
         self.adopt(base)
-        self._optimizer = self._make_optimizer()
-        self._steps = 0
+        self._optimizer = AdamW(self._parameters, self._training)
 
     @torch.no_grad()
     def export(self, local: FloatVector) -> bool:
@@ -93,14 +89,52 @@ class DiLoCo:
             first += parameter.numel()
         return True
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        # Gains and biases, where a model has them, are not decayed.
-        decayed = [parameter for parameter in self._parameters if parameter.dim() >= 2]
-        rest = [parameter for parameter in self._parameters if parameter.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": self._training.weight_decay}]
-        if rest:
-            groups.append({"params": rest, "weight_decay": 0.0})
-        return torch.optim.AdamW(groups, lr=self._training.learning_rate, betas=ADAM_BETAS, fused=True)
+
+class AdamW:
+    """AdamW (arXiv 1711.05101) by torch's own kernel. Gains and biases, where a model has them, are not decayed.
+
+    torch.optim.AdamW is the same arithmetic, but imports torch's compiler: 1.6 s and 80 MB more for every trainer."""
+
+    def __init__(self, parameters: list[nn.Parameter], training: Training) -> None:
+        self._training = training
+        self._steps = 0
+        decayed = [parameter for parameter in parameters if parameter.dim() >= 2]
+        rest = [parameter for parameter in parameters if parameter.dim() < 2]
+        groups = ((decayed, training.weight_decay), (rest, 0.0))
+        self._groups = tuple((_Moments(members), decay) for members, decay in groups if members)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Apply the gradients that the parameters hold."""
+        self._steps += 1
+        warmup = min(1.0, self._steps / max(1, self._training.warmup_steps))
+        for moments, decay in self._groups:
+            adamw(
+                list(moments.parameters),
+                [parameter.grad for parameter in moments.parameters if parameter.grad is not None],
+                moments.first,
+                moments.second,
+                [],
+                moments.steps,
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=ADAM_BETAS[0],
+                beta2=ADAM_BETAS[1],
+                lr=self._training.learning_rate * warmup,
+                weight_decay=decay,
+                eps=ADAM_EPSILON,
+            )
+
+
+class _Moments:
+    """The first and second moments of some parameters, and how many gradients each has seen."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.first = [torch.zeros_like(parameter) for parameter in parameters]
+        self.second = [torch.zeros_like(parameter) for parameter in parameters]
+        self.steps = [torch.zeros((), dtype=torch.float32, device=parameter.device) for parameter in parameters]
 
 
 STRATEGIES: Mapping[str, Callable[[nn.Module, Layout, Training], Strategy]] = MappingProxyType({"diloco": DiLoCo})

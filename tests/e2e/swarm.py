@@ -1,0 +1,184 @@
+"""Real daemon processes on loopback, for the end-to-end tests: start, ask, wait for a condition, kill, leave."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal.node.status import Status, StatusError, fetch_status
+from shoal.protocol.errors import InputError
+
+WAIT_S = 90.0
+POLL_S = 0.1
+# As small as a GPT gets: what is tested is the swarm around it.
+DRAFT = """\
+name = "e2e"
+seed = 3
+
+[task]
+kind = "byte_gpt"
+layers = 1
+heads = 2
+width = 32
+context = 32
+
+[training]
+inner_steps = 6
+steps_min = 1
+round_time_s = 4.0
+batch_size = 2
+learning_rate = 1e-3
+warmup_steps = 5
+
+[rounds]
+peers_min = 2
+grace_s = 1.5
+part_elements = 4096
+plan_timeout_s = 4.0
+sender_timeout_s = 4.0
+owner_timeout_s = 5.0
+exchange_timeout_s = 20.0
+commit_timeout_s = 8.0
+presence_period_s = 0.5
+presence_timeout_s = 6.0
+snapshot_every = 4
+"""
+
+
+class Peer:
+    """One daemon process and its folder."""
+
+    def __init__(self, swarm: "Swarm", name: str) -> None:
+        self.swarm = swarm
+        self.name = name
+        self.folder = swarm.folder / name
+        self.folder.mkdir(exist_ok=True)
+        self.roots: dict[int, str] = {}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *arguments: str) -> "Peer":
+        (self.folder / "running.json").unlink(missing_ok=True)
+        local = [
+            "--control-host",
+            "127.0.0.1",
+            "--control-port",
+            "0",
+            "--tensor-host",
+            "127.0.0.1",
+            "--tensor-port",
+            "0",
+        ]
+        local += ["--web-port", "0", "--threads", "1", "--name", self.name, "--data-dir", str(self.folder)]
+        local += ["--text", str(self.swarm.text)]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*SHOAL, *arguments, *local], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        return self
+
+    def status(self) -> Status | None:
+        """What it says now; None while it does not answer."""
+        try:
+            host, _, port = json.loads((self.folder / "running.json").read_text())["web"].rpartition(":")
+            status = fetch_status(host, int(port), timeout_s=5.0)
+        except (OSError, ValueError, InputError, StatusError):
+            return None
+        self.roots[status.round.round - 1] = status.round.state_root
+        return status
+
+    @property
+    def round(self) -> int:
+        """The newest round that it has applied, -1 while it does not answer."""
+        status = self.status()
+        return -1 if status is None else status.round.round - 1
+
+    def contributes_after(self, number: int) -> bool:
+        """Whether it was part of a certified round later than this one."""
+        status = self.status()
+        return status is not None and any(
+            one.kind == "round_certified" and "without this peer" not in one.text and _round_in(one.text) > number
+            for one in status.happenings
+        )
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def leave(self) -> int:
+        """Ctrl-C, and the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(40)
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+
+class Swarm:
+    """Everything that one test started; `end` leaves no process behind."""
+
+    def __init__(self, folder: Path, founders: int) -> None:
+        self.folder = folder
+        self.text = folder / "text.py"
+        self.text.write_text("def add(first, second):\n    return first + second\n" * 400)
+        self.peers: list[Peer] = []
+        self.manifest = folder / "swarm.shoal"
+        (folder / "draft.toml").write_text(DRAFT)
+        names = [f"peer{number}" for number in range(1, founders + 1)]
+        ids = [run("id", "--data-dir", str(folder / name)).stdout.strip() for name in names]
+        more = [word for one in ids for word in ("--founder", one)]
+        made = run(
+            "swarm",
+            "create",
+            str(folder / "draft.toml"),
+            "--out",
+            str(self.manifest),
+            "--data-dir",
+            str(folder / "peer1"),
+            *more,
+        )
+        assert made.returncode == 0, made.stderr
+
+    def add(self, name: str) -> Peer:
+        peer = Peer(self, name)
+        self.peers.append(peer)
+        return peer
+
+    def wait(self, what: str, condition: Callable[[], bool]) -> None:
+        """Until the condition holds; what it was and every log's end otherwise."""
+        end = time.monotonic() + WAIT_S
+        while not condition():
+            if time.monotonic() > end:
+                logs = "\n".join(f"--- {peer.name}\n{peer.log()[-2500:]}" for peer in self.peers)
+                raise AssertionError(f"not within {WAIT_S:.0f} s: {what}\n{logs}")
+            time.sleep(POLL_S)
+
+    def check_roots(self) -> None:
+        """Whatever round two peers showed, they showed it with the same state root."""
+        seen: dict[int, str] = {}
+        for peer in self.peers:
+            for number, root in peer.roots.items():
+                assert seen.setdefault(number, root) == root, f"{peer.name} differs in round {number}"
+        assert len(seen) > 3, "rounds were compared"
+
+    def end(self) -> None:
+        for peer in self.peers:
+            if peer.process is not None and peer.process.poll() is None:
+                peer.kill()
+
+
+SHOAL = (sys.executable, "-P", "-m", "shoal.node")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """One command to its end."""
+    return subprocess.run([*SHOAL, *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+def _round_in(text: str) -> int:
+    words = text.split()
+    return int(words[1]) if len(words) > 1 and words[1].isdigit() else -1

@@ -1,0 +1,66 @@
+"""What a person gets wrong is refused with a message that names the field and the fix, before anything is started."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.swarm import Swarm, run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("join", "http://x"), "shoal://"),
+        (("join", "shoal://12"), "swarm id"),
+        (("join", "shoal://" + "ab" * 32 + "?bootstrap=1.2.3.4:5"), "bootstrap"),
+        (("up",), "shoal swarm create"),
+        (("up", "--manifest", "/nonexistent.shoal"), "/nonexistent.shoal"),
+        (("status", "--web-port", "1"), "shoal up"),
+        (("export", "--out", "x", "--data-dir", "/nonexistent"), "/nonexistent"),
+    ],
+)
+def test_bad_arguments(arguments: tuple[str, ...], wanted: str, tmp_path: Path) -> None:
+    folder = () if arguments[0] in ("status", "export") else ("--data-dir", str(tmp_path))
+    done = run(*arguments, *folder)
+    assert done.returncode == 1
+    assert wanted in done.stderr and "Fix:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bad_draft_names_field_and_line(tmp_path: Path) -> None:
+    draft = tmp_path / "draft.toml"
+    draft.write_text('name = "x"\n[task]\nkind = "byte_gpt"\n[rounds]\ncodec = "zip"\n')
+    done = run("swarm", "create", str(draft), "--data-dir", str(tmp_path))
+    assert done.returncode == 1 and "rounds.codec (line 5)" in done.stderr and "int8" in done.stderr
+
+
+def test_damaged_manifest_is_refused(tmp_path: Path) -> None:
+    swarm = Swarm(tmp_path, founders=1)
+    raw = bytearray(swarm.manifest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    swarm.manifest.write_bytes(raw)
+    done = run("up", "--manifest", str(swarm.manifest), "--data-dir", str(tmp_path / "peer1"))
+    assert done.returncode == 1 and "swarm.shoal" in done.stderr
+
+
+def test_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    swarm = Swarm(tmp_path, founders=1)
+    (tmp_path / "peer1" / "identity.key").chmod(0o644)
+    done = run("up", "--manifest", str(swarm.manifest), "--data-dir", str(tmp_path / "peer1"))
+    assert done.returncode == 1 and "chmod 600" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--control-port", "--tensor-port", "--web-port"])
+def test_port_taken_is_one_clear_line(flag: str, tmp_path: Path) -> None:
+    swarm = Swarm(tmp_path, founders=1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = {"--control-port": "0", "--tensor-port": "0", "--web-port": "0"}
+        ports[flag] = str(taken.getsockname()[1])
+        given = [word for pair in ports.items() for word in pair]
+        hosts = ["--control-host", "127.0.0.1", "--tensor-host", "127.0.0.1"]
+        done = run("up", "--manifest", str(swarm.manifest), "--data-dir", str(tmp_path / "peer1"), *given, *hosts)
+    assert done.returncode == 1
+    assert ports[flag] in done.stderr and "Traceback" not in done.stderr
+    assert flag.removeprefix("--").replace("-", ".") in done.stderr
