@@ -31,7 +31,7 @@ sim-long: setup
 	$(BIN)/python -m tests.sim.world --rounds 1000000
 
 bench: setup  ## the figures in benchmarks/RESULTS.md
-	$(BIN)/python benchmarks/daemon.py
+	$(BIN)/python -m benchmarks.daemon
 
 setup: $(STAMP)
 

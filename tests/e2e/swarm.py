@@ -124,7 +124,7 @@ class Swarm:
     def __init__(self, folder: Path, founders: int) -> None:
         self.folder = folder
         self.text = folder / "text.py"
-        self.text.write_text("def add(first, second):\n    return first + second\n" * 400)
+        self.text.write_text("def add(first, second):\n    return first + second\n" * 6000)
         self.peers: list[Peer] = []
         self.manifest = folder / "swarm.shoal"
         (folder / "draft.toml").write_text(DRAFT)

@@ -47,7 +47,7 @@ from shoal.protocol.presence import PresenceTable
 from shoal.protocol.quorum import Head
 from shoal.protocol.replica import Replica
 from shoal.protocol.round_state import Offer, Setting
-from shoal.protocol.rounds import RoundCore
+from shoal.protocol.rounds import RESEND_AFTER, RESENDS_MAX, RoundCore
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -124,7 +124,7 @@ class SimPeer:
             if not self.up or self.disk.incarnation != life:
                 return
             if self.world.now < self.paused_until_s:
-                self.world.schedule(self.paused_until_s - self.world.now + 1e-6, run)
+                self.world.schedule(min(1.0, self.paused_until_s - self.world.now) + 1e-6, run)
                 return
             action()
 
@@ -168,10 +168,10 @@ class SimPeer:
             norm=frozen.norm,
             owns=self.number % 4 != 3,
         )
-        self.frozen = frozen
-        self.ready = sign_ready(self.identity, self.swarm, ready)
-        self.core.offer(Offer(signed=self.ready, digests=frozen.digests), self.world.now)
-        self._announce()
+        signed = sign_ready(self.identity, self.swarm, ready)
+        if self.core.offer(Offer(signed=signed, digests=frozen.digests), self.world.now):
+            self.frozen, self.ready = frozen, signed
+            self._announce()
         self._drain()
 
     # -- presence ------------------------------------------------------------------------------------------------
@@ -287,17 +287,21 @@ class SimPeer:
         self.disk.vote = effect.vote
         self._resume()
 
-    def _send_part(self, effect: SendPart) -> None:
+    def _send_part(self, effect: SendPart, tries: int = RESENDS_MAX) -> None:
         frozen = self.frozen
         if frozen is None or frozen.round != effect.round or frozen.digests[effect.part] != effect.digest:
             return
         raw = frozen.encoded[effect.part]
         other = self.world.by_id[effect.peer]
-        me = self.identity.peer
-        self._stream(other, len(raw), lambda: other.take_part(me, effect.round, effect.part, effect.digest, raw))
+        self._stream(other, len(raw), lambda: other.take_part(self, effect, raw, tries))
 
-    def take_part(self, sender: PeerId, number: int, part: int, digest: bytes, raw: bytes) -> None:
-        if self.core.check_part(sender, number, part, digest) is not None:
+    def take_part(self, source: "SimPeer", effect: SendPart, raw: bytes, tries: int) -> None:
+        sender, number, part, digest = source.identity.peer, effect.round, effect.part, effect.digest
+        refusal = self.core.check_part(sender, number, part, digest)
+        if refusal is not None:
+            # As the tensor links do: the sender is told, and tries again what came too early.
+            if refusal in RESEND_AFTER and tries > 1:
+                self._transmit(source, 64, lambda: source.later(0.5, lambda: source._send_part(effect, tries - 1)))
             return
         self.inbox[sender, part, digest] = raw
         self.core.part_received(sender, number, part, digest, self.world.now)

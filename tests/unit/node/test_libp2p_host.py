@@ -1,0 +1,262 @@
+"""Real libp2p hosts on loopback: the contract, and what only a network can do to a node."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import pytest
+
+from shoal.dht.addresses import parse_peer_address
+from shoal.node.control import (
+    ControlConfig,
+    ControlHandlers,
+    ControlPlane,
+    PeerUnreachable,
+)
+from shoal.node.libp2p_host import Libp2pHost
+from shoal.node.libp2p_stack import STREAMS_PER_PEER_MAX, UNREAD_BYTES_PER_CONNECTION_MAX
+from shoal.protocol.errors import Failure, ProtocolError, Refusal
+from shoal.protocol.identity import Identity, format_peer_id
+from tests.unit.node.control_contract import PATIENCE_S, SWARM, ControlContract, Member, Members
+
+# A node of its own process, to be killed: prints its address and then does nothing.
+NODE_PROGRAM = """
+import asyncio
+from shoal.node.control import ControlConfig, ControlHandlers
+from shoal.node.libp2p_host import Libp2pHost
+from shoal.protocol.identity import Identity
+
+async def answer(peer, question):
+    return question
+
+async def main():
+    config = ControlConfig(identity=Identity(b"k" * 32), swarm=bytes(range(32)), listen=("/ip4/127.0.0.1/tcp/0",))
+    nothing = lambda *_: None
+    host = Libp2pHost(config, ControlHandlers(on_message=nothing, on_request=answer, on_presence=nothing,
+                                              on_peer_connected=nothing, on_peer_lost=nothing))
+    await host.start()
+    print(host.addresses()[0], flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+class TestLibp2pHost(ControlContract):
+    @pytest.fixture
+    def make_plane(self) -> Callable[[ControlConfig, ControlHandlers], ControlPlane]:
+        return Libp2pHost
+
+
+@pytest.fixture
+async def members() -> AsyncIterator[Members]:
+    members = Members(Libp2pHost)
+    yield members
+    await members.stop()
+
+
+def dial_raw(member: Member) -> socket.socket:
+    """A plain TCP connection to the member's libp2p port."""
+    _, address = parse_peer_address(member.plane.addresses()[0])
+    return socket.create_connection((address.host, address.port), timeout=PATIENCE_S)
+
+
+async def send_raw(attacker: Member, target: Member, protocol: str, raw: bytes, *, ignore_window: bool = False) -> None:
+    """Open a stream of this protocol as an honest host would, and write anything to it."""
+    assert isinstance(attacker.plane, Libp2pHost)
+    engine = attacker.plane._running()
+
+    async def write() -> None:
+        from libp2p.custom_types import TProtocol
+        from libp2p.exceptions import BaseLibp2pError
+        from libp2p.network.stream.net_stream import NetStream
+        from libp2p.stream_muxer.yamux.yamux import YamuxStream
+
+        with suppress(BaseLibp2pError):
+            stream = await engine._open_stream(target.peer, TProtocol(protocol))
+            assert isinstance(stream, NetStream) and isinstance(stream.muxed_stream, YamuxStream)
+            if ignore_window:
+                stream.muxed_stream.send_window = 2**30
+            await stream.write(raw)
+
+    await attacker.plane._thread.call(write)
+
+
+async def test_the_identity_is_that_of_the_seed(members: Members) -> None:
+    (one,) = await members.start(1)
+    assert one.plane.addresses()[0].endswith(f"/p2p/{format_peer_id(one.peer)}")
+    await one.plane.stop()
+    again = members.make(seed=one.identity.seed[0])
+    await again.plane.start()
+    assert again.plane.addresses()[0].rsplit("/", 1)[1] == format_peer_id(one.peer)
+
+
+async def test_a_wildcard_is_announced_as_the_addresses_behind_it(members: Members) -> None:
+    member = members.make(listen="/ip4/0.0.0.0/tcp/0")
+    await member.plane.start()
+    assert member.plane.addresses()
+    for text in member.plane.addresses():
+        peer, _ = parse_peer_address(text)
+        assert peer == member.peer
+    other = members.make()
+    await other.plane.start()
+    assert await other.plane.connect(member.plane.addresses()) == member.peer
+
+
+async def test_configured_addresses_are_announced_instead() -> None:
+    identity = Identity(b"a" * 32)
+    announce = "/dns4/shoal.example/tcp/4001"
+    listen = ("/ip4/127.0.0.1/tcp/0",)
+    config = ControlConfig(identity=identity, swarm=SWARM, listen=listen, announce=(announce,))
+    member = Member(identity)
+    host = Libp2pHost(config, ignoring_handlers(member))
+    await host.start()
+    assert host.addresses() == (f"{announce}/p2p/{format_peer_id(identity.peer)}",)
+    await host.stop()
+
+
+async def test_names_are_resolved_by_the_system(members: Members) -> None:
+    one, other = members.make(), members.make()
+    await one.plane.start()
+    await other.plane.start()
+    by_name = one.plane.addresses()[0].replace("/ip4/127.0.0.1/", "/dns4/localhost/")
+    assert await other.plane.connect([by_name]) == one.peer
+
+
+async def test_one_good_address_among_dead_ones_is_enough(members: Members) -> None:
+    one, other = members.make(), members.make()
+    await one.plane.start()
+    await other.plane.start()
+    dead = f"/ip4/127.0.0.1/tcp/1/p2p/{format_peer_id(one.peer)}"
+    assert await other.plane.connect([dead, *one.plane.addresses()]) == one.peer
+
+
+async def test_a_killed_peer_is_lost(members: Members) -> None:
+    (one,) = await members.start(1)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", NODE_PROGRAM, stdout=asyncio.subprocess.PIPE, env=dict(os.environ)
+    )
+    assert process.stdout is not None
+    address = (await process.stdout.readline()).decode().strip()
+    killed = await one.plane.connect([address])
+    assert await one.expect("connected") == (killed,)
+    assert await one.plane.request(killed, b"there?") == b"there?"
+    process.send_signal(signal.SIGKILL)
+    await process.wait()
+    assert await one.expect("lost") == (killed,)
+    with pytest.raises(PeerUnreachable) as caught:
+        await one.plane.send(killed, b"still there?")
+    assert caught.value.failure is Failure.PEER_UNREACHABLE
+
+
+async def test_stopping_leaves_no_thread(members: Members) -> None:
+    before = set(threading.enumerate())
+    one, other = await members.start(2)
+    assert len(set(threading.enumerate()) - before) == 2
+    await asyncio.gather(one.plane.stop(), other.plane.stop())
+    assert set(threading.enumerate()) - before == set()
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xff\xff\x7f", b"\x81\x82\x10"], ids=["no length", "one byte too many"])
+async def test_an_oversized_frame_is_refused_and_reported(members: Members, raw: bytes) -> None:
+    one, attacker = await members.start(2)
+    await send_raw(attacker, one, "/shoal/control/1", raw)
+    peer, error = await one.expect("misbehaviour")
+    assert peer == attacker.peer
+    assert isinstance(error, ProtocolError) and error.refusal is Refusal.OVERSIZED
+    await attacker.plane.send(one.peer, b"sorry")
+    assert await one.expect("message") == (attacker.peer, b"sorry")
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    ["/meshsub/1.2.0", "/ipfs/kad/1.0.0", "/ipfs/id/push/1.0.0", "/ipfs/ping/1.0.0", "/shoal/request/1"],
+)
+async def test_rubbish_on_a_stream_costs_nobody_else(members: Members, protocol: str) -> None:
+    one, attacker, honest = await members.start(1) + [members.make(), members.make()]
+    for member in (attacker, honest):
+        await member.plane.start()
+        await member.plane.connect(one.plane.addresses())
+    for raw in (b"\x05\xff\xff\xff\xff\xff", b"\x00" * 64, b"\x03abc" * 10):
+        await send_raw(attacker, one, protocol, raw)
+    assert await honest.plane.request(one.peer, b"alive?") == b"answer to alive?"
+    await honest.plane.publish(b"here")
+
+
+async def test_streams_of_one_peer_are_bounded(members: Members) -> None:
+    one, attacker = await members.start(2)
+    for _ in range(STREAMS_PER_PEER_MAX):
+        await send_raw(attacker, one, "/shoal/request/1", b"")
+    with pytest.raises(PeerUnreachable):
+        await attacker.plane.request(one.peer, b"one more")
+    honest = members.make()
+    await honest.plane.start()
+    await honest.plane.connect(one.plane.addresses())
+    assert await honest.plane.request(one.peer, b"alive?") == b"answer to alive?"
+
+
+async def test_a_peer_that_sends_past_its_windows_is_hung_up_on(members: Members) -> None:
+    one, attacker = await members.start(2)
+    unread = b"\x04hang" + bytes(2 * UNREAD_BYTES_PER_CONNECTION_MAX)
+    await send_raw(attacker, one, "/shoal/request/1", unread, ignore_window=True)
+    assert await one.expect("lost") == (attacker.peer,)
+
+
+async def test_places_of_closed_connections_are_free_again() -> None:
+    gathered = Members(lambda config, handlers: Libp2pHost(config, handlers))
+    identity = Identity(b"h" * 32)
+    config = ControlConfig(identity=identity, swarm=SWARM, listen=("/ip4/127.0.0.1/tcp/0",), connections_max=4)
+    hub = Libp2pHost(config, ignoring_handlers(Member(identity)))
+    await hub.start()
+    (visitor,) = await gathered.start(1)
+    for _ in range(6):
+        await visitor.plane.connect(hub.addresses())
+        assert await visitor.expect("connected") == (identity.peer,)
+        await visitor.plane.disconnect(identity.peer)
+        assert await visitor.expect("lost") == (identity.peer,)
+    await asyncio.gather(hub.stop(), gathered.stop())
+
+
+async def test_plaintext_is_not_spoken(members: Members) -> None:
+    (one,) = await members.start(1)
+
+    def negotiate() -> bytes:
+        with dial_raw(one) as raw:
+            for line in (b"/multistream/1.0.0\n", b"/plaintext/2.0.0\n"):
+                raw.sendall(bytes([len(line)]) + line)
+            heard = b""
+            while not heard.endswith(b"na\n"):
+                heard += raw.recv(64) or b"na\n"
+            return heard
+
+    assert await asyncio.to_thread(negotiate) == b"\x13/multistream/1.0.0\n\x03na\n"
+
+
+async def test_a_handlers_own_mistake_is_reported_and_costs_one_request(members: Members) -> None:
+    one, other = await members.start(2)
+    reported: list[BaseException] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    one.answer = lambda peer, question: bytes(1 // len(question))
+    with pytest.raises(PeerUnreachable):
+        await other.plane.request(one.peer, b"")
+    assert [type(error) for error in reported] == [ZeroDivisionError]
+    assert await other.plane.request(one.peer, b"1") == bytes(1)
+
+
+def ignoring_handlers(member: Member) -> ControlHandlers:
+    """Handlers that answer with the question and drop everything else."""
+
+    async def answer(peer: object, question: bytes) -> bytes:
+        return question
+
+    def ignore(*_: object) -> None:
+        return
+
+    return ControlHandlers(
+        on_message=ignore, on_request=answer, on_presence=ignore, on_peer_connected=ignore, on_peer_lost=ignore
+    )

@@ -1,0 +1,124 @@
+"""The text: what is read, what is held out, and which windows a peer draws."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.node.training.data import BLOCK_BYTES, CORPUS_BYTES_MIN, ByteWindows, Corpus, read_corpus
+from shoal.protocol.errors import ConfigError
+
+FILES = 40
+FILE_BYTES = 8000
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Forty files, each full of one byte value of its own."""
+    for index in range(FILES):
+        file = tmp_path / f"part{index % 3}" / f"{index:02}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(bytes([index]) * FILE_BYTES)
+    (tmp_path / ".hidden").write_bytes(b"\xff" * FILE_BYTES)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "object").write_bytes(b"\xff" * FILE_BYTES)
+    return tmp_path
+
+
+def make_windows(peer: bytes = b"a" * 32, seed: int = 1) -> ByteWindows:
+    text = np.arange(100_000, dtype=np.uint32).astype(np.uint8)
+    return ByteWindows(Corpus(train=text, held_out=text[:5000]), context=16, batch_size=8, seed=seed, peer=peer)
+
+
+def test_a_folder_is_read_in_sorted_order_without_its_hidden_files(folder: Path) -> None:
+    corpus = read_corpus(folder)
+    assert corpus.train.size + corpus.held_out.size == FILES * FILE_BYTES
+    assert 0xFF not in corpus.train
+    order = [*range(0, FILES, 3), *range(1, FILES, 3), *range(2, FILES, 3)]
+    seen = list(dict.fromkeys(corpus.train.tolist()))
+    assert seen == [value for value in order if value in seen]
+
+
+def test_small_files_are_held_out_whole_and_nothing_is_in_both(folder: Path) -> None:
+    corpus = read_corpus(folder)
+    held_out, train = set(corpus.held_out.tolist()), set(corpus.train.tolist())
+    assert held_out.isdisjoint(train)
+    assert held_out | train == set(range(FILES))
+    assert corpus.held_out.size == FILE_BYTES, "one file of forty is the least that makes two per cent"
+
+
+def test_the_split_depends_on_names_and_not_on_the_place(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("copy") / "moved"
+    folder.rename(elsewhere)
+    moved = read_corpus(elsewhere)
+    elsewhere.rename(folder)
+    assert (moved.held_out == read_corpus(folder).held_out).all()
+
+
+def test_a_large_file_is_held_out_in_blocks(tmp_path: Path) -> None:
+    file = tmp_path / "book.txt"
+    blocks = 100
+    file.write_bytes(b"".join(bytes([index]) * BLOCK_BYTES for index in range(blocks)))
+    corpus = read_corpus(file)
+    assert corpus.held_out.size == 2 * BLOCK_BYTES
+    assert set(corpus.held_out.tolist()).isdisjoint(corpus.train.tolist())
+
+
+def test_reading_stops_at_the_bound(folder: Path) -> None:
+    bound = CORPUS_BYTES_MIN + 100
+    corpus = read_corpus(folder, bound)
+    assert corpus.train.size + corpus.held_out.size == bound
+
+
+def test_the_default_is_the_standard_library_without_tests() -> None:
+    corpus = read_corpus(None, 2_000_000)
+    assert corpus.train.size + corpus.held_out.size == 2_000_000
+    text = corpus.train.tobytes()
+    assert b"import sys" in text
+    assert 0.015 < corpus.held_out.size / 2_000_000 < 0.035
+
+
+@pytest.mark.parametrize("name", ["absent", "short.txt", "empty"])
+def test_text_that_cannot_be_used_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "short.txt").write_bytes(b"x" * (CORPUS_BYTES_MIN - 1))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        read_corpus(tmp_path / name)
+    assert caught.value.field == "trainer.text"
+    assert name in caught.value.problem
+
+
+def test_a_batch_is_a_function_of_seed_peer_and_index() -> None:
+    windows = make_windows()
+    forward = [windows.batch(index) for index in range(5)]
+    again = make_windows()
+    for index in reversed(range(5)):
+        assert (again.batch(index) == forward[index]).all()
+    for other in (make_windows(peer=b"b" * 32), make_windows(seed=2)):
+        assert all((other.batch(index) != forward[index]).any() for index in range(5))
+    for one, next_one in pairwise(forward):
+        assert (one != next_one).any()
+
+
+def test_windows_are_runs_of_the_text() -> None:
+    batch = make_windows().batch(3)
+    assert batch.shape == (8, 17)
+    assert batch.dtype == np.int64
+    assert (np.diff(batch, axis=1) % 256 == 1).all()
+
+
+def test_windows_reach_both_ends_of_the_text() -> None:
+    text = np.arange(20, dtype=np.uint8)
+    windows = ByteWindows(Corpus(train=text, held_out=text), context=16, batch_size=64, seed=1, peer=bytes(32))
+    assert set(windows.batch(0)[:, 0].tolist()) == {0, 1, 2, 3}
+    held_out = windows.held_out()
+    assert held_out[0, 0] == 0
+    assert held_out[-1, -1] == 19
+
+
+def test_the_batches_are_the_same_on_every_machine() -> None:
+    # A peer that resumes under another version of numpy must draw what it would have drawn.
+    assert make_windows().batch(12345)[:, 0].tolist() == [243, 24, 134, 103, 216, 80, 139, 144]
