@@ -106,7 +106,8 @@ class ControlHandlers:
     `on_request` may raise ProtocolError to refuse. `check_presence` is the exception to the rule about the loop: it
     runs in the host's own thread before a presence is passed on to others, raises ProtocolError to refuse it at the
     expense of the peer that sent it on, and so must be a pure function of its arguments that every peer agrees on (no
-    clock, no local state: an honest peer must never forward what another one refuses).
+    clock, no local state: an honest peer must never forward what another one refuses). After `on_crashed` the plane is
+    over; the owner makes another.
     """
 
     on_message: Callable[[PeerId, bytes], None]

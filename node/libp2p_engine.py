@@ -218,7 +218,7 @@ class ControlEngine:
 
     def _note_connected(self, connection: INetConn) -> None:
         peer = _ed25519_peer(connection.muxed_conn.peer_id)
-        if peer is None or peer in self._peers or connection.is_closed:
+        if peer is None or peer == self._me or peer in self._peers or connection.is_closed:
             return
         dialled = isinstance(connection, SwarmConn) and connection.direction is Direction.OUTBOUND
         remote = [str(address) for address in connection.get_transport_addresses()] if dialled else []
@@ -328,16 +328,15 @@ class ControlEngine:
 
     def _is_presence_valid(self, forwarder_id: ID, message: rpc_pb2.Message) -> bool:
         source, forwarder = _ed25519_peer(ID(message.from_id)), _ed25519_peer(forwarder_id)
-        if source is None or forwarder is None:
-            return False
-        if forwarder == self._me:
-            return True
+        if source is None or forwarder == self._me:
+            return source is not None
         try:
             if len(message.data) > PRESENCE_BYTES_MAX:
                 raise ProtocolError(Refusal.OVERSIZED, f"a presence of {len(message.data)} bytes")
             self._handlers.check_presence(source, message.data)
         except ProtocolError as error:
-            self._asyncio.deliver(self._handlers.on_misbehaviour, forwarder, error)
+            if forwarder is not None:
+                self._asyncio.deliver(self._handlers.on_misbehaviour, forwarder, error)
             return False
         return True
 
@@ -366,12 +365,12 @@ class ControlEngine:
 
     async def find_providers(self, key: bytes) -> tuple[PeerAddresses, ...]:
         """Ask the nodes closest to `key`. (The library's own look-up is content with what this node has stored.)"""
-        found: dict[PeerId, set[str]] = {}
+        found: dict[PeerId, tuple[str, ...]] = {}
 
         def add(peer_id: ID, addresses: Sequence[Multiaddr]) -> None:
             peer = _ed25519_peer(peer_id)
             if peer is not None and peer != self._me and (peer in found or len(found) < PROVIDERS_MAX):
-                found.setdefault(peer, set()).update(keep_dialable(map(str, addresses), peer))
+                found[peer] = keep_dialable((*found.get(peer, ()), *map(str, addresses)), peer)
 
         async def query(node: ID) -> None:
             async with places:
@@ -387,10 +386,7 @@ class ControlEngine:
             async with trio.open_nursery() as queries:
                 for node in closest:
                     queries.start_soon(query, node)
-        return tuple(
-            PeerAddresses(peer=peer, addresses=_with_peer(keep_dialable(sorted(texts), peer), peer))
-            for peer, texts in sorted(found.items())
-        )
+        return tuple(PeerAddresses(peer=peer, addresses=_with_peer(texts, peer)) for peer, texts in found.items())
 
     async def find_peer(self, peer: PeerId) -> PeerAddresses | None:
         """Ask the nodes closest to `peer` for its addresses."""
@@ -491,4 +487,4 @@ def _ed25519_peer(peer_id: ID) -> PeerId | None:
 
 def _with_peer(texts: Sequence[str], peer: PeerId) -> tuple[str, ...]:
     tail = f"/p2p/{format_peer_id(peer)}"
-    return tuple(text if text.endswith(tail) else text + tail for text in texts)
+    return tuple(dict.fromkeys(text if text.endswith(tail) else text + tail for text in texts))

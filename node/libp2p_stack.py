@@ -116,7 +116,7 @@ class Contained:
     ) -> bool:
         self.failed = isinstance(error, Exception)
         if self.failed:
-            _log.info("%s failed: %r", self._what, error)
+            _log.debug("%s failed: %r", self._what, error)
         return self.failed
 
 

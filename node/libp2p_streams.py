@@ -12,6 +12,7 @@ since half a frame of the secure channel may be on the wire; queues and streams 
 
 import collections
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,12 +122,20 @@ class PeerLink:
 
     async def write(self, stream: INetStream, frames: bytes) -> None:
         """Write whole frames; raises PeerUnreachable."""
+        try:
+            await self._finish_or_hang_up(stream.write(frames))
+        except STREAM_ERRORS as error:
+            raise self.unreachable(Failure.PEER_LOST, f"write failed: {error}") from error
+
+    async def reset(self, stream: INetStream) -> None:
+        """Give the stream up, whatever state it is in."""
+        with suppress(PeerUnreachable):
+            await self._finish_or_hang_up(stream.reset())
+
+    async def _finish_or_hang_up(self, writing: Awaitable[None]) -> None:
         with trio.move_on_after(WRITE_TIMEOUT_S) as scope:
             scope.shield = True
-            try:
-                await stream.write(frames)
-            except STREAM_ERRORS as error:
-                raise self.unreachable(Failure.PEER_LOST, f"write failed: {error}") from error
+            await writing
         if scope.cancelled_caught:
             await self.hang_up(self.peer)
             raise self.unreachable(Failure.PEER_SLOW, f"took no bytes for {WRITE_TIMEOUT_S:.0f} s")
@@ -237,9 +246,7 @@ class Asker:
                 if answered:
                     self._idle.append((stream, reader))
                 else:
-                    with trio.move_on_after(WRITE_TIMEOUT_S) as scope:
-                        scope.shield = True
-                        await stream.reset()
+                    await self._link.reset(stream)
         status, body = answer[:1], answer[1:]
         if status == _ANSWER:
             return body

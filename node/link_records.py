@@ -115,32 +115,49 @@ class LinkSigns:
 
 
 class LinkDeadlines:
-    """Judges one link by what changed since the last tick, so that the hot path never asks for the time."""
+    """Judges one link by what changed since the last tick, so that the hot path never asks for the time.
 
-    __slots__ = ("_active_at_s", "_config", "_heard_at_s", "_last", "_pinged_at_s", "_taken_at_s", "_window")
+    It keeps a clock of its own, on which a late tick counts as two: while the loop was away nobody was heard, and
+    that is not the peer's silence.
+    """
+
+    __slots__ = (
+        "_active_at_s",
+        "_clock_s",
+        "_config",
+        "_heard_at_s",
+        "_last",
+        "_pinged_at_s",
+        "_taken_at_s",
+        "_ticked_at_s",
+        "_window",
+    )
 
     def __init__(self, config: LinkConfig, now_s: float) -> None:
         self._config = config
         self._last: LinkSigns | None = None
-        self._heard_at_s = self._taken_at_s = self._active_at_s = self._pinged_at_s = now_s
+        self._ticked_at_s = self._pinged_at_s = now_s
+        self._clock_s = self._heard_at_s = self._taken_at_s = self._active_at_s = 0.0
         self._window: tuple[float, int] | None = None
 
     def judge(self, now_s: float, signs: LinkSigns) -> LinkEnd | None:
-        """Why the link should end now; None if it should go on."""
+        """Why the link should end now; None if it should go on. Called at every tick."""
         last, self._last = self._last, signs
+        self._clock_s += min(now_s - self._ticked_at_s, 2 * self._config.tick_s)
+        self._ticked_at_s = now_s
         if last is None or signs.wire_bytes_in != last.wire_bytes_in or signs.reading_held:
-            self._heard_at_s = now_s
+            self._heard_at_s = self._clock_s
         if last is None or signs.wire_bytes_taken != last.wire_bytes_taken or not signs.writing_paused:
-            self._taken_at_s = now_s
+            self._taken_at_s = self._clock_s
         if last is None or signs.frames != last.frames or signs.busy or signs.unfinished:
-            self._active_at_s = now_s
-        if now_s - self._heard_at_s >= self._config.silence_timeout_s:
+            self._active_at_s = self._clock_s
+        if self._clock_s - self._heard_at_s >= self._config.silence_timeout_s:
             return LinkEnd.SILENT
-        if now_s - self._taken_at_s >= self._config.stall_timeout_s:
+        if self._clock_s - self._taken_at_s >= self._config.stall_timeout_s:
             return LinkEnd.STALLED
-        if self._crawls(now_s, signs):
+        if self._crawls(signs):
             return LinkEnd.SLOW
-        if now_s - self._active_at_s >= self._config.idle_timeout_s:
+        if self._clock_s - self._active_at_s >= self._config.idle_timeout_s:
             return LinkEnd.IDLE
         return None
 
@@ -151,15 +168,15 @@ class LinkDeadlines:
         self._pinged_at_s = now_s
         return True
 
-    def _crawls(self, now_s: float, signs: LinkSigns) -> bool:
+    def _crawls(self, signs: LinkSigns) -> bool:
         if not signs.unfinished or signs.reading_held:
             self._window = None
             return False
-        began_s, wire_bytes = self._window or (now_s, signs.wire_bytes_in)
-        elapsed_s = now_s - began_s
+        began_s, wire_bytes = self._window or (self._clock_s, signs.wire_bytes_in)
+        elapsed_s = self._clock_s - began_s
         crawls = False
         if elapsed_s >= self._config.rate_window_s:
             crawls = signs.wire_bytes_in - wire_bytes < elapsed_s * self._config.rate_bytes_per_s_min
-            began_s, wire_bytes = now_s, signs.wire_bytes_in
+            began_s, wire_bytes = self._clock_s, signs.wire_bytes_in
         self._window = (began_s, wire_bytes)
         return crawls

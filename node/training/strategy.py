@@ -64,7 +64,7 @@ class DiLoCo:
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
             self._optimizer.step()
-        self._model.zero_grad()
+        self._model.zero_grad(set_to_none=False)
         return finite
 
     def adopt(self, base: FloatVector) -> None:
@@ -93,7 +93,7 @@ class DiLoCo:
 class AdamW:
     """AdamW (arXiv 1711.05101) by torch's own kernel. Gains and biases, where a model has them, are not decayed.
 
-    torch.optim.AdamW is the same arithmetic, but imports torch's compiler: 1.6 s and 80 MB more for every trainer."""
+    torch.optim.AdamW is the same arithmetic, but imports torch's compiler: over a second and 70 MB more a trainer."""
 
     def __init__(self, parameters: list[nn.Parameter], training: Training) -> None:
         self._training = training
@@ -110,8 +110,8 @@ class AdamW:
         warmup = min(1.0, self._steps / max(1, self._training.warmup_steps))
         for moments, decay in self._groups:
             adamw(
-                list(moments.parameters),
-                [parameter.grad for parameter in moments.parameters if parameter.grad is not None],
+                moments.parameters,
+                moments.gradients,
                 moments.first,
                 moments.second,
                 [],
@@ -128,10 +128,14 @@ class AdamW:
 
 
 class _Moments:
-    """The first and second moments of some parameters, and how many gradients each has seen."""
+    """Some parameters, their gradients and moments, and how many gradients each has seen. The gradients are allocated
+    here and never replaced, so that a parameter which took no part in a batch has one, too."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
+        self.parameters: list[Tensor] = [*parameters]
+        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        for parameter, gradient in zip(parameters, self.gradients, strict=True):
+            parameter.grad = gradient
         self.first = [torch.zeros_like(parameter) for parameter in parameters]
         self.second = [torch.zeros_like(parameter) for parameter in parameters]
         self.steps = [torch.zeros((), dtype=torch.float32, device=parameter.device) for parameter in parameters]

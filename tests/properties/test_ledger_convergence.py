@@ -429,7 +429,10 @@ class SwarmMachine(RuleBasedStateMachine):
             return
         ledgers = [replica.ledger for replica in self.replicas]
         promised = {entry_id for replica in self.replicas for batch, _ in replica.disk for entry_id in batch.ids}
-        for _ in range(2):
+        sizes: list[int] = []
+        # What waits for another's entry at one replica reaches the next only once it is released: several passes.
+        while sizes != [len(ledger) for ledger in ledgers]:
+            sizes = [len(ledger) for ledger in ledgers]
             for one, other in combinations(ledgers, 2):
                 synchronize(one, other, messages_max=100)
         entries = list_entries(ledgers[0])

@@ -77,7 +77,7 @@ def test_quiet_inbox_shrinks_and_a_filling_one_does_not() -> None:
 
 
 CONFIG = LinkConfig(
-    silence_timeout_s=10, stall_timeout_s=20, idle_timeout_s=100, rate_window_s=5, rate_bytes_per_s_min=100
+    tick_s=100, silence_timeout_s=10, stall_timeout_s=20, idle_timeout_s=100, rate_window_s=5, rate_bytes_per_s_min=100
 )
 QUIET = LinkSigns(
     wire_bytes_in=0,
@@ -104,6 +104,12 @@ def test_silence_does_not_count_while_we_do_not_listen() -> None:
     held = replace(QUIET, reading_held=True)
     assert judge([(0, held), (15, held), (30, held), (39, QUIET), (40, QUIET)])[:4] == [None] * 4
     assert judge([(0, held), (30, held), (40, QUIET)])[-1] is LinkEnd.SILENT
+
+
+def test_late_tick_is_not_the_peers_silence() -> None:
+    deadlines = LinkDeadlines(replace(CONFIG, tick_s=1), 0.0)
+    times = [1, 2, 3, 60, 61, 62, 63, 64, 65, 66]
+    assert [deadlines.judge(now_s, QUIET) for now_s in times] == [None] * 9 + [LinkEnd.SILENT]
 
 
 def test_stall_counts_from_the_last_byte_that_the_kernel_took() -> None:

@@ -376,7 +376,7 @@ async def test_killed_peer_is_lost_to_the_waiting_sender() -> None:
 
 @on_both_loops
 async def test_sink_that_takes_nothing_bounds_memory_and_stalls_the_sender() -> None:
-    async with node(BOB, ping_period_s=0.05) as bob, node(ALICE, stall_timeout_s=0.5) as alice:
+    async with node(BOB, ping_period_s=0.05) as bob, node(ALICE, stall_timeout_s=1.5) as alice:
         bob.sink.completing = asyncio.Event()
         payload = bytes(PART_BYTES_MAX)
 
