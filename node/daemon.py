@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,7 +21,6 @@ from importlib.metadata import version
 import numpy as np
 
 from shoal.dht.addresses import parse_address
-from shoal.dht.peer_book import PeerBook, decode_peer_book_untrusted
 from shoal.node.answers import Answers
 from shoal.node.blobs import BlobStore
 from shoal.node.catchup import CatchUp, CatchUpPorts
@@ -33,11 +31,10 @@ from shoal.node.control import (
     ControlConfig,
     ControlHandlers,
     ControlStopped,
-    PeerUnreachable,
-    RequestRefused,
 )
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
+from shoal.node.intake import Intake, IntakePorts
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.ledger_sync import RECONCILE_ERRORS, LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
@@ -46,7 +43,10 @@ from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState, Stores
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
 from shoal.node.membership import Membership, MembershipPorts
-from shoal.node.metrics import Direction, Metrics, Plane
+from shoal.node.metered_control import MeteredControl
+from shoal.node.metrics import Metrics, Plane
+from shoal.node.peer_book_file import load_peer_book, save_peer_book
+from shoal.node.reach import Reach
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.snapshots import SnapshotStore
@@ -61,18 +61,11 @@ from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId, short_peer_id
 from shoal.protocol.manifest import Manifest, SwarmUri, read_manifest_untrusted
 from shoal.protocol.messages import (
-    ROUND_MESSAGES,
     Certificate,
     Certified,
-    CheckReach,
-    LedgerEntries,
     Presence,
-    ReachAnswer,
     Ready,
-    Refused,
     SignedReady,
-    decode_message_untrusted,
-    encode_message,
     sign_message,
     sign_ready,
 )
@@ -84,14 +77,10 @@ from shoal.protocol.rounds import RoundCore
 
 LEAVE_TIMEOUT_S = 10.0
 RECONCILE_PERIOD_S = 10.0
-MISBEHAVIOUR_MAX = 16  # refusals of one peer before its connection is closed
 TASKS_MAX = 4096
-REACH_PERIOD_S = 2.0
 DISK_PERIOD_S = 10.0
-REACH_ASKED_MAX = 3
 PEER_BOOK_FILE = "peers.book"
 RUNNING_FILE = "running.json"
-TOLD = (Refusal.WRONG_SWARM, Refusal.WRONG_VERSION, Refusal.WRONG_BASE)
 
 log = logging.getLogger("shoal")
 
@@ -108,11 +97,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._head_moved = asyncio.Event()
         self._tasks: set[asyncio.Task[object]] = set()
-        self._misbehaviour: Counter[PeerId] = Counter()
-        self._told: set[tuple[PeerId, Refusal]] = set()
         self._signed_ready: SignedReady | None = None
-        self._reached = False  # whether somebody has dialled the tensor port
-        self._answers: Answers | None = None
         self._leaving = False
         self.reporter = Reporter(Metrics(), HappeningFeed())
         self.web_port = 0
@@ -133,6 +118,7 @@ class Daemon:
             if signed is None:
                 return
             store_manifest(self.config, signed)
+            self._signed_manifest = signed
             await self._assemble(signed, choice.swarm)
             await self._serve()
             self._note_running()
@@ -146,6 +132,7 @@ class Daemon:
 
     async def _start_control(self, choice: SwarmChoice) -> None:
         self.swarm = choice.swarm
+        self.intake = Intake(choice.swarm, self.reporter)
         table = self.config.control
         net = "ip6" if ":" in table.host else "ip4"
         host = "127.0.0.1" if table.host == "localhost" else table.host
@@ -158,16 +145,17 @@ class Daemon:
             listen_field="control.port",
         )
         handlers = ControlHandlers(
-            on_message=self._take_message,
-            on_request=self._answer,
-            on_presence=self._take_presence,
+            on_message=self.intake.take_message,
+            on_request=self.intake.answer,
+            on_presence=self.intake.take_presence,
             on_peer_connected=self._peer_connected,
             on_peer_lost=self._peer_disconnected,
-            on_misbehaviour=self._misbehaved,
+            on_misbehaviour=self.intake.misbehaved,
             on_bootstrap_failed=self._bootstrap_failed,
             on_crashed=self._control_crashed,
         )
-        self.control = Libp2pHost(config, handlers)
+        self.control = MeteredControl(Libp2pHost(config, handlers))
+        self.reporter.control_bytes = self.control.bytes
         await self.control.start()
 
     async def _fetch_manifest(self, choice: SwarmChoice) -> bytes:
@@ -222,7 +210,7 @@ class Daemon:
                 note=self.reporter.note,
                 committed=self._committed,
                 behind=self._behind,
-                misbehaved=self._misbehaved,
+                misbehaved=self.intake.misbehaved,
                 disk_failed=self._disk_failed,
                 spawn=self._spawn,
             ),
@@ -265,13 +253,13 @@ class Daemon:
             swarm=swarm,
             control=self.control,
             table=PresenceTable(self.me, swarm, rounds.presence_timeout_s),
-            book=self._load_peer_book(),
+            book=load_peer_book(self.config.data_path / PEER_BOOK_FILE, self.me),
             presence_period_s=rounds.presence_period_s,
             ports=MembershipPorts(
                 describe=self._describe,
                 observed=self._observed,
                 lost=self._lost,
-                misbehaved=self._misbehaved,
+                misbehaved=self.intake.misbehaved,
                 spawn=self._spawn,
             ),
         )
@@ -303,15 +291,23 @@ class Daemon:
                 "tensor.port", problem, "stop the other program, or give --tensor-port another"
             ) from error
         manifest_uri = SwarmUri(swarm=self.swarm, bootstraps=self.control.addresses()[:4])
-        self._answers = Answers(
+        answers = Answers(
             swarm=self.swarm,
-            signed_manifest=(config.data_path / "manifest.shoal").read_bytes(),
+            signed_manifest=self._signed_manifest,
             state=self.state,
             ledger=self.ledger,
             membership=self.membership,
             links=self.links,
             address_of=self._address_of,
         )
+        ports = IntakePorts(
+            round_message=self.driver.receive,
+            presence=self.membership.take_presence,
+            entries=self.ledger.take,
+            answer=answers.answer,
+            spawn=self._spawn,
+        )
+        self.reach = Reach(self.swarm, self.control, self.links, lambda: tuple(self.membership.table.live()))
         self.reporter.joined = self.core.head.round > 0 or self.me in self.core.head.voters
         self.reporter.subjects = Subjects(
             config=config,
@@ -338,11 +334,12 @@ class Daemon:
             self.membership.beat(),
             self.membership.discover(),
             self._reconcile(),
-            self._watch_reach(),
+            self.reach.watch(self._offer_again),
             self._watch_disk(),
             self.reporter.watch_lag(),
         ):
             self._spawn(work)
+        self.intake.open(self.control, ports)
         for one in self.control.peers():
             self._peer_connected(one.peer)
         if config.node.role == TRAINER:
@@ -380,10 +377,12 @@ class Daemon:
         return busy or (self.me in self.core.head.voters and others_vote)
 
     async def _shut_down(self) -> None:
-        self._answers = None  # from here on nothing from outside is looked at
+        if hasattr(self, "intake"):
+            self.intake.close()
         if hasattr(self, "driver"):
             self.driver.stop()
-            self._save_peer_book()
+        if hasattr(self, "membership"):
+            save_peer_book(self.config.data_path / PEER_BOOK_FILE, self.membership.book)
         if hasattr(self, "compute") and self.config.node.role == TRAINER:
             await self.compute.stop()
         for task in list(self._tasks):
@@ -474,32 +473,13 @@ class Daemon:
             detail = (
                 f"round {head.round} has root {presence.state_root.hex()[:16]} there, {head.state_root.hex()[:16]} here"
             )
-            self._misbehaved(presence.peer, ProtocolError(Refusal.WRONG_BASE, detail))
+            self.intake.misbehaved(presence.peer, ProtocolError(Refusal.WRONG_BASE, detail))
 
     def _lost(self, lost: PeerLost) -> None:
         known = self.membership.table.newest(lost.peer)
         self.core.lose(lost.peer, asyncio.get_running_loop().time())
         self.driver.pump()
         self.reporter.peer_lost(lost.peer, Failure.PEER_LEFT if known and known.leaving else lost.reason)
-
-    async def _watch_reach(self) -> None:
-        """Find out whether others can dial the tensor port: only then this peer may own parts."""
-        while not self._reached:
-            live = tuple(self.membership.table.live())
-            if self.links.accepted or any([await self._ask_reach(peer) for peer in live[:REACH_ASKED_MAX]]):
-                self._reached = True
-                self._offer_again()
-                return
-            await asyncio.sleep(REACH_PERIOD_S)
-
-    async def _ask_reach(self, peer: PeerId) -> bool:
-        try:
-            raw = await self.control.request(peer, encode_message(self.swarm, CheckReach()))
-            answer = decode_message_untrusted(self.swarm, raw)
-        except (PeerUnreachable, RequestRefused, ProtocolError) as error:
-            log.debug("no reachability check: %s", error)
-            return False
-        return isinstance(answer, ReachAnswer) and answer.known and answer.reached
 
     def _offer_again(self) -> None:
         """The READY that stands says that this peer owns nothing: say it anew, for as long as no plan uses it."""
@@ -510,11 +490,11 @@ class Daemon:
             self._publish_ready(replace(signed.ready, owns=True), frozen)
 
     def _peer_connected(self, peer: PeerId) -> None:
-        if self._answers is not None:
+        if self.intake.is_open:
             self.membership.connection_opened(peer)
 
     def _peer_disconnected(self, peer: PeerId) -> None:
-        if self._answers is not None:
+        if self.intake.is_open:
             self.membership.connection_lost(peer)
 
     def _link_lost(self, peer: PeerId, reason: LinkEnd) -> None:
@@ -529,63 +509,7 @@ class Daemon:
         self.reporter.control_up = False
         self.reporter.happen(HappeningKind.NETWORK, f"the control plane has stopped: {detail}", Severity.ERROR)
 
-    # -- messages ----------------------------------------------------------------------------------------------------
-
-    def _take_presence(self, source: PeerId, payload: bytes) -> None:
-        self.reporter.control_bytes[Direction.RECEIVED] += len(payload)
-        if self._answers is not None:
-            self.membership.take_presence(payload, source)
-
-    def _take_message(self, peer: PeerId, payload: bytes) -> None:
-        self.reporter.control_bytes[Direction.RECEIVED] += len(payload)
-        if self._answers is None:
-            return
-        try:
-            message = decode_message_untrusted(self.swarm, payload)
-            if isinstance(message, ROUND_MESSAGES):
-                self.driver.receive(message, peer)
-            elif isinstance(message, LedgerEntries):
-                self._spawn(self._take_entries(peer, message))
-            elif isinstance(message, Refused):
-                text = f"{self.reporter.name_of(peer)} refuses this peer: {message.refusal} ({message.detail})"
-                self.reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
-            else:
-                raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(message).__name__} is no message")
-        except ProtocolError as error:
-            self._misbehaved(peer, error)
-
-    async def _answer(self, peer: PeerId, raw: bytes) -> bytes:
-        self.reporter.control_bytes[Direction.RECEIVED] += len(raw)
-        if self._answers is None:
-            raise ProtocolError(Refusal.NOT_READY, "this peer is starting")
-        return await self._answers.answer(peer, raw)
-
-    def _misbehaved(self, peer: PeerId, error: ProtocolError) -> None:
-        """Count it; tell a peer that is in the wrong place; hang up on one that goes on."""
-        self.reporter.metrics.refusals[error.refusal, Plane.CONTROL].add()
-        log.warning("refused something of %s: %s", short_peer_id(peer), error)
-        if error.refusal in TOLD and (peer, error.refusal) not in self._told and len(self._told) < TASKS_MAX:
-            self._told.add((peer, error.refusal))
-            told = Refused(refusal=error.refusal.value, detail=error.detail[:200])
-            self._spawn(self._send(peer, encode_message(self.swarm, told)))
-        self._misbehaviour[peer] += 1
-        if self._misbehaviour[peer] == MISBEHAVIOUR_MAX:
-            self._misbehaviour[peer] = 0
-            self.reporter.happen(HappeningKind.NETWORK, f"hung up on {short_peer_id(peer)}: {error}", Severity.WARNING)
-            self._spawn(self.control.disconnect(peer))
-
-    async def _send(self, peer: PeerId, payload: bytes) -> None:
-        self.reporter.control_bytes[Direction.SENT] += len(payload)
-        with contextlib.suppress(PeerUnreachable):
-            await self.control.send(peer, payload)
-
     # -- ledger ------------------------------------------------------------------------------------------------------
-
-    async def _take_entries(self, peer: PeerId, message: LedgerEntries) -> None:
-        try:
-            await self.ledger.take(message)
-        except ProtocolError as error:
-            self._misbehaved(peer, error)
 
     async def _reconcile(self) -> None:
         """Compare ledgers with a random live peer, period after period; write the own lease once that has been done."""
@@ -619,7 +543,7 @@ class Daemon:
             tokens=ready.tokens,
             steps=max(1, ready.steps),
             norm=frozen.norm,
-            owns=alone or self._reached,
+            owns=alone or self.reach.reached,
         )
         self._publish_ready(said, frozen)
 
@@ -715,22 +639,3 @@ class Daemon:
         self.reporter.metrics.disk_errors.add()
         text = f"{reason}: {detail}; this peer votes and contributes no more until it is started again"
         self.reporter.happen(HappeningKind.DISK, text, Severity.ERROR)
-
-    # -- peer book ---------------------------------------------------------------------------------------------------
-
-    def _load_peer_book(self) -> PeerBook:
-        path = self.config.data_path / PEER_BOOK_FILE
-        try:
-            return decode_peer_book_untrusted(path.read_bytes(), self.me)
-        except FileNotFoundError:
-            return PeerBook(self.me)
-        except ProtocolError as error:
-            log.warning("%s is damaged and is begun anew: %s", path, error)
-            return PeerBook(self.me)
-
-    def _save_peer_book(self) -> None:
-        if hasattr(self, "membership"):
-            path = self.config.data_path / PEER_BOOK_FILE
-            temporary = path.with_suffix(".partial")
-            temporary.write_bytes(self.membership.book.encode())
-            temporary.replace(path)

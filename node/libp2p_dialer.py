@@ -60,25 +60,29 @@ class Dialer:
 
     async def connect(self, peer: PeerId, addresses: Sequence[Address] = ()) -> None:
         """Connect by these addresses, or by those that are known; raises PeerUnreachable within CONNECT_TIMEOUT_S."""
-        while not self.is_connected(peer):
-            if (ongoing := self._dials.get(peer)) is None:
-                break
-            await ongoing.wait()
-        else:
-            return
-        if self._closed or peer == self._me:
-            raise _unreachable(peer, "this node is stopping" if self._closed else "that is this node itself")
-        targets = addresses or [parse_address(text) for text in self.known_addresses(peer)]
-        if not targets:
-            raise _unreachable(peer, "no address is known")
-        self._dials[peer] = trio.Event()
-        try:
-            await self._dial(peer, targets)
-        finally:
-            self._dials.pop(peer).set()
+        errors: list[str] = []
+        with trio.move_on_after(CONNECT_TIMEOUT_S) as limit:
+            while not self.is_connected(peer) and (ongoing := self._dials.get(peer)) is not None:
+                await ongoing.wait()
+            if self.is_connected(peer):
+                return
+            if self._closed or peer == self._me:
+                raise _unreachable(peer, "this node is stopping" if self._closed else "that is this node itself")
+            targets = addresses or [parse_address(text) for text in self.known_addresses(peer)]
+            if not targets:
+                raise _unreachable(peer, "no address is known")
+            self._dials[peer] = trio.Event()
+            try:
+                await self._dial(peer, targets, errors)
+            finally:
+                self._dials.pop(peer).set()
+        if not self.is_connected(peer):
+            if limit.cancelled_caught:
+                errors.append(f"no answer within {CONNECT_TIMEOUT_S:.0f} s")
+            raise _unreachable(peer, "; ".join(errors) or "hung up at once")
 
-    async def _dial(self, peer: PeerId, targets: Sequence[Address]) -> None:
-        peer_id, errors = _peer_id(peer), list[str]()
+    async def _dial(self, peer: PeerId, targets: Sequence[Address], errors: list[str]) -> None:
+        peer_id = _peer_id(peer)
 
         async def attempt(target: Address, failed: trio.Event) -> None:
             try:
@@ -90,23 +94,18 @@ class Dialer:
             self._swarm.peerstore.add_addr(peer_id, Multiaddr(str(target)), TOLD_ADDRESS_TTL_S)
             attempts.cancel_scope.cancel()
 
-        with trio.move_on_after(CONNECT_TIMEOUT_S) as limit:
-            async with trio.open_nursery() as attempts:
-                for target in await _resolve(targets, errors):
-                    failed = trio.Event()
-                    attempts.start_soon(attempt, target, failed)
-                    with trio.move_on_after(HEAD_START_S):
-                        await failed.wait()
-        if not self.is_connected(peer):
-            if limit.cancelled_caught:
-                errors.append(f"no answer within {CONNECT_TIMEOUT_S:.0f} s")
-            raise _unreachable(peer, "; ".join(errors) or "hung up at once")
+        async with trio.open_nursery() as attempts:
+            for target in await _resolve(targets, errors):
+                failed = trio.Event()
+                attempts.start_soon(attempt, target, failed)
+                with trio.move_on_after(HEAD_START_S):
+                    await failed.wait()
 
     async def keep_bootstrapped(
         self,
         peer: PeerId,
         addresses: Sequence[Address],
-        wait_until_lost: Callable[[PeerId], "trio.Event"],
+        loss_of: Callable[[PeerId], trio.Event],
         on_failed: Callable[[BootstrapFailed], None],
     ) -> None:
         """Dial a bootstrap peer now and whenever it was lost, for ever."""
@@ -120,7 +119,7 @@ class Dialer:
                 on_failed(BootstrapFailed(address=address, detail=error.detail, attempts=attempts, retry_s=pause_s))
             else:
                 attempts, pause_s = 0, BOOTSTRAP_RETRY_MIN_S
-                await wait_until_lost(peer).wait()
+                await loss_of(peer).wait()
             # Not all peers that lost the same bootstrap peer come back at the same moment.
             await trio.sleep(pause_s * random.uniform(0.75, 1.25))
             pause_s = min(2 * pause_s, BOOTSTRAP_RETRY_MAX_S)

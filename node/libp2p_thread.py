@@ -222,7 +222,8 @@ class TrioThread(Generic[R]):
         error: BaseException | None = None
         try:
             trio.run(self._main)
-        except BaseException as raised:  # noqa: BLE001 - the thread's outermost frame: what is not reported here is lost
+        except BaseException as raised:  # noqa: BLE001
+            # The thread's outermost frame: what is not reported from here is lost.
             error = _innermost(raised)
         self._wake_loop(self._drain)
         self._wake_loop(self._end, error)

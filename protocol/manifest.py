@@ -224,7 +224,10 @@ def genesis_head(manifest: Manifest, swarm: bytes, state_root: bytes) -> Head:
 def parse_uri(text: str) -> SwarmUri:
     """Inverse of `str(SwarmUri)`; raises UriError naming the piece that is wrong."""
     example = f"{URI_SCHEME}://<64 hex digits>?bootstrap=/ip4/…/tcp/…/p2p/12D3KooW…"
-    split = urlsplit(text.strip())
+    try:
+        split = urlsplit(text.strip())
+    except ValueError as error:  # a bracket out of place, or letters that become separators when normalised
+        raise UriError("URI", f"{text[:64]!r} is malformed", f"write {example}") from error
     if split.scheme != URI_SCHEME:
         raise UriError("scheme", f"{text[:64]!r} does not start with {URI_SCHEME}://", f"write {example}")
     try:

@@ -22,7 +22,8 @@ from shoal.protocol.errors import ProtocolError, Refusal
 
 MESSAGE_BYTES_MAX = 64 * 1024
 DELTA_BYTES_MAX = 256 * 1024
-NESTING_MAX = 8
+# No array may announce more items: memory is taken for them before they are read, on every level of nesting.
+ARRAY_ITEMS_MAX = 4096
 
 T = TypeVar("T")
 # The decoded msgpack tree: the one place where a value has no static type yet.
@@ -56,7 +57,7 @@ Bytes32 = Annotated[bytes, Bound(32, 32)]
 Bytes64 = Annotated[bytes, Bound(64, 64)]
 Text = Annotated[str, Bound(0, 256)]
 _DEFAULT_BOUNDS = {int: Bound(-(2**63), 2**63 - 1), bytes: Bound(0, MESSAGE_BYTES_MAX), str: Bound(0, 4096)}
-_DEFAULT_COUNT = Bound(0, 4096)
+_DEFAULT_COUNT = Bound(0, ARRAY_ITEMS_MAX)
 
 
 def _fail(where: str, problem: str, refusal: Refusal = Refusal.MALFORMED) -> typing.NoReturn:
@@ -100,6 +101,7 @@ def _float_decoder(bound: Bound | None) -> _Decoder:
 
 
 def _tuple_codec(item: tuple[_Decoder, _Encoder], bound: Bound) -> tuple[_Decoder, _Encoder]:
+    assert bound.high <= ARRAY_ITEMS_MAX, "a longer array cannot be read"
     decode_item, encode_item = item
 
     def decode(tree: Tree, where: str) -> Tree:
@@ -226,7 +228,7 @@ def _unpack(raw: bytes | memoryview, size_max: int) -> Tree:
     if len(raw) > size_max:
         raise ProtocolError(Refusal.OVERSIZED, f"{len(raw)} bytes, at most {size_max}")
     try:
-        tree = msgpack.unpackb(raw, raw=False, strict_map_key=True, max_map_len=0, max_ext_len=0)
+        tree = msgpack.unpackb(raw, raw=False, max_array_len=ARRAY_ITEMS_MAX, max_map_len=0, max_ext_len=0)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
         raise ProtocolError(Refusal.MALFORMED, f"not msgpack: {type(error).__name__}") from error
     return tree

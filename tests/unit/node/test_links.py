@@ -294,7 +294,7 @@ async def test_pings_keep_a_quiet_link_and_measure_it() -> None:
             return at.links.statistics().peers[0].round_trip_s is not None
 
         while not (measured(alice) and measured(bob)):
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
         assert alice.sink.ends == bob.sink.ends == []
 
 
@@ -450,7 +450,7 @@ async def test_probe_dials_anew_and_leaves_no_link_too_many() -> None:
             assert await alice.links.probe(bob.peer, bob.address)
             await bob.sink.until(lambda number=number: bob.links.accepted == number)
             while alice.links.statistics().links > 1 or bob.links.statistics().links > 1:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0)
         assert not await alice.links.probe(CAROL.peer, bob.address)
         assert bob.sink.refusals_made == alice.sink.ends == bob.sink.ends == []
 
