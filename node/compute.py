@@ -37,6 +37,7 @@ class ComputePorts:
 
     frozen: Callable[[Frozen, Ready], None]  # a contribution to the open round is ready to be offered
     restarted: Callable[[Failure, str], None]
+    gave_up: Callable[[str], None]
     spawn: Callable[[Coroutine[object, object, object]], None]
 
 
@@ -83,7 +84,7 @@ class Compute:
         try:
             started = await self.trainer.start(work)
         except TrainerError as error:
-            await self._failed(error.failure, error.detail)
+            await self._failed(error.failure, error.detail, is_final=error.is_final)
             return
         self.device = started.device
         self.phase = TrainerState.RUNNING
@@ -98,20 +99,20 @@ class Compute:
         self.phase = TrainerState.STOPPED
         await self.trainer.stop()
 
-    async def _failed(self, reason: Failure, detail: str) -> None:
-        """Restart it from the last certified state, unless it fails again and again."""
+    async def _failed(self, reason: Failure, detail: str, *, is_final: bool = False) -> None:
+        """Restart it from the last certified state, unless it fails again and again, or would."""
         if self._stopping:
             return
         now = asyncio.get_running_loop().time()
         self._failures_s = [at for at in self._failures_s if now - at < RESTART_WINDOW_S] + [now]
-        self.restarts += 1
         self.error = detail
         self._ready = None
-        self._ports.restarted(reason, detail)
-        if len(self._failures_s) > RESTARTS_MAX:
+        if is_final or len(self._failures_s) > RESTARTS_MAX:
             self.phase = TrainerState.STOPPED
-            log.error("the trainer failed %d times and is not started again: %s", len(self._failures_s), detail)
+            self._ports.gave_up(detail)
             return
+        self.restarts += 1
+        self._ports.restarted(reason, detail)
         self.phase = TrainerState.STARTING
         await asyncio.sleep(RESTART_DELAY_S * len(self._failures_s))
         await self.trainer.stop()

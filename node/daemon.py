@@ -229,7 +229,12 @@ class Daemon:
             me=self.me,
             manifest=self.manifest,
             state=self.state,
-            ports=ComputePorts(frozen=self._offer, restarted=self._trainer_restarted, spawn=self._spawn),
+            ports=ComputePorts(
+                frozen=self._offer,
+                restarted=self._trainer_restarted,
+                gave_up=self._trainer_gave_up,
+                spawn=self._spawn,
+            ),
         )
         if self.config.node.role == TRAINER:
             assert self._memory is not None
@@ -622,6 +627,11 @@ class Daemon:
         self.reporter.metrics.trainer_restarts[reason].add()
         text = f"the trainer failed: {reason} ({detail}); it is started again from the last certified state"
         self.reporter.happen(HappeningKind.TRAINER, text, Severity.WARNING)
+
+    def _trainer_gave_up(self, detail: str) -> None:
+        text = f"the trainer is not started again: {detail}"
+        self.reporter.happen(HappeningKind.TRAINER, text, Severity.ERROR)
+        self.membership.announce()
 
     async def _watch_disk(self) -> None:
         """Stop voting while there still is space to go on serving."""

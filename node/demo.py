@@ -370,9 +370,9 @@ seed = 1
 
 [task]
 kind = "byte_gpt"
-layers = 5
+layers = 2
 heads = 4
-width = 128
+width = 192
 context = 128
 
 [training]

@@ -25,6 +25,7 @@ import numpy as np
 
 from shoal.node.config import TrainerTable
 from shoal.node.training.messages import (
+    BAD_INPUT,
     Begin,
     Command,
     Described,
@@ -65,12 +66,14 @@ INSTALL_TORCH = "install it: pip install 'shoal[train]'"
 
 
 class TrainerError(ShoalError):
-    """The trainer could not be started; `failure` is TRAINER_CRASHED or TRAINER_STALLED."""
+    """The trainer could not be started; `failure` is TRAINER_CRASHED or TRAINER_STALLED. With `is_final`, it would fail
+    again the same way: a person must mend what `detail` says."""
 
-    def __init__(self, failure: Failure, detail: str) -> None:
+    def __init__(self, failure: Failure, detail: str, *, is_final: bool = False) -> None:
         super().__init__(f"{failure}: {detail}")
         self.failure = failure
         self.detail = detail
+        self.is_final = is_final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +251,7 @@ class _Child:
         self._asked = False
         self._silence: asyncio.TimerHandle | None = None
         self._failure = ""
+        self._is_final = False
         self._stderr = bytearray()
 
     @classmethod
@@ -315,7 +319,8 @@ class _Child:
         lines = tuple(self._stderr.decode(errors="replace").splitlines()[-STDERR_LINES_MAX:])
         if not self.started.done():
             detail = self._failure or (lines[-1] if lines else f"exit status {self.process.returncode}")
-            self.started.set_exception(TrainerError(Failure.TRAINER_CRASHED, detail))
+            error = TrainerError(Failure.TRAINER_CRASHED, detail, is_final=self._is_final)
+            self.started.set_exception(error)
             self.started.exception()  # retrieved here, for the case that nobody waits any more
         elif not self._stopping:
             assert self.process.returncode is not None, "buried"
@@ -343,6 +348,7 @@ class _Child:
         self._await_report()
         if isinstance(report, Failed) and not self.started.done():
             self._failure = report.detail
+            self._is_final = report.reason == BAD_INPUT
         elif not self._stopping:
             self._on_event(report)
 
@@ -414,7 +420,7 @@ def _python_command(module: str) -> tuple[str, ...]:
 
 def _require_torch() -> None:
     if importlib.util.find_spec("torch") is None:
-        raise TrainerError(Failure.TRAINER_CRASHED, f"torch is not installed; {INSTALL_TORCH}")
+        raise TrainerError(Failure.TRAINER_CRASHED, f"torch is not installed; {INSTALL_TORCH}", is_final=True)
 
 
 def _open_anonymous() -> int:

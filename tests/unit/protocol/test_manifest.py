@@ -1,0 +1,298 @@
+"""The manifest: what a person may write, what its owner signs, and the URI that names it."""
+
+from dataclasses import replace
+
+import pytest
+from blake3 import blake3
+
+from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriError
+from shoal.protocol.identity import Identity, PeerId, format_peer_id
+from shoal.protocol.layout import Layout, TensorSpec
+from shoal.protocol.manifest import (
+    BOOTSTRAPS_MAX,
+    Draft,
+    Manifest,
+    Rounds,
+    SignedManifest,
+    SwarmUri,
+    Task,
+    Training,
+    genesis_head,
+    make_manifest,
+    parse_draft,
+    parse_uri,
+    read_manifest_untrusted,
+    sign_manifest,
+    task_options,
+)
+from shoal.protocol.messages import PARTS_MAX, digest_record
+from shoal.protocol.quorum import Head, QuorumRule
+from shoal.protocol.state import STATE_ELEMENTS_MAX
+from shoal.protocol.wire import DELTA_BYTES_MAX, encode_record
+from tests.unit.protocol.samples import DRAFT, IDENTITIES, LAYOUT, PEERS, RULES, make_sample_manifest
+
+OWNER = IDENTITIES[0]
+MANIFEST = make_sample_manifest()
+SIGNED = sign_manifest(MANIFEST, OWNER)
+SWARM = digest_record(MANIFEST)
+BOOTSTRAP = f"/ip4/203.0.113.5/tcp/9460/p2p/{format_peer_id(PEERS[0])}"
+TEXT = """name = "shakespeare"
+seed = 7
+
+[task]
+kind = "byte_gpt"
+width = 64
+
+[training]
+inner_steps = 50
+round_time_s = 30
+
+[outer]
+momentum = 0.9
+
+[rounds]  # the defaults serve small swarms
+peers_min = 3
+quorum = "two_thirds"
+"""
+
+
+def refuse_draft(text: str) -> ManifestError:
+    with pytest.raises(ManifestError) as caught:
+        parse_draft(text, "{}")
+    return caught.value
+
+
+def refuse_pieces(draft: Draft, layout: Layout = LAYOUT) -> ManifestError:
+    with pytest.raises(ManifestError) as caught:
+        make_manifest(draft, layout, PEERS[0], PEERS[:1])
+    return caught.value
+
+
+def refuse_signed(raw: bytes, swarm: bytes | None = None) -> ProtocolError:
+    with pytest.raises(ProtocolError) as caught:
+        read_manifest_untrusted(raw, swarm)
+    return caught.value
+
+
+def refuse_uri(text: str) -> UriError:
+    with pytest.raises(UriError) as caught:
+        parse_uri(text)
+    return caught.value
+
+
+def flat(elements: int) -> Layout:
+    return Layout(tensors=(TensorSpec(name="w", shape=(elements,)),))
+
+
+# -- drafts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_is_read_and_what_it_leaves_out_has_a_default() -> None:
+    draft = parse_draft(TEXT, '{"width":64}')
+    assert draft == Draft(
+        name="shakespeare",
+        task=Task(kind="byte_gpt", options='{"width":64}'),
+        seed=7,
+        training=Training(inner_steps=50, round_time_s=30.0),
+        outer=replace(Draft(name="x", task=Task(kind="x")).outer, momentum=0.9),
+        rounds=Rounds(peers_min=3, quorum="two_thirds"),
+    )
+    assert task_options(TEXT) == {"width": 64}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "problem"),
+    [
+        ('name = "shakespeare"', "name = 5", "name (line 1)", "is int, not str"),
+        ('name = "shakespeare"', 'name = ""', "name (line 1)", "out of range"),
+        ('name = "shakespeare"\n', "", "name", "is missing"),
+        ("seed = 7", "seed = -1", "seed (line 2)", "out of range"),
+        ("seed = 7", "seed = 7\nsede = 8", "sede (line 3)", "is no known field"),
+        ("inner_steps = 50", "inner_steps = 50.0", "training.inner_steps (line 9)", "is float, not int"),
+        ("inner_steps = 50", 'inner_steps = "50"', "training.inner_steps (line 9)", "is str, not int"),
+        ("inner_steps = 50", "inner_steps = 0", "training.inner_steps (line 9)", "out of range"),
+        ("inner_steps = 50", "inner_stepz = 50", "training.inner_stepz (line 9)", "is no known field"),
+        ("inner_steps = 50", "inner_steps = true", "training.inner_steps (line 9)", "is bool, not int"),
+        ("round_time_s = 30", "round_time_s = nan", "training.round_time_s (line 10)", "out of range"),
+        ("momentum = 0.9", "momentum = 1.01", "outer.momentum (line 13)", "out of range"),
+        ("momentum = 0.9", 'optimizer = "adam"', "outer.optimizer (line 13)", "'adam' is not allowed"),
+        ('"two_thirds"', '"all"', "rounds.quorum (line 17)", "'all' is not allowed"),
+        ("peers_min = 3", "part_elements = 255", "rounds.part_elements (line 16)", "out of range"),
+        ("peers_min = 3", 'codec = "zip"', "rounds.codec (line 16)", "'zip' is not allowed"),
+        ("[training]", "[trainning]", "trainning (line 8)", "is no known field"),
+        ('kind = "byte_gpt"', "kind = 1", "task.kind (line 5)", "is int, not str"),
+        ('kind = "byte_gpt"', 'kind = ""', "task.kind (line 5)", "out of range"),
+        ('[task]\nkind = "byte_gpt"\nwidth = 64', 'task = "byte_gpt"', "task (line 4)", "is not a table"),
+        ('[task]\nkind = "byte_gpt"\nwidth = 64\n', "", "task", "is missing"),
+    ],
+)
+def test_a_mistake_is_named_by_its_field_and_line(old: str, new: str, field: str, problem: str) -> None:
+    assert old in TEXT
+    error = refuse_draft(TEXT.replace(old, new))
+    assert error.field == field
+    assert problem in error.problem
+    assert error.fix
+
+
+def test_text_that_is_no_toml_is_refused_with_its_place() -> None:
+    error = refuse_draft('name = "x\nseed = 1')
+    assert error.field == "TOML" and "line 1" in error.problem
+
+
+@pytest.mark.parametrize("text", ["", 'task = "byte_gpt"', "[task]\nwidth = 1", "[task]\nkind = 3"])
+def test_a_draft_without_a_kind_of_task_is_refused(text: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        task_options(text)
+    assert caught.value.field == "task.kind" and "kind =" in caught.value.fix
+
+
+# -- pieces that fit each other -------------------------------------------------------------------------------------
+
+
+def test_parts_are_fixed_slices_that_cover_the_vector() -> None:
+    assert MANIFEST.parts == 4
+    assert [MANIFEST.part_range(part) for part in range(4)] == [(0, 256), (256, 512), (512, 768), (768, 900)]
+    whole = make_manifest(DRAFT, flat(512), PEERS[0], PEERS[:1])
+    assert [whole.part_range(part) for part in range(whole.parts)] == [(0, 256), (256, 512)]
+
+
+def test_too_many_parts_are_refused_with_the_size_that_fits() -> None:
+    assert make_manifest(DRAFT, flat(256 * PARTS_MAX), PEERS[0], PEERS[:1]).parts == PARTS_MAX
+    error = refuse_pieces(DRAFT, flat(256 * PARTS_MAX + 1))
+    assert error.field == "rounds.part_elements"
+    assert error.problem == f"makes {PARTS_MAX + 1} parts, at most {PARTS_MAX}"
+    assert error.fix == "use at least 257"
+
+
+def test_a_model_that_no_snapshot_can_hold_is_refused() -> None:
+    large = replace(DRAFT, rounds=replace(RULES, part_elements=1 << 20))
+    assert make_manifest(large, flat(STATE_ELEMENTS_MAX), PEERS[0], PEERS[:1]).parts <= PARTS_MAX
+    assert refuse_pieces(large, flat(STATE_ELEMENTS_MAX + 1)).field == "task"
+
+
+@pytest.mark.parametrize(
+    ("draft", "field"),
+    [
+        (replace(DRAFT, rounds=replace(RULES, part_elements=300)), "rounds.part_elements"),
+        (replace(DRAFT, rounds=replace(RULES, presence_timeout_s=3.9)), "rounds.presence_timeout_s"),
+        (replace(DRAFT, training=Training(inner_steps=4, steps_min=5)), "training.steps_min"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(draft: Draft, field: str) -> None:
+    error = refuse_pieces(draft)
+    assert error.field == field and error.fix
+
+
+# -- signed manifests -----------------------------------------------------------------------------------------------
+
+
+def test_a_signed_manifest_comes_back_with_its_swarm_id() -> None:
+    assert read_manifest_untrusted(SIGNED) == (MANIFEST, SWARM)
+    assert read_manifest_untrusted(SIGNED, SWARM) == (MANIFEST, SWARM)
+    assert SWARM == blake3(encode_record(MANIFEST)).digest()
+    assert MANIFEST.quorum is QuorumRule.MAJORITY
+
+
+def test_every_change_makes_another_swarm() -> None:
+    changed = [
+        replace(MANIFEST, name="tinier"),
+        replace(MANIFEST, seed=2),
+        replace(MANIFEST, layout=flat(900)),
+        replace(MANIFEST, founders=PEERS[1:4]),
+        replace(MANIFEST, rounds=replace(RULES, grace_s=2.5)),
+    ]
+    assert len({SWARM, *(digest_record(one) for one in changed)}) == 6
+
+
+def test_a_manifest_of_another_swarm_is_refused() -> None:
+    error = refuse_signed(SIGNED, b"x" * 32)
+    assert error.refusal is Refusal.WRONG_SWARM
+    assert SWARM.hex()[:16] in error.detail
+
+
+def resign(manifest: Manifest, owner: Identity) -> bytes:
+    """What somebody else makes of it."""
+    raw = encode_record(manifest)
+    return encode_record(SignedManifest(manifest=raw, signature=owner.sign("manifest", blake3(raw).digest(), raw)))
+
+
+@pytest.mark.parametrize(
+    ("raw", "refusal"),
+    [
+        (b"", Refusal.MALFORMED),
+        (SIGNED[:-1], Refusal.MALFORMED),
+        (SIGNED + b"\x00", Refusal.MALFORMED),
+        (bytes(DELTA_BYTES_MAX + 1), Refusal.OVERSIZED),
+        (resign(MANIFEST, IDENTITIES[1]), Refusal.BAD_SIGNATURE),
+        (resign(replace(MANIFEST, founders=()), OWNER), Refusal.OUT_OF_RANGE),
+        (resign(replace(MANIFEST, owner=PeerId(b"short")), OWNER), Refusal.OUT_OF_RANGE),
+        (resign(replace(MANIFEST, rounds=replace(RULES, codec="zip")), OWNER), Refusal.OUT_OF_RANGE),
+        (resign(replace(MANIFEST, layout=flat(256 * PARTS_MAX + 1)), OWNER), Refusal.OUT_OF_RANGE),
+        (encode_record(SignedManifest(manifest=b"m", signature=bytes(64))), Refusal.MALFORMED),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused(raw: bytes, refusal: Refusal) -> None:
+    assert refuse_signed(raw).refusal is refusal
+
+
+def test_a_refused_field_of_a_manifest_is_named() -> None:
+    many = resign(replace(MANIFEST, layout=flat(256 * PARTS_MAX + 1)), OWNER)
+    assert refuse_signed(many).detail == f"manifest.rounds.part_elements makes {PARTS_MAX + 1} parts"
+    slow = resign(replace(MANIFEST, rounds=replace(RULES, grace_s=-1.0)), OWNER)
+    assert refuse_signed(slow).detail.startswith("Manifest.rounds.grace_s: value -1.0")
+
+
+def test_only_the_owner_signs() -> None:
+    with pytest.raises(AssertionError, match="only its owner"):
+        sign_manifest(MANIFEST, IDENTITIES[1])
+
+
+def test_round_0_is_the_manifest_voted_on_by_its_founders() -> None:
+    assert genesis_head(MANIFEST, SWARM, b"r" * 32) == Head(
+        round=0, digest=SWARM, state_root=b"r" * 32, voters=PEERS[:4]
+    )
+
+
+# -- URIs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bootstraps", [(), (BOOTSTRAP,), (BOOTSTRAP, "/dns4/example.org/tcp/1/p2p/x&y=z %+#")])
+def test_a_uri_comes_back(bootstraps: tuple[str, ...]) -> None:
+    uri = SwarmUri(swarm=SWARM, bootstraps=bootstraps)
+    assert parse_uri(str(uri)) == uri
+    assert parse_uri(f"  {uri}\n") == uri
+
+
+def test_a_uri_is_readable() -> None:
+    assert str(SwarmUri(swarm=SWARM, bootstraps=(BOOTSTRAP,))) == f"shoal://{SWARM.hex()}?bootstrap={BOOTSTRAP}"
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("", "scheme"),
+        ("http://example.org", "scheme"),
+        (SWARM.hex(), "scheme"),
+        ("shoal://", "swarm id"),
+        ("shoal://[", "URI"),
+        ("shoal://℀", "URI"),
+        (f"shoal://{SWARM.hex()[:-1]}", "swarm id"),
+        (f"shoal://{SWARM.hex()}00", "swarm id"),
+        (f"shoal://{'z' * 64}", "swarm id"),
+        (f"shoal://{SWARM.hex()}?boot={BOOTSTRAP}", "query"),
+        (f"shoal://{SWARM.hex()}?bootstrap={BOOTSTRAP}&x=1", "query"),
+        (f"shoal://{SWARM.hex()}?bootstrap=", "bootstrap"),
+        (f"shoal://{SWARM.hex()}?bootstrap=203.0.113.5:9460", "bootstrap"),
+        (f"shoal://{SWARM.hex()}?bootstrap=/ip4/203.0.113.5/tcp/9460", "bootstrap"),
+        (f"shoal://{SWARM.hex()}?" + "&".join([f"bootstrap={BOOTSTRAP}"] * (BOOTSTRAPS_MAX + 1)), "bootstrap"),
+    ],
+)
+def test_a_piece_of_a_uri_that_is_wrong_is_named(text: str, field: str) -> None:
+    error = refuse_uri(text)
+    assert error.field == field
+    assert error.fix
+
+
+def test_a_uri_error_says_what_was_given() -> None:
+    assert "'boot'" in refuse_uri(f"shoal://{SWARM.hex()}?boot=1").problem
+    assert "'/ip4/1.2.3.4'" in refuse_uri(f"shoal://{SWARM.hex()}?bootstrap=/ip4/1.2.3.4").problem
