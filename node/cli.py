@@ -69,6 +69,7 @@ def _make_parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show a running peer")
     status.add_argument("--watch", action="store_true", help="keep it up to date until Ctrl-C")
     status.add_argument("--json", action="store_true", help="one JSON object")
+    status.add_argument("--data-dir", type=Path, help="of the running peer; instead of --web-port")
     status.add_argument("--web-host", default="127.0.0.1")
     status.add_argument("--web-port", type=int, default=None)
     status.set_defaults(run=_run_status)
@@ -182,13 +183,16 @@ def set_up_log(level: str, style: str) -> None:
 
 def _run_status(options: argparse.Namespace) -> int:
     from shoal.node.config import WEB_PORT
+    from shoal.node.running import read_running
     from shoal.node.status import fetch_status
     from shoal.node.terminal import print_status, watch_status
 
-    port = options.web_port or WEB_PORT
+    host, port = options.web_host, options.web_port or WEB_PORT
+    if options.data_dir is not None:
+        host, port = read_running(options.data_dir)
     if options.watch:
-        return watch_status(lambda: fetch_status(options.web_host, port))
-    status = fetch_status(options.web_host, port)
+        return watch_status(lambda: fetch_status(host, port))
+    status = fetch_status(host, port)
     if options.json:
         print(status.to_json())
     else:
@@ -239,8 +243,10 @@ def _run_export(options: argparse.Namespace) -> int:
 
     model = read_certified_model(_data_dir(options.data_dir))
     write_model(model, options.out)
-    print(f"{options.out}: {model.params.size:,} parameters at round {model.head.round}")
-    print(f"state root {model.head.state_root.hex()}")
+    if model.is_snapshot:
+        print("the peer is running: this is its newest snapshot; stop it to export its newest round")
+    print(f"{options.out}: {model.params.size:,} parameters at round {model.round}")
+    print(f"state root {model.state_root.hex()}")
     return 0
 
 

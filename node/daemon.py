@@ -9,18 +9,14 @@ a path appears. After `run` returns no task, thread or process of it is left.
 
 import asyncio
 import contextlib
-import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from importlib.metadata import version
 
 import numpy as np
 
-from shoal.dht.addresses import parse_address
 from shoal.node.answers import Answers
 from shoal.node.blobs import BlobStore
 from shoal.node.catchup import CatchUp, CatchUpPorts
@@ -30,7 +26,6 @@ from shoal.node.control import (
     BootstrapFailed,
     ControlConfig,
     ControlHandlers,
-    ControlStopped,
 )
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
@@ -38,19 +33,21 @@ from shoal.node.intake import Intake, IntakePorts
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.ledger_sync import RECONCILE_ERRORS, LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
-from shoal.node.link_port import Address, LinkConfig, LinkEnd
+from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState, Stores
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
-from shoal.node.membership import Membership, MembershipPorts
+from shoal.node.membership import CLOCK_SKEW_WARN_S, Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
 from shoal.node.metrics import Metrics, Plane
+from shoal.node.own_presence import OwnPresence
 from shoal.node.peer_book_file import load_peer_book, save_peer_book
 from shoal.node.reach import Reach
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
+from shoal.node.running import forget_running, note_running
 from shoal.node.snapshots import SnapshotStore
-from shoal.node.status import TrainerState
+from shoal.node.task_set import TaskSet
 from shoal.node.trainer import SharedParameters, TrainerProcess
 from shoal.node.training.messages import Ready as TrainerReady
 from shoal.node.web import WebServer, WebSources
@@ -65,8 +62,6 @@ from shoal.protocol.messages import (
     Certified,
     Presence,
     Ready,
-    SignedReady,
-    sign_message,
     sign_ready,
 )
 from shoal.protocol.outer_step import rounds_as_specified
@@ -77,10 +72,8 @@ from shoal.protocol.rounds import RoundCore
 
 LEAVE_TIMEOUT_S = 10.0
 RECONCILE_PERIOD_S = 10.0
-TASKS_MAX = 4096
 DISK_PERIOD_S = 10.0
 PEER_BOOK_FILE = "peers.book"
-RUNNING_FILE = "running.json"
 
 log = logging.getLogger("shoal")
 
@@ -93,12 +86,11 @@ class Daemon:
         self.identity = identity
         self.me = identity.peer
         self._incarnation = incarnation
-        self._sequence = 0
+        self._clock_told = False
         self._stop = asyncio.Event()
         self._head_moved = asyncio.Event()
-        self._tasks: set[asyncio.Task[object]] = set()
-        self._signed_ready: SignedReady | None = None
-        self._leaving = False
+        self._tasks = TaskSet()
+        self._spawn = self._tasks.spawn
         self.reporter = Reporter(Metrics(), HappeningFeed())
         self.web_port = 0
 
@@ -121,7 +113,7 @@ class Daemon:
             self._signed_manifest = signed
             await self._assemble(signed, choice.swarm)
             await self._serve()
-            self._note_running()
+            note_running(self.config.data_path, self.config.web.host, self.web_port)
             on_ready(self)
             await self._stop.wait()
             await self._leave()
@@ -221,7 +213,7 @@ class Daemon:
             address_of=self._address_of,
             pump=self.driver.pump,
             now=loop.time,
-            link_lost=self._link_lost,
+            link_lost=lambda peer, reason: log.debug("tensor link to %s ended: %s", short_peer_id(peer), reason),
             refusal=lambda peer, refusal: self.reporter.metrics.refusals[refusal, Plane.TENSOR].add(),
             spawn=self._spawn,
         )
@@ -261,7 +253,7 @@ class Daemon:
             book=load_peer_book(self.config.data_path / PEER_BOOK_FILE, self.me),
             presence_period_s=rounds.presence_period_s,
             ports=MembershipPorts(
-                describe=self._describe,
+                describe=lambda: self.presence.describe(),
                 observed=self._observed,
                 lost=self._lost,
                 misbehaved=self.intake.misbehaved,
@@ -289,12 +281,22 @@ class Daemon:
         """Let everything run."""
         config = self.config
         try:
-            self._tensor_host, self._tensor_port = await self.links.start()
+            bound = await self.links.start()
         except OSError as error:
             problem = f"port {config.tensor.port} of {config.tensor.host} cannot be listened on: {error.strerror}"
             raise ConfigError(
                 "tensor.port", problem, "stop the other program, or give --tensor-port another"
             ) from error
+        self.presence = OwnPresence(
+            config=config,
+            identity=self.identity,
+            swarm=self.swarm,
+            incarnation=self._incarnation,
+            control=self.control,
+            core=self.core,
+            compute=self.compute,
+            tensor=bound,
+        )
         manifest_uri = SwarmUri(swarm=self.swarm, bootstraps=self.control.addresses()[:4])
         answers = Answers(
             swarm=self.swarm,
@@ -350,16 +352,11 @@ class Daemon:
         if config.node.role == TRAINER:
             self._spawn(self.compute.start())
 
-    def _note_running(self) -> None:
-        """Where `shoal status --data-dir` finds this daemon."""
-        note = {"pid": os.getpid(), "web": f"{self.config.web.host}:{self.web_port}"}
-        (self.config.data_path / RUNNING_FILE).write_text(json.dumps(note), encoding="utf-8")
-
     # -- stop --------------------------------------------------------------------------------------------------------
 
     async def _leave(self) -> None:
         """Say so, see the round in work to its end, and let the others vote without this peer."""
-        self._leaving = self.reporter.leaving = True
+        self.presence.leaving = self.reporter.leaving = True
         self.reporter.happen(HappeningKind.PEER_LOST, "leaving the swarm")
         if self.config.node.role == TRAINER:
             await self.compute.stop()
@@ -390,14 +387,12 @@ class Daemon:
             save_peer_book(self.config.data_path / PEER_BOOK_FILE, self.membership.book)
         if hasattr(self, "compute") and self.config.node.role == TRAINER:
             await self.compute.stop()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.end()
         if hasattr(self, "state"):
             await self.state.finish()
         if hasattr(self, "web"):
             await self.web.stop()
-            (self.config.data_path / RUNNING_FILE).unlink(missing_ok=True)
+            forget_running(self.config.data_path)
         if hasattr(self, "links"):
             await self.links.stop()
         if hasattr(self, "control"):
@@ -408,57 +403,7 @@ class Daemon:
             assert self._memory is not None
             self._memory.close()
 
-    def _spawn(self, work: Coroutine[object, object, object]) -> None:
-        if len(self._tasks) >= TASKS_MAX:
-            work.close()
-            log.error("more than %d things are under way at once: one is dropped", TASKS_MAX)
-            return
-        task = asyncio.get_running_loop().create_task(self._guard(work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _guard(self, work: Coroutine[object, object, object]) -> None:
-        try:
-            await work
-        except ControlStopped:
-            log.debug("%s ended with the control plane", getattr(work, "__qualname__", work))
-        except Exception:  # the top of the daemon: a defect here must be seen, and the rest goes on
-            log.exception("a defect in %s; please report it with this trace", getattr(work, "__qualname__", work))
-
     # -- presence ----------------------------------------------------------------------------------------------------
-
-    def _describe(self) -> Presence:
-        self._sequence += 1
-        head = self.core.head
-        ready = self._signed_ready
-        live = ready is not None and ready.ready.round == self.core.round and not self._leaving
-        presence = Presence(
-            peer=self.me,
-            incarnation=self._incarnation,
-            sequence=self._sequence,
-            sent_at_s=time.time(),
-            agent=f"shoal/{version('shoal')} {self.config.node.name}".strip(),
-            trains=self.config.node.role == TRAINER and self.compute.phase is not TrainerState.STOPPED,
-            leaving=self._leaving,
-            head_round=head.round,
-            head_digest=head.digest,
-            state_root=head.state_root,
-            phase=self.core.phase.value,
-            tensor_addresses=self._tensor_addresses(),
-            control_addresses=self.control.addresses()[:8],
-            tokens_per_s=self.compute.progress.tokens_per_s if self.compute.progress else 0.0,
-            ready=ready if live else None,
-        )
-        return sign_message(self.identity, self.swarm, presence)
-
-    def _tensor_addresses(self) -> tuple[str, ...]:
-        if self.config.tensor.announce_host is not None:
-            hosts: tuple[str, ...] = (self.config.tensor.announce_host,)
-        elif self._tensor_host not in ("0.0.0.0", "::"):
-            hosts = (self._tensor_host,)
-        else:
-            hosts = tuple(parse_address(text).host for text in self.control.addresses())
-        return tuple(dict.fromkeys(f"{host}:{self._tensor_port}" for host in hosts))[:8]
 
     def _address_of(self, peer: PeerId) -> Address | None:
         known = self.membership.table.newest(peer)
@@ -473,12 +418,20 @@ class Daemon:
         self.driver.pump()
         if first:
             self.reporter.happen(HappeningKind.PEER_JOINED, f"{self.reporter.name_of(presence.peer)} is here")
+        self._check_clock()
         head = self.core.head
         if presence.head_round == head.round and presence.state_root != head.state_root:
             detail = (
                 f"round {head.round} has root {presence.state_root.hex()[:16]} there, {head.state_root.hex()[:16]} here"
             )
             self.intake.misbehaved(presence.peer, ProtocolError(Refusal.WRONG_BASE, detail))
+
+    def _check_clock(self) -> None:
+        skew_s = self.reporter.clock_skew_s()
+        if skew_s > CLOCK_SKEW_WARN_S and not self._clock_told:
+            self._clock_told = True
+            text = f"{Failure.CLOCK_SKEW}: most peers' clocks differ from this one's by {skew_s:.0f} s; set the clock"
+            self.reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
 
     def _lost(self, lost: PeerLost) -> None:
         known = self.membership.table.newest(lost.peer)
@@ -488,8 +441,8 @@ class Daemon:
 
     def _offer_again(self) -> None:
         """The READY that stands says that this peer owns nothing: say it anew, for as long as no plan uses it."""
-        signed, frozen = self._signed_ready, self.exchange.frozen
-        if signed is None or frozen is None or self._leaving:
+        signed, frozen = self.presence.ready, self.exchange.frozen
+        if signed is None or frozen is None or self.presence.leaving:
             return
         if signed.ready.round == self.core.round and self.core.phase is Phase.GATHER and not signed.ready.owns:
             self._publish_ready(replace(signed.ready, owns=True), frozen)
@@ -501,9 +454,6 @@ class Daemon:
     def _peer_disconnected(self, peer: PeerId) -> None:
         if self.intake.is_open:
             self.membership.connection_lost(peer)
-
-    def _link_lost(self, peer: PeerId, reason: LinkEnd) -> None:
-        log.debug("tensor link to %s ended: %s", short_peer_id(peer), reason)
 
     def _bootstrap_failed(self, failed: BootstrapFailed) -> None:
         if failed.attempts == 1:
@@ -537,7 +487,7 @@ class Daemon:
 
     def _offer(self, frozen: Frozen, ready: TrainerReady) -> None:
         """The trainer's work is frozen and encoded: become ready."""
-        if self._leaving or frozen.round != self.core.round or self.core.phase is Phase.APPLY:
+        if self.presence.leaving or frozen.round != self.core.round or self.core.phase is Phase.APPLY:
             return
         head = self.core.head
         alone = not self.membership.table.live()
@@ -556,7 +506,7 @@ class Daemon:
         signed = sign_ready(self.identity, self.swarm, said)
         offer = Offer(signed=signed, digests=frozen.digests)
         if self.core.offer(offer, asyncio.get_running_loop().time()):
-            self._signed_ready, self.exchange.frozen = signed, frozen
+            self.presence.ready, self.exchange.frozen = signed, frozen
             self.membership.announce()
         self.driver.pump()
 
@@ -568,8 +518,8 @@ class Daemon:
         frozen = self.exchange.frozen
         if frozen is not None and frozen.round == result.round and self.me in members:
             included = self.state.contributor.settle(frozen, result, members.index(self.me))
-        self._signed_ready = None
-        if self.config.node.role == TRAINER and not self._leaving:
+        self.presence.ready = None
+        if self.config.node.role == TRAINER and not self.presence.leaving:
             await self.compute.committed(result, included)
         self.reporter.joined = True
         self.reporter.committed(result, bool(included))
@@ -616,7 +566,7 @@ class Daemon:
         return tuple(peer for peer, presence in live.items() if presence.head_round >= number)
 
     def _installed(self, head: Head) -> None:
-        self._signed_ready = None
+        self.presence.ready = None
         self.reporter.joined = True
         self.driver.jump(head)
         self.reporter.happen(HappeningKind.CATCH_UP, f"took over the snapshot of round {head.round}")

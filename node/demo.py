@@ -8,7 +8,6 @@ Invariant: every figure of the report is read from the peers (status, certificat
 process that the demo started has ended when it returns.
 """
 
-import json
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from shoal.node.demo_report import DemoRecord, finish_report
 from shoal.node.happenings import Happening, HappeningKind, Severity
+from shoal.node.running import read_running
 from shoal.node.status import Status, StatusError, TrainerState, fetch_status
 from shoal.node.terminal import DemoPeer, DemoScreen, DemoView, PeerMark, open_demo_screen
 from shoal.protocol.effects import Phase
@@ -62,22 +62,15 @@ class Peer:
         if self.mark in (PeerMark.KILLED, PeerMark.LEFT):
             return
         if self.web is None:
-            self.web = _read_web(self.folder)
-        if self.web is None:
-            return
+            try:
+                self.web = read_running(self.folder)
+            except ConfigError:
+                return
         try:
             self.status = fetch_status(*self.web, timeout_s=2.0)
         except (InputError, StatusError):
             return
         self.roots[self.status.round.round - 1] = self.status.round.state_root
-
-
-def _read_web(folder: Path) -> tuple[str, int] | None:
-    try:
-        host, _, port = json.loads((folder / "running.json").read_text())["web"].rpartition(":")
-    except (OSError, ValueError, KeyError):
-        return None
-    return host, int(port)
 
 
 def run_demo(options: DemoOptions) -> int:

@@ -1,6 +1,6 @@
 """From a peer's disk to a model file: the certified parameters as named tensors in safetensors.
 
-Works on a stopped peer's data folder; a running daemon holds its own store, so the newest snapshot is taken then.
+A running daemon holds its store for itself; then its newest snapshot is taken.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from shoal.node.blobs import BlobStore
-from shoal.node.ledger_store import LedgerStore
+from shoal.node.ledger_store import LedgerStore, StoreError
 from shoal.node.local_state import LocalState, Stores
 from shoal.node.manifest_source import MANIFEST_FILE, read_manifest_file
 from shoal.node.snapshots import SnapshotStore
 from shoal.protocol.codecs import Float32s
-from shoal.protocol.errors import ConfigError
+from shoal.protocol.errors import ConfigError, Failure
 from shoal.protocol.layout import Layout
 from shoal.protocol.manifest import Manifest, read_manifest_untrusted
-from shoal.protocol.quorum import Head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +25,14 @@ class CertifiedModel:
     """The state at a certified round, as this disk can prove it."""
 
     manifest: Manifest
-    head: Head
+    round: int
+    state_root: bytes
     params: Float32s
+    is_snapshot: bool = False  # the peer is running, and this is what it last wrote down
 
 
 def read_certified_model(data_dir: Path) -> CertifiedModel:
-    """The newest certified state in a stopped peer's folder; raises ConfigError or StoreError."""
+    """The newest certified state in a peer's folder; raises ConfigError or StoreError."""
     path = data_dir / MANIFEST_FILE
     if not path.exists():
         fix = "give the --data-dir of a peer that has taken part in a swarm"
@@ -39,15 +40,29 @@ def read_certified_model(data_dir: Path) -> CertifiedModel:
     signed, swarm = read_manifest_file(path)
     manifest, _ = read_manifest_untrusted(signed, swarm)
     params, momentum = (np.zeros(manifest.layout.elements, np.float32) for _ in range(2))
-    with LedgerStore.open(data_dir / "ledger.sqlite") as ledger:
-        stores = Stores(
-            ledger=ledger,
-            blobs=BlobStore(data_dir / "blobs"),
-            snapshots=SnapshotStore(data_dir / "snapshots"),
-            snapshots_kept=1,
-        )
+    snapshots = SnapshotStore(data_dir / "snapshots")
+    try:
+        ledger = LedgerStore.open(data_dir / "ledger.sqlite")
+    except StoreError as error:
+        if error.failure is not Failure.STORE_IN_USE:
+            raise
+        return _read_snapshot(manifest, snapshots, params, momentum)
+    with ledger:
+        stores = Stores(ledger=ledger, blobs=BlobStore(data_dir / "blobs"), snapshots=snapshots, snapshots_kept=1)
         head = LocalState(manifest, swarm, stores, params, momentum).restore_now()
-    return CertifiedModel(manifest=manifest, head=head, params=params)
+    return CertifiedModel(manifest=manifest, round=head.round, state_root=head.state_root, params=params)
+
+
+def _read_snapshot(
+    manifest: Manifest, snapshots: SnapshotStore, params: Float32s, momentum: Float32s
+) -> CertifiedModel:
+    for number in reversed(snapshots.rounds()):
+        snapshot = snapshots.get(number)
+        if snapshot is not None and snapshots.read(number, params, momentum):
+            root = snapshot.index.root
+            return CertifiedModel(manifest=manifest, round=number, state_root=root, params=params, is_snapshot=True)
+    fix = "wait for its first snapshot, or stop it"
+    raise ConfigError("--data-dir", "the peer is running and has written no snapshot yet", fix)
 
 
 def split_tensors(layout: Layout, params: Float32s) -> dict[str, Float32s]:
@@ -64,8 +79,8 @@ def write_model(model: CertifiedModel, out: Path) -> None:
         "format": "pt",
         "task": model.manifest.task.kind,
         "task_options": model.manifest.task.options,
-        "round": str(model.head.round),
-        "state_root": model.head.state_root.hex(),
+        "round": str(model.round),
+        "state_root": model.state_root.hex(),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".partial")

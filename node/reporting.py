@@ -20,7 +20,7 @@ from shoal.node.happenings import REMEDIES, Happening, HappeningFeed, HappeningK
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
-from shoal.node.membership import Membership
+from shoal.node.membership import CLOCK_SKEW_WARN_S, Membership
 from shoal.node.metrics import Direction, Metrics, PeerState, Plane
 from shoal.node.status import (
     CatchUpStatus,
@@ -344,8 +344,8 @@ class Reporter:
         found = []
         if self.disk_failed:
             found.append(f"{Failure.DISK_FULL}: {self.disk_failed}; {REMEDIES[Failure.DISK_FULL]}")
-        skew = self._clock_skew_s()
-        if skew > 30:
+        skew = self.clock_skew_s()
+        if skew > CLOCK_SKEW_WARN_S:
             found.append(
                 f"{Failure.CLOCK_SKEW}: most peers' clocks differ by {skew:.0f} s; {REMEDIES[Failure.CLOCK_SKEW]}"
             )
@@ -355,7 +355,8 @@ class Reporter:
             found.append("this peer's ledger chain has two branches: start it with a new identity")
         return tuple(found)
 
-    def _clock_skew_s(self) -> float:
+    def clock_skew_s(self) -> float:
+        """The median difference between live peers' clocks and this one's."""
         skews = sorted(abs(skew) for skew in self.subjects.membership.clock_skew_s.values())
         return skews[len(skews) // 2] if skews else 0.0
 
@@ -372,7 +373,7 @@ class Reporter:
         status = self._round_status(live)
         metrics.voters.set(status.voters)
         metrics.voters_live.set(status.voters_live)
-        metrics.clock_skew_s.set(self._clock_skew_s())
+        metrics.clock_skew_s.set(self.clock_skew_s())
         compute = one.compute
         if compute.loss is not None:
             metrics.loss.set(compute.loss)

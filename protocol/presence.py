@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
-from shoal.protocol.messages import Presence, verify_message
+from shoal.protocol.messages import Presence, verify_message, verify_ready
 
 PEERS_MAX = 1024
 
@@ -49,8 +49,11 @@ class PresenceTable:
         if known and (presence.incarnation, presence.sequence) <= (known.incarnation, known.sequence):
             return None
         verify_message(presence.peer, self._swarm, presence)
-        if presence.ready and presence.ready.peer != presence.peer:
-            raise ProtocolError(Refusal.WRONG_PEER, "a presence carries the READY of another peer")
+        if presence.ready:
+            if presence.ready.peer != presence.peer:
+                raise ProtocolError(Refusal.WRONG_PEER, "a presence carries the READY of another peer")
+            # A proposer answers for the READYs that it plans with, so none may get that far with a bad signature.
+            verify_ready(self._swarm, presence.ready)
         if known is None and len(self._newest) >= PEERS_MAX:
             self._drop_oldest_dead()
         first = presence.peer not in self._deadlines

@@ -1,0 +1,69 @@
+"""The presence that this peer publishes: who it is, where it can be reached, where it stands.
+
+Invariant: every description has a higher (incarnation, sequence) than the one before, across restarts.
+"""
+
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from shoal.dht.addresses import parse_address
+from shoal.node.compute import Compute
+from shoal.node.config import TRAINER, NodeConfig
+from shoal.node.control import ControlPlane
+from shoal.node.status import TrainerState
+from shoal.protocol.identity import Identity
+from shoal.protocol.messages import ADDRESSES_MAX, Presence, SignedReady, sign_message
+from shoal.protocol.rounds import RoundCore
+
+
+@dataclass(slots=True, kw_only=True)
+class OwnPresence:
+    """`ready` is the READY of the open round, `tensor` the bound host and port of the tensor links."""
+
+    config: NodeConfig
+    identity: Identity
+    swarm: bytes
+    incarnation: int
+    control: ControlPlane
+    core: RoundCore
+    compute: Compute
+    tensor: tuple[str, int]
+    ready: SignedReady | None = None
+    leaving: bool = False
+    sequence: int = 0
+
+    def describe(self) -> Presence:
+        """The presence as of now, signed."""
+        self.sequence += 1
+        head = self.core.head
+        progress = self.compute.progress
+        stands = self.ready is not None and self.ready.ready.round == self.core.round and not self.leaving
+        presence = Presence(
+            peer=self.identity.peer,
+            incarnation=self.incarnation,
+            sequence=self.sequence,
+            sent_at_s=time.time(),
+            agent=f"shoal/{version('shoal')} {self.config.node.name}".strip(),
+            trains=self.config.node.role == TRAINER and self.compute.phase is not TrainerState.STOPPED,
+            leaving=self.leaving,
+            head_round=head.round,
+            head_digest=head.digest,
+            state_root=head.state_root,
+            phase=self.core.phase.value,
+            tensor_addresses=self._tensor_addresses(),
+            control_addresses=self.control.addresses()[:ADDRESSES_MAX],
+            tokens_per_s=progress.tokens_per_s if progress else 0.0,
+            ready=self.ready if stands else None,
+        )
+        return sign_message(self.identity, self.swarm, presence)
+
+    def _tensor_addresses(self) -> tuple[str, ...]:
+        host, port = self.tensor
+        if self.config.tensor.announce_host is not None:
+            hosts: tuple[str, ...] = (self.config.tensor.announce_host,)
+        elif host not in ("0.0.0.0", "::"):
+            hosts = (host,)
+        else:
+            hosts = tuple(parse_address(text).host for text in self.control.addresses())
+        return tuple(dict.fromkeys(f"{one}:{port}" for one in hosts))[:ADDRESSES_MAX]

@@ -1,0 +1,131 @@
+"""What a peer holds of the others' contributions, and whom it no longer waits for."""
+
+from dataclasses import replace
+
+import pytest
+
+from shoal.protocol import exchange as module
+from shoal.protocol.errors import Failure, ProtocolError, Refusal
+from shoal.protocol.exchange import Collection, Inbox, Missing, list_delivered, list_missing, sender_deadline
+from shoal.protocol.messages import Plan, contribution_root
+from shoal.protocol.proposer import make_plan
+from tests.unit.protocol.samples import PARTS, PEERS, make_digests, make_head, make_ready
+
+HEAD = make_head()
+SILENCE_MAX_S = 3.0
+DIGESTS = [make_digests(f"{number}") for number in range(4)]
+OTHER = make_digests("another contribution of the same peer")
+
+
+@pytest.fixture
+def plan() -> Plan:
+    made = make_plan(HEAD, 0, "int8", {PEERS[number]: make_ready(number, HEAD) for number in range(4)}, PARTS)
+    assert made is not None
+    return made
+
+
+@pytest.fixture
+def inbox() -> Inbox:
+    return Inbox(parts=PARTS)
+
+
+def deliver(inbox: Inbox, number: int, part: int, now: float = 0.0) -> None:
+    inbox.take_digests(PEERS[number], DIGESTS[number], now)
+    inbox.take_part(PEERS[number], part, DIGESTS[number][part], now)
+
+
+@pytest.mark.parametrize("parts", [0, PARTS - 1, PARTS + 1])
+def test_a_contribution_of_another_length_is_refused(inbox: Inbox, parts: int) -> None:
+    with pytest.raises(ProtocolError, match=f"{parts} parts, not {PARTS}") as caught:
+        inbox.take_digests(PEERS[1], make_digests("x", parts), 0.0)
+    assert caught.value.refusal is Refusal.WRONG_LENGTH
+    assert inbox.digests == {}
+
+
+def test_a_part_is_checked_before_it_is_read(inbox: Inbox) -> None:
+    assert inbox.check_part(PEERS[1], PARTS, DIGESTS[1][0]) is Refusal.OUT_OF_RANGE
+    assert inbox.check_part(PEERS[1], 0, OTHER[0]) is None, "before its digests are known it may be anything"
+    inbox.take_digests(PEERS[1], DIGESTS[1], 0.0)
+    assert inbox.check_part(PEERS[1], 0, OTHER[0]) is Refusal.WRONG_DIGEST
+    assert inbox.check_part(PEERS[1], 1, DIGESTS[1][0]) is Refusal.WRONG_DIGEST
+    assert inbox.check_part(PEERS[1], 0, DIGESTS[1][0]) is None
+    inbox.take_part(PEERS[1], 0, DIGESTS[1][0], 0.0)
+    assert inbox.check_part(PEERS[1], 0, DIGESTS[1][0]) is Refusal.DUPLICATE
+    assert inbox.check_part(PEERS[1], 1, DIGESTS[1][1]) is None
+
+
+def test_the_number_of_open_contributions_is_bounded(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROSTER_MAX", 2)
+    for number in (0, 1):
+        deliver(inbox, number, 0)
+    with pytest.raises(ProtocolError) as caught:
+        inbox.take_digests(PEERS[2], DIGESTS[2], 0.0)
+    assert caught.value.refusal is Refusal.LIMIT
+    assert inbox.check_part(PEERS[2], 0, DIGESTS[2][0]) is Refusal.LIMIT
+    inbox.take_digests(PEERS[1], OTHER, 0.0)
+    assert inbox.check_part(PEERS[1], 0, OTHER[0]) is None
+
+
+def test_a_part_counts_only_under_the_signed_root(inbox: Inbox) -> None:
+    root, other_root = contribution_root(DIGESTS[1]), contribution_root(OTHER)
+    inbox.take_part(PEERS[1], 0, DIGESTS[1][0], 0.0)
+    assert not inbox.has_part(PEERS[1], 0, root), "the digests behind the root are not known yet"
+    inbox.take_digests(PEERS[1], DIGESTS[1], 0.0)
+    assert inbox.has_part(PEERS[1], 0, root)
+    assert not inbox.has_part(PEERS[1], 1, root)
+    assert not inbox.has_part(PEERS[1], 0, other_root)
+
+
+def test_a_second_contribution_replaces_the_first(inbox: Inbox) -> None:
+    deliver(inbox, 1, 0)
+    inbox.take_digests(PEERS[1], OTHER, 0.0)
+    assert not inbox.has_part(PEERS[1], 0, contribution_root(DIGESTS[1]))
+    assert not inbox.has_part(PEERS[1], 0, contribution_root(OTHER)), "its part has not come yet"
+    inbox.take_part(PEERS[1], 0, OTHER[0], 0.0)
+    assert inbox.has_part(PEERS[1], 0, contribution_root(OTHER))
+
+
+def test_parts_are_listed_in_roster_order_however_they_came(inbox: Inbox, plan: Plan) -> None:
+    for number in (3, 0, 2):
+        deliver(inbox, number, 1)
+    assert list_delivered(plan, 1, inbox) == (0, 2, 3)
+    assert list_delivered(plan, 0, inbox) == ()
+
+
+def test_a_contribution_that_the_plan_does_not_know_is_not_delivered(inbox: Inbox, plan: Plan) -> None:
+    inbox.take_digests(PEERS[1], OTHER, 0.0)
+    inbox.take_part(PEERS[1], 0, OTHER[0], 0.0)
+    assert list_delivered(plan, 0, inbox) == ()
+
+
+def test_lost_and_silent_senders_are_given_up_and_others_waited_for(inbox: Inbox, plan: Plan) -> None:
+    collection = Collection(part=0, started_s=10.0)
+    deliver(inbox, 0, 0, 10.0)
+    lost = frozenset({PEERS[1]})
+    assert list_missing(plan, collection, inbox, lost, SILENCE_MAX_S, 12.9) == (
+        [Missing(index=1, reason=Failure.SENDER_LOST)],
+        [2, 3],
+    )
+    missing, pending = list_missing(plan, collection, inbox, lost, SILENCE_MAX_S, 13.0)
+    assert [(one.index, one.reason) for one in missing] == [
+        (1, Failure.SENDER_LOST),
+        (2, Failure.SENDER_SLOW),
+        (3, Failure.SENDER_SLOW),
+    ]
+    assert pending == []
+
+
+def test_what_a_lost_sender_delivered_before_counts(inbox: Inbox, plan: Plan) -> None:
+    deliver(inbox, 1, 0)
+    missing, pending = list_missing(plan, Collection(part=0, started_s=0.0), inbox, frozenset(PEERS), 3.0, 0.0)
+    assert [one.index for one in missing] == [0, 2, 3]
+    assert pending == []
+
+
+def test_any_part_of_a_sender_starts_its_clock_anew(inbox: Inbox) -> None:
+    collection = Collection(part=0, started_s=10.0)
+    assert sender_deadline(PEERS[1], collection, inbox, SILENCE_MAX_S) == 13.0
+    deliver(inbox, 1, 3, now=12.0)
+    assert sender_deadline(PEERS[1], collection, inbox, SILENCE_MAX_S) == 15.0
+    later = replace(collection, started_s=20.0)
+    assert sender_deadline(PEERS[1], later, inbox, SILENCE_MAX_S) == 23.0
