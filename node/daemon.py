@@ -141,7 +141,7 @@ class Daemon:
             on_request=self.intake.answer,
             on_presence=self.intake.take_presence,
             on_peer_connected=self._peer_connected,
-            on_peer_lost=self._peer_disconnected,
+            on_peer_lost=lambda peer: self.membership.connection_lost(peer) if self.intake.is_open else None,
             on_misbehaviour=self.intake.misbehaved,
             on_bootstrap_failed=self._bootstrap_failed,
             on_crashed=self._control_crashed,
@@ -297,7 +297,6 @@ class Daemon:
             compute=self.compute,
             tensor=bound,
         )
-        manifest_uri = SwarmUri(swarm=self.swarm, bootstraps=self.control.addresses()[:4])
         answers = Answers(
             swarm=self.swarm,
             signed_manifest=self._signed_manifest,
@@ -315,22 +314,7 @@ class Daemon:
             spawn=self._spawn,
         )
         self.reach = Reach(self.swarm, self.control, self.links, lambda: tuple(self.membership.table.live()))
-        self.reporter.joined = self.core.head.round > 0 or self.me in self.core.head.voters
-        self.reporter.subjects = Subjects(
-            config=config,
-            me=self.me,
-            swarm=self.swarm,
-            manifest=self.manifest,
-            uri=str(manifest_uri),
-            core=self.core,
-            state=self.state,
-            exchange=self.exchange,
-            links=self.links,
-            ledger=self.ledger,
-            membership=self.membership,
-            compute=self.compute,
-            catch_up=self.catch_up,
-        )
+        self._begin_reports()
         sources = WebSources(
             status=self.reporter.build_status, metrics=self.reporter.render_metrics, feed=self.reporter.feed
         )
@@ -351,6 +335,25 @@ class Daemon:
             self._peer_connected(one.peer)
         if config.node.role == TRAINER:
             self._spawn(self.compute.start())
+
+    def _begin_reports(self) -> None:
+        manifest_uri = SwarmUri(swarm=self.swarm, bootstraps=self.control.addresses()[:4])
+        self.reporter.joined = self.core.head.round > 0 or self.me in self.core.head.voters
+        self.reporter.subjects = Subjects(
+            config=self.config,
+            me=self.me,
+            swarm=self.swarm,
+            manifest=self.manifest,
+            uri=str(manifest_uri),
+            core=self.core,
+            state=self.state,
+            exchange=self.exchange,
+            links=self.links,
+            ledger=self.ledger,
+            membership=self.membership,
+            compute=self.compute,
+            catch_up=self.catch_up,
+        )
 
     # -- stop --------------------------------------------------------------------------------------------------------
 
@@ -381,9 +384,8 @@ class Daemon:
     async def _shut_down(self) -> None:
         if hasattr(self, "intake"):
             self.intake.close()
-        if hasattr(self, "driver"):
+        if hasattr(self, "membership"):  # everything was assembled
             self.driver.stop()
-        if hasattr(self, "membership"):
             save_peer_book(self.config.data_path / PEER_BOOK_FILE, self.membership.book)
         if hasattr(self, "compute") and self.config.node.role == TRAINER:
             await self.compute.stop()
@@ -450,10 +452,6 @@ class Daemon:
     def _peer_connected(self, peer: PeerId) -> None:
         if self.intake.is_open:
             self.membership.connection_opened(peer)
-
-    def _peer_disconnected(self, peer: PeerId) -> None:
-        if self.intake.is_open:
-            self.membership.connection_lost(peer)
 
     def _bootstrap_failed(self, failed: BootstrapFailed) -> None:
         if failed.attempts == 1:

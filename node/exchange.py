@@ -28,7 +28,8 @@ from shoal.protocol.frames import FrameHeader, FrameKind
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.replica import make_reduction
-from shoal.protocol.rounds import RESEND_AFTER, RESENDS_MAX, RoundCore
+from shoal.protocol.round_state import RESEND_AFTER, RESENDS_MAX
+from shoal.protocol.rounds import RoundCore
 
 SEND_TRIES = 3
 SEND_RETRY_S = 0.5

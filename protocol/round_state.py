@@ -7,16 +7,23 @@ begins, everything of one attempt when the next attempt is entered, so nothing s
 from dataclasses import dataclass
 
 from shoal.protocol.effects import Effect, Phase, PhaseEntered, Send, VoteRecord
-from shoal.protocol.errors import Failure
+from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.exchange import Collection, Inbox, sender_deadline
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Rounds
-from shoal.protocol.messages import ROUND_MESSAGES, Certificate, Plan, Presence, Proposal, SignedReady
+from shoal.protocol.messages import ROUND_MESSAGES, Certificate, Certified, Plan, Presence, Proposal, SignedReady
 from shoal.protocol.proposer import Lead
 from shoal.protocol.quorum import Head, QuorumRule, proposer_order
 
 BACKOFF_MAX = 4.0
 BACKOFF_FACTOR = 1.5
+EARLY_MESSAGES_MAX = 256  # messages of the next round that are kept while this one is applied
+FETCH_DELAY_S = 1.0  # how long a missing result part may still be under way before it is asked for
+FETCH_RETRY_S = 5.0
+BEHIND_RETRY_S = 2.0
+# A part may overtake the plan that makes it welcome. The sender is told and sends it again, so often.
+RESEND_AFTER = (Refusal.NOT_A_MEMBER, Refusal.WRONG_ROUND)
+RESENDS_MAX = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,3 +218,18 @@ class RoundState:
             ready = self._ready_members()
             return tuple(sorted(peer for peer, known in self._members.items() if known.trains and peer not in ready))
         return (self._proposer(),)
+
+
+PHASE_TIMEOUTS: dict[Phase, Failure] = {
+    Phase.PREPARE: Failure.NO_QUORUM,
+    Phase.GATHER: Failure.PROPOSER_SILENT,
+    Phase.EXCHANGE: Failure.EXCHANGE_TIMEOUT,
+    Phase.COMMIT: Failure.COMMIT_TIMEOUT,
+}
+
+
+def round_of(message: ROUND_MESSAGES) -> int:
+    """The round that a message is about."""
+    if isinstance(message, Certified):
+        return message.certificate.result.round
+    return message.result.round if isinstance(message, Proposal) else message.round

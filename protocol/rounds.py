@@ -73,15 +73,17 @@ from shoal.protocol.quorum import (
     make_bitmap,
     quorum_size,
 )
-from shoal.protocol.round_state import Offer, RoundState, Setting
-
-EARLY_MESSAGES_MAX = 256  # messages of the next round that are kept while this one is applied
-FETCH_DELAY_S = 1.0  # how long a missing result part may still be under way before it is asked for
-FETCH_RETRY_S = 5.0
-BEHIND_RETRY_S = 2.0
-# A part may overtake the plan that makes it welcome. The sender is told and sends it again, so often.
-RESEND_AFTER = (Refusal.NOT_A_MEMBER, Refusal.WRONG_ROUND)
-RESENDS_MAX = 6
+from shoal.protocol.round_state import (
+    BEHIND_RETRY_S,
+    EARLY_MESSAGES_MAX,
+    FETCH_DELAY_S,
+    FETCH_RETRY_S,
+    PHASE_TIMEOUTS,
+    Offer,
+    RoundState,
+    Setting,
+    round_of,
+)
 
 
 class RoundCore(RoundState):
@@ -134,7 +136,7 @@ class RoundCore(RoundState):
 
     def receive(self, message: ROUND_MESSAGES, sender: PeerId, now: float) -> None:
         """Take a message from an authenticated peer; raises ProtocolError for one that it must not send."""
-        number = _round_of(message)
+        number = round_of(message)
         if number < self.round or (self._decided and number == self.round):
             self._answer_late(message, number, sender)
         elif number > self.round:
@@ -473,7 +475,7 @@ class RoundCore(RoundState):
         if self._proposer() in self._lost and not self._lost.issuperset(self._order):
             self._fail_attempt(Failure.PROPOSER_LOST, self._proposer(), now)
         elif self._deadline_s is not None and now >= self._deadline_s:
-            self._fail_attempt(_TIMEOUTS[self.phase], self._proposer(), now)
+            self._fail_attempt(PHASE_TIMEOUTS[self.phase], self._proposer(), now)
         if self.phase is Phase.GATHER:
             self._gather(now)
         if self.phase is Phase.EXCHANGE:
@@ -616,17 +618,3 @@ class RoundCore(RoundState):
             if peer not in self._lost:
                 self._send(peer, proposal)
         self._vote_if_held()
-
-
-_TIMEOUTS: dict[Phase, Failure] = {
-    Phase.PREPARE: Failure.NO_QUORUM,
-    Phase.GATHER: Failure.PROPOSER_SILENT,
-    Phase.EXCHANGE: Failure.EXCHANGE_TIMEOUT,
-    Phase.COMMIT: Failure.COMMIT_TIMEOUT,
-}
-
-
-def _round_of(message: ROUND_MESSAGES) -> int:
-    if isinstance(message, Certified):
-        return message.certificate.result.round
-    return message.result.round if isinstance(message, Proposal) else message.round

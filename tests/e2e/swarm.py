@@ -160,10 +160,12 @@ class Swarm:
     def check_roots(self) -> None:
         """Whatever round two peers showed, they showed it with the same state root."""
         seen: dict[int, str] = {}
+        compared = 0
         for peer in self.peers:
             for number, root in peer.roots.items():
+                compared += number in seen
                 assert seen.setdefault(number, root) == root, f"{peer.name} differs in round {number}"
-        assert len(seen) > 3, "rounds were compared"
+        assert compared, "at least two peers were seen in one round"
 
     def end(self) -> None:
         for peer in self.peers:

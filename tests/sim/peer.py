@@ -46,8 +46,8 @@ from shoal.protocol.messages import (
 from shoal.protocol.presence import PresenceTable
 from shoal.protocol.quorum import Head
 from shoal.protocol.replica import Replica
-from shoal.protocol.round_state import Offer, Setting
-from shoal.protocol.rounds import RESEND_AFTER, RESENDS_MAX, RoundCore
+from shoal.protocol.round_state import RESEND_AFTER, RESENDS_MAX, Offer, Setting
+from shoal.protocol.rounds import RoundCore
 
 if TYPE_CHECKING:
     from tests.sim.world import World

@@ -1,0 +1,123 @@
+"""Freezing and settling a pseudo-gradient: exact to the bit, and settled only where it was certified."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from blake3 import blake3
+
+from shoal.protocol.codecs import CODECS, Float32s
+from shoal.protocol.contribution import Contributor, Frozen, NonFiniteContribution
+from shoal.protocol.manifest import Manifest
+from shoal.protocol.messages import PartResult, Result, contribution_root
+from shoal.protocol.quorum import make_bitmap
+from tests.unit.protocol.samples import ELEMENTS, PARTS, RULES, make_head, make_sample_manifest, make_sample_result
+
+MANIFEST = make_sample_manifest()
+RNG = np.random.default_rng(5)
+BASE = RNG.standard_normal(ELEMENTS, dtype=np.float32)
+LOCAL = BASE - RNG.standard_normal(ELEMENTS, dtype=np.float32) * np.float32(0.01)
+
+
+def decode(manifest: Manifest, frozen: Frozen) -> Float32s:
+    decoded = np.empty(ELEMENTS, np.float32)
+    for part, raw in enumerate(frozen.encoded):
+        first, end = manifest.part_range(part)
+        CODECS[manifest.rounds.codec].decode_untrusted(raw, end - first, decoded[first:end])
+    return decoded
+
+
+def certified(contributors: dict[int, set[int]], round_number: int = 1) -> Result:
+    """A result whose part `p` was reduced from `contributors[p]`, of three members."""
+    plain = make_sample_result(make_head())
+    parts = tuple(
+        PartResult(digest=b"d" * 32, contributors=make_bitmap(frozenset(contributors[part]), 3))
+        for part in range(PARTS)
+    )
+    return replace(plain, round=round_number, parts=parts)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.float32(1e38)])
+@pytest.mark.parametrize("at", [0, 700, ELEMENTS - 1])
+def test_a_pseudo_gradient_that_is_not_finite_is_never_encoded(value: float, at: int) -> None:
+    local = LOCAL.copy()
+    local[at] = value
+    contributor = Contributor(MANIFEST)
+    with pytest.raises(NonFiniteContribution, match=f"part {at // 256} of the pseudo-gradient of round 3"):
+        contributor.freeze(3, BASE, local)
+    assert not contributor.residual.any(), "and leaves the residual as it was"
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_what_is_encoded_and_what_remains_are_what_was_produced(codec: str) -> None:
+    manifest = make_sample_manifest(rules=replace(RULES, codec=codec))
+    contributor = Contributor(manifest)
+    for number in range(1, 6):
+        local = BASE - np.random.default_rng(number).standard_normal(ELEMENTS, dtype=np.float32)
+        produced = (BASE - local) + contributor.residual
+        frozen = contributor.freeze(number, BASE, local)
+        assert np.array_equal(decode(manifest, frozen) + frozen.residual_next, produced), "to the bit"
+        contributor.settle(frozen, certified({part: {0} for part in range(PARTS)}, number), 0)
+        assert np.array_equal(contributor.residual, frozen.residual_next)
+
+
+def test_a_frozen_contribution_is_named_by_its_bytes() -> None:
+    frozen = Contributor(MANIFEST).freeze(1, BASE, LOCAL)
+    assert frozen.digests == tuple(blake3(raw).digest() for raw in frozen.encoded)
+    assert frozen.root == contribution_root(frozen.digests)
+    assert [len(raw) for raw in frozen.encoded] == [CODECS["int8"].encoded_bytes(n) for n in (256, 256, 256, 132)]
+    assert frozen.norm == pytest.approx(float(np.linalg.norm(BASE - LOCAL)), rel=1e-6)
+
+
+def test_freezing_changes_nothing_until_it_is_settled() -> None:
+    contributor = Contributor(MANIFEST, np.full(ELEMENTS, 0.25, np.float32))
+    base, local = BASE.copy(), LOCAL.copy()
+    first = contributor.freeze(1, base, local)
+    assert np.array_equal(base, BASE) and np.array_equal(local, LOCAL)
+    assert np.all(contributor.residual == np.float32(0.25))
+    assert contributor.freeze(1, base, local).digests == first.digests
+
+
+def test_only_certified_parts_take_over_the_residual() -> None:
+    before = np.full(ELEMENTS, 0.25, np.float32)
+    contributor = Contributor(MANIFEST, before.copy())
+    frozen = contributor.freeze(1, BASE, LOCAL)
+    included = contributor.settle(frozen, certified({0: {0, 1}, 1: {0, 2}, 2: {1, 2}, 3: {2}}), 1)
+    assert included == (0, 2)
+    for part in range(PARTS):
+        first, end = MANIFEST.part_range(part)
+        expected = frozen.residual_next if part in included else before
+        assert np.array_equal(contributor.residual[first:end], expected[first:end])
+
+
+def test_a_round_without_this_peer_settles_nothing() -> None:
+    contributor = Contributor(MANIFEST)
+    frozen = contributor.freeze(1, BASE, LOCAL)
+    assert contributor.settle(frozen, certified({part: {0, 2} for part in range(PARTS)}), 1) == ()
+    assert not contributor.residual.any()
+    assert contributor.settle(frozen, replace(certified({part: {1} for part in range(PARTS)}), parts=()), 1) == ()
+
+
+def test_missed_work_is_in_the_next_contribution() -> None:
+    contributor = Contributor(MANIFEST)
+    frozen = contributor.freeze(1, BASE, LOCAL)
+    contributor.settle(frozen, certified({part: {0} for part in range(PARTS)}), 1)
+    assert contributor.freeze(2, BASE, LOCAL).digests == frozen.digests
+
+
+def test_a_contribution_is_settled_by_its_own_round() -> None:
+    contributor = Contributor(MANIFEST)
+    frozen = contributor.freeze(1, BASE, LOCAL)
+    with pytest.raises(AssertionError, match="its own round"):
+        contributor.settle(frozen, certified({part: {0} for part in range(PARTS)}, 2), 0)
+
+
+def test_clearing_forgets_the_residual() -> None:
+    contributor = Contributor(MANIFEST, np.full(ELEMENTS, 0.25, np.float32))
+    contributor.clear()
+    assert not contributor.residual.any()
+
+
+def test_the_residual_has_one_value_for_every_element() -> None:
+    with pytest.raises(AssertionError, match="every element"):
+        Contributor(MANIFEST, np.zeros(ELEMENTS - 1, np.float32))

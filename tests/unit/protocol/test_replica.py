@@ -1,0 +1,172 @@
+"""The replicated log: the same certified updates give the same bits, whoever applies them and how often."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from shoal.protocol.aggregators import AGGREGATORS
+from shoal.protocol.codecs import CODECS, Float32s
+from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.layout import initialise
+from shoal.protocol.manifest import Outer
+from shoal.protocol.messages import Certificate, digest_record
+from shoal.protocol.quorum import Head
+from shoal.protocol.replica import Replica, make_reduction
+from shoal.protocol.state import chunk_digests, state_root
+from tests.unit.protocol.samples import ELEMENTS, LAYOUT, RULES, SWARM, make_sample_manifest, make_update
+
+MANIFEST = make_sample_manifest()
+# If this fails, two versions of shoal no longer agree on the state of a swarm.
+GOLDEN_ROOT = "7c129562a7fd137b6eb0c276d8a31dba3b80eff55edb3d954b09c5e2eeba7be8"
+
+
+def make_replica() -> Replica:
+    replica = Replica(MANIFEST, np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32))
+    replica.reset()
+    return replica
+
+
+def make_log(rounds: int) -> tuple[list[Certificate], dict[bytes, bytes], list[bytes]]:
+    """Certified updates, the encoded parts of all of them, and the state roots after each, round 0 first."""
+    replica = make_replica()
+    head = Head(round=0, digest=SWARM, state_root=replica.root(), voters=MANIFEST.founders)
+    log, blobs, roots = [], {}, [head.state_root]
+    for number in range(1, rounds + 1):
+        certificate, encoded = make_update(MANIFEST, head, number, SWARM)
+        blobs |= encoded
+        root = replica.apply(certificate.result, encoded)
+        head = replace(head, round=number, digest=digest_record(certificate.result), state_root=root)
+        log.append(certificate)
+        roots.append(root)
+    return log, blobs, roots
+
+
+LOG, BLOBS, ROOTS = make_log(5)
+
+
+def update_of(certificate: Certificate) -> Float32s:
+    update = np.empty(ELEMENTS, np.float32)
+    for part, one in enumerate(certificate.result.parts):
+        first, end = MANIFEST.part_range(part)
+        CODECS["int8"].decode_untrusted(BLOBS[one.digest], end - first, update[first:end])
+    return update
+
+
+def test_round_0_is_what_the_seed_gives() -> None:
+    replica = Replica(MANIFEST, np.full(ELEMENTS, 9, np.float32), np.full(ELEMENTS, 9, np.float32), round_number=7)
+    assert replica.reset() == ROOTS[0]
+    assert replica.round == 0
+    assert np.array_equal(replica.params, initialise(LAYOUT, MANIFEST.seed))
+    assert not replica.momentum.any()
+
+
+def test_the_root_is_the_same_everywhere() -> None:
+    assert ROOTS[5].hex() == GOLDEN_ROOT
+    assert len(set(ROOTS)) == 6
+
+
+def test_the_root_covers_round_parameters_and_momentum() -> None:
+    replica = make_replica()
+    zeros = np.zeros(ELEMENTS, np.float32)
+    assert replica.root() == state_root(0, ELEMENTS, chunk_digests(replica.params), chunk_digests(zeros))
+    assert replica.index().root == replica.root()
+    roots = {replica.root()}
+    replica.params[ELEMENTS - 1] += 1
+    roots.add(replica.root())
+    replica.momentum[0] = 1
+    roots.add(replica.root())
+    replica.round = 1
+    roots.add(replica.root())
+    assert len(roots) == 4
+
+
+def test_replaying_the_log_is_applying_it() -> None:
+    replica = make_replica()
+    assert [replica.apply(one.result, BLOBS) for one in LOG] == ROOTS[1:]
+    assert replica.round == 5
+
+
+def test_two_replicas_agree_to_the_bit_wherever_their_memory_lies() -> None:
+    shared = np.zeros(3 * ELEMENTS + 7, np.float32)
+    params, momentum = shared[1 : ELEMENTS + 1], shared[2 * ELEMENTS + 5 : 3 * ELEMENTS + 5]
+    one, two = make_replica(), Replica(MANIFEST, params, momentum)
+    two.reset()
+    for certificate in LOG:
+        assert one.apply(certificate.result, BLOBS) == two.apply(
+            certificate.result, {digest: memoryview(raw) for digest, raw in BLOBS.items()}
+        )
+    assert one.params.tobytes() == params.tobytes() and one.momentum.tobytes() == momentum.tobytes()
+    assert np.shares_memory(two.params, shared), "it is changed in place"
+    assert not shared[ELEMENTS + 1 : 2 * ELEMENTS + 5].any(), "and nothing beside it"
+
+
+def test_going_on_from_a_copy_of_the_state_is_replaying_from_the_start() -> None:
+    replica = make_replica()
+    for certificate in LOG[:3]:
+        replica.apply(certificate.result, BLOBS)
+    joiner = Replica(MANIFEST, replica.params.copy(), replica.momentum.copy(), round_number=3)
+    assert joiner.root() == ROOTS[3]
+    assert [joiner.apply(one.result, BLOBS) for one in LOG[3:]] == ROOTS[4:]
+
+
+def test_a_round_is_one_nesterov_step_of_what_its_bytes_decode_to() -> None:
+    replica = make_replica()
+    params, momentum = replica.params.copy(), replica.momentum.copy()
+    eta, mu = np.float32(MANIFEST.outer.learning_rate), np.float32(MANIFEST.outer.momentum)
+    for certificate in LOG[:2]:
+        update = update_of(certificate)
+        momentum = momentum * mu + update
+        params = params - (momentum * mu + update) * eta
+        replica.apply(certificate.result, BLOBS)
+        assert np.array_equal(replica.params, params) and np.array_equal(replica.momentum, momentum)
+
+
+def test_the_manifest_chooses_the_outer_optimizer() -> None:
+    manifest = replace(MANIFEST, outer=Outer(optimizer="sgd", learning_rate=0.5))
+    replica = Replica(manifest, np.zeros(ELEMENTS, np.float32), np.zeros(ELEMENTS, np.float32))
+    replica.reset()
+    before = replica.params.copy()
+    replica.apply(LOG[0].result, BLOBS)
+    assert np.array_equal(replica.params, before - update_of(LOG[0]) * np.float32(0.5))
+    assert not replica.momentum.any()
+
+
+def test_a_round_without_parts_changes_the_round_only() -> None:
+    replica = make_replica()
+    params = replica.params.copy()
+    root = replica.apply(replace(LOG[0].result, parts=(), members=()), {})
+    assert (replica.round, np.array_equal(replica.params, params)) == (1, True)
+    assert root not in ROOTS, "the root names the round"
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_updates_are_applied_in_the_order_of_the_log(first: int) -> None:
+    replica = make_replica()
+    with pytest.raises(AssertionError, match="order of the log"):
+        replica.apply(LOG[first].result, BLOBS)
+    assert replica.root() == ROOTS[0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "refusal"),
+    [(lambda raw: raw[:-1], Refusal.WRONG_LENGTH), (lambda raw: b"\xff" * 4 + raw[4:], Refusal.NOT_FINITE)],
+)
+def test_a_part_that_does_not_decode_is_refused(spoil: object, refusal: Refusal) -> None:
+    assert callable(spoil)
+    digest = LOG[0].result.parts[0].digest
+    with pytest.raises(ProtocolError) as caught:
+        make_replica().apply(LOG[0].result, {**BLOBS, digest: spoil(BLOBS[digest])})
+    assert caught.value.refusal is refusal
+
+
+def test_vectors_of_another_length_are_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="every element"):
+        Replica(MANIFEST, np.zeros(ELEMENTS, np.float32), np.zeros(ELEMENTS + 1, np.float32))
+
+
+def test_the_reduction_is_the_manifests() -> None:
+    manifest = make_sample_manifest(rules=replace(RULES, codec="fp16", aggregator="norm_clipped_mean"))
+    reduction = make_reduction(manifest)
+    assert reduction.codec_in is reduction.codec_out is CODECS["fp16"]
+    assert reduction.aggregator is AGGREGATORS["norm_clipped_mean"]
