@@ -178,7 +178,9 @@ class Compute:
 
     async def committed(self, result: Result, included: tuple[int, ...]) -> None:
         """A round is applied; `included` are the parts that were certified with this peer in them."""
-        self._missed = 0 if included or not result.parts else self._missed + 1
+        if not result.parts:
+            return  # nothing moved; what is ready is offered to the next round
+        self._missed = 0 if included else self._missed + 1
         restart = self._missed > self._manifest.training.missed_rounds_max
         if restart:
             log.warning("missed %d rounds in a row: training goes on from the certified base", self._missed)
@@ -199,6 +201,11 @@ class Compute:
         if included or restart:
             self._counted_tokens = self._counted_steps = 0
         await self.trainer.merge(merge)
+
+    def round_begun(self) -> None:
+        """The next round is open. What the trainer handed over before may still wait for one."""
+        if self._ready is not None:
+            self._ports.spawn(self._freeze())
 
     async def adopt_base(self) -> None:
         """The state has jumped: local work belongs to a base that is gone."""

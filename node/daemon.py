@@ -201,6 +201,7 @@ class Daemon:
             ports=DriverPorts(
                 note=self.reporter.note,
                 committed=self._committed,
+                begun=lambda: self.compute.round_begun(),
                 behind=self._behind,
                 misbehaved=self.intake.misbehaved,
                 disk_failed=self._disk_failed,

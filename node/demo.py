@@ -369,11 +369,11 @@ width = 192
 context = 128
 
 [training]
-inner_steps = 20
+inner_steps = 40
 steps_min = 4
 round_time_s = 30.0
-batch_size = 8
-learning_rate = 1e-3
+batch_size = 4
+learning_rate = 4e-3
 warmup_steps = 20
 
 [outer]

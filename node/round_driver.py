@@ -45,10 +45,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverPorts:
-    """What the driver tells the daemon. `committed` runs after a round is applied, before the next one begins."""
+    """What the driver tells the daemon. `committed` runs after a round is applied, before the next one begins; `begun`
+    when it has."""
 
     note: Callable[[Note], None]
     committed: Callable[[Certificate, Head], Awaitable[None]]
+    begun: Callable[[], None]
     behind: Callable[[Behind], None]
     misbehaved: Callable[[PeerId, ProtocolError], None]
     disk_failed: Callable[[Failure, str], None]
@@ -183,6 +185,7 @@ class RoundDriver:
         self._exchange.finish_round()
         self.core.applied(head, self.now())
         self.pump()
+        self._ports.begun()
 
     def jump(self, head: Head) -> None:
         """A snapshot was installed: go on from there."""

@@ -13,6 +13,8 @@ from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import ROSTER_MAX, Plan, contribution_root
 
+SENDERS_MAX = ROSTER_MAX + 1  # a whole roster and this peer, which may not be in it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
@@ -41,15 +43,26 @@ class Inbox:
     received: dict[PeerId, dict[int, bytes]] = field(default_factory=dict)
     heard_s: dict[PeerId, float] = field(default_factory=dict)
 
-    def take_digests(self, sender: PeerId, digests: tuple[bytes, ...], now: float) -> None:
-        """The part digests behind a sender's contribution root; compared with the root when a plan names it."""
+    def take_digests(
+        self, sender: PeerId, digests: tuple[bytes, ...], now: float, expected: frozenset[PeerId] = frozenset()
+    ) -> None:
+        """The part digests behind a sender's contribution root; compared with the root when a plan names it. When too
+        many are open, whoever was silent for longest makes room, unless it is `expected`."""
         if len(digests) != self.parts:
             raise ProtocolError(Refusal.WRONG_LENGTH, f"contribution has {len(digests)} parts, not {self.parts}")
-        if sender not in self.digests and len(self.digests) >= ROSTER_MAX:
-            raise ProtocolError(Refusal.LIMIT, f"{ROSTER_MAX} contributions are open already")
+        if sender not in self.digests and len(self.digests) >= SENDERS_MAX:
+            self._make_room(expected)
         self.digests[sender] = digests
         self.roots[sender] = contribution_root(digests)
         self.heard_s[sender] = now
+
+    def _make_room(self, expected: frozenset[PeerId]) -> None:
+        strangers = [peer for peer in self.digests if peer not in expected]
+        if not strangers:
+            raise ProtocolError(Refusal.LIMIT, f"{SENDERS_MAX} contributions are open already")
+        oldest = min(strangers, key=lambda peer: (self.heard_s[peer], peer))
+        del self.digests[oldest], self.roots[oldest], self.heard_s[oldest]
+        self.received.pop(oldest, None)
 
     def check_part(self, sender: PeerId, part: int, digest: bytes) -> Refusal | None:
         """Whether a part that is about to arrive may be stored."""
@@ -57,7 +70,7 @@ class Inbox:
             return Refusal.OUT_OF_RANGE
         if sender in self.digests and self.digests[sender][part] != digest:
             return Refusal.WRONG_DIGEST
-        if sender not in self.received and len(self.received) >= ROSTER_MAX:
+        if sender not in self.received and len(self.received) >= SENDERS_MAX:
             return Refusal.LIMIT
         return Refusal.DUPLICATE if self.received.get(sender, {}).get(part) == digest else None
 

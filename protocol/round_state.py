@@ -160,6 +160,10 @@ class RoundState:
     def _roster_peers(self) -> tuple[PeerId, ...]:
         return tuple(entry.signed.peer for entry in self._plan.roster) if self._plan else ()
 
+    def _expected(self) -> frozenset[PeerId]:
+        """Whose contributions there is always room for."""
+        return frozenset({self._me, *self._roster_peers()})
+
     def _index(self, peer: PeerId) -> int | None:
         peers = self._roster_peers()
         return peers.index(peer) if peer in peers else None

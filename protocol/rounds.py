@@ -123,7 +123,7 @@ class RoundCore(RoundState):
         if self._offer is not None and self._offer.digests != offer.digests:
             return False
         self._offer = offer
-        self._inbox.take_digests(self._me, offer.digests, now)
+        self._inbox.take_digests(self._me, offer.digests, now, self._expected())
         for part, digest in enumerate(offer.digests):
             self._inbox.take_part(self._me, part, digest, now)
         self._evaluate(now)
@@ -221,11 +221,12 @@ class RoundCore(RoundState):
                 self._take_promise(message, sender, now)
             case Nack():
                 if self._leads(message.attempt) and message.promised > message.attempt:
+                    self._check_voter(sender)
                     self._fail_attempt(Failure.SUPERSEDED, sender, now, message.promised)
             case Plan():
                 self._take_plan(message, sender, now)
             case Contribution():
-                self._inbox.take_digests(sender, message.digests, now)
+                self._inbox.take_digests(sender, message.digests, now, self._expected())
             case PartDone():
                 self._take_part_done(message, sender, now)
             case Proposal():
@@ -239,6 +240,15 @@ class RoundCore(RoundState):
         if sender != self._proposer(attempt):
             problem = f"attempt {attempt} of round {self.round} belongs to {short_peer_id(self._proposer(attempt))}"
             raise ProtocolError(Refusal.WRONG_PROPOSER, problem)
+
+    def _check_voter(self, sender: PeerId) -> None:
+        if sender not in self.head.voters:
+            raise ProtocolError(Refusal.NOT_A_MEMBER, f"{short_peer_id(sender)} is no voter of round {self.round}")
+
+    def _check_result(self, result: Result) -> None:
+        check_result(result, self.head, self._parts)
+        if result.codec != self._rules.codec:
+            raise ProtocolError(Refusal.NOT_PLANNED, f"result in codec {result.codec}, not {self._rules.codec}")
 
     def _take_prepare(self, message: Prepare, sender: PeerId, now: float) -> None:
         self._check_proposer(message.attempt, sender)
@@ -265,13 +275,12 @@ class RoundCore(RoundState):
         )
 
     def _take_promise(self, message: Promise, sender: PeerId, now: float) -> None:
-        if sender not in self.head.voters:
-            raise ProtocolError(Refusal.NOT_A_MEMBER, f"{short_peer_id(sender)} is no voter of round {self.round}")
+        self._check_voter(sender)
         if not self._leads(message.attempt) or self.phase is not Phase.PREPARE:
             return
         assert self._lead is not None
         if message.accepted is not None:
-            check_result(message.accepted, self.head, self._parts)
+            self._check_result(message.accepted)
         self._lead.promises[sender] = message
         if len(self._lead.promises) >= quorum_size(len(self.head.voters), self._quorum):
             accepted = choose_accepted(self._lead.promises)
@@ -289,8 +298,14 @@ class RoundCore(RoundState):
         check_plan(plan, self.head, self._rules.codec, self._parts, self._swarm)
         if self._decided or (plan.attempt == self.attempt and self.phase is Phase.COMMIT):
             return
-        if plan.attempt == self.attempt and self._plan and plan.revision <= self._plan.revision:
-            return
+        if plan.attempt == self.attempt and self._plan:
+            # Reductions of this attempt are under way; their bitmaps mean this roster.
+            if plan.roster != self._plan.roster:
+                raise ProtocolError(
+                    Refusal.EQUIVOCATION, f"two rosters in attempt {plan.attempt} of round {plan.round}"
+                )
+            if plan.revision <= self._plan.revision:
+                return
         if plan.attempt != self.attempt:
             self._enter_attempt(plan.attempt, now)
         self._follow_plan(plan, now)
@@ -308,7 +323,7 @@ class RoundCore(RoundState):
 
     def _take_proposal(self, message: Proposal, sender: PeerId, now: float) -> None:
         self._check_proposer(message.attempt, sender)
-        check_result(message.result, self.head, self._parts)
+        self._check_result(message.result)
         if message.attempt < self._vote.promised:
             self._send(sender, Nack(round=self.round, attempt=message.attempt, promised=self._vote.promised))
         elif not self._decided:
@@ -317,8 +332,7 @@ class RoundCore(RoundState):
     def _take_vote(self, vote: Vote, sender: PeerId, now: float) -> None:
         if vote.voter != sender:
             raise ProtocolError(Refusal.WRONG_PEER, "a vote was sent by somebody else")
-        if sender not in self.head.voters:
-            raise ProtocolError(Refusal.NOT_A_MEMBER, f"{short_peer_id(sender)} is no voter of round {self.round}")
+        self._check_voter(sender)
         if not self._leads(vote.attempt) or self._proposal is None or self._decided:
             return
         assert self._lead is not None
