@@ -26,7 +26,7 @@ from shoal.protocol.effects import Phase
 from shoal.protocol.errors import ConfigError, InputError
 
 PEERS = 4
-ROUNDS = 30
+ROUNDS = 40
 KILL_ROUND = 6  # from this round on, the victim dies in the first exchange that is caught
 KILL_ROUND_MAX = 10  # and in this round at the latest, wherever it stands
 JOIN_ROUND = 12
@@ -383,7 +383,7 @@ momentum = 0.8
 
 [rounds]
 peers_min = 2
-grace_s = 2.0
+grace_s = 4.0
 codec = "int8"
 part_elements = 65536
 plan_timeout_s = 4.0

@@ -57,9 +57,8 @@ class _Outcome:
 def finish_report(record: DemoRecord, started: float, report: Path | None) -> int:
     """Write and print the summary; 0 when the survivors agree, left with exit code 0, and the loss has fallen."""
     first = record.survivors[0]
-    models = {name: read_certified_model(record.folder / name) for name in record.survivors}
+    model = read_certified_model(record.folder / first)
     certificates = _read_certificates(record.folder / first)
-    model = models[first]
     export = record.folder / "model.safetensors"
     write_model(model, export)
     outcome = asyncio.run(_try_model(model, record.text))
@@ -82,8 +81,7 @@ def finish_report(record: DemoRecord, started: float, report: Path | None) -> in
         "state_roots": {name: {str(at): root for at, root in roots.items()} for name, roots in record.roots.items()},
         "state_root_round": common,
         "state_roots_differ_in": disagreements,
-        "final_roots": {name: one.state_root.hex() for name, one in models.items()},
-        "final_rounds": {name: one.round for name, one in models.items()},
+        "final_roots": {name: record.roots[name].get(common, "") for name in record.survivors},
         "exit_codes": record.exit_codes,
         "bytes_sent": sum(one.traffic.tensor_sent_bytes + one.traffic.control_sent_bytes for one in _all(record)),
         "bytes_encoded": sum(one.traffic.contribution_bytes for one in _all(record)),
@@ -141,6 +139,8 @@ def _find_disagreements(record: DemoRecord) -> list[int]:
 
 def _find_problems(summary: dict[str, Any], record: DemoRecord) -> list[str]:
     problems = []
+    if not summary["state_root_round"]:
+        problems.append("the survivors were never seen at one common round")
     if summary["state_roots_differ_in"]:
         problems.append(f"state roots differ in rounds {summary['state_roots_differ_in']}")
     if summary["loss_last"] >= summary["loss_first"]:

@@ -245,7 +245,8 @@ def print_summary(summary: Mapping[str, Any], problems: Sequence[str]) -> None:
     print(f"took part in      {counts}")
     print(f"killed, joined    {', '.join(summary['peers_killed'])}; {', '.join(summary['peers_joined'])}")
     agreed = f"equal: {roots.pop()}" if len(roots) == 1 else f"DIFFERENT: {', '.join(sorted(roots))}"
-    print(f"state roots       {len(summary['final_roots'])} survivors, {agreed}")
+    where = f"{len(summary['final_roots'])} survivors at round {summary['state_root_round']}"
+    print(f"state roots       {where}, {agreed}")
     print(f"bytes sent        {format_bytes(summary['bytes_sent'])}; parts {ratio}")
     print(f"model             {summary['export']}")
     print(f"loss curve        {summary['plot'] or 'not drawn: matplotlib is missing (the extra `plot`)'}")

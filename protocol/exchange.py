@@ -7,6 +7,7 @@ Invariants: at most one digest is held for a (sender, part); what is reduced mat
 root; every part is reduced at most once an attempt.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
@@ -14,6 +15,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import ROSTER_MAX, Plan, contribution_root
 
 SENDERS_MAX = ROSTER_MAX + 1  # a whole roster and this peer, which may not be in it
+CONTRIBUTIONS_MAX = 4  # of one sender in one round: every restart makes a new one, and the bytes of the old are kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class Inbox:
     digests: dict[PeerId, tuple[bytes, ...]] = field(default_factory=dict)
     roots: dict[PeerId, bytes] = field(default_factory=dict)
     received: dict[PeerId, dict[int, bytes]] = field(default_factory=dict)
+    replaced: Counter[tuple[PeerId, int]] = field(default_factory=Counter)
     heard_s: dict[PeerId, float] = field(default_factory=dict)
 
     def take_digests(
@@ -61,8 +64,7 @@ class Inbox:
         if not strangers:
             raise ProtocolError(Refusal.LIMIT, f"{SENDERS_MAX} contributions are open already")
         oldest = min(strangers, key=lambda peer: (self.heard_s[peer], peer))
-        del self.digests[oldest], self.roots[oldest], self.heard_s[oldest]
-        self.received.pop(oldest, None)
+        del self.digests[oldest], self.roots[oldest]
 
     def check_part(self, sender: PeerId, part: int, digest: bytes) -> Refusal | None:
         """Whether a part that is about to arrive may be stored."""
@@ -72,11 +74,17 @@ class Inbox:
             return Refusal.WRONG_DIGEST
         if sender not in self.received and len(self.received) >= SENDERS_MAX:
             return Refusal.LIMIT
-        return Refusal.DUPLICATE if self.received.get(sender, {}).get(part) == digest else None
+        held = self.received.get(sender, {}).get(part)
+        if held == digest:
+            return Refusal.DUPLICATE
+        return Refusal.LIMIT if held and self.replaced[sender, part] + 1 >= CONTRIBUTIONS_MAX else None
 
     def take_part(self, sender: PeerId, part: int, digest: bytes, now: float) -> None:
         """The part's bytes are held and match `digest`."""
-        self.received.setdefault(sender, {})[part] = digest
+        held = self.received.setdefault(sender, {})
+        if held.get(part, digest) != digest:
+            self.replaced[sender, part] += 1
+        held[part] = digest
         self.heard_s[sender] = now
 
     def has_part(self, sender: PeerId, part: int, root: bytes) -> bool:

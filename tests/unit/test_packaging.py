@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def test_every_folder_with_code_is_a_package_of_the_wheel() -> None:
     assert PROJECT["tool"]["setuptools"]["package-dir"] == {f"shoal.{one}": one for one in FOLDERS}
 
 
-def test_the_wheel_takes_every_file_that_is_no_code() -> None:
+def test_the_wheel_takes_every_file_that_the_code_reads() -> None:
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["*"]
     for package in PROJECT["tool"]["setuptools"]["packages"]:
         folder = ROOT.joinpath(*package.split(".")[1:])
@@ -55,7 +56,8 @@ def test_the_wheel_takes_every_file_that_is_no_code() -> None:
         for file in (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts):
             owner = next(one for one in (file.parent, *file.parents) if (one / "__init__.py").exists())
             name = file.relative_to(owner).as_posix()
-            assert file.suffix == ".py" or any(fnmatch(name, pattern) for pattern in patterns), file
+            # A folder's README is for people who read the repository.
+            assert file.suffix in (".py", ".md") or any(fnmatch(name, pattern) for pattern in patterns), file
     assert {file.name for file in STATIC.iterdir()} >= {"index.html", "page.css", "page.js"}
 
 
@@ -91,7 +93,7 @@ def test_every_preset_reads(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(DOCKER.rglob("*.*")), ids=lambda path: path.name)
 def test_every_file_for_the_services_parses(path: Path) -> None:
-    read = {".yml": yaml.safe_load, ".json": json.loads, ".md": str}
+    read: dict[str, Callable[[str], Any]] = {".yml": yaml.safe_load, ".json": json.loads, ".md": str}
     assert read[path.suffix](path.read_text())
 
 

@@ -26,8 +26,8 @@ from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Rounds
 from shoal.protocol.messages import ROUND_MESSAGES, Certificate, SignedReady, digest_record
 from shoal.protocol.quorum import Head, proposer_order
-from shoal.protocol.round_state import Offer, Setting
-from shoal.protocol.rounds import RESEND_AFTER, RoundCore
+from shoal.protocol.round_state import RESEND_AFTER, Offer, Setting
+from shoal.protocol.rounds import RoundCore
 from tests.unit.protocol.samples import (
     IDENTITIES,
     PARTS,
@@ -75,13 +75,16 @@ class Seat:
 
 
 class Table:
-    """`blocked` decides what does not arrive; `refusals` is what anybody refused of anybody."""
+    """`blocked` decides what does not arrive, `newest_first` in which order the rest does; who `applies_slowly` waits for
+    `commit`; `refusals` is what anybody refused of anybody."""
 
     def __init__(self, count: int = 4, voters: int | None = None, rules: Rounds = RULES) -> None:
         self.rules = rules
         self.now = 0.0
         self.head = Head(round=0, digest=SWARM, state_root=b"r" * 32, voters=PEERS[: voters or count])
         self.blocked: Callable[[Travelling, Seat, Seat], bool] = lambda effect, source, target: False
+        self.newest_first = False
+        self.applies_slowly: set[int] = set()
         self.refusals: list[tuple[PeerId, PeerId, ProtocolError]] = []
         self._travelling: deque[tuple[Seat, Travelling]] = deque()
         self._too_early: list[tuple[Seat, Travelling]] = []
@@ -154,10 +157,10 @@ class Table:
                 self._carry_out(seat)
             if not self._travelling:
                 return
-            source, effect = self._travelling.popleft()
+            source, effect = self._travelling.pop() if self.newest_first else self._travelling.popleft()
             target = self.seat(effect.peer)
             if target.up and not self.blocked(effect, source, target):
-                self._deliver(source, effect, target)
+                self.deliver(source, effect, target)
         raise AssertionError("the table never comes to rest")
 
     def advance(self, seconds: float) -> None:
@@ -209,7 +212,8 @@ class Table:
                 if any(self.seat(peer).up and effect.digest in self.seat(peer).blobs for peer in effect.candidates):
                     self._hold(seat, effect.digest)
             case Commit():
-                self._commit(seat, effect.certificate)
+                if seat.number not in self.applies_slowly:
+                    self.commit(seat, effect.certificate)
 
     def reduce(self, seat: Seat, effect: Reduce) -> None:
         """Finish a reduction: the same inputs give the same bytes, whoever reduces them."""
@@ -217,7 +221,8 @@ class Table:
         seat.blobs.add(digest)
         seat.core.part_reduced(effect.round, effect.attempt, effect.part, digest, frozenset(effect.indices))
 
-    def _commit(self, seat: Seat, certificate: Certificate) -> None:
+    def commit(self, seat: Seat, certificate: Certificate) -> None:
+        """Apply a certified round."""
         result = certificate.result
         assert all(part.digest in seat.blobs for part in result.parts), "a round is applied when its bytes are held"
         seat.committed.append(certificate)
@@ -230,7 +235,7 @@ class Table:
         seat.blobs.add(digest)
         seat.core.blob_held(digest, self.now)
 
-    def _deliver(self, source: Seat, effect: Travelling, target: Seat) -> None:
+    def deliver(self, source: Seat, effect: Travelling, target: Seat) -> None:
         match effect:
             case Send():
                 try:

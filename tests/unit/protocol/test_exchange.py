@@ -6,7 +6,15 @@ import pytest
 
 from shoal.protocol import exchange as module
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
-from shoal.protocol.exchange import Collection, Inbox, Missing, list_delivered, list_missing, sender_deadline
+from shoal.protocol.exchange import (
+    CONTRIBUTIONS_MAX,
+    Collection,
+    Inbox,
+    Missing,
+    list_delivered,
+    list_missing,
+    sender_deadline,
+)
 from shoal.protocol.messages import Plan, contribution_root
 from shoal.protocol.proposer import make_plan
 from tests.unit.protocol.samples import PARTS, PEERS, make_digests, make_head, make_ready
@@ -54,16 +62,38 @@ def test_a_part_is_checked_before_it_is_read(inbox: Inbox) -> None:
     assert inbox.check_part(PEERS[1], 1, DIGESTS[1][1]) is None
 
 
-def test_the_number_of_open_contributions_is_bounded(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROSTER_MAX", 2)
+def test_the_senders_of_parts_are_bounded(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SENDERS_MAX", 2)
     for number in (0, 1):
-        deliver(inbox, number, 0)
-    with pytest.raises(ProtocolError) as caught:
-        inbox.take_digests(PEERS[2], DIGESTS[2], 0.0)
-    assert caught.value.refusal is Refusal.LIMIT
+        inbox.take_part(PEERS[number], 0, DIGESTS[number][0], 0.0)
     assert inbox.check_part(PEERS[2], 0, DIGESTS[2][0]) is Refusal.LIMIT
-    inbox.take_digests(PEERS[1], OTHER, 0.0)
-    assert inbox.check_part(PEERS[1], 0, OTHER[0]) is None
+    assert inbox.check_part(PEERS[1], 1, DIGESTS[1][1]) is None
+
+
+def test_open_contributions_are_bounded_and_strangers_make_room(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SENDERS_MAX", 3)
+    expected = frozenset({PEERS[0], PEERS[3]})
+    for number, now in ((0, 1.0), (2, 2.0), (1, 3.0)):
+        inbox.take_digests(PEERS[number], DIGESTS[number], now, expected)
+    inbox.take_digests(PEERS[1], OTHER, 4.0, expected)
+    inbox.take_digests(PEERS[3], DIGESTS[3], 5.0, expected)
+    assert set(inbox.digests) == {PEERS[0], PEERS[1], PEERS[3]}, "the stranger that was silent for longest"
+    with pytest.raises(ProtocolError) as caught:
+        inbox.take_digests(PEERS[4], OTHER, 6.0, frozenset(PEERS))
+    assert caught.value.refusal is Refusal.LIMIT
+    assert len(inbox.digests) == 3
+
+
+def test_a_sender_cannot_fill_the_memory_with_other_versions_of_a_part(inbox: Inbox) -> None:
+    versions = [make_digests(f"version {number}") for number in range(CONTRIBUTIONS_MAX + 1)]
+    for digests in versions[:-1]:
+        assert inbox.check_part(PEERS[1], 0, digests[0]) is None
+        inbox.take_part(PEERS[1], 0, digests[0], 0.0)
+        inbox.take_part(PEERS[1], 0, digests[0], 0.0)
+    assert inbox.check_part(PEERS[1], 0, versions[-1][0]) is Refusal.LIMIT
+    inbox.take_digests(PEERS[1], versions[-1], 0.0)
+    assert inbox.check_part(PEERS[1], 0, versions[-1][0]) is Refusal.LIMIT
+    assert inbox.check_part(PEERS[1], 1, versions[-1][1]) is None
 
 
 def test_a_part_counts_only_under_the_signed_root(inbox: Inbox) -> None:
