@@ -22,6 +22,7 @@ class BlobStore:
         self._folder = folder
         self._folder.mkdir(parents=True, exist_ok=True)
         self.stored_bytes = 0
+        self._whole: set[bytes] = set()  # what this process wrote or read; any other file may be torn
         for path in self._folder.glob("??/*"):
             if path.suffix == _TEMPORARY:
                 path.unlink()  # a write that a crash cut short
@@ -30,14 +31,15 @@ class BlobStore:
 
     def write(self, digest: bytes, raw: bytes | memoryview) -> None:
         """Store a blob whose digest the caller has checked. Durable only after `sync`. Raises OSError (disk full)."""
-        path = self._path(digest)
-        if path.exists():
+        if self.has(digest) and (digest in self._whole or self.read(digest) is not None):
             return
+        path = self._path(digest)
         path.parent.mkdir(exist_ok=True)
         # Two threads may write the same blob at once; each has its own temporary file and either rename is right.
         temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{_TEMPORARY}")
         temporary.write_bytes(raw)
         temporary.replace(path)
+        self._whole.add(digest)
         self.stored_bytes += len(raw)
 
     def sync(self, digests: Iterable[bytes]) -> None:
@@ -56,18 +58,19 @@ class BlobStore:
 
     def read(self, digest: bytes) -> bytes | None:
         """The blob, or None when it is not here or not what its name says; a damaged file is removed."""
-        path = self._path(digest)
         try:
-            raw = path.read_bytes()
+            raw = self._path(digest).read_bytes()
         except FileNotFoundError:
             return None
         if blake3(raw).digest() != digest:
-            path.unlink(missing_ok=True)
+            self.remove(digest)
             return None
+        self._whole.add(digest)
         return raw
 
     def remove(self, digest: bytes) -> None:
         path = self._path(digest)
+        self._whole.discard(digest)
         try:
             size = path.stat().st_size
             path.unlink()

@@ -4,7 +4,8 @@ Certificates are checked one after the other from the own head on, each against 
 so what a donor says is never believed. Chunks and parts are content-addressed: several donors serve at once, each byte
 is checked before it is used, and what was fetched before a restart is found again on the disk.
 
-Invariant: a snapshot of round s is installed only when its root is the base root in the certificate of round s+1.
+Invariants: a snapshot of round s is installed only when its root is the base root in the certificate of round s+1; a
+donor that lies ends the catch-up at once, so that the next one can begin; one partial snapshot is on the disk at most.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
+from shoal.node.ledger_store import StoreError
 from shoal.node.link_port import Address, FetchFailed, LinkLost
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
@@ -34,7 +36,7 @@ from shoal.protocol.messages import (
     digest_record,
     encode_message,
 )
-from shoal.protocol.quorum import Head, check_votes
+from shoal.protocol.quorum import Head, check_certificate, check_votes
 from shoal.protocol.state import SnapshotIndex, StateVector, decode_index_untrusted
 
 REPLAY_ROUNDS_MAX = 24  # behind by more, a snapshot is asked for first
@@ -87,11 +89,13 @@ class CatchUp:
             return
         self.active = True
         try:
-            if target - self._state.head.round > REPLAY_ROUNDS_MAX:
-                await self._jump(peer, target)
-            await self._replay(peer, target)
+            far = target - self._state.head.round > REPLAY_ROUNDS_MAX
+            if not far or await self._jump(peer, target):
+                await self._replay(peer, target)
         except (PeerUnreachable, RequestRefused, ProtocolError) as error:
             log.info("catch-up stopped at round %d: %s", self._state.head.round, error)
+        except (OSError, StoreError) as error:
+            log.error("catch-up stopped at round %d, the disk fails: %s", self._state.head.round, error)
         finally:
             self.active = False
             self.detail = ""
@@ -103,11 +107,16 @@ class CatchUp:
             if not certificates:
                 return
             for certificate in certificates:
-                number = certificate.result.round
-                if number > self._state.head.round:
-                    self._ports.take_certificate(certificate, peer)
-                    if not await self._ports.wait_past(number - 1, REPLAY_TIMEOUT_S):
-                        return
+                number, head = certificate.result.round, self._state.head
+                if number <= head.round:
+                    continue
+                # The round core checks it, too. Here a forged one ends the catch-up instead of being waited for.
+                await asyncio.to_thread(
+                    check_certificate, certificate, head, self._manifest.quorum, self._manifest.parts, self._swarm
+                )
+                self._ports.take_certificate(certificate, peer)
+                if not await self._ports.wait_past(number - 1, REPLAY_TIMEOUT_S):
+                    return
 
     async def _ask_certificates(self, peer: PeerId, first: int, count: int) -> tuple[Certificate, ...]:
         question = encode_message(self._swarm, GetCertificates(first_round=first, count=count))
@@ -118,21 +127,20 @@ class CatchUp:
 
     # -- by snapshot -----------------------------------------------------------------------------------------------
 
-    async def _jump(self, peer: PeerId, target: int) -> None:
+    async def _jump(self, peer: PeerId, target: int) -> bool:
+        """Whether replay is to follow: after a snapshot, and where the donor has none that leads forward."""
         index = await self._ask_snapshot(peer, target - 1)
-        if (
-            index is None
-            or index.round <= self._state.head.round + 1
-            or index.elements != self._manifest.layout.elements
-        ):
-            return
+        if index is None or index.round <= self._state.head.round + 1:
+            return True
+        if index.elements != self._manifest.layout.elements:
+            raise ProtocolError(Refusal.WRONG_LENGTH, f"a snapshot of {index.elements} elements")
         chain = await self._collect_chain(peer, index.round + 1)
         if len(chain) < 2 or chain[-1].result.round != index.round + 1:
-            return
+            return False
         index.verify(chain[-1].result.base_root)
-        vectors = await self._fetch_chunks(index, (peer, *self._ports.donors(index.round)))
+        vectors = await self._fetch_chunks(index, tuple(dict.fromkeys((peer, *self._ports.donors(index.round)))))
         if vectors is None:
-            return
+            return False
         for certificate in chain[:-1]:
             await asyncio.to_thread(self._state.save_certificate, certificate)
         own = chain[-2].result
@@ -141,6 +149,7 @@ class CatchUp:
         del vectors
         self._partial_path(index).unlink(missing_ok=True)
         self._ports.installed(head)
+        return True
 
     async def _ask_snapshot(self, peer: PeerId, round_max: int) -> SnapshotIndex | None:
         question = encode_message(self._swarm, GetSnapshot(round_max=round_max))
@@ -173,6 +182,8 @@ class CatchUp:
         """Both vectors, from all donors at once, through a file that outlives a restart; None if a chunk is nowhere."""
         path = self._partial_path(index)
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in set(path.parent.glob("*.partial")) - {path}:
+            other.unlink()  # of a snapshot that the donors have replaced since
         if not path.exists() or path.stat().st_size != index.elements * 8:
             with path.open("wb") as file:
                 file.truncate(index.elements * 8)
@@ -184,30 +195,30 @@ class CatchUp:
         done = 0
         complete = True
 
-        async def work(turn: int) -> None:
+        async def work() -> None:
             nonlocal done, complete
             while complete and not numbers.empty():
                 number = numbers.get_nowait()
                 span = index.span(number)
                 offset = index.elements * 4 if span.vector is StateVector.MOMENTUM else 0
                 target = raw[offset + span.start : offset + span.stop]
-                if not await self._fetch_chunk(index, number, target, donors, turn + number):
+                if not await self._fetch_chunk(index, number, target, donors):
                     complete = False
                 done += 1
                 self.detail = f"snapshot of round {index.round}: chunk {done} of {index.chunks}"
 
-        await asyncio.gather(*(work(turn) for turn in range(CHUNKS_AT_ONCE)))
+        await asyncio.gather(*(work() for _ in range(CHUNKS_AT_ONCE)))
         if not complete:
             return None
-        return np.array(stored[0]), np.array(stored[1])
+        return await asyncio.to_thread(lambda: (np.array(stored[0]), np.array(stored[1])))
 
     async def _fetch_chunk(
-        self, index: SnapshotIndex, number: int, target: memoryview, donors: Sequence[PeerId], turn: int
+        self, index: SnapshotIndex, number: int, target: memoryview, donors: Sequence[PeerId]
     ) -> bool:
         if await asyncio.to_thread(_holds, index, number, target):
             return True  # from before a restart
         for attempt in range(min(CHUNK_TRIES, 2 * len(donors))):
-            donor = donors[(turn + attempt) % len(donors)]
+            donor = donors[(number + attempt) % len(donors)]
             try:
                 address = self._ports.address_of(donor)
                 await self._links.fetch(donor, address, index.digest(number), target, CHUNK_TIMEOUT_S)

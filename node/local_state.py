@@ -66,6 +66,7 @@ class LocalState:
 
     def restore_now(self) -> Head:
         """`restore` for a caller without an event loop. Blocking; raises StoreError."""
+        self.stores.snapshots.remove_leftovers()
         head = self._restore_snapshot() or genesis_head(self._manifest, self._swarm, self.replica.reset())
         while stored := self.stores.ledger.get_certificate(head.round + 1):
             result = _certificate_of(stored).result
@@ -83,6 +84,11 @@ class LocalState:
             own = self.stores.ledger.get_certificate(number)
             snapshot = snapshots.get(number)
             if own is None or snapshot is None:
+                continue
+            following = self.stores.ledger.get_certificate(number + 1)
+            if following is not None and _certificate_of(following).result.base_root != snapshot.index.root:
+                log.warning("snapshot of round %d is not what was certified and was removed", number)
+                snapshots.remove(number)
                 continue
             if not snapshots.read(number, self.replica.params, self.replica.momentum):
                 log.warning("snapshot of round %d is damaged and was removed", number)
@@ -193,8 +199,8 @@ class LocalState:
         for number in range(oldest_kept, 0, -1):
             stored = self.stores.ledger.get_certificate(number)
             digests = [] if stored is None else [part.digest for part in _certificate_of(stored).result.parts]
-            if not any(self.stores.blobs.has(digest) for digest in digests):
-                break
+            if stored is None or (digests and not any(self.stores.blobs.has(digest) for digest in digests)):
+                break  # further back everything was removed before; a round without parts says nothing
             for digest in digests:
                 self.stores.blobs.remove(digest)
 

@@ -36,7 +36,8 @@ class SwarmChoice:
 def read_manifest_file(path: Path) -> tuple[bytes, bytes]:
     """The signed bytes and the swarm id; raises ConfigError naming the file."""
     try:
-        signed = path.read_bytes()[: MANIFEST_BYTES_MAX + 1]
+        with path.open("rb") as file:
+            signed = file.read(MANIFEST_BYTES_MAX + 1)
         _, swarm = read_manifest_untrusted(signed)
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read: {error.strerror}", "give the path of a manifest") from error
@@ -50,11 +51,13 @@ def choose_swarm(config: NodeConfig) -> SwarmChoice:
     """What the configuration says; raises ConfigError where its pieces contradict each other."""
     uri = parse_uri(config.node.swarm) if config.node.swarm else None
     stored = config.data_path / MANIFEST_FILE
-    signed, swarm = None, None
+    signed, swarm = read_manifest_file(stored) if stored.exists() else (None, None)
     if config.node.manifest is not None:
-        signed, swarm = read_manifest_file(Path(config.node.manifest))
-    elif stored.exists():
-        signed, swarm = read_manifest_file(stored)
+        given, given_swarm = read_manifest_file(Path(config.node.manifest))
+        if swarm not in (None, given_swarm):
+            problem = f"{config.data_path} holds another swarm's state"
+            raise ConfigError("node.manifest", problem, "give a fresh --data-dir for another swarm")
+        signed, swarm = given, given_swarm
     if swarm is not None and uri is not None and uri.swarm != swarm:
         fix = "give one of the two, or a fresh --data-dir for another swarm"
         raise ConfigError("node.swarm", f"is {uri.swarm.hex()[:16]}…, the manifest is of {swarm.hex()[:16]}…", fix)

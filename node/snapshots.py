@@ -22,6 +22,7 @@ from shoal.protocol.wire import encode_record
 
 _STATE_SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".index"
+_TEMPORARY = ".partial"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,13 @@ class SnapshotStore:
             if snapshot is not None:
                 self._snapshots[snapshot.index.round] = snapshot
 
+    def remove_leftovers(self) -> None:
+        """Delete what a crash left: half-written and damaged snapshots. Only for the process that writes here."""
+        whole = {snapshot.path.stem for snapshot in self._snapshots.values()}
+        for path in self._folder.iterdir():
+            if path.suffix == _TEMPORARY or path.stem not in whole:
+                path.unlink()
+
     def rounds(self) -> list[int]:
         """The rounds of which there is a snapshot, ascending."""
         return sorted(self._snapshots)
@@ -53,7 +61,7 @@ class SnapshotStore:
     def write(self, index: SnapshotIndex, params: Float32s, momentum: Float32s) -> None:
         """Write the state of `index.round`. The vectors must not change meanwhile. Raises OSError (disk full)."""
         path = self._path(index.round)
-        temporary = path.with_suffix(".partial")
+        temporary = path.with_suffix(_TEMPORARY)
         save_file({"params": params, "momentum": momentum}, temporary, metadata={"round": str(index.round)})
         _sync_file(temporary)
         temporary.replace(path)
@@ -99,7 +107,11 @@ class SnapshotStore:
             self.remove(number)
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{number:08d}{_STATE_SUFFIX}"
+        return self._folder / (_stem(number) + _STATE_SUFFIX)
+
+
+def _stem(number: int) -> str:
+    return f"{number:08d}"
 
 
 def read_chunk(snapshot: Snapshot, number: int) -> bytes | None:
@@ -123,7 +135,7 @@ def _open_snapshot(path: Path) -> Snapshot | None:
         index = decode_index_untrusted(path.with_suffix(_INDEX_SUFFIX).read_bytes())
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-        if path.stat().st_size != 8 + header_bytes + 8 * index.elements:
+        if path.stat().st_size != 8 + header_bytes + 8 * index.elements or path.stem != _stem(index.round):
             return None
     except (OSError, ProtocolError):
         return None

@@ -17,6 +17,7 @@ from shoal.protocol.quorum import Head, QuorumRule, proposer_order
 
 BACKOFF_MAX = 4.0
 BACKOFF_FACTOR = 1.5
+ATTEMPTS_AHEAD_MAX = 1_000_000  # years of time-outs
 EARLY_MESSAGES_MAX = 256  # messages of the next round that are kept while this one is applied
 FETCH_DELAY_S = 1.0  # how long a missing result part may still be under way before it is asked for
 FETCH_RETRY_S = 5.0

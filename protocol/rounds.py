@@ -74,6 +74,7 @@ from shoal.protocol.quorum import (
     quorum_size,
 )
 from shoal.protocol.round_state import (
+    ATTEMPTS_AHEAD_MAX,
     BEHIND_RETRY_S,
     EARLY_MESSAGES_MAX,
     FETCH_DELAY_S,
@@ -222,6 +223,7 @@ class RoundCore(RoundState):
             case Nack():
                 if self._leads(message.attempt) and message.promised > message.attempt:
                     self._check_voter(sender)
+                    self._check_jump(message.promised)
                     self._fail_attempt(Failure.SUPERSEDED, sender, now, message.promised)
             case Plan():
                 self._take_plan(message, sender, now)
@@ -245,6 +247,13 @@ class RoundCore(RoundState):
         if sender not in self.head.voters:
             raise ProtocolError(Refusal.NOT_A_MEMBER, f"{short_peer_id(sender)} is no voter of round {self.round}")
 
+    def _check_jump(self, attempt: int) -> None:
+        # Attempts count time-outs; a number out of all proportion would only use up the field.
+        if attempt > self.attempt + ATTEMPTS_AHEAD_MAX:
+            raise ProtocolError(
+                Refusal.OUT_OF_RANGE, f"attempt {attempt} of round {self.round}, we are at {self.attempt}"
+            )
+
     def _check_result(self, result: Result) -> None:
         check_result(result, self.head, self._parts)
         if result.codec != self._rules.codec:
@@ -252,6 +261,7 @@ class RoundCore(RoundState):
 
     def _take_prepare(self, message: Prepare, sender: PeerId, now: float) -> None:
         self._check_proposer(message.attempt, sender)
+        self._check_jump(message.attempt)
         if not self._votes():
             return
         # A voter whose attempt makes progress does not help another to end it; every phase has its deadline.

@@ -72,7 +72,7 @@ class Peer:
             "0",
         ]
         local += ["--web-port", "0", "--threads", "1", "--name", self.name, "--data-dir", str(self.folder)]
-        local += ["--text", str(self.swarm.text)]
+        local += ["--text", str(self.swarm.text)] if self.swarm.text else []
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*SHOAL, *arguments, *local], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -123,7 +123,7 @@ class Swarm:
 
     def __init__(self, folder: Path, founders: int) -> None:
         self.folder = folder
-        self.text = folder / "text.py"
+        self.text: Path | None = folder / "text.py"
         self.text.write_text("def add(first, second):\n    return first + second\n" * 6000)
         self.peers: list[Peer] = []
         self.manifest = folder / "swarm.shoal"

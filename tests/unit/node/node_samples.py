@@ -5,13 +5,15 @@ plane and real tensor links on loopback. A test runs those of its tasks that it 
 """
 
 import asyncio
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,7 +23,7 @@ from shoal.node.blobs import BlobStore
 from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
 from shoal.node.config import NodeConfig, NodeTable
-from shoal.node.control import ControlConfig, ControlHandlers
+from shoal.node.control import ControlConfig, ControlHandlers, ControlStopped
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed
 from shoal.node.intake import Intake, IntakePorts
@@ -42,6 +44,7 @@ from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import Behind, Note
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
+from shoal.protocol.frames import FrameHeader
 from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import (
@@ -60,6 +63,7 @@ from shoal.protocol.messages import (
     Presence,
     Ready,
     SignedReady,
+    decode_message_untrusted,
     digest_record,
     encode_message,
     sign_message,
@@ -71,7 +75,9 @@ from shoal.protocol.replica import Replica
 from shoal.protocol.round_state import Offer, Setting
 from shoal.protocol.rounds import RoundCore
 from shoal.protocol.state import SnapshotIndex, chunk_digests
+from shoal.protocol.wire import encode_record
 from tests.sim.memory_control import MemoryControl, MemoryNetwork
+from tests.unit.node.link_harness import RecordingSink
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
 PATIENCE_S = 30.0
@@ -92,8 +98,11 @@ RULES = Rounds(
     snapshot_every=8,
     rounds_kept=64,
 )
+LEDGER = "ledger.sqlite"
 TINY_ELEMENTS = 3000  # three parts, one chunk a vector
 WIDE_ELEMENTS = 700_000  # three chunks a vector
+
+M = TypeVar("M")
 
 
 async def wait_until(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
@@ -183,7 +192,7 @@ def open_stores(folder: Path) -> Stores:
     """The stores of a data folder; close its ledger in the end."""
     folder.mkdir(parents=True, exist_ok=True)
     return Stores(
-        ledger=LedgerStore.open(folder / "ledger.sqlite"),
+        ledger=LedgerStore.open(folder / LEDGER),
         blobs=BlobStore(folder / "blobs"),
         snapshots=SnapshotStore(folder / "snapshots"),
         snapshots_kept=2,
@@ -201,11 +210,13 @@ def fill_folder(swarm: Swarm, folder: Path, chain: Chain) -> None:
     state = open_state(swarm, folder)
     for digest, raw in chain.blobs.items():
         state.stores.blobs.write(digest, raw)
-    for certificate in chain.certificates:
-        state.save_certificate(certificate)
     for number, vectors in chain.states.items():
         state.stores.snapshots.write(chain.index(number), *vectors)
     state.stores.ledger.close()
+    # One transaction for all rounds: the disk is waited for once.
+    rows = [(one.result.round, digest_record(one.result), encode_record(one)) for one in chain.certificates]
+    with closing(sqlite3.connect(folder / LEDGER)) as connection, connection:
+        connection.executemany("INSERT INTO certificates VALUES (?, ?, ?)", rows)
 
 
 # -- a peer ----------------------------------------------------------------------------------------------------------
@@ -396,14 +407,15 @@ class Peer:
         self.state.stores.ledger.close()
 
     def spawn(self, work: Coroutine[object, object, object]) -> None:
-        """A task that ends with the peer; what it raises is a defect."""
+        """A task that ends with the peer; what it raises is a defect, unless it outlived the control plane."""
         task: asyncio.Task[object] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
         self._tasks.add(task)
         task.add_done_callback(self._finish)
 
     def _finish(self, task: "asyncio.Task[object]") -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ControlStopped):
             self.defects.append(error)
 
     # -- what a test does with it ------------------------------------------------------------------------------------
@@ -554,3 +566,111 @@ async def open_peer(swarm: Swarm, number: int, folder: Path, *, trains: bool = F
     finally:
         await peer.stop()
     assert peer.defects == []
+
+
+class Puppet:
+    """A peer whose every move is the test's: control messages, presences and frames as the test makes them."""
+
+    def __init__(self, swarm: Swarm, number: int, *, speaks_for: bytes | None = None) -> None:
+        self.swarm = swarm
+        self.identity = IDENTITIES[number]
+        self.me = self.identity.peer
+        self.messages: list[object] = []
+        self.payloads: list[bytes] = []
+        self.answer: Callable[[PeerId, bytes], Awaitable[bytes]] = self._refuse
+        self.sink = RecordingSink()
+        self.links = TensorLinks(self.identity, swarm.id, LINKS, self.sink)
+        self._speaks_for = swarm.id if speaks_for is None else speaks_for
+        self._sequence = 0
+        config = ControlConfig(identity=self.identity, swarm=swarm.id, listen=("/ip4/127.0.0.1/tcp/0",))
+        handlers = ControlHandlers(
+            on_message=self._hear,
+            on_request=lambda peer, raw: self.answer(peer, raw),
+            on_presence=lambda peer, raw: None,
+            on_peer_connected=lambda peer: None,
+            on_peer_lost=lambda peer: None,
+        )
+        self.control = MemoryControl(swarm.network, config, handlers)
+
+    def _hear(self, peer: PeerId, payload: bytes) -> None:
+        self.payloads.append(payload)
+        self.messages.append(decode_message_untrusted(self.swarm.id, payload))
+
+    async def _refuse(self, peer: PeerId, raw: bytes) -> bytes:
+        raise ProtocolError(Refusal.NOT_READY, "a puppet answers when it is told what")
+
+    def heard(self, kind: type[M]) -> list[M]:
+        """The messages of this kind that it got."""
+        return [message for message in self.messages if isinstance(message, kind)]
+
+    def encode(self, message: object) -> bytes:
+        """The bytes of a message of the swarm that it speaks for."""
+        return encode_message(self._speaks_for, message)
+
+    async def tell(self, peer: Peer, *messages: object) -> None:
+        for message in messages:
+            await self.control.send(peer.me, self.encode(message))
+
+    def make_presence(self, peer: Peer, ready: SignedReady | None = None, **changes: object) -> Presence:
+        """A newer presence of a trainer at the head of `peer`."""
+        self._sequence += 1
+        head = peer.core.head
+        presence = Presence(
+            peer=self.me,
+            incarnation=1,
+            sequence=self._sequence,
+            sent_at_s=time.time(),
+            agent="puppet/1 judy",
+            trains=True,
+            leaving=False,
+            head_round=head.round,
+            head_digest=head.digest,
+            state_root=head.state_root,
+            phase="gather",
+            tensor_addresses=(),
+            control_addresses=self.control.addresses(),
+            tokens_per_s=1.0,
+            ready=ready,
+        )
+        return sign_message(self.identity, self.swarm.id, replace(presence, **changes))  # type: ignore[arg-type]
+
+    def show(self, peer: Peer, ready: SignedReady | None = None, **changes: object) -> None:
+        """Let `peer` take a presence of it."""
+        peer.membership.take_presence(self.encode(self.make_presence(peer, ready, **changes)), self.me)
+
+    async def push(self, peer: Peer, header: FrameHeader, payload: bytes) -> None:
+        """Send a frame over a tensor link."""
+        await self.links.send(peer.me, self.swarm.addresses[peer.me], header, memoryview(payload))
+
+
+@asynccontextmanager
+async def open_puppet(
+    swarm: Swarm, number: int, *peers: Peer, speaks_for: bytes | None = None
+) -> AsyncIterator[Puppet]:
+    """A puppet with control connections to `peers`."""
+    puppet = Puppet(swarm, number, speaks_for=speaks_for)
+    await puppet.control.start()
+    swarm.addresses[puppet.me] = await puppet.links.start()
+    try:
+        for peer in peers:
+            await puppet.control.connect(peer.control.addresses())
+        yield puppet
+    finally:
+        await puppet.links.stop()
+        await puppet.control.stop()
+
+
+@asynccontextmanager
+async def open_peers(folder: Path, count: int, swarm: Swarm | None = None) -> AsyncIterator[list[Peer]]:
+    """Connected trainers, all of them founders, whose presences are gossiped."""
+    swarm = make_samples(founders=count) if swarm is None else swarm
+    async with AsyncExitStack() as stack:
+        peers = [
+            await stack.enter_async_context(open_peer(swarm, number, folder, trains=True)) for number in range(count)
+        ]
+        for at, peer in enumerate(peers):
+            for other in peers[:at]:
+                await peer.connect(other)
+            peer.spawn(peer.membership.beat())
+        await wait_until(lambda: all(len(peer.membership.table.live()) == count - 1 for peer in peers))
+        yield peers

@@ -7,6 +7,7 @@ what went in, and a state root the hash of the state before and the result. Time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from blake3 import blake3
 
@@ -24,8 +25,8 @@ from shoal.protocol.effects import (
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Rounds
-from shoal.protocol.messages import ROUND_MESSAGES, Certificate, SignedReady, digest_record
-from shoal.protocol.quorum import Head, proposer_order
+from shoal.protocol.messages import Certificate, Plan, Result, SignedReady, digest_record
+from shoal.protocol.quorum import Head, list_members, proposer_order
 from shoal.protocol.round_state import RESEND_AFTER, Offer, Setting
 from shoal.protocol.rounds import RoundCore
 from tests.unit.protocol.samples import (
@@ -41,6 +42,13 @@ from tests.unit.protocol.samples import (
 
 STEPS_MAX = 10_000
 Travelling = Send | SendPart | SendResult
+T = TypeVar("T")
+
+
+def members_of(result: Result, part: int) -> tuple[int, ...]:
+    """The numbers of the peers in a part's bitmap."""
+    indices = list_members(result.parts[part].contributors, len(result.members))
+    return tuple(PEERS.index(result.members[index].peer) for index in indices)
 
 
 @dataclass(slots=True)
@@ -65,30 +73,53 @@ class Seat:
     def peer(self) -> PeerId:
         return PEERS[self.number]
 
-    def said(self, kind: type) -> list[ROUND_MESSAGES]:
+    def said(self, kind: type[T]) -> list[T]:
         """The messages of this kind that it sent, in order; what goes to several peers counts several times."""
         sent = [effect.message for effect in self.effects if isinstance(effect, Send)]
         return [message for message in sent if isinstance(message, kind)]
 
-    def did(self, kind: type) -> list[Effect]:
+    def did(self, kind: type[T]) -> list[T]:
+        """The effects of this kind, in order."""
         return [effect for effect in self.effects if isinstance(effect, kind)]
 
 
+Filter = Callable[[Travelling, Seat, Seat], bool]
+
+
+def nothing(effect: Travelling, source: Seat, target: Seat) -> bool:
+    """Hold back nothing."""
+    return False
+
+
+def withhold(kind: type) -> Filter:
+    """Hold back messages of this kind."""
+    return lambda effect, source, target: isinstance(getattr(effect, "message", effect), kind)
+
+
+def cut_off(victim: Seat) -> Filter:
+    """Nothing reaches this peer, and nothing comes from it."""
+    return lambda effect, source, target: victim in (source, target)
+
+
 class Table:
-    """`blocked` decides what does not arrive, `newest_first` in which order the rest does; who `applies_slowly` waits for
-    `commit`; `refusals` is what anybody refused of anybody."""
+    """Everybody knows of everybody. `blocked` decides what does not arrive, `newest_first` in what order the rest does;
+    who `applies_slowly` waits for `commit`, and reductions wait for `finish_reductions` unless the table `reduces`;
+    `refusals` is what anybody refused of anybody."""
 
     def __init__(self, count: int = 4, voters: int | None = None, rules: Rounds = RULES) -> None:
         self.rules = rules
         self.now = 0.0
         self.head = Head(round=0, digest=SWARM, state_root=b"r" * 32, voters=PEERS[: voters or count])
-        self.blocked: Callable[[Travelling, Seat, Seat], bool] = lambda effect, source, target: False
+        self.blocked: Filter = nothing
         self.newest_first = False
         self.applies_slowly: set[int] = set()
+        self.reduces = True
+        self.blobs_are_found = True
         self.refusals: list[tuple[PeerId, PeerId, ProtocolError]] = []
         self._travelling: deque[tuple[Seat, Travelling]] = deque()
         self._too_early: list[tuple[Seat, Travelling]] = []
         self.seats = [Seat(number=number, core=self.make_core(number, self.head, None)) for number in range(count)]
+        self.meet()
 
     def make_core(self, number: int, head: Head, vote: VoteRecord | None) -> RoundCore:
         setting = Setting(identity=IDENTITIES[number], swarm=SWARM, rules=self.rules, parts=PARTS)
@@ -98,9 +129,8 @@ class Table:
         return self.seats[PEERS.index(peer)]
 
     def order(self) -> list[Seat]:
-        """The seats of the round's proposers: the first leads attempt 0."""
-        head = self.seats[0].core.head
-        return [self.seat(peer) for peer in proposer_order(head.digest, head.voters)]
+        """The seats of the proposers of round 1: the first leads attempt 0."""
+        return [self.seat(peer) for peer in proposer_order(self.head.digest, self.head.voters)]
 
     def up(self) -> list[Seat]:
         return [seat for seat in self.seats if seat.up]
@@ -147,6 +177,38 @@ class Table:
             if other is not seat:
                 self.announce(other)
         self.announce(seat, incarnation=seat.sequence)
+
+    def begin_exchange(self) -> Plan:
+        """Everybody is ready and has the plan; nobody finishes a reduction yet."""
+        self.reduces = False
+        self.make_ready()
+        self.settle()
+        self.reduces = True
+        return self.plan()
+
+    def finish_reductions(self, *seats: Seat) -> None:
+        """These seats finish every reduction that they began."""
+        for seat in seats or tuple(self.up()):
+            for effect in seat.did(Reduce):
+                self._reduce(seat, effect)
+        self.settle()
+
+    # -- what a test looks at ---------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """The first plan of the first proposer of round 1."""
+        return self.order()[0].said(Plan)[0]
+
+    def result(self, number: int = 1) -> Result:
+        """The one result that everybody who is up has certified in this round; nobody was refused anything."""
+        results = {seat.committed[number - 1].result for seat in self.up()}
+        assert len(results) == 1
+        assert self.refusals == []
+        return results.pop()
+
+    def attempts(self, number: int = 1) -> set[int]:
+        """The attempts in which they saw it certified."""
+        return {seat.committed[number - 1].attempt for seat in self.up()}
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -207,16 +269,19 @@ class Table:
                 assert seat.blobs.issuperset(effect.digests), "a vote is for bytes that are held"
                 seat.vote = effect.vote
             case Reduce():
-                self.reduce(seat, effect)
+                if self.reduces:
+                    self._reduce(seat, effect)
             case FetchBlob():
-                if any(self.seat(peer).up and effect.digest in self.seat(peer).blobs for peer in effect.candidates):
-                    self._hold(seat, effect.digest)
+                if self.blobs_are_found and any(
+                    self.seat(peer).up and effect.digest in self.seat(peer).blobs for peer in effect.candidates
+                ):
+                    self.hold(seat, effect.digest)
             case Commit():
                 if seat.number not in self.applies_slowly:
                     self.commit(seat, effect.certificate)
 
-    def reduce(self, seat: Seat, effect: Reduce) -> None:
-        """Finish a reduction: the same inputs give the same bytes, whoever reduces them."""
+    def _reduce(self, seat: Seat, effect: Reduce) -> None:
+        # The same inputs give the same bytes, whoever reduces them.
         digest = blake3(b"".join(effect.digests)).digest()
         seat.blobs.add(digest)
         seat.core.part_reduced(effect.round, effect.attempt, effect.part, digest, frozenset(effect.indices))
@@ -231,7 +296,8 @@ class Table:
         root = blake3(seat.core.head.state_root + digest).digest()
         seat.core.applied(Head(round=result.round, digest=digest, state_root=root, voters=result.voters), self.now)
 
-    def _hold(self, seat: Seat, digest: bytes) -> None:
+    def hold(self, seat: Seat, digest: bytes) -> None:
+        """These bytes have come."""
         seat.blobs.add(digest)
         seat.core.blob_held(digest, self.now)
 
@@ -250,4 +316,4 @@ class Table:
                     self._too_early.append((source, effect))
             case SendResult():
                 if target.core.check_result_part(source.peer, effect.round, effect.part) is None:
-                    self._hold(target, effect.digest)
+                    self.hold(target, effect.digest)
