@@ -37,7 +37,7 @@ from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState, Stores
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
-from shoal.node.membership import CLOCK_SKEW_WARN_S, Membership, MembershipPorts
+from shoal.node.membership import Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
 from shoal.node.metrics import Metrics, Plane
 from shoal.node.own_presence import OwnPresence
@@ -86,7 +86,7 @@ class Daemon:
         self.identity = identity
         self.me = identity.peer
         self._incarnation = incarnation
-        self._clock_told = False
+        self._book_lock = asyncio.Lock()
         self._stop = asyncio.Event()
         self._head_moved = asyncio.Event()
         self._tasks = TaskSet()
@@ -387,7 +387,7 @@ class Daemon:
             self.intake.close()
         if hasattr(self, "membership"):  # everything was assembled
             self.driver.stop()
-            save_peer_book(self.config.data_path / PEER_BOOK_FILE, self.membership.book)
+            await self._save_peer_book()
         if hasattr(self, "compute") and self.config.node.role == TRAINER:
             await self.compute.stop()
         await self._tasks.end()
@@ -421,20 +421,14 @@ class Daemon:
         self.driver.pump()
         if first:
             self.reporter.happen(HappeningKind.PEER_JOINED, f"{self.reporter.name_of(presence.peer)} is here")
-        self._check_clock()
+            self._spawn(self._save_peer_book())
+        self.reporter.check_clock()
         head = self.core.head
         if presence.head_round == head.round and presence.state_root != head.state_root:
             detail = (
                 f"round {head.round} has root {presence.state_root.hex()[:16]} there, {head.state_root.hex()[:16]} here"
             )
             self.intake.misbehaved(presence.peer, ProtocolError(Refusal.WRONG_BASE, detail))
-
-    def _check_clock(self) -> None:
-        skew_s = self.reporter.clock_skew_s()
-        if skew_s > CLOCK_SKEW_WARN_S and not self._clock_told:
-            self._clock_told = True
-            text = f"{Failure.CLOCK_SKEW}: most peers' clocks differ from this one's by {skew_s:.0f} s; set the clock"
-            self.reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
 
     def _lost(self, lost: PeerLost) -> None:
         known = self.membership.table.newest(lost.peer)
@@ -449,6 +443,12 @@ class Daemon:
             return
         if signed.ready.round == self.core.round and self.core.phase is Phase.GATHER and not signed.ready.owns:
             self._publish_ready(replace(signed.ready, owns=True), frozen)
+
+    async def _save_peer_book(self) -> None:
+        """At every new peer, so that even after kill -9 this one comes back without any bootstrap peer."""
+        path = self.config.data_path / PEER_BOOK_FILE
+        async with self._book_lock:
+            await asyncio.to_thread(save_peer_book, path, self.membership.book.encode())
 
     def _peer_connected(self, peer: PeerId) -> None:
         if self.intake.is_open:

@@ -35,6 +35,7 @@ SEND_TRIES = 3
 SEND_RETRY_S = 0.5
 FETCH_TIMEOUT_S = 20.0
 FETCHES_MAX = 8  # at once; every one holds a part in memory
+RESULTS_PER_PART_MAX = 8  # results of one part that a member may push in a round, one an attempt
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ def load_peer_book(path: Path, me: PeerId) -> PeerBook:
         return PeerBook(me)
 
 
-def save_peer_book(path: Path, book: PeerBook) -> None:
-    """Replace the stored book."""
+def save_peer_book(path: Path, encoded: bytes) -> None:
+    """Replace the stored book. Blocking; one call at a time."""
     temporary = path.with_suffix(".partial")
-    temporary.write_bytes(book.encode())
+    temporary.write_bytes(encoded)
     temporary.replace(path)

@@ -90,6 +90,7 @@ class Reporter:
         self.participants: dict[int, int] = {}
         self._aborted: Counter[str] = Counter()
         self._notes: list[Note] = []
+        self._clock_told = False
         self._failure: tuple[Failure, PeerId | None, int, float] | None = None
         self._phase: tuple[Phase, float] | None = None
         self._round_began_s = time.monotonic()
@@ -354,6 +355,14 @@ class Reporter:
         if self.subjects.ledger.forked:
             found.append("this peer's ledger chain has two branches: start it with a new identity")
         return tuple(found)
+
+    def check_clock(self) -> None:
+        """Say once that this machine's clock is far off."""
+        skew_s = self.clock_skew_s()
+        if skew_s > CLOCK_SKEW_WARN_S and not self._clock_told:
+            self._clock_told = True
+            text = f"{Failure.CLOCK_SKEW}: most peers' clocks differ from this one's by {skew_s:.0f} s; set the clock"
+            self.happen(HappeningKind.NETWORK, text, Severity.WARNING)
 
     def clock_skew_s(self) -> float:
         """The median difference between live peers' clocks and this one's."""

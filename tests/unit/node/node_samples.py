@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -44,7 +43,6 @@ from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import Behind, Note
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
-from shoal.protocol.frames import FrameHeader
 from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import (
@@ -63,7 +61,6 @@ from shoal.protocol.messages import (
     Presence,
     Ready,
     SignedReady,
-    decode_message_untrusted,
     digest_record,
     encode_message,
     sign_message,
@@ -77,7 +74,6 @@ from shoal.protocol.rounds import RoundCore
 from shoal.protocol.state import SnapshotIndex, chunk_digests
 from shoal.protocol.wire import encode_record
 from tests.sim.memory_control import MemoryControl, MemoryNetwork
-from tests.unit.node.link_harness import RecordingSink
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
 PATIENCE_S = 30.0
@@ -101,8 +97,6 @@ RULES = Rounds(
 LEDGER = "ledger.sqlite"
 TINY_ELEMENTS = 3000  # three parts, one chunk a vector
 WIDE_ELEMENTS = 700_000  # three chunks a vector
-
-M = TypeVar("M")
 
 
 async def wait_until(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
@@ -566,98 +560,6 @@ async def open_peer(swarm: Swarm, number: int, folder: Path, *, trains: bool = F
     finally:
         await peer.stop()
     assert peer.defects == []
-
-
-class Puppet:
-    """A peer whose every move is the test's: control messages, presences and frames as the test makes them."""
-
-    def __init__(self, swarm: Swarm, number: int, *, speaks_for: bytes | None = None) -> None:
-        self.swarm = swarm
-        self.identity = IDENTITIES[number]
-        self.me = self.identity.peer
-        self.messages: list[object] = []
-        self.payloads: list[bytes] = []
-        self.answer: Callable[[PeerId, bytes], Awaitable[bytes]] = self._refuse
-        self.sink = RecordingSink()
-        self.links = TensorLinks(self.identity, swarm.id, LINKS, self.sink)
-        self._speaks_for = swarm.id if speaks_for is None else speaks_for
-        self._sequence = 0
-        config = ControlConfig(identity=self.identity, swarm=swarm.id, listen=("/ip4/127.0.0.1/tcp/0",))
-        handlers = ControlHandlers(
-            on_message=self._hear,
-            on_request=lambda peer, raw: self.answer(peer, raw),
-            on_presence=lambda peer, raw: None,
-            on_peer_connected=lambda peer: None,
-            on_peer_lost=lambda peer: None,
-        )
-        self.control = MemoryControl(swarm.network, config, handlers)
-
-    def _hear(self, peer: PeerId, payload: bytes) -> None:
-        self.payloads.append(payload)
-        self.messages.append(decode_message_untrusted(self.swarm.id, payload))
-
-    async def _refuse(self, peer: PeerId, raw: bytes) -> bytes:
-        raise ProtocolError(Refusal.NOT_READY, "a puppet answers when it is told what")
-
-    def heard(self, kind: type[M]) -> list[M]:
-        """The messages of this kind that it got."""
-        return [message for message in self.messages if isinstance(message, kind)]
-
-    def encode(self, message: object) -> bytes:
-        """The bytes of a message of the swarm that it speaks for."""
-        return encode_message(self._speaks_for, message)
-
-    async def tell(self, peer: Peer, *messages: object) -> None:
-        for message in messages:
-            await self.control.send(peer.me, self.encode(message))
-
-    def make_presence(self, peer: Peer, ready: SignedReady | None = None, **changes: object) -> Presence:
-        """A newer presence of a trainer at the head of `peer`."""
-        self._sequence += 1
-        head = peer.core.head
-        presence = Presence(
-            peer=self.me,
-            incarnation=1,
-            sequence=self._sequence,
-            sent_at_s=time.time(),
-            agent="puppet/1 judy",
-            trains=True,
-            leaving=False,
-            head_round=head.round,
-            head_digest=head.digest,
-            state_root=head.state_root,
-            phase="gather",
-            tensor_addresses=(),
-            control_addresses=self.control.addresses(),
-            tokens_per_s=1.0,
-            ready=ready,
-        )
-        return sign_message(self.identity, self.swarm.id, replace(presence, **changes))  # type: ignore[arg-type]
-
-    def show(self, peer: Peer, ready: SignedReady | None = None, **changes: object) -> None:
-        """Let `peer` take a presence of it."""
-        peer.membership.take_presence(self.encode(self.make_presence(peer, ready, **changes)), self.me)
-
-    async def push(self, peer: Peer, header: FrameHeader, payload: bytes) -> None:
-        """Send a frame over a tensor link."""
-        await self.links.send(peer.me, self.swarm.addresses[peer.me], header, memoryview(payload))
-
-
-@asynccontextmanager
-async def open_puppet(
-    swarm: Swarm, number: int, *peers: Peer, speaks_for: bytes | None = None
-) -> AsyncIterator[Puppet]:
-    """A puppet with control connections to `peers`."""
-    puppet = Puppet(swarm, number, speaks_for=speaks_for)
-    await puppet.control.start()
-    swarm.addresses[puppet.me] = await puppet.links.start()
-    try:
-        for peer in peers:
-            await puppet.control.connect(peer.control.addresses())
-        yield puppet
-    finally:
-        await puppet.links.stop()
-        await puppet.control.stop()
 
 
 @asynccontextmanager

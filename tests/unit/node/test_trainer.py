@@ -55,12 +55,12 @@ class Events:
         self._queue.put_nowait(event)
 
     async def next(self, kind: type[E]) -> E:
-        """The next event that is no Progress; it must be of this kind."""
+        """The next event of this kind. Only Progress may come before it, and a stall, which a busy machine makes."""
         while True:
             event = await self._queue.get()
             if isinstance(event, kind):
                 return event
-            assert isinstance(event, Progress), f"{event} instead of {kind.__name__}"
+            assert isinstance(event, Progress | TrainerStalled), f"{event} instead of {kind.__name__}"
 
 
 def run(test: Coroutine[None, None, None], loops: Loops = uvloop.new_event_loop) -> None:
