@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shoal.node.export import read_certified_model
-from tests.e2e.swarm import Swarm, run
+from tests.e2e.swarm import Peer, Swarm, run
 
 
 @pytest.fixture
@@ -75,11 +75,16 @@ def test_trainer_crash_costs_no_round(swarm: Swarm) -> None:
     swarm.wait("two rounds", lambda: min(first.round, second.round) >= 2)
     killed = _kill_trainer_of(second.process)
     assert killed
+    swarm.wait("the crash is noticed", lambda: _restarts(second) == 1)
     at = first.round
     swarm.wait("rounds go on, with both", lambda: second.contributes_after(at + 1) and first.contributes_after(at + 1))
-    again = second.status()
-    assert again is not None and again.training.restarts == 1
+    assert _restarts(second) == 1
     swarm.check_roots()
+
+
+def _restarts(peer: Peer) -> int:
+    status = peer.status()
+    return -1 if status is None else status.training.restarts
 
 
 def _get(folder: Path, path: str) -> str:
