@@ -56,7 +56,7 @@ class PresenceTable:
             verify_ready(self._swarm, presence.ready)
         if known is None and len(self._newest) >= PEERS_MAX:
             self._drop_oldest_dead()
-        first = presence.peer not in self._deadlines
+        first = known is None or presence.peer not in self._deadlines  # an expected peer has a deadline already
         self._newest[presence.peer] = presence
         if presence.leaving and first:
             return None  # its farewell came after its connection ended

@@ -26,12 +26,12 @@ width = 32
 context = 32
 
 [training]
-inner_steps = 6
+inner_steps = 60
 steps_min = 1
 round_time_s = 4.0
 batch_size = 2
 learning_rate = 1e-3
-warmup_steps = 5
+warmup_steps = 20
 
 [rounds]
 peers_min = 2
