@@ -26,6 +26,7 @@ CONTROL_PORT = 9460
 TENSOR_PORT = 9461
 WEB_PORT = 9464
 CONFIG_BYTES_MAX = 1 << 20
+MANIFEST_FILE = "manifest.shoal"  # in the data folder, from an earlier start
 
 TRAINER = "trainer"
 BOOTSTRAP = "bootstrap"
@@ -248,7 +249,8 @@ def _find_node_faults(config: NodeConfig) -> Iterator[Fault]:
             parse_uri(node.swarm)
         except UriError as error:
             yield "node", "swarm", f"{error.field}: {error.problem}", error.fix
-    if node.role == TRAINER and node.swarm is None and node.manifest is None:
+    is_known = (config.data_path / MANIFEST_FILE).is_file()
+    if node.role == TRAINER and node.swarm is None and node.manifest is None and not is_known:
         fix = "give the shoal:// URI of a swarm (node.swarm), or make a manifest with `shoal swarm create`"
         yield "node", "role", "is trainer, but neither node.swarm nor node.manifest says of what", fix
     if node.manifest is not None and not Path(node.manifest).is_file():

@@ -10,9 +10,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from shoal.node.blobs import BlobStore
+from shoal.node.config import MANIFEST_FILE
 from shoal.node.ledger_store import LedgerStore, StoreError
 from shoal.node.local_state import LocalState, Stores
-from shoal.node.manifest_source import MANIFEST_FILE, read_manifest_file
+from shoal.node.manifest_source import read_manifest_file
 from shoal.node.snapshots import SnapshotStore
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.errors import ConfigError, Failure

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from shoal.node.config import NodeConfig
+from shoal.node.config import MANIFEST_FILE, NodeConfig
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.protocol.errors import ConfigError, ProtocolError
 from shoal.protocol.identity import short_peer_id
@@ -17,7 +17,6 @@ from shoal.protocol.manifest import parse_uri, read_manifest_untrusted
 from shoal.protocol.messages import GetManifest, ManifestAnswer, decode_message_untrusted, encode_message
 
 MANIFEST_BYTES_MAX = 512 * 1024
-MANIFEST_FILE = "manifest.shoal"
 RETRY_S = 1.0
 REMIND_S = 15.0
 

@@ -26,9 +26,9 @@ width = 32
 context = 32
 
 [training]
-inner_steps = 60
+inner_steps = 200
 steps_min = 1
-round_time_s = 4.0
+round_time_s = 2.0
 batch_size = 2
 learning_rate = 1e-3
 warmup_steps = 20
