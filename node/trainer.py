@@ -59,8 +59,8 @@ TERMINATE_GRACE_S = 2.0
 RECEIVE_BYTES = 1 << 16
 STDERR_BYTES_MAX = 1 << 13
 STDERR_LINES_MAX = 40
-# OpenMP's threads spin while they wait for each other. On cores that are shared with anything else, the daemon for one,
-# that made two threads three to ten times slower than one; asleep, they were twice as fast as one.
+# OpenMP's threads spin while they wait for each other. Measured on two busy cores: two spinning threads train at an
+# eighth of one thread's rate, two that sleep at nine tenths of it.
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 INSTALL_TORCH = "install it: pip install 'shoal[train]'"
 

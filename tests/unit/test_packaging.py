@@ -69,12 +69,22 @@ def test_what_the_metadata_names_is_there() -> None:
     assert project["license"] == "Apache-2.0"
 
 
-def test_every_dependency_is_explained() -> None:
-    explained = (ROOT / "docs/dependencies.md").read_text()
-    optional = PROJECT["project"]["optional-dependencies"].values()
-    for requirement in (*PROJECT["project"]["dependencies"], *(one for extra in optional for one in extra)):
-        (name,) = re.findall(r"^[\w-]+", requirement)
-        assert f"| {name} |" in explained, name
+def test_every_dependency_is_explained_and_nothing_else() -> None:
+    text = (ROOT / "docs/dependencies.md").read_text()
+    shipped, tools = text.split("\n## To work on it\n")
+    optional = dict(PROJECT["project"]["optional-dependencies"])
+    dev = names_of(optional.pop("dev"))
+    needed = names_of([*PROJECT["project"]["dependencies"], *(one for extra in optional.values() for one in extra)])
+    assert explained_in(shipped) == needed
+    assert explained_in(tools) <= dev
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
+
+
+def explained_in(tables: str) -> set[str]:
+    return set(re.findall(r"(?m)^\| ([\w-]+) \|", tables)) - {"package"}
 
 
 # -- presets ---------------------------------------------------------------------------------------------------------
