@@ -26,11 +26,11 @@ from shoal.protocol.effects import Phase
 from shoal.protocol.errors import ConfigError, InputError
 
 PEERS = 4
-ROUNDS = 40
+ROUNDS = 32
 KILL_ROUND = 6  # from this round on, the victim dies in the first exchange that is caught
 KILL_ROUND_MAX = 10  # and in this round at the latest, wherever it stands
 JOIN_ROUND = 12
-TRAIN_LIMIT_S = 215.0
+TRAIN_LIMIT_S = 195.0
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 25.0
 POLL_S = 0.25

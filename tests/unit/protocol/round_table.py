@@ -25,7 +25,7 @@ from shoal.protocol.effects import (
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Rounds
-from shoal.protocol.messages import Certificate, Plan, Result, SignedReady, digest_record
+from shoal.protocol.messages import Certificate, Certified, Plan, Result, SignedReady, digest_record
 from shoal.protocol.quorum import Head, list_members, proposer_order
 from shoal.protocol.round_state import RESEND_AFTER, Offer, Setting
 from shoal.protocol.rounds import RoundCore
@@ -116,7 +116,7 @@ class Table:
         self.reduces = True
         self.blobs_are_found = True
         self.refusals: list[tuple[PeerId, PeerId, ProtocolError]] = []
-        self._travelling: deque[tuple[Seat, Travelling]] = deque()
+        self.travelling: deque[tuple[Seat, Travelling]] = deque()
         self._too_early: list[tuple[Seat, Travelling]] = []
         self.seats = [Seat(number=number, core=self.make_core(number, self.head, None)) for number in range(count)]
         self.meet()
@@ -216,10 +216,10 @@ class Table:
         """Carry out effects and deliver messages until nothing moves at this moment."""
         for _ in range(STEPS_MAX):
             for seat in self.up():
-                self._carry_out(seat)
-            if not self._travelling:
+                self.carry_out(seat)
+            if not self.travelling:
                 return
-            source, effect = self._travelling.pop() if self.newest_first else self._travelling.popleft()
+            source, effect = self.travelling.pop() if self.newest_first else self.travelling.popleft()
             target = self.seat(effect.peer)
             if target.up and not self.blocked(effect, source, target):
                 self.deliver(source, effect, target)
@@ -237,7 +237,7 @@ class Table:
                 self.now = end
                 return
             self.now = max(self.now, min(due))
-            self._travelling.extend(self._too_early)
+            self.travelling.extend(self._too_early)
             self._too_early.clear()
             for seat in self.up():
                 deadline = seat.core.next_deadline()
@@ -253,7 +253,7 @@ class Table:
             assert self.now < end, [seat.core.view() for seat in self.up()]
             self.advance(0.5)
 
-    def _carry_out(self, seat: Seat) -> None:
+    def carry_out(self, seat: Seat) -> None:
         effects = seat.core.take_effects()
         while effects:
             for effect in effects:
@@ -264,7 +264,7 @@ class Table:
     def _execute(self, seat: Seat, effect: Effect) -> None:
         match effect:
             case Send() | SendPart() | SendResult():
-                self._travelling.append((seat, effect))
+                self.travelling.append((seat, effect))
             case Persist():
                 assert seat.blobs.issuperset(effect.digests), "a vote is for bytes that are held"
                 seat.vote = effect.vote
@@ -300,6 +300,11 @@ class Table:
         """These bytes have come."""
         seat.blobs.add(digest)
         seat.core.blob_held(digest, self.now)
+
+    def hear(self, seat: Seat, certificate: Certificate) -> None:
+        """A peer tells this seat of a certified round."""
+        seat.core.receive(Certified(certificate=certificate), seat.peer, self.now)
+        self.carry_out(seat)
 
     def deliver(self, source: Seat, effect: Travelling, target: Seat) -> None:
         match effect:
