@@ -26,6 +26,8 @@ class TaskSet:
         task = asyncio.get_running_loop().create_task(self._guard(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # A task that is cancelled before its first step has never looked at its work.
+        task.add_done_callback(lambda _: work.close())
 
     async def end(self) -> None:
         """Cancel what is left and wait for it."""

@@ -20,8 +20,8 @@ class Schedule:
     """One table and one random order of everything that may happen at it.
 
     Every pair of peers has a priority, and what travels between the pair with the highest comes next; now and then
-    priorities are drawn anew (Burckhardt et al., "A Randomized Scheduler with Probabilistic Guarantees of Finding Bugs",
-    2010). So some peers are far ahead of others, and old words arrive late, in order.
+    priorities are drawn anew (Burckhardt et al., "A Randomized Scheduler with Probabilistic Guarantees of Finding
+    Bugs", 2010). So some peers are far ahead of others, and old words arrive late, in order.
     """
 
     def __init__(self, seed: int) -> None:
@@ -40,9 +40,7 @@ class Schedule:
             self._step()
             self.check()
         goal = max(len(seat.committed) for seat in table.seats) + 1
-        for seat in table.seats:
-            if not seat.up:
-                table.restart(seat)
+        table.unheard.clear()
         end = table.now + CALM_S
         while any(len(seat.committed) < goal for seat in table.seats):
             if table.now > end:
@@ -60,16 +58,16 @@ class Schedule:
             table.carry_out(seat)
         kind = rng.random()
         if kind < 0.03:
-            self._suspect(rng.choice(table.seats))
+            self._lose(rng.choice(table.seats))
+        elif kind < 0.05:
+            self._find(rng.choice(table.seats))
         elif kind < 0.06:
-            table.announce(rng.choice(table.up()))
-        elif kind < 0.08:
             self._let_a_deadline_pass()
         elif kind < 0.10:
             self._get_ready()
         elif kind < 0.11:
             self._restart(rng.choice(table.seats))
-        elif kind < 0.13:
+        elif kind < 0.113:
             self._tell_the_log()
         elif table.travelling:
             if kind < 0.20:
@@ -80,7 +78,8 @@ class Schedule:
 
     def _open_pairs(self) -> list[tuple[int, int]]:
         seat = self.table.seat
-        return list(dict.fromkeys((source.number, seat(effect.peer).number) for source, effect in self.table.travelling))
+        pairs = ((source.number, seat(effect.peer).number) for source, effect in self.table.travelling)
+        return list(dict.fromkeys(pairs))
 
     def _deliver_next(self) -> None:
         """The oldest message of the most urgent pair: usually delivered, sometimes lost or delivered twice."""
@@ -96,11 +95,19 @@ class Schedule:
         if fate < 0.98 and table.seat(effect.peer).up:
             table.deliver(source, effect, table.seat(effect.peer))
 
-    def _suspect(self, seat: Seat) -> None:
-        """Everybody takes this peer for lost; it may be alive and never know."""
-        for other in self.table.up():
-            if other is not seat and self.rng.random() < 0.9:
+    def _lose(self, seat: Seat) -> None:
+        """Everybody takes this peer for lost, and its words come late. It is alive and hears the others."""
+        self.table.unheard.add(seat.number)
+        for other in self.table.seats:
+            self._priorities[seat.number, other.number] = -self.rng.random()
+            if other is not seat and other.up:
                 other.core.lose(seat.peer, self.table.now)
+
+    def _find(self, seat: Seat) -> None:
+        """The peer is heard again; what it said before may still be under way."""
+        self.table.unheard.discard(seat.number)
+        if seat.up:
+            self.table.announce(seat)
 
     def _restart(self, seat: Seat) -> None:
         if seat.up:
@@ -159,4 +166,3 @@ class Schedule:
                 where = message.result.round, message.attempt
                 if self._led.setdefault(where, digest) != digest:
                     raise broken("one proposal per attempt", f"round {where[0]}, attempt {where[1]}")
-

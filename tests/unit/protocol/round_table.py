@@ -103,7 +103,7 @@ def cut_off(victim: Seat) -> Filter:
 
 class Table:
     """Everybody knows of everybody. `blocked` decides what does not arrive, `newest_first` in what order the rest does;
-    who `applies_slowly` waits for `commit`, and reductions wait for `finish_reductions` unless the table `reduces`;
+    who is `unheard` announces in vain; who `applies_slowly` waits for `commit`, and reductions wait for `finish_reductions` unless the table `reduces`;
     `refusals` is what anybody refused of anybody."""
 
     def __init__(self, count: int = 4, voters: int | None = None, rules: Rounds = RULES) -> None:
@@ -113,6 +113,7 @@ class Table:
         self.blocked: Filter = nothing
         self.newest_first = False
         self.applies_slowly: set[int] = set()
+        self.unheard: set[int] = set()
         self.reduces = True
         self.blobs_are_found = True
         self.refusals: list[tuple[PeerId, PeerId, ProtocolError]] = []
@@ -144,7 +145,7 @@ class Table:
         shown = {"ready": seat.ready, "head_round": head.round, **changes}
         presence = make_presence(seat.number, seat.sequence, **shown)
         for other in self.up():
-            if other is not seat:
+            if other is not seat and seat.number not in self.unheard:
                 other.core.observe(presence, self.now)
 
     def meet(self) -> None:
