@@ -103,8 +103,8 @@ def cut_off(victim: Seat) -> Filter:
 
 class Table:
     """Everybody knows of everybody. `blocked` decides what does not arrive, `newest_first` in what order the rest does;
-    who is `unheard` announces in vain; who `applies_slowly` waits for `commit`, and reductions wait for `finish_reductions` unless the table `reduces`;
-    `refusals` is what anybody refused of anybody."""
+    who is `unheard` announces in vain; who `applies_slowly` waits for `commit`, and reductions wait for
+    `finish_reductions` unless the table `reduces`; `refusals` is what anybody refused of anybody."""
 
     def __init__(self, count: int = 4, voters: int | None = None, rules: Rounds = RULES) -> None:
         self.rules = rules
