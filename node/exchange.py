@@ -1,10 +1,11 @@
 """The data plane of a round: what arrives over the tensor links and where it goes, and the core's bulk effects.
 
 Implements the sink of the tensor links. A part's length comes from the manifest, never from the header; the round core
-decides whether it is wanted; its scales are checked in a thread before it counts as received.
+decides whether it is wanted; its scales are checked in a thread before it counts as received. The same goes for what is
+fetched, so that nobody votes for bytes that a replica cannot apply.
 
-Invariants: memory is bounded by one encoded part per (roster member, part) of the open round plus the round's results;
-nothing of a finished round stays.
+Invariants: memory is bounded by the contributions that the core lets in, and per member and part by
+RESULTS_PER_PART_MAX results; nothing of a finished round stays.
 """
 
 import asyncio
@@ -67,6 +68,7 @@ class PartExchange:
         self._snapshots = snapshots
         self._parts: dict[tuple[PeerId, int, bytes], memoryview] = {}
         self._results: dict[bytes, memoryview] = {}
+        self._pushed: Counter[tuple[PeerId, int]] = Counter()  # results, by who sent them
         self._resends: Counter[tuple[PeerId, int]] = Counter()
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self.frozen: Frozen | None = None
@@ -78,6 +80,7 @@ class PartExchange:
         """The round is applied: let go of everything that belonged to it."""
         self._parts.clear()
         self._results.clear()
+        self._pushed.clear()
         self._resends.clear()
         self.frozen = None
 
@@ -105,29 +108,42 @@ class PartExchange:
             refusal = self.core.check_part(peer, header.round, header.part, header.digest)
         elif header.digest in self._results:
             refusal = Refusal.DUPLICATE
+        elif self._pushed[peer, header.part] >= RESULTS_PER_PART_MAX:
+            refusal = Refusal.LIMIT
         else:
             refusal = self.core.check_result_part(peer, header.round, header.part)
         return refusal or memoryview(bytearray(header.nbytes))
 
     async def complete(self, peer: PeerId, header: FrameHeader, buffer: memoryview) -> None:
-        first, end = self._manifest.part_range(header.part)
-        await asyncio.to_thread(self._codec.check_untrusted, buffer, end - first)
+        await self._check(header.part, buffer)
         if header.round != self.core.round:
             return  # it was on its way when the round ended
         if header.kind is FrameKind.CONTRIBUTION:
             self._parts[peer, header.part, header.digest] = buffer
             self.core.part_received(peer, header.round, header.part, header.digest, self.ports.now())
         else:
+            self._pushed[peer, header.part] += 1
             self._results[header.digest] = buffer
             self.core.blob_held(header.digest, self.ports.now())
         self.ports.pump()
+
+    async def _check(self, part: int, buffer: memoryview) -> None:
+        """Raises ProtocolError unless these bytes decode."""
+        first, end = self._manifest.part_range(part)
+        await asyncio.to_thread(self._codec.check_untrusted, buffer, end - first)
 
     def aborted(self, peer: PeerId, header: FrameHeader) -> None:
         log.debug("%s did not finish part %d of round %d", short_peer_id(peer), header.part, header.round)
 
     def refused(self, peer: PeerId, header: FrameHeader) -> None:
         key = peer, header.part
-        if header.refusal in RESEND_AFTER and header.round == self.core.round and self._resends[key] < RESENDS_MAX:
+        frozen = self.frozen
+        known = (
+            frozen is not None
+            and frozen.round == header.round
+            and frozen.digests[header.part : header.part + 1] == (header.digest,)
+        )
+        if known and header.refusal in RESEND_AFTER and self._resends[key] < RESENDS_MAX:
             self._resends[key] += 1
             self.ports.spawn(self._resend(peer, header))
         log.debug("%s refuses part %d of round %d: %s", short_peer_id(peer), header.part, header.round, header.refusal)
@@ -211,6 +227,8 @@ class PartExchange:
         self.ports.spawn(self._reduce(effect))
 
     async def _reduce(self, effect: Reduce) -> None:
+        if effect.round != self.core.round:
+            return  # a snapshot has led past this round
         factors = clip_factors(effect.norms)
         parts = [
             WeightedPart(
@@ -257,6 +275,12 @@ class PartExchange:
                 except (LinkLost, FetchFailed) as error:
                     log.debug("part %d of round %d: %s", effect.part, effect.round, error)
                     continue
+                try:
+                    await self._check(effect.part, buffer)
+                except ProtocolError as error:
+                    log.warning("part %d of round %d cannot be used: %s", effect.part, effect.round, error)
+                    self.ports.refusal(peer, error.refusal)
+                    return  # other candidates have the same bytes
                 self._hold(effect, buffer)
                 return
 
