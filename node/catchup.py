@@ -56,7 +56,7 @@ class CatchUpPorts:
     address_of: Callable[[PeerId], Address | None]
     take_certificate: Callable[[Certificate, PeerId], None]  # to the round core, which checks and commits it
     wait_past: Callable[[int, float], Awaitable[bool]]  # whether the head got past a round within so many seconds
-    installed: Callable[[Head], None]
+    install: Callable[[Head, Float32s, Float32s], Awaitable[None]]  # take over a state that was checked
 
 
 class CatchUp:
@@ -145,10 +145,8 @@ class CatchUp:
             await asyncio.to_thread(self._state.save_certificate, certificate)
         own = chain[-2].result
         head = Head(round=own.round, digest=digest_record(own), state_root=index.root, voters=own.voters)
-        await self._state.install(head, *vectors)
-        del vectors
+        await self._ports.install(head, *vectors)
         self._partial_path(index).unlink(missing_ok=True)
-        self._ports.installed(head)
         return True
 
     async def _ask_snapshot(self, peer: PeerId, round_max: int) -> SnapshotIndex | None:

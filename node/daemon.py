@@ -274,7 +274,7 @@ class Daemon:
                 address_of=self._address_of,
                 take_certificate=self._take_certificate,
                 wait_past=self._wait_past,
-                installed=self._installed,
+                install=self._install,
             ),
         )
 
@@ -564,10 +564,10 @@ class Daemon:
         live = self.membership.table.live()
         return tuple(peer for peer, presence in live.items() if presence.head_round >= number)
 
-    def _installed(self, head: Head) -> None:
+    async def _install(self, head: Head, params: Float32s, momentum: Float32s) -> None:
         self.presence.ready = None
+        await self.driver.install(head, params, momentum)
         self.reporter.joined = True
-        self.driver.jump(head)
         self.reporter.happen(HappeningKind.CATCH_UP, f"took over the snapshot of round {head.round}")
         if self.config.node.role == TRAINER:
             self._spawn(self.compute.adopt_base())

@@ -3,8 +3,9 @@
 Contract with the core (protocol.effects): effects are carried out in their order, and nothing after a `Persist` or a
 `Commit` starts before it is done. Messages go out in the order of their effects, per peer.
 
-Invariant: a vote leaves this process only after its record and the update's bytes are durable; when the disk fails, the
-driver stops carrying out effects (the peer no longer votes) and everything else goes on.
+Invariants: a vote leaves this process only after its record and the update's bytes are durable; when the disk fails, the
+driver stops carrying out effects (the peer no longer votes) and everything else goes on; a snapshot is taken over
+between two effects, and nothing that was wanted before it is done after it.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from shoal.node.control import ControlPlane, PeerUnreachable
 from shoal.node.exchange import PartExchange
 from shoal.node.ledger_store import StoreError
 from shoal.node.local_state import LocalState
+from shoal.protocol.codecs import Float32s
 from shoal.protocol.effects import (
     AttemptFailed,
     Behind,
@@ -80,6 +82,7 @@ class RoundDriver:
         self._ports = ports
         self._effects: deque[Effect] = deque()
         self._wake = asyncio.Event()
+        self._working = asyncio.Lock()  # held while an effect is carried out and while a snapshot is taken over
         self._halted = False
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -90,7 +93,10 @@ class RoundDriver:
 
     def pump(self) -> None:
         """Take over what the core wants done, and be woken when its next deadline passes."""
-        self._effects.extend(self.core.take_effects())
+        effects = self.core.take_effects()
+        if self._halted:
+            return  # nobody carries them out any more
+        self._effects.extend(effects)
         if self._effects:
             self._wake.set()
         if self._timer is not None:
@@ -116,22 +122,23 @@ class RoundDriver:
     async def run(self) -> None:
         """Carry out effects until cancelled, or until the disk fails."""
         self.pump()
-        while True:
-            while self._effects:
-                if self._halted:
-                    return
-                try:
-                    await self._carry_out(self._effects.popleft())
-                except (OSError, StoreError) as error:
-                    self._ports.disk_failed(Failure.DISK_FULL, str(error))
-                    return
+        while not self._halted:
+            async with self._working:
+                if self._effects:
+                    try:
+                        await self._carry_out(self._effects.popleft())
+                    except (OSError, StoreError) as error:
+                        self.halt()
+                        self._ports.disk_failed(Failure.DISK_FULL, str(error))
+                    continue
             self._wake.clear()
-            if not self._effects:
-                await self._wake.wait()
+            await self._wake.wait()
 
     def halt(self) -> None:
         """Carry out nothing more: this peer votes and contributes no longer, and still serves what it has."""
         self._halted = True
+        self._effects.clear()
+        self._wake.set()
 
     def stop(self) -> None:
         """No deadline fires any more."""
@@ -187,8 +194,15 @@ class RoundDriver:
         self.pump()
         self._ports.begun()
 
-    def jump(self, head: Head) -> None:
-        """A snapshot was installed: go on from there."""
-        self._exchange.finish_round()
-        self.core.applied(head, self.now())
+    async def install(self, head: Head, params: Float32s, momentum: Float32s) -> None:
+        """Take over the state of a later round, checked against `head.state_root`, and go on from there.
+
+        Raises StoreError.
+        """
+        async with self._working:
+            await self._state.install(head, params, momentum)
+            self.core.take_effects()
+            self._effects.clear()
+            self._exchange.finish_round()
+            self.core.applied(head, self.now())
         self.pump()

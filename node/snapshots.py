@@ -62,7 +62,10 @@ class SnapshotStore:
         """Write the state of `index.round`. The vectors must not change meanwhile. Raises OSError (disk full)."""
         path = self._path(index.round)
         temporary = path.with_suffix(_TEMPORARY)
-        save_file({"params": params, "momentum": momentum}, temporary, metadata={"round": str(index.round)})
+        try:
+            save_file({"params": params, "momentum": momentum}, temporary, metadata={"round": str(index.round)})
+        except SafetensorError as error:  # what this library makes of every failed write
+            raise OSError(f"{temporary} cannot be written: {error}") from error
         _sync_file(temporary)
         temporary.replace(path)
         path.with_suffix(_INDEX_SUFFIX).write_bytes(encode_record(index))

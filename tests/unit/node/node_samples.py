@@ -356,7 +356,7 @@ class Peer:
                 address_of=swarm.addresses.get,
                 take_certificate=lambda one, peer: self.driver.receive(Certified(certificate=one), peer),
                 wait_past=self._wait_past,
-                installed=self.driver.jump,
+                install=self.driver.install,
             ),
         )
         self.reach = Reach(swarm.id, self.control, self.links, lambda: tuple(self.membership.table.live()))
