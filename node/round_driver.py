@@ -3,8 +3,8 @@
 Contract with the core (protocol.effects): effects are carried out in their order, and nothing after a `Persist` or a
 `Commit` starts before it is done. Messages go out in the order of their effects, per peer.
 
-Invariants: a vote leaves this process only after its record and the update's bytes are durable; when the disk fails, the
-driver stops carrying out effects (the peer no longer votes) and everything else goes on; a snapshot is taken over
+Invariants: a vote leaves this process only after its record and the update's bytes are durable; when the disk fails,
+the driver stops carrying out effects (the peer no longer votes) and everything else goes on; a snapshot is taken over
 between two effects, and nothing that was wanted before it is done after it.
 """
 
