@@ -67,6 +67,7 @@ class Compute:
         self._failures_s: list[float] = []
         self._freezing = asyncio.Lock()
         self._stopping = False
+        self._restarting = False
 
     # -- life of the trainer -----------------------------------------------------------------------------------------
 
@@ -101,8 +102,8 @@ class Compute:
 
     async def _failed(self, reason: Failure, detail: str, *, is_final: bool = False) -> None:
         """Restart it from the last certified state, unless it fails again and again, or would."""
-        if self._stopping:
-            return
+        if self._stopping or self._restarting:
+            return  # a trainer that is given up anyway may die before it is ended
         now = asyncio.get_running_loop().time()
         self._failures_s = [at for at in self._failures_s if now - at < RESTART_WINDOW_S] + [now]
         self.error = detail
@@ -114,8 +115,12 @@ class Compute:
         self.restarts += 1
         self._ports.restarted(reason, detail)
         self.phase = TrainerState.STARTING
+        self._restarting = True
         await asyncio.sleep(RESTART_DELAY_S * len(self._failures_s))
         await self.trainer.stop()
+        self._restarting = False
+        if self._stopping:
+            return
         # The local parameters are gone with the process. The residual is not: it is work that was merged and not sent.
         await self.start()
 
@@ -169,9 +174,8 @@ class Compute:
                 frozen = await self._state.freeze(self.trainer.local)
             except NonFiniteContribution as error:
                 log.warning("%s; the trainer starts again from the base", error)
-                self._ready = None
                 self._state.contributor.clear()
-                await self.trainer.begin(self._state.head.round + 1, adopt=True)
+                await self.adopt_base()
                 return
             if self._ready is ready and frozen.round == self._state.head.round + 1:
                 self._ports.frozen(frozen, ready)
@@ -208,7 +212,7 @@ class Compute:
             self._ports.spawn(self._freeze())
 
     async def adopt_base(self) -> None:
-        """The state has jumped: local work belongs to a base that is gone."""
+        """Drop the local work: the state has jumped and its base is gone, or it cannot be used."""
         self._ready = None
         self._missed = 0
         self._counted_tokens = self._counted_steps = 0

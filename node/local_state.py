@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shoal.node.blobs import BlobStore
-from shoal.node.ledger_store import LedgerStore, StoredCertificate
+from shoal.node.ledger_store import LedgerStore, StoredCertificate, StoreError
 from shoal.node.snapshots import SnapshotStore
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Contributor, Frozen
@@ -186,10 +186,14 @@ class LocalState:
         """Write the state as it is now, and drop what it makes unnecessary."""
         async with self.lock:
             if self.head.round and self.head.round not in self.stores.snapshots.rounds():
-                try:
-                    await asyncio.to_thread(self._write_snapshot)
-                except OSError as error:
-                    log.error("no snapshot of round %d: %s", self.head.round, error)
+                await self._try_snapshot()
+
+    async def _try_snapshot(self) -> None:
+        """The state stands without one, too; only a restart then begins further back."""
+        try:
+            await asyncio.to_thread(self._write_snapshot)
+        except (OSError, StoreError) as error:
+            log.error("no snapshot of round %d: %s", self.head.round, error)
 
     def _write_snapshot(self) -> None:
         snapshots = self.stores.snapshots
@@ -214,7 +218,7 @@ class LocalState:
             self.contributor.clear()
             self.head = head
             self._remember(head)
-            await asyncio.to_thread(self._write_snapshot)
+            await self._try_snapshot()
 
     async def finish(self) -> None:
         """Let a snapshot that is being written come to its end."""

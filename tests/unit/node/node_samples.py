@@ -6,7 +6,6 @@ plane and real tensor links on loopback. A test runs those of its tasks that it 
 
 import asyncio
 import sqlite3
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, closing
@@ -21,7 +20,7 @@ from shoal.node.answers import Answers
 from shoal.node.blobs import BlobStore
 from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
-from shoal.node.config import NodeConfig, NodeTable
+from shoal.node.config import BOOTSTRAP, TRAINER, NodeConfig, NodeTable
 from shoal.node.control import ControlConfig, ControlHandlers, ControlStopped
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed
@@ -34,6 +33,7 @@ from shoal.node.local_state import LocalState, Stores
 from shoal.node.membership import Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
 from shoal.node.metrics import Metrics, Plane
+from shoal.node.own_presence import OwnPresence
 from shoal.node.reach import Reach
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
@@ -60,10 +60,8 @@ from shoal.protocol.messages import (
     Certified,
     Presence,
     Ready,
-    SignedReady,
     digest_record,
     encode_message,
-    sign_message,
     sign_ready,
 )
 from shoal.protocol.presence import PeerLost, PresenceTable
@@ -76,7 +74,7 @@ from shoal.protocol.wire import encode_record
 from tests.sim.memory_control import MemoryControl, MemoryNetwork
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
-PATIENCE_S = 30.0
+PATIENCE_S = 20.0
 TICK_S = 0.005
 LINKS = LinkConfig(host="127.0.0.1", reuse_port=False, tick_s=0.05, goodbye_timeout_s=2.0)
 # Nothing that a test waits for is a time-out, unless it is about one.
@@ -227,8 +225,8 @@ class Peer:
         self.identity = IDENTITIES[number]
         self.me = self.identity.peer
         self.folder = folder
-        self.trains = trains
-        self.leaving = False
+        role = TRAINER if trains else BOOTSTRAP
+        self.config = NodeConfig(node=NodeTable(data_dir=str(folder), name=f"peer{number}", role=role))
         self.notes: list[Note] = []
         self.commits: list[Head] = []
         self.behinds: list[Behind] = []
@@ -242,8 +240,6 @@ class Peer:
         self.offers: list[Frozen] = []
         self.defects: list[BaseException] = []
         self.served: Counter[bytes] = Counter()
-        self.signed_ready: SignedReady | None = None
-        self._sequence = 0
         self._tasks: set[asyncio.Task[object]] = set()
 
         self.state = open_state(swarm, folder)
@@ -270,10 +266,10 @@ class Peer:
     async def start(self) -> None:
         """Restore, wire, listen, and carry out what the round core wants."""
         head = await self.state.restore()
-        self._wire(head)
         await self.ledger.start()
         await self.control.start()
         self.swarm.addresses[self.me] = await self.links.start()
+        self._wire(head)
         self._count_served()
         self.intake.open(
             self.control,
@@ -329,6 +325,16 @@ class Peer:
                 spawn=self.spawn,
             ),
         )
+        self.presence = OwnPresence(
+            config=self.config,
+            identity=self.identity,
+            swarm=swarm.id,
+            incarnation=1,
+            control=self.control,
+            core=self.core,
+            compute=self.compute,
+            tensor=swarm.addresses[self.me],
+        )
         self.membership = Membership(
             me=self.me,
             swarm=swarm.id,
@@ -337,7 +343,7 @@ class Peer:
             book=PeerBook(self.me),
             presence_period_s=manifest.rounds.presence_period_s,
             ports=MembershipPorts(
-                describe=self.describe,
+                describe=self.presence.describe,
                 observed=self._observed,
                 lost=self._lost,
                 misbehaved=self.misbehaved,
@@ -371,7 +377,7 @@ class Peer:
         )
         self.answer = self.answers.answer
         self.reporter.subjects = Subjects(
-            config=NodeConfig(node=NodeTable(data_dir=str(self.folder), name=f"peer{PEERS.index(self.me)}")),
+            config=self.config,
             me=self.me,
             swarm=swarm.id,
             manifest=manifest,
@@ -440,37 +446,14 @@ class Peer:
         )
         signed = sign_ready(self.identity, self.swarm.id, said)
         if self.core.offer(Offer(signed=signed, digests=frozen.digests), self.driver.now()):
-            self.signed_ready, self.exchange.frozen = signed, frozen
+            self.presence.ready, self.exchange.frozen = signed, frozen
             self.offers.append(frozen)
             self.membership.announce()
         self.driver.pump()
 
-    def describe(self) -> Presence:
-        """The own presence, newer each time."""
-        self._sequence += 1
-        ready = self.signed_ready
-        presence = Presence(
-            peer=self.me,
-            incarnation=1,
-            sequence=self._sequence,
-            sent_at_s=time.time(),
-            agent=f"shoal/test peer{PEERS.index(self.me)}",
-            trains=self.trains,
-            leaving=self.leaving,
-            head_round=self.core.head.round,
-            head_digest=self.core.head.digest,
-            state_root=self.core.head.state_root,
-            phase=self.core.phase.value,
-            tensor_addresses=tuple(f"{host}:{port}" for host, port in [self.swarm.addresses[self.me]]),
-            control_addresses=self.control.addresses(),
-            tokens_per_s=0.0,
-            ready=ready if ready is not None and ready.ready.round == self.core.round else None,
-        )
-        return sign_message(self.identity, self.swarm.id, presence)
-
     def meet(self, other: "Peer") -> None:
         """Take the other one's presence, as if it had just been gossiped."""
-        self.membership.take_presence(encode_message(self.swarm.id, other.describe()), other.me)
+        self.membership.take_presence(encode_message(self.swarm.id, other.presence.describe()), other.me)
 
     async def connect(self, other: "Peer") -> None:
         """A control connection to the other one."""
@@ -505,7 +488,7 @@ class Peer:
         included: tuple[int, ...] = ()
         if frozen is not None and frozen.round == result.round and self.me in members:
             included = self.state.contributor.settle(frozen, result, members.index(self.me))
-        self.signed_ready = None
+        self.presence.ready = None
         if hasattr(self.compute, "trainer"):
             await self.compute.committed(result, included)
         self.reporter.committed(result, bool(included))
