@@ -119,10 +119,9 @@ class Compute:
         await asyncio.sleep(RESTART_DELAY_S * len(self._failures_s))
         await self.trainer.stop()
         self._restarting = False
-        if self._stopping:
-            return
         # The local parameters are gone with the process. The residual is not: it is work that was merged and not sent.
-        await self.start()
+        if not self._stopping:
+            await self.start()
 
     # -- its events --------------------------------------------------------------------------------------------------
 
