@@ -38,6 +38,17 @@ class Direction(StrEnum):
     RECEIVED = "received"
 
 
+class Deadline(StrEnum):
+    """What may end a phase, by the name that it has in the manifest."""
+
+    GRACE = "grace_s"
+    PLAN = "plan_timeout_s"
+    SENDER = "sender_timeout_s"
+    OWNER = "owner_timeout_s"
+    EXCHANGE = "exchange_timeout_s"
+    COMMIT = "commit_timeout_s"
+
+
 class PeerState(StrEnum):
     """Each state includes the next: who takes part is ready, who is ready is live. This peer is counted, too."""
 
@@ -87,12 +98,12 @@ class Histogram:
 
 
 class Current(Generic[A]):
-    """One gauge per value of an enum: 1 for the current one, 0 for the others."""
+    """One gauge per value of an enum: 1 for the current one, 0 for the others; None: for all of them."""
 
     def __init__(self, gauges: Mapping[A, Gauge]) -> None:
         self._gauges = gauges
 
-    def set(self, current: A) -> None:
+    def set(self, current: A | None) -> None:
         for value, gauge in self._gauges.items():
             gauge.set(1.0 if value is current else 0.0)
 
@@ -117,7 +128,7 @@ class Metrics:
     """The metrics of one daemon. A metric with labels is a mapping from their values to handles:
 
     metrics.round.set(7)
-    metrics.attempts_aborted[Failure.OWNER_LOST].add()
+    metrics.attempt_failures[Failure.OWNER_LOST].add()
     metrics.wire_bytes[Direction.SENT, Plane.TENSOR].count_to(total)
     """
 
@@ -135,8 +146,23 @@ class Metrics:
         self.attempt = table.gauge("attempt", "The attempt of that round, from 0.")
         self.phase = table.current("phase", "1 for the phase that this peer is in.", Phase)
         self.rounds_certified = table.counter("rounds_certified", "Certified rounds that this peer has applied.")
-        self.attempts_aborted = table.counters(
-            "attempts_aborted", "Attempts without a certificate.", ("reason", Failure)
+        self.attempt_failures = table.counters(
+            "round_attempt_failures", "Attempts that ended without a certificate.", ("reason", Failure)
+        )
+        self.last_failure = table.current(
+            "round_last_failure",
+            "1 for why the last attempt of the round in work failed; 0 where none has.",
+            Failure,
+            "reason",
+        )
+        self.waiting_for = table.gauge(
+            "round_waiting_for_peers", "Peers that the phase waits for; the status names them."
+        )
+        self.phase_age_s = table.gauge("round_phase_age_seconds", "How long the phase lasts already.")
+        self.deadline_s = table.gauges(
+            "round_deadline_seconds",
+            "Seconds until this limit ends the phase; NaN where it does not run.",
+            ("deadline", Deadline),
         )
         self.parts_reassigned = table.counters(
             "parts_reassigned", "Parts that went to another owner.", ("reason", Failure)
@@ -180,6 +206,12 @@ class Metrics:
         )
         self.refusals = table.counters_by_two(
             "refusals", "What came from outside and was refused.", ("reason", Refusal), ("plane", Plane)
+        )
+        self.hang_ups = table.counters(
+            "hang_ups", "Peers that were hung up on because they went on sending such.", ("reason", Refusal)
+        )
+        self.peers_refused = table.gauge(
+            "peers_refused", "Peers that get no connection for now, because they went on so."
         )
 
     def _declare_disk(self, table: "_Table") -> None:
@@ -229,8 +261,8 @@ class _Table:
         family = prometheus_client.Gauge(PREFIX + name, text, [label[0]], registry=self.registry)
         return {value: Gauge(family.labels(value)) for value in label[1]}
 
-    def current(self, name: str, text: str, values: type[A]) -> Current[A]:
-        return Current(self.gauges(name, text, (name, values)))
+    def current(self, name: str, text: str, values: type[A], label: str = "") -> Current[A]:
+        return Current(self.gauges(name, text, (label or name, values)))
 
     def counter(self, name: str, text: str) -> Counter:
         self._declare("counter", f"{name}_total", text)

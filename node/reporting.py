@@ -5,6 +5,7 @@ Invariant: a reason has one text everywhere: the value of its enum, in the log, 
 
 import asyncio
 import logging
+import math
 import shutil
 import time
 from collections import Counter
@@ -72,6 +73,17 @@ class Subjects:
     catch_up: CatchUp
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failed:
+    """What went wrong last, of one kind; `at_s` is wall-clock time."""
+
+    reason: Failure
+    peer: PeerId | None
+    round: int
+    attempt: int
+    at_s: float
+
+
 class Reporter:
     """Keeps the counts that nobody else needs. All calls on the event loop."""
 
@@ -91,8 +103,10 @@ class Reporter:
         self._aborted: Counter[str] = Counter()
         self._notes: list[Note] = []
         self._clock_told = False
-        self._failure: tuple[Failure, PeerId | None, int, float] | None = None
+        self._failures: dict[HappeningKind, _Failed] = {}
         self._phase: tuple[Phase, float] | None = None
+        self._attempt = 0
+        self._round = 0
         self._round_began_s = time.monotonic()
         self._train_ended_s = 0.0
 
@@ -110,14 +124,16 @@ class Reporter:
             case PhaseEntered():
                 self._enter_phase(note)
             case AttemptFailed():
-                metrics.attempts_aborted[note.reason].add()
+                metrics.attempt_failures[note.reason].add()
+                metrics.last_failure.set(note.reason)
                 self._aborted[note.reason.value] += 1
-                self._failure = note.reason, note.peer, note.round, time.time()
+                self._keep(HappeningKind.ATTEMPT_FAILED, note, note.peer, note.attempt)
             case PartReassigned():
                 metrics.parts_reassigned[note.reason].add()
-                self._failure = note.reason, note.old_owner, note.round, time.time()
+                self._keep(HappeningKind.PART_REASSIGNED, note, note.old_owner, self._attempt)
             case SenderMissing():
                 metrics.senders_missing[note.reason].add()
+                self._keep(HappeningKind.SENDER_MISSING, note, note.peer, self._attempt)
             case Planned():
                 log.debug("planned attempt %d of round %d for %d peers", note.attempt, note.round, len(note.roster))
         if isinstance(note, AttemptFailed | PartReassigned | SenderMissing):
@@ -132,8 +148,24 @@ class Reporter:
             self.feed.publish(happening)
             log.warning("%s", happening.text)
 
+    def _keep(
+        self,
+        kind: HappeningKind,
+        note: AttemptFailed | PartReassigned | SenderMissing,
+        peer: PeerId | None,
+        attempt: int,
+    ) -> None:
+        # Taken out first, so that the newest stands last.
+        self._failures.pop(kind, None)
+        self._failures[kind] = _Failed(
+            reason=note.reason, peer=peer, round=note.round, attempt=attempt, at_s=time.time()
+        )
+
     def _enter_phase(self, note: PhaseEntered) -> None:
         now = time.monotonic()
+        if note.round != self._round:
+            self.metrics.last_failure.set(None)
+        self._round, self._attempt = note.round, note.attempt
         if self._phase is not None:
             phase, since = self._phase
             self.metrics.phase_s[phase].observe(now - since)
@@ -194,7 +226,6 @@ class Reporter:
         """Everything that a person or a program asks, as of now."""
         one = self.subjects
         live = one.membership.table.live()
-        failure = self._failure
         return Status(
             version=version("shoal"),
             peer=format_peer_id(one.me),
@@ -218,17 +249,24 @@ class Reporter:
             peers=self._peer_rows(live),
             rounds_certified=self.rounds_certified,
             aborted=tuple(ReasonCount(reason=reason, count=count) for reason, count in sorted(self._aborted.items())),
-            failure=None
-            if failure is None
-            else FailureStatus(
-                reason=failure[0].value,
-                peer="" if failure[1] is None else self.name_of(failure[1]),
-                round=failure[2],
-                age_s=time.time() - failure[3],
-                remedy=REMEDIES[failure[0]],
-            ),
+            failures=self._failure_rows(),
             warnings=self._warnings(live),
             happenings=self.feed.recent,
+        )
+
+    def _failure_rows(self) -> tuple[FailureStatus, ...]:
+        now = time.time()
+        return tuple(
+            FailureStatus(
+                kind=kind,
+                reason=one.reason.value,
+                peer="" if one.peer is None else self.name_of(one.peer),
+                round=one.round,
+                attempt=one.attempt,
+                age_s=max(0.0, now - one.at_s),
+                remedy=REMEDIES[one.reason],
+            )
+            for kind, one in reversed(self._failures.items())
         )
 
     def _round_status(self, live: Mapping[PeerId, Presence]) -> RoundStatus:
@@ -241,8 +279,10 @@ class Reporter:
             round=view.round,
             attempt=view.attempt,
             phase=view.phase.value,
+            phase_s=0.0 if self._phase is None else time.monotonic() - self._phase[1],
             progress=min(1.0, progress.steps / planned) if progress and view.phase is Phase.GATHER else None,
             deadline_s=None if view.deadline_s is None else max(0.0, view.deadline_s - now),
+            deadline=getattr(view, "deadline_name", None),
             waiting_for=tuple(Wait(peer=format_peer_id(peer), name=self.name_of(peer)) for peer in view.waiting_for),
             voters=len(head.voters),
             voters_live=sum(1 for voter in head.voters if voter in live or voter == self.subjects.me),
@@ -380,6 +420,11 @@ class Reporter:
         metrics.peers[PeerState.READY].set(len(view.ready))
         metrics.peers[PeerState.PARTICIPATING].set(len(view.roster) or self.participants.get(one.core.head.round, 0))
         status = self._round_status(live)
+        metrics.waiting_for.set(len(status.waiting_for))
+        metrics.phase_age_s.set(status.phase_s)
+        for deadline, gauge in metrics.deadline_s.items():
+            running = status.deadline == deadline and status.deadline_s is not None
+            gauge.set(status.deadline_s if running and status.deadline_s is not None else math.nan)
         metrics.voters.set(status.voters)
         metrics.voters_live.set(status.voters_live)
         metrics.clock_skew_s.set(self.clock_skew_s())

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from shoal.node.happenings import Happening
+from shoal.node.happenings import Happening, HappeningKind
 from shoal.protocol.errors import InputError, ShoalError
 
 PEERS_SHOWN_MAX = 256
@@ -67,24 +67,31 @@ class Wait:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailureStatus:
-    """The last failure, and what was done about it."""
+    """The last failure of its kind, and what was done about it: `attempt` of `round` failed, or in that attempt a part
+    went to another owner or was reduced without a member. `peer` is the one that failed, where one did."""
 
+    kind: HappeningKind
     reason: str
     peer: str
     round: int
+    attempt: int
     age_s: float
     remedy: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundStatus:
-    """The round in work. `progress` is the share of its phase that is done, `deadline_s` the seconds until it ends."""
+    """The round in work. `phase_s` is how long its phase lasts already, `progress` the share of it that is done,
+    `deadline_s` the seconds until it ends, `deadline` the manifest's name of that limit: both are None where nothing
+    runs out."""
 
     round: int
     attempt: int
     phase: str
+    phase_s: float
     progress: float | None
     deadline_s: float | None
+    deadline: str | None
     waiting_for: tuple[Wait, ...]
     voters: int
     voters_live: int
@@ -157,7 +164,8 @@ class ReasonCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """Everything that a person or a program asks a running daemon."""
+    """Everything that a person or a program asks a running daemon. `failures` are the newest of each kind, the newest
+    first."""
 
     version: str
     peer: str
@@ -179,7 +187,7 @@ class Status:
     peers: tuple[PeerStatus, ...]
     rounds_certified: int
     aborted: tuple[ReasonCount, ...]
-    failure: FailureStatus | None
+    failures: tuple[FailureStatus, ...]
     warnings: tuple[str, ...]
     happenings: tuple[Happening, ...]
 

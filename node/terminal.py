@@ -15,7 +15,7 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shoal.node.happenings import Happening, Severity
+from shoal.node.happenings import Happening, HappeningKind, Severity
 from shoal.node.status import PeerStatus, Status, Verdict, clean_text, judge_health, judge_readiness
 from shoal.protocol.effects import Phase
 
@@ -30,6 +30,11 @@ HAPPENINGS_SHOWN_MAX = 8
 CURVE_WIDTH = 48
 _BARS = "▁▂▃▄▅▆▇█"
 _STYLES = {Severity.INFO: "", Severity.WARNING: "yellow", Severity.ERROR: "red"}
+_FAILURE_TITLES = {
+    HappeningKind.ATTEMPT_FAILED: "failed attempt",
+    HappeningKind.PART_REASSIGNED: "part moved",
+    HappeningKind.SENDER_MISSING: "part left out",
+}
 _PHASES = (Phase.GATHER, Phase.EXCHANGE, Phase.COMMIT, Phase.FETCH, Phase.APPLY)
 
 
@@ -133,7 +138,8 @@ def describe_status(status: Status) -> list[str]:
     """The status in plain lines, for pipes and logs."""
     now, training, traffic = status.round, status.training, status.traffic
     lines = [
-        f"{clean_text(status.swarm_name)}: round {now.round}, attempt {now.attempt}, {now.phase}{_waiting(status)}",
+        f"{clean_text(status.swarm_name)}: round {now.round}, attempt {now.attempt + 1},"
+        f" {now.phase} for {format_span(now.phase_s)}{_limit(status)}{_waiting(status)}",
         f"peer {status.peer} {clean_text(status.name)}".rstrip(),
         f"{status.role}, up {format_span(status.uptime_s)}",
         f"{status.rounds_certified} rounds certified, loss {format_loss(training.loss_last)},"
@@ -147,7 +153,7 @@ def describe_status(status: Status) -> list[str]:
     for title, verdict in (("unhealthy", judge_health(status)), ("not ready", judge_readiness(status))):
         lines += [f"{title}: {clean_text(reason)}" for reason in verdict.reasons]
     lines += [f"warning: {clean_text(warning)}" for warning in status.warnings]
-    return lines
+    return [*lines, *(f"{title}: {text}" for title, text in _failure_rows(status))]
 
 
 def render_status(status: Status) -> "RenderableType":
@@ -321,6 +327,25 @@ def _waiting(status: Status) -> str:
     return f", waiting for {shown}" if names else ""
 
 
+def _limit(status: Status) -> str:
+    now = status.round
+    if now.deadline_s is None:
+        return ""
+    name = f" ({now.deadline})" if now.deadline else ""
+    return f", at most {format_span(max(0.0, now.deadline_s))} left{clean_text(name)}"
+
+
+def _failure_rows(status: Status) -> list[tuple[str, str]]:
+    """What failed last, of each kind: where, why, by whom, since when, and what was done about it."""
+    rows = []
+    for one in status.failures:
+        who = f" ({clean_text(one.peer)})" if one.peer else ""
+        where = f"attempt {one.attempt + 1} of round {one.round}"
+        text = f"{one.reason}{who} in {where}, {format_span(one.age_s)} ago; {one.remedy}"
+        rows.append((_FAILURE_TITLES[one.kind], clean_text(text, 400)))
+    return rows
+
+
 def _count_peers(peers: Iterable[PeerStatus]) -> str:
     rows = list(peers)
     live = sum(row.alive for row in rows)
@@ -362,8 +387,8 @@ def _phase_line(status: Status) -> "Text":
         line.append(f"  step {training.steps} of {training.steps_planned}")
     elif now.progress is not None:
         line.append(f"  {now.progress:.0%}")
-    if now.deadline_s is not None:
-        line.append(f", at most {format_span(max(0.0, now.deadline_s))} left")
+    line.append(f", for {format_span(now.phase_s)}")
+    line.append(_limit(status))
     line.append(_waiting(status))
     if status.catch_up.active:
         line.append(f", catching up: {clean_text(status.catch_up.detail)}", "yellow")
@@ -394,9 +419,7 @@ def _figures(status: Status) -> "Table":
         ("state root", status.round.state_root[:16] or "none"),
         ("join", clean_text(status.uri, len(status.uri))),
     ]
-    if status.failure is not None:
-        last = f"{status.failure.reason} in round {status.failure.round}, {format_span(status.failure.age_s)} ago"
-        rows.insert(4, ("last failure", f"{last}; {status.failure.remedy}"))
+    rows[4:4] = _failure_rows(status)
     table = Table.grid(padding=(0, 2))
     for title, text in rows:
         table.add_row(Text(title, "dim"), Text(text, overflow="fold"))

@@ -9,6 +9,11 @@ const DOING = {
   fetch: "fetching bytes of the certified update",
   apply: "applying the outer step",
 };
+const FAILED = {
+  attempt_failed: "failed attempt",
+  part_reassigned: "part moved",
+  sender_missing: "part left out",
+};
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { top: 8, right: 12, bottom: 24, left: 44 };
 
@@ -86,7 +91,9 @@ function showRound(status) {
   at("round").textContent = `Round ${whole.format(round.round)}`;
   at("attempt").hidden = round.attempt === 0;
   at("attempt").textContent = `attempt ${round.attempt + 1}`;
-  at("deadline").textContent = round.deadline_s === null ? "" : `at most ${formatSpan(Math.max(0, round.deadline_s))} left`;
+  const limit = round.deadline === null ? "" : ` (${round.deadline})`;
+  const left = round.deadline_s === null ? "" : `, at most ${formatSpan(Math.max(0, round.deadline_s))} left${limit}`;
+  at("deadline").textContent = `for ${formatSpan(round.phase_s)}${left}`;
   const shown = PHASES.includes(round.phase) ? PHASES : [round.phase, ...PHASES];
   const current = shown.indexOf(round.phase);
   at("phases").replaceChildren(
@@ -102,6 +109,18 @@ function showRound(status) {
   const doing = catchUp.active ? `catching up: ${catchUp.detail}` : DOING[round.phase] ?? round.phase;
   const steps = round.phase === "gather" && training.steps_planned ? `, step ${training.steps} of ${training.steps_planned}` : "";
   at("waiting").textContent = doing + steps + (names ? ` · waiting for ${names}` : "");
+}
+
+function showFailures(failures) {
+  const lines = failures.map((one) => {
+    const who = one.peer ? ` (${one.peer})` : "";
+    const where = `attempt ${one.attempt + 1} of round ${whole.format(one.round)}`;
+    const line = make("li", "", `${FAILED[one.kind] ?? one.kind}: `);
+    line.append(make("code", "", one.reason), `${who} in ${where}, ${formatSpan(one.age_s)} ago; ${one.remedy}`);
+    return line;
+  });
+  at("failures").replaceChildren(...lines);
+  at("failures").hidden = lines.length === 0;
 }
 
 function showTiles(status) {
@@ -255,6 +274,7 @@ function showStatus(status) {
   seenAt = new Date();
   showHeader(status);
   showRound(status);
+  showFailures(status.failures);
   showTiles(status);
   showPeers(status.peers);
   showHappenings(status.happenings);

@@ -78,8 +78,10 @@ def status() -> Status:
             round=128,
             attempt=1,
             phase="exchange",
+            phase_s=46.8,
             progress=0.62,
             deadline_s=13.2,
+            deadline="exchange_timeout_s",
             waiting_for=(Wait(peer=PEERS[1], name=NAMES[1]), Wait(peer=PEERS[3], name=NAMES[3])),
             voters=3,
             voters_live=3,
@@ -120,8 +122,25 @@ def status() -> Status:
         peers=tuple(make_row(number) for number in range(len(NAMES))),
         rounds_certified=127,
         aborted=(ReasonCount(reason="owner_lost", count=2), ReasonCount(reason="proposer_lost", count=1)),
-        failure=FailureStatus(
-            reason="owner_lost", peer=PEERS[4], round=127, age_s=42.0, remedy="its parts go to other owners"
+        failures=(
+            FailureStatus(
+                kind=HappeningKind.PART_REASSIGNED,
+                reason="owner_lost",
+                peer=f"gull ({PEERS[4][-8:]})",
+                round=127,
+                attempt=0,
+                age_s=42.0,
+                remedy="its parts go to other owners",
+            ),
+            FailureStatus(
+                kind=HappeningKind.ATTEMPT_FAILED,
+                reason="proposer_silent",
+                peer=f"otter ({PEERS[1][-8:]})",
+                round=120,
+                attempt=2,
+                age_s=950.0,
+                remedy="the next proposer takes over",
+            ),
         ),
         warnings=("your upload is 3.1 Mbit/s: contributions take 12 s of each round",),
         happenings=make_happenings(),

@@ -1,5 +1,6 @@
 """What /metrics tells, and that nothing from outside can make it tell more."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,9 +11,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.node.config import WEB_PORT
-from shoal.node.metrics import PREFIX, Declaration, Direction, Metrics, PeerState, Plane
+from shoal.node.metrics import PREFIX, Deadline, Declaration, Direction, Metrics, PeerState, Plane
 from shoal.protocol.effects import Phase
 from shoal.protocol.errors import Failure, Refusal
+from shoal.protocol.manifest import Rounds
 
 SERIES_MAX = 500
 BODY_BYTES_MAX = 256 * 1024
@@ -41,14 +43,14 @@ def test_handles_set_what_is_exposed() -> None:
     metrics.round.set(7)
     metrics.tokens.add(100)
     metrics.tokens.add(28)
-    metrics.attempts_aborted[Failure.OWNER_LOST].add()
+    metrics.attempt_failures[Failure.OWNER_LOST].add()
     metrics.refusals[Refusal.MALFORMED, Plane.TENSOR].add(2)
     metrics.peers[PeerState.READY].set(3)
     metrics.phase_s[Phase.COMMIT].observe(0.2)
     assert value(metrics, "round") == 7
     assert value(metrics, "tokens_total") == 128
-    assert value(metrics, "attempts_aborted_total", reason="owner_lost") == 1
-    assert value(metrics, "attempts_aborted_total", reason="owner_slow") == 0
+    assert value(metrics, "round_attempt_failures_total", reason="owner_lost") == 1
+    assert value(metrics, "round_attempt_failures_total", reason="owner_slow") == 0
     assert value(metrics, "refusals_total", reason="malformed", plane="tensor") == 2
     assert value(metrics, "peers", state="ready") == 3
     assert value(metrics, "phase_seconds_bucket", phase="commit", le="0.1") == 0
@@ -62,6 +64,20 @@ def test_exactly_one_phase_is_current() -> None:
         metrics.phase.set(phase)
         shown = {one: value(metrics, "phase", phase=one.value) for one in Phase}
         assert shown == {one: float(one is phase) for one in Phase}
+
+
+def test_a_current_value_can_be_none() -> None:
+    metrics = Metrics()
+    metrics.last_failure.set(Failure.COMMIT_TIMEOUT)
+    assert value(metrics, "round_last_failure", reason="commit_timeout") == 1
+    metrics.last_failure.set(None)
+    assert {value(metrics, "round_last_failure", reason=one.value) for one in Failure} == {0.0}
+
+
+def test_every_deadline_has_the_name_of_a_field_of_the_manifest() -> None:
+    limits = {field.name for field in dataclasses.fields(Rounds) if field.name.endswith("_s")}
+    # Those that end no phase: a heartbeat's two figures, and the timer of a swarm without a quorum.
+    assert limits - {"presence_period_s", "presence_timeout_s", "reroot_after_s"} == {one.value for one in Deadline}
 
 
 def test_a_followed_total_never_makes_a_counter_fall() -> None:
@@ -90,7 +106,7 @@ def test_the_series_are_there_from_the_start_and_stay_the_same() -> None:
     metrics = Metrics()
     before = set(read(metrics))
     for failure in Failure:
-        metrics.attempts_aborted[failure].add()
+        metrics.attempt_failures[failure].add()
         metrics.parts_reassigned[failure].add()
     for phase in Phase:
         metrics.phase.set(phase)
@@ -115,7 +131,7 @@ def test_names_follow_the_conventions(metric: Declaration) -> None:
     assert (metric.kind == "counter") == metric.name.endswith("_total")
     assert metric.kind != "histogram" or metric.name.endswith("_seconds")
     assert metric.help.endswith(".")
-    assert set(metric.labels) <= {"phase", "reason", "state", "plane", "direction"}
+    assert set(metric.labels) <= {"phase", "reason", "state", "plane", "direction", "deadline"}
     assert all(re.fullmatch(r"[a-z_]+", one) for values in metric.labels.values() for one in values)
 
 

@@ -33,7 +33,7 @@ Change = Callable[[Any], Any]
 
 def test_json_reads_back_to_the_same_value(status: Status) -> None:
     assert Status.from_json(status.to_json()) == status
-    bare = replace(status, failure=None, peers=(), round=replace(status.round, deadline_s=None, progress=None))
+    bare = replace(status, failures=(), peers=(), round=replace(status.round, deadline_s=None, progress=None))
     assert Status.from_json(bare.to_json().encode()) == bare
 
 

@@ -86,7 +86,11 @@ def test_a_status_shows_what_people_ask(status: Status, width: int) -> None:
         line = next(line for line in table.splitlines() if row.peer[-8:] in line)
         assert row.name in line
         assert str(row.head_round) in line
-    assert "owner_lost in round 127" in text
+    told = " ".join(text.split())
+    assert "for 46 s, at most 13 s left (exchange_timeout_s), waiting for otter, " in told
+    assert f"part moved owner_lost (gull ({status.peers[4].peer[-8:]})) in attempt 1 of round 127, 42 s ago;" in told
+    assert "failed attempt proposer_silent (otter" in told
+    assert "in attempt 3 of round 120, 15 min 50 s ago; the next proposer takes over" in told
     assert max(len(line) for line in text.splitlines()) <= width
 
 
@@ -109,7 +113,7 @@ def test_a_status_that_is_not_well_says_why(status: Status) -> None:
 def test_a_status_before_anything_happened_can_be_drawn(status: Status) -> None:
     training = replace(status.training, loss_first=None, loss_last=None, loss_history=(), device="")
     traffic = replace(status.traffic, contribution_bytes=0, fp32_bytes=0)
-    bare = replace(status, training=training, traffic=traffic, peers=(), failure=None, happenings=(), aborted=())
+    bare = replace(status, training=training, traffic=traffic, peers=(), failures=(), happenings=(), aborted=())
     bare = replace(bare, round=replace(status.round, phase="prepare", progress=None, deadline_s=None, state_root=""))
     text = draw(render_status(bare))
     assert "none yet" in text
@@ -184,6 +188,18 @@ def test_on_a_terminal_a_demo_is_drawn_in_place(monkeypatch: pytest.MonkeyPatch)
     assert "round 4 of 10" in text
     assert "\x1b[1A" in text, "the cursor goes up to draw over what was there"
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h"), "the cursor is there again at the end"
+
+
+def test_a_pipe_is_told_phase_limit_waits_and_failures(status: Status) -> None:
+    lines = describe_status(status)
+    names = ", ".join(one.name or one.peer[-8:] for one in status.round.waiting_for)
+    limit = "at most 13 s left (exchange_timeout_s)"
+    assert lines[0] == f"tiny: round 128, attempt 2, exchange for 46 s, {limit}, waiting for {names}"
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["part moved", "failed attempt"]
+    assert "proposer_silent (otter" in lines[-1] and "attempt 3 of round 120, 15 min 50 s ago" in lines[-1]
+    idle = replace(status, round=replace(status.round, deadline_s=None, deadline=None, waiting_for=()), failures=())
+    assert describe_status(idle)[0] == "tiny: round 128, attempt 2, exchange for 46 s"
+    assert not any("failed attempt" in line for line in describe_status(idle))
 
 
 def test_a_pipe_gets_lines(status: Status, capsys: pytest.CaptureFixture[str]) -> None:
