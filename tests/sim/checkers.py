@@ -1,31 +1,65 @@
-"""The invariants of a round, checked after every event that can break one."""
+"""The invariants of a round, checked after every event that can break one.
 
-import itertools
+Sees everything and trusts nothing that the cores computed: votes are counted anew, residuals are kept in a second set
+of books, and every certified part is aggregated again (tests.sim.oracle).
+"""
+
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from shoal.protocol.codecs import CODECS
 from shoal.protocol.contribution import Frozen
+from shoal.protocol.effects import Phase, Reduce
 from shoal.protocol.errors import ProtocolError
+from shoal.protocol.exchange import CONTRIBUTIONS_MAX
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
-from shoal.protocol.messages import Certificate, Vote, digest_record
-from shoal.protocol.quorum import Head, check_votes, list_members
+from shoal.protocol.messages import Certificate, Member, Ready, Result, Vote, digest_record, verify_message
+from shoal.protocol.quorum import Head
+from shoal.protocol.round_state import BACKOFF_MAX, EARLY_MESSAGES_MAX
+from tests.sim import oracle
+from tests.sim.faults import DRIFT_MAX
+from tests.sim.oracle import Vector
 
 if TYPE_CHECKING:
     from tests.sim.peer import SimPeer
 
-Vector = npt.NDArray[np.float32]
+# Whether a certificate says which contribution of a member it counts: who restarts within a round makes another one.
+NAMES_CONTRIBUTIONS = "contribution_root" in Member.__dataclass_fields__
+# What a paused or busy peer may be late by in ending a phase, in its own seconds.
+PHASE_SLACK_S = 5.0
+RESULTS_PER_PART_MAX = 8  # as the daemon's: results of one part that a member may push in a round
 
 
 class InvariantBroken(AssertionError):
     """Which invariant, where, and what was seen."""
 
+    def __init__(self, name: str, detail: str) -> None:
+        super().__init__(f"{name}: {detail}")
+        self.name = name
+
 
 def broken(name: str, detail: str) -> InvariantBroken:
-    return InvariantBroken(f"{name}: {detail}")
+    return InvariantBroken(name, detail)
+
+
+@dataclass(slots=True)
+class Books:
+    """The second set of books on one life of one peer: what error feedback must leave behind."""
+
+    residual: Vector
+    frozen: Frozen | None = None
+    residual_next: Vector | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """What an honest owner says went into one reduced part."""
+
+    indices: tuple[int, ...]
+    digests: tuple[bytes, ...]
 
 
 class Checker:
@@ -38,32 +72,97 @@ class Checker:
         self.heads: dict[int, Head] = {0: genesis}
         self.attempts: dict[int, int] = {}
         self.participants: dict[int, int] = {}
-        self.aggregated: set[int] = set()
         self.votes: dict[tuple[PeerId, int, int], bytes] = {}
-        self.contributions: dict[tuple[PeerId, int], list[tuple[bytes, ...]]] = {}
         self.committed_round: dict[PeerId, int] = {}
+        self.suspects: set[PeerId] = set()  # who lies, or was restored from a backup: no word of theirs is binding
+        self.lies: set[bytes] = set()  # digests of results that an owner made up
+        self.refusals: Counter[str] = Counter()  # of liars' messages, by reason
+        self._contributed: dict[bytes, tuple[PeerId, int, int, Vector]] = {}
+        self._readies: dict[tuple[PeerId, int], set[tuple[int, int]]] = {}
+        self._reductions: dict[tuple[int, int, bytes], list[Reduction]] = {}
+        self._books: dict[PeerId, Books] = {}
+        self._phases: dict[PeerId, tuple[tuple[int, int, Phase], float, float]] = {}
 
     def newest_head(self) -> Head:
         """The head that the certificates lead to, whoever holds them."""
         return self.heads[max(self.heads)]
 
+    # -- a peer's own work ---------------------------------------------------------------------------------------
+
+    def booted(self, peer: "SimPeer", found: list[Head]) -> None:
+        """What was committed is still there, whatever a crash did, and nothing else; the residual begins empty. `found`
+        are the heads that the peer's disk leads to, one after the other."""
+        me, head = peer.identity.peer, found[-1]
+        if head.round < self.committed_round.get(me, 0) and me not in self.suspects:
+            raise broken("rounds are never undone", f"peer {peer.number} woke up at {head.round}")
+        for one in found[1:]:
+            if one.round not in self.heads:  # it died while it committed what nobody else has yet
+                self._certified(peer, peer.disk.certificates[one.round], one)
+            if self.heads[one.round] != one:
+                raise broken("bit parity", f"peer {peer.number} restored another state of round {one.round}")
+        self.committed_round[me] = head.round
+        self._books[me] = Books(residual=np.zeros(self.manifest.layout.elements, np.float32))
+        self._phases.pop(me, None)
+
     def froze(self, peer: "SimPeer", frozen: Frozen) -> None:
         """Error feedback is exact: encoded + residual = produced, to the bit."""
-        codec = CODECS[self.manifest.rounds.codec]
+        books = self._books[peer.identity.peer]
+        if not np.array_equal(peer.contributor.residual, books.residual):
+            raise broken("error feedback is exact", f"peer {peer.number} lost or invented a residual")
+        decoded = self.contributed(peer.identity.peer, frozen)
+        produced = (peer.replica.params - peer.local) + books.residual
+        if not np.array_equal(decoded.astype(np.float64) + frozen.residual_next, produced.astype(np.float64)):
+            raise broken("error feedback is exact", f"peer {peer.number}, round {frozen.round}")
+        books.frozen, books.residual_next = frozen, produced - decoded
+
+    def contributed(self, peer: PeerId, frozen: Frozen) -> Vector:
+        """These parts are this peer's word in this round; what they decode to."""
+        codec = self.manifest.rounds.codec
+        vectors = []
         for part, raw in enumerate(frozen.encoded):
             first, end = self.manifest.part_range(part)
-            decoded = np.empty(end - first, np.float32)
-            codec.decode_untrusted(raw, end - first, decoded)
-            delta = peer.replica.params[first:end] - peer.local[first:end]
-            produced = delta + peer.contributor.residual[first:end]
-            if not np.array_equal(decoded + frozen.residual_next[first:end], produced):
-                raise broken("error feedback is exact", f"peer {peer.number}, round {frozen.round}, part {part}")
-        # A peer that crashed after READY freezes another contribution for the same round; the certificate names no
-        # root, so every one is kept and the oracle accepts the combination that reproduces the bytes.
-        self.contributions.setdefault((peer.identity.peer, frozen.round), []).append(frozen.encoded)
+            vectors.append(oracle.decode(codec, raw, end - first))
+            self._contributed[frozen.digests[part]] = (peer, frozen.round, part, vectors[-1])
+        return np.concatenate(vectors)
+
+    def announced(self, peer: PeerId, ready: Ready) -> None:
+        self._readies.setdefault((peer, ready.round), set()).add((ready.tokens, ready.steps))
+
+    def settled(self, peer: "SimPeer", result: Result, index: int, included: tuple[int, ...]) -> None:
+        """Sum of what was produced = sum of what was applied + residual: a residual is taken over for exactly the parts
+        that were certified with this very contribution."""
+        books, number = self._books[peer.identity.peer], result.round
+        frozen = books.frozen
+        expected = oracle.list_parts_with(result, index)
+        if included != expected or frozen is None or frozen.round != number or books.residual_next is None:
+            raise broken("error feedback is exact", f"peer {peer.number} settled {included}, not {expected}")
+        for part in included:
+            known = self._reductions.get((number, part, result.parts[part].digest), [])
+            ours = any(frozen.digests[part] in one.digests for one in known)
+            if NAMES_CONTRIBUTIONS and known and not ours:
+                raise broken(
+                    "error feedback is exact",
+                    f"peer {peer.number} settled a contribution that is not the certified one, {number}/{part}",
+                )
+            first, end = self.manifest.part_range(part)
+            books.residual[first:end] = books.residual_next[first:end]
+        if not np.array_equal(peer.contributor.residual, books.residual):
+            raise broken("error feedback is exact", f"peer {peer.number} kept a wrong residual in round {number}")
+
+    def restarted_from_base(self, peer: "SimPeer") -> None:
+        """The peer gave up its local work, and the residual with it."""
+        self._books[peer.identity.peer].residual.fill(0.0)
+
+    def reduced(self, effect: Reduce, digest: bytes) -> None:
+        known = self._reductions.setdefault((effect.round, effect.part, digest), [])
+        known.append(Reduction(indices=effect.indices, digests=effect.digests))
+
+    # -- votes and certificates ----------------------------------------------------------------------------------
 
     def voted(self, peer: "SimPeer", vote: Vote) -> None:
         """An honest peer never signs two votes for one (round, attempt), and votes only for what its disk holds."""
+        if vote.voter in self.suspects:
+            return
         key = (vote.voter, vote.round, vote.attempt)
         if self.votes.setdefault(key, vote.result_digest) != vote.result_digest:
             raise broken("one vote per attempt", f"peer {peer.number} voted twice in {vote.round}/{vote.attempt}")
@@ -76,49 +175,125 @@ class Checker:
 
     def committed(self, peer: "SimPeer", certificate: Certificate, head: Head) -> None:
         """One result per round, the same bytes and the same state everywhere, in order, and never undone."""
+        me, number = peer.identity.peer, head.round
+        before = self.committed_round.get(me, 0)
+        if number != before + 1 or number != certificate.result.round:
+            raise broken("rounds are never undone", f"peer {peer.number} went from {before} to {number}")
+        self.committed_round[me] = number
+        self._certified(peer, certificate, head)
+
+    def _certified(self, peer: "SimPeer", certificate: Certificate, head: Head) -> None:
         result = certificate.result
         number = result.round
         digest = digest_record(result)
         if self.results.setdefault(number, digest) != digest:
             raise broken("one result per round", f"round {number} at peer {peer.number}")
-        check_votes(certificate, self.heads[number - 1].voters, self.manifest.quorum, self.swarm)
         if self.heads.setdefault(number, head) != head:
             raise broken("bit parity", f"round {number}: peer {peer.number} has another state root")
-        before = self.committed_round.get(peer.identity.peer, 0)
-        if number != before + 1:
-            raise broken("rounds are never undone", f"peer {peer.number} went from {before} to {number}")
-        self.committed_round[peer.identity.peer] = number
-        self.attempts.setdefault(number, certificate.attempt)
-        self.participants.setdefault(number, len(result.members))
-        if number not in self.aggregated:
-            self.aggregated.add(number)
-            self._check_aggregate(certificate, peer)
+        self._check_votes(certificate)
+        if number in self.attempts:
+            self.attempts[number] = min(self.attempts[number], certificate.attempt)
+            return
+        self.attempts[number] = certificate.attempt
+        self.participants[number] = len(result.members)
+        self._check_members(result)
+        for part in range(len(result.parts)):
+            self._check_part(result, part, peer)
 
-    def _check_aggregate(self, certificate: Certificate, peer: "SimPeer") -> None:
-        """An independent oracle: plain float32 arithmetic over exactly the bitmap's members, in roster order."""
+    def _check_votes(self, certificate: Certificate) -> None:
+        """A quorum of distinct voters of the round before signed this result in one attempt."""
         result = certificate.result
-        for part, one in enumerate(result.parts):
-            indices = list_members(one.contributors, len(result.members))
-            frozen = [self.contributions[result.members[index].peer, result.round] for index in indices]
-            weights = [np.float32(result.members[index].weight) for index in indices]
-            expected = {
-                self._aggregate(part, [encoded[part] for encoded in choice], weights)
-                for choice in itertools.product(*frozen)
-            }
-            if peer.disk.blobs[one.digest] not in expected:
-                raise broken("result = aggregate of the bitmap's members", f"round {result.round}, part {part}")
+        voters = self.heads[result.round - 1].voters
+        digest = digest_record(result)
+        seen = set()
+        for vote in certificate.votes:
+            verify_message(vote.voter, self.swarm, vote)
+            if (vote.round, vote.attempt, vote.result_digest) == (result.round, certificate.attempt, digest):
+                seen.add(vote.voter)
+        count = len(seen & set(voters))
+        if not oracle.is_quorum(count, len(voters), self.manifest.rounds.quorum):
+            raise broken("a quorum certifies", f"round {result.round}: {count} votes of {len(voters)}")
 
-    def _aggregate(self, part: int, encoded: list[bytes], weights: list[np.float32]) -> bytes:
-        codec = CODECS[self.manifest.rounds.codec]
+    def _check_members(self, result: Result) -> None:
+        """Each contributor counts once, with the weight that follows from what it announced, and no more."""
+        peers = [member.peer for member in result.members]
+        if len(set(peers)) != len(peers):
+            raise broken("each contribution at most once", f"round {result.round}")
+        claims = [(member.tokens, member.steps) for member in result.members]
+        for member, claim in zip(result.members, claims, strict=True):
+            if claim not in self._readies.get((member.peer, result.round), ()):
+                raise broken("weights as planned", f"round {result.round}: a claim that nobody made")
+        problem = oracle.find_wrong_weight(claims, [member.weight for member in result.members])
+        if problem:
+            raise broken("weights as planned", f"round {result.round}: {problem}")
+
+    def _check_part(self, result: Result, part: int, peer: "SimPeer") -> None:
+        """Plain float32 arithmetic over exactly the bitmap's members, in roster order."""
+        one, number = result.parts[part], result.round
+        if one.digest in self.lies:
+            return  # its owner lied, and nobody recomputes parts yet
+        indices = oracle.list_indices(one.contributors, len(result.members))
         first, end = self.manifest.part_range(part)
-        total, weight_sum = np.zeros(end - first, np.float32), np.float32(0.0)
-        for raw, weight in zip(encoded, weights, strict=True):
-            decoded = np.empty(end - first, np.float32)
-            codec.decode_untrusted(raw, end - first, decoded)
-            total = total + weight * decoded
-            weight_sum = np.float32(weight_sum + weight)
-        return bytes(codec.encode(total / weight_sum))
+        for reduction in self._reductions.get((number, part, one.digest), []):
+            if reduction.indices != indices:
+                continue
+            vectors = []
+            for index, digest in zip(indices, reduction.digests, strict=True):
+                source, of_round, of_part, vector = self._contributed[digest]
+                if (source, of_round, of_part) == (result.members[index].peer, number, part):
+                    vectors.append(vector)
+            weights = [result.members[index].weight for index in indices]
+            if len(vectors) == len(indices):
+                expected = oracle.aggregate(self.manifest.rounds.codec, vectors, weights, end - first)
+                if peer.disk.blobs[one.digest] == expected:
+                    return
+        raise broken("result = aggregate of the bitmap's members", f"round {number}, part {part}")
+
+    # -- bounds --------------------------------------------------------------------------------------------------
+
+    def check_bounds(self, peer: "SimPeer") -> None:
+        """Every attempt ends in bounded time, and memory is bounded; looked at with every heartbeat."""
+        core, me = peer.core, peer.identity.peer
+        at = (core.round, core.attempt, core.phase)
+        since = self._phases.get(me)
+        if since is None or since[0] != at:
+            self._phases[me] = (at, peer.clock(), peer.paused_s)
+        else:
+            awake_s = peer.clock() - since[1] - (peer.paused_s - since[2]) * (1 + DRIFT_MAX)
+            if awake_s > self._phase_bound_s(core.phase):
+                raise broken("every attempt ends in bounded time", f"peer {peer.number}: {awake_s:.1f} s in {at}")
+        inbox, parts = core._inbox, self.manifest.parts
+        members = len(peer.world.by_id)
+        counts = {
+            "early messages": (len(core._early), EARLY_MESSAGES_MAX),
+            "contributions": (len(inbox.digests), members),
+            "parts of a sender": (max(map(len, inbox.received.values()), default=0), parts),
+            "part bytes": (len(peer.inbox), members * parts * CONTRIBUTIONS_MAX),
+            "result bytes": (len(peer.blobs), members * parts * RESULTS_PER_PART_MAX),
+        }
+        for name, (count, limit) in counts.items():
+            if count > limit:
+                raise broken("memory is bounded", f"peer {peer.number} holds {count} {name}, at most {limit}")
+
+    def _phase_bound_s(self, phase: Phase) -> float:
+        rules = self.manifest.rounds
+        timeouts = {
+            Phase.PREPARE: rules.plan_timeout_s,
+            Phase.EXCHANGE: rules.exchange_timeout_s,
+            Phase.COMMIT: rules.commit_timeout_s,
+        }
+        # In the other phases a peer waits for contributions, or for bytes that are certified.
+        return timeouts[phase] * BACKOFF_MAX + PHASE_SLACK_S if phase in timeouts else float("inf")
+
+    # -- accusations ---------------------------------------------------------------------------------------------
 
     def accused(self, peer: "SimPeer", sender: PeerId, message: object, error: ProtocolError) -> None:
-        """There are only honest peers here: nobody may ever be refused."""
-        raise broken("no honest peer is accused", f"peer {peer.number}: {type(message).__name__}: {error}")
+        """No honest peer is ever refused."""
+        if sender not in self.suspects:
+            raise broken("no honest peer is accused", f"peer {peer.number}: {type(message).__name__}: {error}")
+        self.refusals[error.refusal.value] += 1
+
+    def undecodable(self, peer: "SimPeer", sender: PeerId, digest: bytes, error: ProtocolError) -> None:
+        """What an owner made up may be asked for and found useless; the one who served it is no liar for that."""
+        if digest not in self.lies:
+            self.accused(peer, sender, digest, error)

@@ -1,115 +1,122 @@
-"""The packet model of the simulator: delays, loss, duplication, partitions, one-way loss, connection resets.
+"""The packet model: delays, loss, duplication, partitions, one-way loss, and an uplink that bulk and control share.
 
-The fault vocabulary follows TigerBeetle's packet simulator: rates are drawn per seed, and every decision comes from one
-random generator, so the same seed gives the same schedule.
+What happens to a message is drawn from a generator of its link, so that a fault that is taken out of a run changes no
+more than it must. Control travels on connections of its own: it never queues behind bulk for longer than one record.
 """
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
-Deliver = Callable[[], None]
-Schedule = Callable[[float, Deliver], None]
+from tests.sim.faults import BRIDGE, DelayShape
 
+UPLINK = 50e6  # bytes/s
+DELAY_MEAN_S = 0.02
+DELAY_MIN_S = 0.0005
+# A part has a few hundred bytes here and up to a megabyte in life; on the wire one byte of it counts as so many.
+BULK_SCALE = 1000
+RECORD_BYTES = 256 * 1024  # what control waits for at most when its uplink is busy with bulk
+BURST_PERIOD_S, BURST_S, BURST_FACTOR = 7.0, 1.5, 8.0
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """One seed's faults. Probabilities per message or per second; delays in seconds; bandwidth in bytes/s."""
-
-    loss: float = 0.0
-    duplicate: float = 0.0
-    delay_mean_s: float = 0.02
-    bandwidth: float = 50e6
-    partition_per_s: float = 0.0
-    heal_per_s: float = 0.2
-    one_way_per_s: float = 0.0
-    crash_per_s: float = 0.0
-    restart_s: float = 5.0
-    pause_per_s: float = 0.0
-    join_per_s: float = 0.0
-    leave_per_s: float = 0.0
-
-
-CALM = Rates()
-
-
-def draw_rates(rng: random.Random) -> Rates:
-    """A swarm-style draw: every seed turns some faults off and some up."""
-
-    def maybe(low: float, high: float, chance: float = 0.6) -> float:
-        return rng.uniform(low, high) if rng.random() < chance else 0.0
-
-    return Rates(
-        loss=maybe(0.001, 0.08),
-        duplicate=maybe(0.001, 0.05),
-        delay_mean_s=rng.choice((0.005, 0.02, 0.1, 0.4)),
-        bandwidth=rng.choice((1e5, 1e6, 50e6)),
-        partition_per_s=maybe(0.002, 0.02),
-        heal_per_s=rng.uniform(0.03, 0.3),
-        one_way_per_s=maybe(0.001, 0.01, 0.3),
-        crash_per_s=maybe(0.002, 0.02),
-        restart_s=rng.uniform(1.0, 30.0),
-        pause_per_s=maybe(0.001, 0.01, 0.4),
-        join_per_s=maybe(0.001, 0.01, 0.3),
-        leave_per_s=maybe(0.0005, 0.005, 0.3),
-    )
+Arrive = Callable[..., None]
+Schedule = Callable[..., None]
 
 
 class Network:
     """Delivers by calling back through the world's schedule, or does not."""
 
-    def __init__(self, rng: random.Random, schedule: Schedule) -> None:
-        self.rates = CALM
-        self._rng = rng
+    def __init__(self, seed: int, schedule: Schedule) -> None:
+        self.loss = 0.0
+        self.duplicate = 0.0
+        self.delay_mean_s = DELAY_MEAN_S
+        self.delay_shape = DelayShape.EXPONENTIAL
+        self.uplinks: dict[int, float] = {}
+        self.sides: tuple[int, ...] = ()
+        self.cut: set[tuple[int, int]] = set()
+        self._seed = seed
         self._schedule = schedule
-        self._group: dict[int, int] = {}  # peer number -> side of the partition
-        self._cut: set[tuple[int, int]] = set()  # one-way losses
-        self._line_free_s: dict[tuple[int, int], float] = {}
+        self._links: dict[tuple[int, int], random.Random] = {}
+        self._control_free_s: dict[int, float] = {}
+        self._bulk_free_s: dict[int, float] = {}
 
     def connected(self, source: int, target: int) -> bool:
-        same = self._group.get(source, 0) == self._group.get(target, 0)
-        return same and (source, target) not in self._cut
+        if (source, target) in self.cut:
+            return False
+        if not self.sides:
+            return True
+        one, other = self.sides[source], self.sides[target]
+        return one == other or BRIDGE in (one, other)
 
-    def send(self, source: int, target: int, size: int, now: float, deliver: Deliver) -> None:
+    def link(self, source: int, target: int) -> random.Random:
+        """The generator of everything that happens by chance on this link."""
+        rng = self._links.get((source, target))
+        if rng is None:
+            rng = self._links[source, target] = random.Random(f"{self._seed}/{source}>{target}")
+        return rng
+
+    def send(self, source: int, target: int, size: int, now: float, arrive: Arrive, *args: object) -> None:
         """One control message: may be lost, doubled, delayed and so reordered."""
-        copies = 1 + (self._rng.random() < self.rates.duplicate)
+        rng = self.link(source, target)
+        uplink = self.uplinks.get(source, UPLINK)
+        start = max(now, self._control_free_s.get(source, 0.0))
+        bulk_free = self._bulk_free_s.get(source, 0.0)
+        if bulk_free > now:
+            start += min(RECORD_BYTES / uplink, bulk_free - now)
+            self._bulk_free_s[source] = bulk_free + size / uplink
+        self._control_free_s[source] = end = start + size / uplink
+        copies = 2 if self.duplicate and rng.random() < self.duplicate else 1
         for _ in range(copies):
-            if not self.connected(source, target) or self._rng.random() < self.rates.loss:
+            if self.connected(source, target) and not (self.loss and rng.random() < self.loss):
+                self._schedule(end - now + self._delay_s(rng, now), arrive, *args)
+
+    def gossip(
+        self, source: int, targets: Iterable[int], size: int, now: float, arrive: Arrive, message: object
+    ) -> None:
+        """To everybody to whom a chain of connections leads; `arrive` gets the target's number and the message."""
+        uplink = self.uplinks.get(source, UPLINK)
+        wanted = set(targets)
+        hops = dict.fromkeys(wanted, 1) if not self.cut and not self.sides else self._spread(source, wanted)
+        # Two ways lead to nearly everybody, so that a message is lost only when it is lost on both.
+        loss = self.loss * self.loss
+        for target in sorted(hops):
+            rng = self.link(source, target)
+            if loss and rng.random() < loss:
                 continue
-            self._schedule(self._delay_s() + size / self.rates.bandwidth, deliver)
+            delay_s = sum(self._delay_s(rng, now) for _ in range(hops[target]))
+            self._schedule(delay_s + size / uplink, arrive, target, message)
 
-    def stream(self, source: int, target: int, size: int, now: float, deliver: Deliver) -> None:
-        """Bulk bytes over a link of their own: they queue behind each other, and a lost link loses them."""
-        start = max(now, self._line_free_s.get((source, target), 0.0))
-        end = start + size / self.rates.bandwidth
-        self._line_free_s[source, target] = end
-        if self.connected(source, target) and self._rng.random() >= self.rates.loss:
-            self._schedule(end - now + self._delay_s(), deliver)
+    def _spread(self, source: int, targets: set[int]) -> dict[int, int]:
+        hops, frontier, distance = {source: 0}, [source], 0
+        while frontier:
+            distance += 1
+            reached = [target for target in sorted(targets) if any(self.connected(one, target) for one in frontier)]
+            frontier = [target for target in reached if target not in hops]
+            hops.update(dict.fromkeys(frontier, distance))
+        del hops[source]
+        return hops
 
-    def step(self, peers: list[int], seconds: float) -> list[str]:
-        """Let partitions and one-way losses come and go; what happened, in words."""
-        happened = []
-        if self._rng.random() < self.rates.partition_per_s * seconds and len(peers) > 1:
-            sides = self._rng.choice((2, 2, 2, 3))
-            self._group = {peer: self._rng.randrange(sides) for peer in peers}
-            happened.append(f"partition {sorted(self._group.items())}")
-        elif self._group and self._rng.random() < self.rates.heal_per_s * seconds:
-            self._group = {}
-            happened.append("heal")
-        if self._rng.random() < self.rates.one_way_per_s * seconds and len(peers) > 1:
-            source, target = self._rng.sample(peers, 2)
-            self._cut.add((source, target))
-            happened.append(f"one-way loss {source}->{target}")
-        elif self._cut and self._rng.random() < self.rates.heal_per_s * seconds:
-            self._cut.clear()
-            happened.append("one-way losses heal")
-        return happened
+    def stream(self, source: int, target: int, size: int, now: float, arrive: Arrive, *args: object) -> bool:
+        """Bulk bytes queue behind each other on the sender's uplink. False when the link is lost on the way."""
+        rng = self.link(source, target)
+        start = max(now, self._bulk_free_s.get(source, 0.0))
+        end = start + size * BULK_SCALE / self.uplinks.get(source, UPLINK)
+        self._bulk_free_s[source] = end
+        if not self.connected(source, target) or (self.loss and rng.random() < self.loss):
+            return False
+        self._schedule(end - now + self._delay_s(rng, now), arrive, *args)
+        return True
 
     def calm(self) -> None:
         """All faults end."""
-        self.rates = CALM
-        self._group = {}
-        self._cut.clear()
+        self.loss = self.duplicate = 0.0
+        self.delay_mean_s, self.delay_shape = DELAY_MEAN_S, DelayShape.EXPONENTIAL
+        self.uplinks.clear()
+        self.sides = ()
+        self.cut.clear()
 
-    def _delay_s(self) -> float:
-        return self._rng.expovariate(1.0 / self.rates.delay_mean_s)
+    def _delay_s(self, rng: random.Random, now: float) -> float:
+        mean = self.delay_mean_s
+        if self.delay_shape is DelayShape.LOGNORMAL:
+            return DELAY_MIN_S + mean * rng.lognormvariate(-0.5, 1.0)
+        if self.delay_shape is DelayShape.BURSTS and now % BURST_PERIOD_S < BURST_S:
+            mean *= BURST_FACTOR
+        return DELAY_MIN_S + rng.expovariate(1.0 / mean)

@@ -1,14 +1,18 @@
-"""One simulated peer: the production cores behind a shell of virtual time, a virtual disk and the virtual network."""
+"""One simulated peer: the production cores behind a shell of virtual time, a virtual disk and the virtual network.
 
-import random
-from collections import deque
+The shell does what the daemon's does (node/round_driver.py, node/exchange.py, node/compute.py, node/catchup.py), on a
+heap instead of asyncio. Its time is its own clock's, which may drift.
+"""
+
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 from blake3 import blake3
 
+from shoal.protocol.codecs import CODECS
 from shoal.protocol.contribution import Contributor, Frozen
 from shoal.protocol.effects import (
     AttemptFailed,
@@ -26,16 +30,17 @@ from shoal.protocol.effects import (
     SenderMissing,
     SendPart,
     SendResult,
-    VoteRecord,
 )
-from shoal.protocol.errors import ProtocolError
+from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Manifest, genesis_head
 from shoal.protocol.messages import (
+    CERTIFICATES_PER_ANSWER,
     ROUND_MESSAGES,
     Certificate,
     Certified,
     Presence,
+    Proposal,
     Ready,
     SignedReady,
     Vote,
@@ -48,195 +53,223 @@ from shoal.protocol.quorum import Head
 from shoal.protocol.replica import Replica
 from shoal.protocol.round_state import RESEND_AFTER, RESENDS_MAX, Offer, Setting
 from shoal.protocol.rounds import RoundCore
+from tests.sim.checkers import RESULTS_PER_PART_MAX
+from tests.sim.faults import Moment
+from tests.sim.machine import SimMachine
+from tests.sim.trace import describe
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-CONTROL_BYTES = 400
+CONTROL_BYTES = 1000
 FETCH_TIMEOUT_S = 1.5
+LEAVE_TIMEOUT_S = 12.0
+MISSED_ROUNDS_MAX = 8
 
 
-@dataclass(slots=True)
-class Disk:
-    """What a crash leaves: everything here was written by a `Persist` or a `Commit` that completed."""
-
-    vote: VoteRecord | None = None
-    certificates: dict[int, Certificate] = field(default_factory=dict)
-    blobs: dict[bytes, bytes] = field(default_factory=dict)
-    incarnation: int = 0
-
-
-class SimPeer:
+class SimPeer(SimMachine):
     def __init__(self, world: "World", number: int, identity: Identity, manifest: Manifest, swarm: bytes) -> None:
-        self.world = world
-        self.number = number
+        super().__init__(world, number)
         self.identity = identity
         self.manifest = manifest
         self.swarm = swarm
-        self.disk = Disk()
-        self.up = False
         self.left = False
         self.leaving = False
-        self.paused_until_s = 0.0
-        self.rng = random.Random(f"{world.seed}/{number}")
-        self.speed_s = self.rng.uniform(1.0, 4.0)
+        self.training_s = self.rng.uniform(1.0, 4.0)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def boot(self) -> None:
         """Start from the disk, as a daemon does: replay the certified updates, take up the vote record."""
-        self.up, self.leaving = True, False
-        self.disk.incarnation += 1
+        self.start()
+        self.leaving = False
         self.sequence = 0
         elements = self.manifest.layout.elements
         self.replica = Replica(self.manifest, np.zeros(elements, np.float32), np.zeros(elements, np.float32))
-        head = genesis_head(self.manifest, self.swarm, self.replica.reset())
-        for number in sorted(self.disk.certificates):
-            head = self._apply(self.disk.certificates[number])
+        head = self._restore()
         self.local = self.replica.params.copy()
         self.contributor = Contributor(self.manifest)
         self.frozen: Frozen | None = None
         self.ready: SignedReady | None = None
         self.steps = 0
-        self.blobs: dict[bytes, bytes] = dict(self.disk.blobs)
+        self.missed = 0
+        self.training = 0
+        self.waiting = False  # what was trained is handed over and waits for its round
+        self.blobs: dict[bytes, bytes] = {}
+        self.pushed: Counter[tuple[PeerId, int]] = Counter()
         self.inbox: dict[tuple[PeerId, int, bytes], bytes] = {}
+        self.replay: dict[int, Certificate] = {}
         self.queue: deque[Effect] = deque()
         self.busy = False
         self.armed_s: float | None = None
+        self.timer = 0
         self.table = PresenceTable(self.identity.peer, self.swarm, self.manifest.rounds.presence_timeout_s)
-        self.table.expect(head.voters, self.world.now)
-        setting = Setting(
-            identity=self.identity, swarm=self.swarm, rules=self.manifest.rounds, parts=self.manifest.parts
-        )
-        self.core = RoundCore(setting, head, self.disk.vote, self.world.now)
+        self.table.expect(head.voters, self.clock())
+        self.core = RoundCore(self._setting(), head, self.disk.vote, self.clock())
         self._train()
         self._tick()
         self._drain()
 
-    def crash(self) -> None:
-        self.up = False
+    def _setting(self) -> Setting:
+        return Setting(identity=self.identity, swarm=self.swarm, rules=self.manifest.rounds, parts=self.manifest.parts)
 
-    def later(self, delay_s: float, action: Callable[[], None]) -> None:
-        """Run `action` unless this life of the peer has ended by then; a paused peer does it when it wakes."""
-        life = self.disk.incarnation
-
-        def run() -> None:
-            if not self.up or self.disk.incarnation != life:
-                return
-            if self.world.now < self.paused_until_s:
-                self.world.schedule(min(1.0, self.paused_until_s - self.world.now) + 1e-6, run)
-                return
-            action()
-
-        self.world.schedule(delay_s, run)
+    def _restore(self) -> Head:
+        head = genesis_head(self.manifest, self.swarm, self.replica.reset())
+        found = [head]
+        while (certificate := self.disk.certificates.get(head.round + 1)) is not None:
+            encoded = {part.digest: self.disk.read(part.digest) for part in certificate.result.parts}
+            if None in encoded.values():
+                break  # the rest comes from peers
+            head = self._apply(certificate)
+            found.append(head)
+        self.world.checker.booted(self, found)
+        return head
 
     def leave(self) -> None:
         self.leaving = True
-        self.core.leave(self.world.now)
+        self.core.leave(self.clock())
         self._announce()
         self._drain()
-        self.later(12.0, self._gone)
+        self.later(0.2, self._go, self.clock() + LEAVE_TIMEOUT_S)
 
-    def _gone(self) -> None:
+    def _go(self, end_s: float) -> None:
+        if self._is_needed() and self.clock() < end_s:
+            self.later(0.2, self._go, end_s)
+            return
+        self._announce()
         self.up = False
         # Who goes for good while the swarm counts on its vote takes the quorum along; such a peer counts as crashed.
         self.left = self.identity.peer not in self.world.checker.newest_head().voters
 
+    def _is_needed(self) -> bool:
+        me, live = self.identity.peer, self.table.live()
+        if not live:
+            return False
+        busy = self.core.phase is not Phase.GATHER and me in self.core.view().roster
+        voters = self.core.head.voters
+        return busy or (me in voters and any(voter in live and not live[voter].leaving for voter in voters))
+
     # -- training ------------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        self.later(self.speed_s * self.rng.uniform(0.8, 1.4), self._become_ready)
+        """Begin to train for the open round; an earlier training ends here."""
+        self.training += 1
+        self.waiting = False
+        self.later(self.training_s * self._work_s(0.8, 1.4), self._become_ready, self.training)
 
-    def _become_ready(self) -> None:
-        if self.leaving:
-            return
-        if self.core.phase is Phase.APPLY:
-            self.later(0.05, self._become_ready)
+    def _become_ready(self, training: int) -> None:
+        """The trainer hands over its local parameters."""
+        if training != self.training or self.leaving:
             return
         noise = np.random.default_rng(self.rng.getrandbits(63)).standard_normal(self.local.size, dtype=np.float32)
         self.local = self.local - noise * np.float32(0.01)
         self.steps += 10
-        head = self.core.head
-        frozen = self.contributor.freeze(head.round + 1, self.replica.params, self.local)
+        self.waiting = True
+        self._offer()
+
+    def _offer(self) -> None:
+        """Freeze what was handed over, and become ready with it unless the round is over already."""
+        if self.core.phase is Phase.APPLY or self.leaving:
+            return  # the next round begins with another try
+        frozen = self.contributor.freeze(self.core.head.round + 1, self.replica.params, self.local)
         self.world.checker.froze(self, frozen)
-        ready = Ready(
+        frozen, said = self._word(frozen)
+        self.world.checker.announced(self.identity.peer, said)
+        signed = sign_ready(self.identity, self.swarm, said)
+        if self.core.offer(Offer(signed=signed, digests=frozen.digests), self.clock()):
+            self.frozen, self.ready = frozen, signed
+            self._announce()
+        self._drain()
+
+    def _word(self, frozen: Frozen) -> tuple[Frozen, Ready]:
+        """What this peer says of its contribution."""
+        said = Ready(
             round=frozen.round,
-            base_root=head.state_root,
+            base_root=self.core.head.state_root,
             contribution_root=frozen.root,
             tokens=self.steps * 100,
             steps=self.steps,
             norm=frozen.norm,
             owns=self.number % 4 != 3,
         )
-        signed = sign_ready(self.identity, self.swarm, ready)
-        if self.core.offer(Offer(signed=signed, digests=frozen.digests), self.world.now):
-            self.frozen, self.ready = frozen, signed
-            self._announce()
-        self._drain()
+        return frozen, said
 
     # -- presence ------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        for lost in self.table.handle_deadline(self.world.now):
-            self.core.lose(lost.peer, self.world.now)
+        for lost in self.table.handle_deadline(self.clock()):
+            self.core.lose(lost.peer, self.clock())
         self._announce()
         self._drain()
+        self.world.checker.check_bounds(self)
         self.later(self.manifest.rounds.presence_period_s, self._tick)
 
     def _announce(self) -> None:
         self.sequence += 1
         head = self.core.head
-        presence = sign_message(
-            self.identity,
-            self.swarm,
-            Presence(
-                peer=self.identity.peer,
-                incarnation=self.disk.incarnation,
-                sequence=self.sequence,
-                sent_at_s=self.world.now,
-                agent="sim",
-                trains=True,
-                leaving=self.leaving,
-                head_round=head.round,
-                head_digest=head.digest,
-                state_root=head.state_root,
-                phase=self.core.phase.value,
-                tensor_addresses=(),
-                control_addresses=(),
-                tokens_per_s=1.0,
-                ready=self.ready,
-            ),
+        presence = Presence(
+            peer=self.identity.peer,
+            incarnation=self.disk.incarnation,
+            sequence=self.sequence,
+            sent_at_s=self.wall_s(),
+            agent="sim",
+            trains=True,
+            leaving=self.leaving,
+            head_round=head.round,
+            head_digest=head.digest,
+            state_root=head.state_root,
+            phase=self.core.phase.value,
+            tensor_addresses=(),
+            control_addresses=(),
+            tokens_per_s=1.0,
+            ready=None if self.leaving else self.ready,
         )
-        for other in self.world.peers:
-            if other is not self:
-                self._transmit(other, CONTROL_BYTES, lambda other=other: other.hear(presence))
+        self.world.gossip(self, sign_message(self.identity, self.swarm, presence))
 
     def hear(self, presence: Presence) -> None:
-        if self.table.receive(presence, self.world.now) is not None:
-            self.core.observe(presence, self.world.now)
-            self._drain()
+        """A presence came, by whatever way."""
+        now = self.clock()
+        try:
+            seen = self.table.receive(presence, now)
+        except ProtocolError as error:
+            self.world.checker.accused(self, presence.peer, presence, error)
+            return
+        if seen is None:
+            return
+        self.core.observe(presence, now)
+        self._drain()
+        head = self.core.head
+        if presence.head_round == head.round and presence.state_root != head.state_root:
+            forked = ProtocolError(Refusal.WRONG_BASE, f"round {head.round} has another root there")
+            self.world.checker.accused(self, presence.peer, presence, forked)
 
     def connection_reset(self, peer: PeerId) -> None:
-        if self.table.suspect(peer, self.world.now) is not None:
-            self.core.lose(peer, self.world.now)
+        if self.table.suspect(peer, self.clock()) is not None:
+            self.core.lose(peer, self.clock())
             self._drain()
 
     # -- effects -------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
+        life = self.life
         self.queue.extend(self.core.take_effects())
         while self.queue and not self.busy:
             self._execute(self.queue.popleft())
+            if not self.up or self.life != life:
+                return
             self.queue.extend(self.core.take_effects())
         deadline = self.core.next_deadline()
-        if deadline is not None and deadline != self.armed_s:
+        if deadline != self.armed_s:
             self.armed_s = deadline
-            self.later(max(0.0, deadline - self.world.now) + 1e-9, self._wake)
+            self.timer += 1
+            if deadline is not None:
+                self.later(max(0.0, deadline - self.clock()) + 1e-6, self._wake_core, self.timer)
 
-    def _wake(self) -> None:
-        self.armed_s = None
-        self.core.handle_deadline(self.world.now)
-        self._drain()
+    def _wake_core(self, timer: int) -> None:
+        if timer == self.timer:
+            self.armed_s = None
+            self.core.handle_deadline(self.clock())
+            self._drain()
 
     def _resume(self) -> None:
         self.busy = False
@@ -248,44 +281,72 @@ class SimPeer:
                 self._send(effect)
             case Persist():
                 self.busy = True
-                self.later(self.rng.uniform(0.001, 0.02), lambda: self._persist(effect))
+                self.disk.begin(self._held(effect.digests), effect.vote)
+                self.later(self._work_s(0.001, 0.02), self._persist, effect)
+                self._may_crash(Moment.PERSISTING)
             case SendPart():
                 self._send_part(effect)
+                self._may_crash(Moment.PART_SENT)
             case SendResult():
                 self._send_result(effect)
+                self._may_crash(Moment.RESULT_SENT)
             case Reduce():
-                self.later(self.rng.uniform(0.001, 0.05), lambda: self._reduce(effect))
+                self.later(self._work_s(0.001, 0.05), self._reduce, effect)
+                self._may_crash(Moment.REDUCING)
             case FetchBlob():
-                self._fetch(effect, effect.candidates)
+                turn = effect.part % max(1, len(effect.candidates))
+                self._fetch(effect, (*effect.candidates[turn:], *effect.candidates[:turn]))
             case Commit():
-                self.busy = True
-                self.later(self.rng.uniform(0.002, 0.05), lambda: self._commit(effect.certificate))
+                self._begin_commit(effect.certificate)
+                self._may_crash(Moment.COMMITTING)
             case Behind():
                 self._catch_up(effect)
             case PhaseEntered() | Planned() | AttemptFailed() | PartReassigned() | SenderMissing():
                 self.world.note(self, effect)
+                if isinstance(effect, Planned):
+                    self._may_crash(Moment.PLANNED)
+            case _:
+                raise AssertionError(f"the shell cannot carry out {effect}")
+
+    def _may_crash(self, moment: Moment) -> None:
+        if self.world.armed and self.up:
+            self.world.strike_at(moment, self)
 
     def _send(self, effect: Send) -> None:
-        if isinstance(effect.message, Vote):
-            self.world.checker.voted(self, effect.message)
-        if effect.peer == self.identity.peer:
-            self.take(effect.message, effect.peer)
-            return
-        other = self.world.by_id[effect.peer]
-        self._transmit(other, CONTROL_BYTES, lambda: other.take(effect.message, self.identity.peer))
+        message = effect.message
+        if isinstance(message, Vote):
+            self.world.checker.voted(self, message)
+        self._say(effect.peer, message)
+        if isinstance(message, Vote):
+            self._may_crash(Moment.VOTED)
+        elif isinstance(message, Proposal):
+            self._may_crash(Moment.PROPOSED)
+        elif isinstance(message, Certified):
+            self._may_crash(Moment.CERTIFIED)
+
+    def _say(self, peer: PeerId, message: ROUND_MESSAGES) -> None:
+        if peer == self.identity.peer:
+            self.take(message, peer)
+        else:
+            other = self.world.by_id[peer]
+            self._transmit(other, CONTROL_BYTES, describe(message), other.take, message, self.identity.peer)
 
     def take(self, message: ROUND_MESSAGES, sender: PeerId) -> None:
         try:
-            self.core.receive(message, sender, self.world.now)
+            self.core.receive(message, sender, self.clock())
         except ProtocolError as error:
             self.world.checker.accused(self, sender, message, error)
         self._drain()
 
+    def _held(self, digests: tuple[bytes, ...]) -> dict[bytes, bytes]:
+        """The bytes that a write needs and the disk has not; a KeyError here is bytes that nobody holds."""
+        return {digest: self.blobs[digest] for digest in digests if self.disk.read(digest) is None}
+
     def _persist(self, effect: Persist) -> None:
-        for digest in effect.digests:
-            self.disk.blobs[digest] = self.blobs[digest]
-        self.disk.vote = effect.vote
+        self.disk.finish()
         self._resume()
+
+    # -- parts and results ---------------------------------------------------------------------------------------
 
     def _send_part(self, effect: SendPart, tries: int = RESENDS_MAX) -> None:
         frozen = self.frozen
@@ -293,7 +354,8 @@ class SimPeer:
             return
         raw = frozen.encoded[effect.part]
         other = self.world.by_id[effect.peer]
-        self._stream(other, len(raw), lambda: other.take_part(self, effect, raw, tries))
+        args = (self, effect, raw, tries)
+        self._stream(other, f"part {effect.part}", len(raw), self._while(effect.round), other.take_part, *args)
 
     def take_part(self, source: "SimPeer", effect: SendPart, raw: bytes, tries: int) -> None:
         sender, number, part, digest = source.identity.peer, effect.round, effect.part, effect.digest
@@ -301,11 +363,27 @@ class SimPeer:
         if refusal is not None:
             # As the tensor links do: the sender is told, and tries again what came too early.
             if refusal in RESEND_AFTER and tries > 1:
-                self._transmit(source, 64, lambda: source.later(0.5, lambda: source._send_part(effect, tries - 1)))
+                again = (0.5, source._send_part, effect, tries - 1)
+                self._transmit(source, 64, f"refused {part}", source.later, *again)
+            return
+        try:
+            self._check_bytes(part, raw, digest)
+        except ProtocolError as error:
+            self.world.checker.accused(self, sender, effect, error)
             return
         self.inbox[sender, part, digest] = raw
-        self.core.part_received(sender, number, part, digest, self.world.now)
+        self.core.part_received(sender, number, part, digest, self.clock())
         self._drain()
+
+    def _check_bytes(self, part: int, raw: bytes, digest: bytes) -> None:
+        """Raises ProtocolError unless these are the bytes of the digest and decode."""
+        first, end = self.manifest.part_range(part)
+        codec = CODECS[self.manifest.rounds.codec]
+        if len(raw) != codec.encoded_bytes(end - first):
+            raise ProtocolError(Refusal.WRONG_LENGTH, f"part {part} has {len(raw)} bytes")
+        if blake3(raw).digest() != digest:
+            raise ProtocolError(Refusal.WRONG_DIGEST, f"part {part} is not what its header says")
+        _check_decodes(self.manifest.rounds.codec, raw, end - first)
 
     def _reduce(self, effect: Reduce) -> None:
         if effect.round != self.core.round:
@@ -319,54 +397,98 @@ class SimPeer:
                 encoded.append(self.inbox[entry.signed.peer, effect.part, digest])
         raw = self.world.reduce(self.manifest, effect, encoded)
         digest = blake3(raw).digest()
+        self.world.checker.reduced(effect, digest)
+        self._reduced(effect, raw, digest)
+
+    def _reduced(self, effect: Reduce, raw: bytes, digest: bytes) -> None:
         self.blobs[digest] = raw
         self.core.part_reduced(effect.round, effect.attempt, effect.part, digest, frozenset(effect.indices))
         self._drain()
 
     def _send_result(self, effect: SendResult) -> None:
-        raw = self.blobs[effect.digest]
+        raw = self.blobs.get(effect.digest)
+        if raw is None:
+            return  # the round has ended
         other = self.world.by_id[effect.peer]
-        me = self.identity.peer
-        self._stream(other, len(raw), lambda: other.take_result(me, effect.round, effect.part, raw))
+        args = (self.identity.peer, effect.round, effect.part, effect.digest, raw)
+        self._stream(other, f"result {effect.part}", len(raw), self._while(effect.round), other.take_result, *args)
 
-    def take_result(self, sender: PeerId, number: int, part: int, raw: bytes) -> None:
-        if self.core.check_result_part(sender, number, part) is None:
-            self._hold(raw)
+    def _while(self, number: int) -> Callable[[], bool]:
+        """Whether a round is still open."""
+        return lambda: self.core.round == number
 
-    def _hold(self, raw: bytes) -> None:
-        digest = blake3(raw).digest()
+    def take_result(self, sender: PeerId, number: int, part: int, digest: bytes, raw: bytes) -> None:
+        if digest in self.blobs or self.pushed[sender, part] >= RESULTS_PER_PART_MAX:
+            return
+        if self.core.check_result_part(sender, number, part) is not None:
+            return
+        try:
+            self._check_bytes(part, raw, digest)
+        except ProtocolError as error:
+            self.world.checker.accused(self, sender, None, error)
+            return
+        self.pushed[sender, part] += 1
+        self._hold(raw, digest)
+
+    def _hold(self, raw: bytes, digest: bytes) -> None:
         self.blobs[digest] = raw
-        self.core.blob_held(digest, self.world.now)
+        self.core.blob_held(digest, self.clock())
         self._drain()
 
     def _fetch(self, effect: FetchBlob, candidates: tuple[PeerId, ...]) -> None:
-        """Ask one candidate after the other, each with its time-out."""
-        if not candidates or effect.digest in self.blobs or effect.round != self.core.round:
-            if effect.digest in self.blobs:
-                self._hold(self.blobs[effect.digest])
+        """Look on the disk; then ask one candidate after the other, each with its time-out."""
+        if effect.round != self.core.round or effect.digest in self.blobs:
             return
-        other = self.world.by_id[candidates[0]]
-        self._transmit(other, 64, lambda: other.serve(self, effect.digest))
-        self.later(FETCH_TIMEOUT_S, lambda: self._fetch(effect, candidates[1:]))
+        stored = self.disk.read(effect.digest)
+        if stored is not None:
+            self._hold(stored, effect.digest)
+        elif candidates:
+            other = self.world.by_id[candidates[0]]
+            self._transmit(other, 64, f"fetch {effect.part}", other.serve, self, effect)
+            self.later(FETCH_TIMEOUT_S, self._fetch, effect, candidates[1:])
 
-    def serve(self, asker: "SimPeer", digest: bytes) -> None:
-        raw = self.blobs.get(digest)
+    def serve(self, asker: "SimPeer", effect: FetchBlob) -> None:
+        raw = self.blobs.get(effect.digest) or self.disk.read(effect.digest)
         if raw is not None:
-            self._stream(asker, len(raw), lambda: asker._hold(raw))
+            args = (self.identity.peer, effect, raw)
+            self._stream(asker, f"blob {effect.part}", len(raw), lambda: True, asker.take_fetched, *args)
+
+    def take_fetched(self, sender: PeerId, effect: FetchBlob, raw: bytes) -> None:
+        if effect.round != self.core.round or effect.digest in self.blobs:
+            return
+        try:
+            self._check_bytes(effect.part, raw, effect.digest)
+        except ProtocolError as error:
+            self.world.checker.undecodable(self, sender, effect.digest, error)
+            return
+        self._hold(raw, effect.digest)
+
+    # -- the log -------------------------------------------------------------------------------------------------
 
     def _catch_up(self, effect: Behind) -> None:
         other = self.world.by_id[effect.peer]
-        first = self.core.round
-        self._transmit(other, 64, lambda: other.tell_certificates(self, first))
+        self._transmit(other, 64, "behind", other.tell_certificates, self, self.core.round)
 
     def tell_certificates(self, asker: "SimPeer", first: int) -> None:
-        for number in range(first, first + 16):
+        found = []
+        for number in range(first, first + CERTIFICATES_PER_ANSWER):
             certificate = self.disk.certificates.get(number)
-            if certificate is not None:
-                message = Certified(certificate=certificate)
-                self._transmit(asker, CONTROL_BYTES, lambda message=message: asker.take(message, self.identity.peer))
+            if certificate is None:
+                break
+            found.append(certificate)
+        if found:
+            size = CONTROL_BYTES * len(found)
+            args = (tuple(found), self.identity.peer)
+            self._transmit(asker, size, f"certificates {first}+{len(found)}", asker.take_certificates, *args)
 
-    # -- the log -------------------------------------------------------------------------------------------------
+    def take_certificates(self, certificates: tuple[Certificate, ...], sender: PeerId) -> None:
+        self.replay = {one.result.round: one for one in certificates}
+        self._replay(sender)
+
+    def _replay(self, sender: PeerId) -> None:
+        following = self.replay.pop(self.core.round, None)
+        if following is not None:
+            self.take(Certified(certificate=following), sender)
 
     def _apply(self, certificate: Certificate) -> Head:
         root = self.replica.apply(certificate.result, self.disk.blobs)
@@ -377,41 +499,63 @@ class SimPeer:
             voters=certificate.result.voters,
         )
 
+    def _begin_commit(self, certificate: Certificate) -> None:
+        self.busy = True
+        digests = tuple(part.digest for part in certificate.result.parts)
+        self.disk.begin(self._held(digests), certificate)
+        self.later(self._work_s(0.002, 0.05), self._commit, certificate)
+
     def _commit(self, certificate: Certificate) -> None:
-        result = certificate.result
-        for part in result.parts:
-            self.disk.blobs[part.digest] = self.blobs[part.digest]
-        self.disk.certificates[result.round] = certificate
+        self.disk.finish()
         head = self._apply(certificate)
         self.world.checker.committed(self, certificate, head)
-        self._merge(certificate)
+        waiting = self._merge(certificate)
         self.frozen, self.ready = None, None
         self.inbox.clear()
-        self.core.applied(head, self.world.now)
+        self.blobs.clear()
+        self.pushed.clear()
+        self.table.expect(head.voters, self.clock())
+        self.core.applied(head, self.clock())
         self.busy = False
         self._announce()
-        self._train()
+        if waiting:
+            self.later(self._work_s(0.01, 0.05), self._offer_again, self.training)
         self._drain()
+        self._replay(self.identity.peer)
 
-    def _merge(self, certificate: Certificate) -> None:
-        """What the daemon and its trainer do with a certificate: settle the residual, merge the new base."""
+    def _offer_again(self, training: int) -> None:
+        if training == self.training and self.waiting:
+            self._offer()
+
+    def _merge(self, certificate: Certificate) -> bool:
+        """What the daemon and its trainer do with a certificate: settle the residual, merge the new base. True when
+        what was handed over waits for the next round."""
         result = certificate.result
         members = [member.peer for member in result.members]
-        if self.frozen is None or self.frozen.round != result.round or self.identity.peer not in members:
-            return
-        before = self.contributor.residual.copy()
-        included = self.contributor.settle(self.frozen, result, members.index(self.identity.peer))
-        for part in range(self.manifest.parts):
+        included: tuple[int, ...] = ()
+        frozen = self.frozen
+        if frozen is not None and frozen.round == result.round and self.identity.peer in members:
+            index = members.index(self.identity.peer)
+            included = self.contributor.settle(frozen, result, index)
+            self.world.checker.settled(self, result, index, included)
+        if not result.parts:
+            return self.waiting  # nothing moved
+        self.missed = 0 if included else self.missed + 1
+        restart = self.missed > MISSED_ROUNDS_MAX
+        for part in range(self.manifest.parts) if restart else included:
             first, end = self.manifest.part_range(part)
-            if part in included:
-                self.local[first:end] = self.replica.params[first:end]
-            else:
-                assert np.array_equal(before[first:end], self.contributor.residual[first:end])
-        if included:
-            self.steps = 0
+            self.local[first:end] = self.replica.params[first:end]
+        if restart:
+            self.contributor.clear()
+            self.world.checker.restarted_from_base(self)
+        if restart or included:
+            self.steps, self.missed = 0, 0
+        if self.waiting or included or restart:
+            self._train()
+        return False
 
-    def _transmit(self, other: "SimPeer", size: int, deliver: Callable[[], None]) -> None:
-        self.world.network.send(self.number, other.number, size, self.world.now, lambda: other.later(0.0, deliver))
 
-    def _stream(self, other: "SimPeer", size: int, deliver: Callable[[], None]) -> None:
-        self.world.network.stream(self.number, other.number, size, self.world.now, lambda: other.later(0.0, deliver))
+@lru_cache(maxsize=1 << 10)
+def _check_decodes(codec: str, raw: bytes, elements: int) -> None:
+    """Raises ProtocolError. The same bytes go to many peers."""
+    CODECS[codec].check_untrusted(raw, elements)

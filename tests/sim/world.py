@@ -1,58 +1,102 @@
-"""The simulated world: one heap of (time, sequence, action), one seed, many peers.
+"""The simulated world: one heap of (time, sequence, action), one seed, a list of faults, many peers.
 
     python -m tests.sim.world --seed 7            replay one seed
     python -m tests.sim.world --rounds 20000      many seeds, new ones each run, printed
 
-Each seed draws its fault rates, runs a fault phase, then a calm phase in which rounds must be certified again.
+Each seed draws its cluster, its rates and from them its faults, runs a fault phase, then a calm phase in which rounds
+must be certified again. A run is a function of the seed and the faults.
 """
 
-import argparse
-import hashlib
 import heapq
 import itertools
 import random
-import secrets
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
-from shoal.protocol import identity as identity_module
 from shoal.protocol.aggregators import WeightedPart
 from shoal.protocol.effects import AttemptFailed, Note, Reduce
 from shoal.protocol.identity import Identity
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import Draft, Manifest, Rounds, Task, genesis_head, make_manifest
-from shoal.protocol.messages import digest_record
+from shoal.protocol.messages import Presence, digest_record
 from shoal.protocol.replica import Replica, make_reduction
-from tests.sim.checkers import Checker, InvariantBroken, broken
-from tests.sim.network import Network, Rates, draw_rates
-from tests.sim.peer import SimPeer
+from tests.sim import signatures
+from tests.sim.checkers import Checker, broken
+from tests.sim.faults import (
+    FAULT_PHASE_S,
+    DelayShape,
+    DiskFate,
+    Fault,
+    FaultKind,
+    Moment,
+    Population,
+    Rates,
+    draw_faults,
+    draw_rates,
+)
+from tests.sim.network import Network
+from tests.sim.peer import CONTROL_BYTES, SimPeer
+from tests.sim.signatures import SimIdentity
+from tests.sim.trace import Trace
 
-PEERS_MAX = 9
-FAULT_PHASE_S = 150.0
+PEERS_MAX = 12
 CALM_LIMIT_S = 400.0
 CALM_ROUNDS = 3
-RULES = Rounds(
-    peers_min=2,
-    grace_s=2.0,
-    part_elements=256,
-    plan_timeout_s=2.0,
-    sender_timeout_s=3.0,
-    owner_timeout_s=5.0,
-    exchange_timeout_s=15.0,
-    commit_timeout_s=5.0,
-    presence_period_s=2.0,
-    presence_timeout_s=7.0,
-)
+ATTEMPTS_IN_CALM = 2
+TEND_PERIOD_S = 5.0
+RULES: dict[str, Any] = {
+    "grace_s": 2.0,
+    "part_elements": 256,
+    "plan_timeout_s": 2.0,
+    "sender_timeout_s": 3.0,
+    "owner_timeout_s": 5.0,
+    "exchange_timeout_s": 15.0,
+    "commit_timeout_s": 5.0,
+    "presence_period_s": 2.0,
+    "presence_timeout_s": 7.0,
+}
 
 
-def make_world_manifest(founders: tuple[Identity, ...]) -> Manifest:
-    layout = Layout(tensors=(TensorSpec(name="w", shape=(900,), init="uniform", std=0.02),))
-    draft = Draft(name="sim", task=Task(kind="sim"), seed=1, rounds=RULES)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Who is there and by which rules."""
+
+    founders: int
+    first: int  # peers that are there from the start, the founders among them
+    everybody: int = PEERS_MAX
+    elements: int = 700
+    peers_min: int = 2
+    quorum: str = "majority"
+    voters_max: int = 31
+    liars: tuple[int, ...] = ()
+
+    def population(self) -> Population:
+        return Population(first=self.first, everybody=self.everybody, liars=self.liars)
+
+
+def draw_cluster(rng: random.Random) -> Cluster:
+    founders = rng.choice((1, 1, 2, 3, 4))
+    return Cluster(
+        founders=founders,
+        first=max(founders, rng.randint(2, 7)),
+        everybody=rng.randint(8, PEERS_MAX),
+        elements=rng.choice((200, 500, 700, 900)),
+        peers_min=rng.choice((2, 2, 2, 3)),
+        voters_max=rng.choice((31, 31, 5, 3)),
+    )
+
+
+def make_world_manifest(cluster: Cluster, founders: tuple[Identity, ...]) -> Manifest:
+    layout = Layout(tensors=(TensorSpec(name="w", shape=(cluster.elements,), init="uniform", std=0.02),))
+    known = {field.name for field in fields(Rounds)}
+    drawn = {"peers_min": cluster.peers_min, "quorum": cluster.quorum, "voters_max": cluster.voters_max}
+    rules = {name: value for name, value in (RULES | drawn).items() if name in known}
+    draft = Draft(name="sim", task=Task(kind="sim"), seed=1, rounds=Rounds(**rules))
     return make_manifest(draft, layout, founders[0].peer, tuple(one.peer for one in founders))
 
 
@@ -61,67 +105,108 @@ class Outcome:
     seed: int
     rounds: int
     attempts_failed: Counter[str]
+    faults: Counter[str]
     participants: float
     virtual_s: float
     trace: str
 
 
 class World:
-    def __init__(self, seed: int, rates: Rates | None = None) -> None:
+    """`rates` or `faults` take the place of what the seed would draw."""
+
+    def __init__(
+        self,
+        seed: int,
+        rates: Rates | None = None,
+        *,
+        faults: Sequence[Fault] | None = None,
+        cluster: Cluster | None = None,
+        verbose: bool = False,
+    ) -> None:
+        signatures.install()
         self.seed = seed
         self.now = 0.0
-        self.rng = random.Random(seed)
-        self.rates = rates or draw_rates(self.rng)
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._sequence = itertools.count()
-        self._trace = hashlib.blake2b(digest_size=16)
+        rng = random.Random(f"{seed}/cluster")
+        self.cluster = cluster or draw_cluster(rng)
+        self.rates = rates or draw_rates(rng)
+        drawn = draw_faults(random.Random(f"{seed}/faults"), self.rates, self.cluster.population())
+        self.faults = drawn if faults is None else tuple(faults)
+        self.armed: dict[Moment, list[Fault]] = {}
         self.failures: Counter[str] = Counter()
+        self.struck: Counter[str] = Counter()
         self.happenings: list[str] = []
-        self.network = Network(random.Random(f"{seed}/network"), self.schedule)
-        identities = [Identity(self.rng.randbytes(32)) for _ in range(PEERS_MAX)]
-        founders = tuple(identities[: self.rng.choice((1, 1, 2, 3, 4))])
-        manifest = make_world_manifest(founders)
-        swarm = digest_record(manifest)
-        blank = Replica(manifest, *(np.zeros(manifest.layout.elements, np.float32) for _ in range(2)))
-        self.checker = Checker(manifest, swarm, genesis_head(manifest, swarm, blank.reset()))
-        everyone = [SimPeer(self, number, one, manifest, swarm) for number, one in enumerate(identities)]
-        self.by_id = {peer.identity.peer: peer for peer in everyone}
-        first = max(len(founders), self.rng.randint(2, 6))
-        self.peers = everyone[:first]
-        self.waiting = everyone[first:]
+        self.trace = Trace(verbose)
+        self.network = Network(seed, self.schedule)
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+        self._sequence = itertools.count()
+        self._active: dict[int, Fault] = {}  # what lasts, by index
+        self._calm = False
+        self._populate(rng)
 
-    def schedule(self, delay_s: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._heap, (self.now + delay_s, next(self._sequence), action))
+    def _populate(self, rng: random.Random) -> None:
+        cluster = self.cluster
+        identities = [SimIdentity(rng.randbytes(32)) for _ in range(cluster.everybody)]
+        self.manifest = make_world_manifest(cluster, tuple(identities[: cluster.founders]))
+        swarm = digest_record(self.manifest)
+        self._reduction = make_reduction(self.manifest)
+        blank = Replica(self.manifest, np.zeros(cluster.elements, np.float32), np.zeros(cluster.elements, np.float32))
+        self.checker = Checker(self.manifest, swarm, genesis_head(self.manifest, swarm, blank.reset()))
+        self.everybody = [SimPeer(self, number, one, self.manifest, swarm) for number, one in enumerate(identities)]
+        self.by_id = {peer.identity.peer: peer for peer in self.everybody}
+        self.peers = self.everybody[: cluster.first]
+        self.waiting = self.everybody[cluster.first :]
+        self._boot_times = [rng.uniform(0.0, 3.0) for _ in self.peers]
+
+    # -- the heap ------------------------------------------------------------------------------------------------
+
+    def schedule(self, delay_s: float, action: Callable[..., None], *args: object) -> None:
+        heapq.heappush(self._heap, (self.now + delay_s, next(self._sequence), action, args))
+
+    def record(self, text: str) -> None:
+        self.trace.add(f"{self.now:.6f} {text}")
 
     def note(self, peer: SimPeer, effect: Note) -> None:
-        self._record(f"{peer.number} {type(effect).__name__} {effect.round}")
+        attempt = getattr(effect, "attempt", "")
+        detail = getattr(effect, "phase", "") or getattr(effect, "reason", "")
+        self.record(f"{peer.number} {type(effect).__name__} {effect.round}/{attempt} {detail}")
         if isinstance(effect, AttemptFailed):
             self.failures[effect.reason.value] += 1
 
     def happen(self, text: str) -> None:
         self.happenings.append(f"{self.now:9.3f} {text}")
-        self._record(text)
+        self.record(text)
 
-    def _record(self, text: str) -> None:
-        self._trace.update(f"{self.now:.6f} {text}\n".encode())
+    def gossip(self, peer: SimPeer, presence: Presence) -> None:
+        """To everybody that a chain of connections leads to."""
+        targets = [other.number for other in self.peers if other is not peer and other.up]
+        self.network.gossip(peer.number, targets, CONTROL_BYTES, self.now, self._hear, presence)
+
+    def _hear(self, target: int, presence: Presence) -> None:
+        source = self.by_id[presence.peer].number
+        other = self.everybody[target]
+        other.arrive(source, f"Presence {presence.sequence}", other.hear, presence)
 
     def reduce(self, manifest: Manifest, effect: Reduce, encoded: list[bytes]) -> bytes:
         """The production reduction of one part."""
         first, end = manifest.part_range(effect.part)
         pairs = zip(encoded, effect.members, strict=True)
         parts = [WeightedPart(encoded=raw, weight=entry.weight) for raw, entry in pairs]
-        return bytes(make_reduction(manifest).reduce_part(parts, end - first))
+        return bytes(self._reduction.reduce_part(parts, end - first))
+
+    # -- a run ---------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
         """The fault phase, then the calm phase; raises InvariantBroken."""
-        for peer in self.peers:
-            self.schedule(self.rng.uniform(0.0, 3.0), peer.boot)
-        self.network.rates = self.rates
-        self.schedule(1.0, self._faults)
+        for peer, at_s in zip(self.peers, self._boot_times, strict=True):
+            self.schedule(at_s, peer.boot)
+        for index, fault in enumerate(self.faults):
+            if fault.detail == DiskFate.BACKUP:
+                self.schedule(fault.at_s - fault.amount, self._back_up, fault)
+            self.schedule(fault.at_s, self._strike, index, fault)
         self._run_until(FAULT_PHASE_S, None)
         self._begin_calm()
         # Once presences have told everybody who is there; then, rounds in which nobody has made an attempt yet.
-        self._run_until(self.now + RULES.presence_timeout_s, None)
+        self._run_until(self.now + self.manifest.rounds.presence_timeout_s, None)
         first_calm = max(peer.core.round for peer in self.peers if peer.up) + 1
         goal = first_calm + CALM_ROUNDS - 1
         limit = self.now + CALM_LIMIT_S
@@ -136,59 +221,126 @@ class World:
             seed=self.seed,
             rounds=len(self.checker.results),
             attempts_failed=self.failures,
+            faults=self.struck,
             participants=sum(counts) / max(len(counts), 1),
             virtual_s=self.now,
-            trace=self._trace.hexdigest(),
+            trace=self.trace.digest(),
         )
 
     def _run_until(self, end: float, done: Callable[[], bool] | None) -> None:
         count = 0
-        while self._heap and self._heap[0][0] <= end:
-            self.now, _, action = heapq.heappop(self._heap)
-            action()
+        heap = self._heap
+        while heap and heap[0][0] <= end:
+            self.now, _, action, args = heapq.heappop(heap)
+            action(*args)
             count += 1
             if done and count % 64 == 0 and done():
                 return
-        if not (done and self._heap):
+        if not (done and heap):
             self.now = end
 
-    def _faults(self) -> None:
-        if self.now >= FAULT_PHASE_S:
+    # -- faults --------------------------------------------------------------------------------------------------
+
+    def _strike(self, index: int, fault: Fault) -> None:
+        if self._calm:
             return
-        self.schedule(1.0, self._faults)
-        for text in self.network.step([peer.number for peer in self.peers], 1.0):
-            self.happen(text)
-        for peer in list(self.peers):
-            if peer.up and self.rng.random() < self.rates.crash_per_s:
-                self._crash(peer)
-            elif peer.up and self.rng.random() < self.rates.pause_per_s:
-                peer.paused_until_s = self.now + self.rng.uniform(1.0, 60.0)
-                self.happen(f"pause {peer.number} until {peer.paused_until_s:.1f}")
-            elif self._may_leave(peer) and self.rng.random() < self.rates.leave_per_s:
-                self.happen(f"leave {peer.number}")
-                peer.leave()
-        if self.waiting and self.rng.random() < self.rates.join_per_s:
-            self._join()
+        if fault.kind is FaultKind.CRASH and fault.after:
+            self.armed.setdefault(Moment(fault.after), []).append(fault)
+            return
+        if fault.duration_s and fault.kind not in (FaultKind.CRASH, FaultKind.PAUSE):
+            self._active[index] = fault
+            self.schedule(fault.duration_s, self._end, index)
+            self.happen(str(fault))
+            self.struck[fault.kind.value] += 1
+            self._set_conditions()
+            return
+        for number in fault.peers:
+            self._strike_peer(fault, self.everybody[number])
 
-    def _count_staying(self) -> int:
-        return len([peer for peer in self.peers if not peer.left and not peer.leaving])
+    def _end(self, index: int) -> None:
+        fault = self._active.pop(index, None)
+        if fault is not None and not self._calm:
+            self.happen(f"over: {fault}")
+            self._set_conditions()
 
-    def _may_leave(self, peer: SimPeer) -> bool:
-        return peer.up and not peer.leaving and self._count_staying() + len(self.waiting) > RULES.peers_min
+    def _set_conditions(self) -> None:
+        """The network and the machines as all faults that last make them; the youngest of a kind prevails."""
+        self.network.calm()
+        for peer in self.everybody:
+            peer.cpu = 1.0
+        for index in sorted(self._active):
+            self._set_condition(self._active[index])
 
-    def _join(self) -> None:
-        peer = self.waiting.pop(0)
-        self.peers.append(peer)
-        self.happen(f"join {peer.number}")
-        peer.boot()
+    def _set_condition(self, fault: Fault) -> None:
+        network = self.network
+        match fault.kind:
+            case FaultKind.DELAY:
+                network.delay_mean_s, network.delay_shape = fault.amount, DelayShape(fault.detail)
+            case FaultKind.LOSS:
+                network.loss = fault.amount
+            case FaultKind.DUPLICATE:
+                network.duplicate = fault.amount
+            case FaultKind.UPLINK:
+                for number in fault.peers or range(len(self.everybody)):
+                    network.uplinks[number] = fault.amount
+            case FaultKind.PARTITION:
+                network.sides = fault.sides
+            case FaultKind.ONE_WAY:
+                network.cut.add((fault.peers[0], fault.peers[1]))
+            case FaultKind.SLOW_CPU:
+                for number in fault.peers:
+                    self.everybody[number].cpu = fault.amount
+            case _:
+                raise AssertionError(f"{fault} does not last")
 
-    def _crash(self, peer: SimPeer) -> None:
-        self.happen(f"crash {peer.number}")
-        peer.crash()
-        for other in self.peers:
-            if other is not peer and self.network.connected(peer.number, other.number) and self.rng.random() < 0.7:
-                other.later(0.05, lambda other=other: other.connection_reset(peer.identity.peer))
-        self.schedule(self.rng.expovariate(1.0 / self.rates.restart_s), lambda: self._restart(peer))
+    def _strike_peer(self, fault: Fault, peer: SimPeer) -> None:
+        kind = fault.kind
+        if kind is FaultKind.JOIN and peer in self.waiting:
+            self._join(peer)
+        elif kind is FaultKind.DRIFT:
+            peer.drift(fault.amount)
+        elif kind is FaultKind.CLOCK_JUMP:
+            peer.wall_offset_s += fault.amount
+        elif not peer.up:
+            return
+        elif kind is FaultKind.CRASH:
+            self._crash(peer, fault)
+        elif kind is FaultKind.PAUSE:
+            peer.pause(fault.duration_s)
+        elif kind is FaultKind.LEAVE and self._may_leave(peer):
+            peer.leave()
+        else:
+            return
+        if kind is not FaultKind.CRASH:
+            self.happen(f"{kind.value} {peer.number}")
+        self.struck[kind.value] += 1
+
+    def strike_at(self, moment: Moment, peer: SimPeer) -> None:
+        """The peer has come to a moment at which somebody is to crash."""
+        faults = self.armed.get(moment)
+        if faults and self.network.link(peer.number, peer.number).random() < 0.5:
+            fault = faults.pop()
+            if not faults:
+                del self.armed[moment]
+            self.struck[FaultKind.CRASH.value] += 1
+            self._crash(peer, fault)
+
+    def _back_up(self, fault: Fault) -> None:
+        for number in fault.peers:
+            peer = self.everybody[number]
+            peer.backups[fault.at_s] = peer.disk.copy()
+
+    def _crash(self, peer: SimPeer, fault: Fault) -> None:
+        self.happen(f"crash {peer.number} {fault.detail} {fault.after}")
+        fate = DiskFate(fault.detail or DiskFate.KEPT)
+        if fate is DiskFate.BACKUP:
+            self.checker.suspects.add(peer.identity.peer)
+        peer.crash(fate, fault.at_s)
+        near = [one for one in self.peers if one.up and self.network.connected(peer.number, one.number)]
+        for other in near:
+            if self.network.link(peer.number, other.number).random() < fault.amount:
+                other.later(0.05, other.connection_reset, peer.identity.peer)
+        self.schedule(fault.duration_s, self._restart, peer)
 
     def _restart(self, peer: SimPeer) -> None:
         if peer.left and peer.identity.peer in self.checker.newest_head().voters:
@@ -197,76 +349,46 @@ class World:
             self.happen(f"restart {peer.number}")
             peer.boot()
 
+    def _count_staying(self) -> int:
+        return len([peer for peer in self.peers if not peer.left and not peer.leaving])
+
+    def _may_leave(self, peer: SimPeer) -> bool:
+        return not peer.leaving and self._count_staying() + len(self.waiting) > self.cluster.peers_min
+
+    def _join(self, peer: SimPeer) -> None:
+        self.waiting.remove(peer)
+        self.peers.append(peer)
+        peer.boot()
+
+    # -- calm ----------------------------------------------------------------------------------------------------
+
     def _begin_calm(self) -> None:
         self.happen("calm")
-        self.network.calm()
-        while self._count_staying() < RULES.peers_min and self.waiting:
-            self._join()
+        self._calm = True
+        self._active.clear()
+        self.armed.clear()
+        self._set_conditions()
+        while self._count_staying() < self.cluster.peers_min and self.waiting:
+            self._join(self.waiting[0])
         for peer in self.peers:
             peer.paused_until_s = 0.0
+            peer.wake()
         self._tend_calm()
 
     def _tend_calm(self) -> None:
         """A round that was voted for earlier may still be certified, and count on a peer that has gone since."""
         for peer in self.peers:
             self._restart(peer)
-        self.schedule(5.0, self._tend_calm)
+        self.schedule(TEND_PERIOD_S, self._tend_calm)
 
     def _check_calm(self, first: int, last: int) -> None:
         """After faults stop, a round needs at most two attempts."""
         for number in range(first, last + 1):
-            if self.checker.attempts[number] > 1:
+            if self.checker.attempts[number] >= ATTEMPTS_IN_CALM:
                 raise broken("two attempts in calm", f"round {number} took attempt {self.checker.attempts[number]}")
 
 
-def verify_once() -> None:
-    """Ed25519 verification is a pure function; a message that reaches eight peers is verified once."""
-    import functools
-
-    from shoal.protocol import messages
-
-    cached = functools.lru_cache(maxsize=1 << 14)(identity_module.verify_signature)
-    messages.verify_signature = cached  # type: ignore[assignment]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="simulate rounds under faults")
-    parser.add_argument("--seed", type=int, help="replay this seed and print what happened")
-    parser.add_argument("--rounds", type=int, default=5000, help="simulate at least this many rounds over many seeds")
-    parser.add_argument("--first-seed", type=int, help="the first of the seeds; default: random")
-    options = parser.parse_args()
-    verify_once()
-    if options.seed is not None:
-        world = World(options.seed)
-        try:
-            outcome = world.run()
-        finally:
-            print("\n".join(world.happenings))
-        print(outcome)
-        return 0
-    return run_many(options.rounds, secrets.randbits(32) if options.first_seed is None else options.first_seed)
-
-
-def run_many(rounds_min: int, first_seed: int) -> int:
-    """Seeds from `first_seed` on until enough rounds are simulated; 1 when an invariant broke."""
-    started = time.monotonic()
-    rounds, failed, participants = 0, Counter[str](), []
-    for seed in itertools.count(first_seed):
-        try:
-            outcome = World(seed).run()
-        except (InvariantBroken, AssertionError, KeyError) as error:
-            print(f"FAILED seed {seed}: {error}\nreplay: make sim SEED={seed}", file=sys.stderr)
-            return 1
-        rounds += outcome.rounds
-        failed += outcome.attempts_failed
-        participants.append(outcome.participants)
-        if rounds >= rounds_min:
-            break
-    seconds = time.monotonic() - started
-    print(f"{rounds} rounds, seeds {first_seed}..{seed}, {rounds / seconds * 60:.0f} rounds/min, 0 invariants broken")
-    print(f"participants a round: {sum(participants) / len(participants):.2f}; failed attempts: {dict(failed)}")
-    return 0
-
-
 if __name__ == "__main__":
+    from tests.sim.campaign import main
+
     sys.exit(main())

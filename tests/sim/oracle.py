@@ -1,0 +1,104 @@
+"""What the numbers of a round must be, written a second time and in another way than the production code.
+
+Float32 arithmetic in roster order for the aggregate; exact fractions for the weights.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.protocol.codecs import CODECS
+from shoal.protocol.messages import Result
+
+Vector = npt.NDArray[np.float32]
+
+BLOCK = 256
+INT8 = "int8"
+
+
+def decode(codec: str, raw: bytes, elements: int) -> Vector:
+    """What an encoded part stands for: one scale for each block of codes."""
+    if codec != INT8:
+        out = np.empty(elements, np.float32)
+        CODECS[codec].decode_untrusted(raw, elements, out)
+        return out
+    blocks = -(-elements // BLOCK)
+    scales = np.frombuffer(raw, "<f4", blocks)
+    codes = np.frombuffer(raw, np.int8, elements, 4 * blocks)
+    decoded: Vector = codes.astype(np.float32) * np.repeat(scales, BLOCK)[:elements]
+    return decoded
+
+
+def encode(codec: str, values: Vector) -> bytes:
+    if codec != INT8:
+        return bytes(CODECS[codec].encode(values))
+    scales, codes = [], []
+    for start in range(0, values.size, BLOCK):
+        block = values[start : start + BLOCK]
+        peak = np.abs(block).max()
+        scale = np.float32(max(peak / np.float32(127), np.float32(2.0**-126)))
+        scales.append(np.float32(0) if peak == 0 else scale)
+        codes.append(np.rint(block / scale).astype(np.int8))
+    return np.array(scales, "<f4").tobytes() + np.concatenate(codes).tobytes()
+
+
+def aggregate(codec: str, vectors: list[Vector], weights: list[float], elements: int) -> bytes:
+    """The encoded weighted mean."""
+    total, weight_sum = np.zeros(elements, np.float32), np.float32(0.0)
+    for vector, weight in zip(vectors, weights, strict=True):
+        total = total + np.float32(weight) * vector
+        weight_sum = np.float32(weight_sum + np.float32(weight))
+    return encode(codec, total / weight_sum)
+
+
+def list_indices(bitmap: bytes, count: int) -> tuple[int, ...]:
+    """The roster indices in a contributor bitmap."""
+    bits = int.from_bytes(bitmap, "little")
+    return tuple(index for index in range(count) if bits >> index & 1)
+
+
+def list_parts_with(result: Result, index: int) -> tuple[int, ...]:
+    """The parts that were certified with this roster member."""
+    count = len(result.members)
+    return tuple(part for part, one in enumerate(result.parts) if index in list_indices(one.contributors, count))
+
+
+def is_quorum(votes: int, voters: int, rule: str) -> bool:
+    return 3 * votes > 2 * voters if rule == "two_thirds" else 2 * votes > voters
+
+
+def find_wrong_weight(claims: list[tuple[int, int]], weights: list[float]) -> str | None:
+    """What is wrong with the planned weights, given everybody's tokens and steps."""
+    if not claims:
+        return None
+    raw = [Fraction(max(tokens, 1) ** 2, max(steps, 1)) for tokens, steps in claims]
+    ordered = sorted(raw)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    capped = [min(claim, 2 * median) for claim in raw]
+    if len(capped) >= 4:
+        capped = _cap_at_quarter(capped)
+    floor = max(capped) / 2**20
+    capped = [max(claim, floor) for claim in capped]
+    total = sum(capped)
+    for index, (claim, weight) in enumerate(zip(capped, weights, strict=True)):
+        expected = float(claim / total)
+        if abs(weight - expected) > 1e-6 * expected:
+            return f"member {index} weighs {weight}, not {expected}"
+    if len(weights) >= 4 and max(weights) > 0.25 * (1 + 1e-6):
+        return f"a member weighs {max(weights)} of {len(weights)}"
+    return None
+
+
+def _cap_at_quarter(claims: list[Fraction]) -> list[Fraction]:
+    """Lower the largest until none holds more than a quarter of the whole."""
+    descending = sorted(claims, reverse=True)
+    for capped in range(4):
+        rest = sum(descending[capped:], Fraction(0))
+        level = rest / (4 - capped) if capped else descending[0]
+        if capped == 0 and 4 * level <= rest:
+            return claims
+        if capped and descending[capped] <= level:
+            return [min(claim, level) for claim in claims]
+    raise AssertionError("three capped members leave a quarter to the rest")
