@@ -21,12 +21,9 @@ from shoal.node.answers import Answers
 from shoal.node.blobs import BlobStore
 from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
+from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
-from shoal.node.control import (
-    BootstrapFailed,
-    ControlConfig,
-    ControlHandlers,
-)
+from shoal.node.control import BootstrapFailed, ControlConfig, ControlHandlers
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.intake import Intake, IntakePorts
@@ -39,7 +36,7 @@ from shoal.node.local_state import LocalState, Stores
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
 from shoal.node.membership import Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
-from shoal.node.metrics import Metrics, Plane
+from shoal.node.metrics import Metrics
 from shoal.node.own_presence import OwnPresence
 from shoal.node.peer_book_file import load_peer_book, save_peer_book
 from shoal.node.reach import Reach
@@ -57,13 +54,7 @@ from shoal.protocol.effects import Behind, Phase
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId, short_peer_id
 from shoal.protocol.manifest import Manifest, SwarmUri, read_manifest_untrusted
-from shoal.protocol.messages import (
-    Certificate,
-    Certified,
-    Presence,
-    Ready,
-    sign_ready,
-)
+from shoal.protocol.messages import Certificate, Certified, Presence, Ready, sign_ready
 from shoal.protocol.outer_step import rounds_as_specified
 from shoal.protocol.presence import PeerLost, PresenceTable
 from shoal.protocol.quorum import Head
@@ -92,6 +83,7 @@ class Daemon:
         self._tasks = TaskSet()
         self._spawn = self._tasks.spawn
         self.reporter = Reporter(Metrics(), HappeningFeed())
+        self.conduct = Conduct(self.me)
         self.web_port = 0
 
     def stop(self) -> None:
@@ -124,7 +116,7 @@ class Daemon:
 
     async def _start_control(self, choice: SwarmChoice) -> None:
         self.swarm = choice.swarm
-        self.intake = Intake(choice.swarm, self.reporter)
+        self.intake = Intake(choice.swarm, self.reporter, self.conduct)
         table = self.config.control
         net = "ip6" if ":" in table.host else "ip4"
         host = "127.0.0.1" if table.host == "localhost" else table.host
@@ -173,6 +165,7 @@ class Daemon:
     async def _assemble(self, signed: bytes, swarm: bytes) -> None:
         """Build what needs the manifest. Nothing of it runs yet."""
         self.manifest, _ = read_manifest_untrusted(signed, swarm)
+        self.conduct.expect_parts(self.manifest.parts)
         folder = self.config.data_path
         self._store = await asyncio.to_thread(LedgerStore.open, folder / "ledger.sqlite")
         stores = Stores(
@@ -215,7 +208,9 @@ class Daemon:
             pump=self.driver.pump,
             now=loop.time,
             link_lost=lambda peer, reason: log.debug("tensor link to %s ended: %s", short_peer_id(peer), reason),
-            refusal=lambda peer, refusal: self.reporter.metrics.refusals[refusal, Plane.TENSOR].add(),
+            admit=self.intake.why_refused,
+            refusal=self.intake.link_refused,
+            late=self.intake.part_dropped,
             spawn=self._spawn,
         )
         self.compute = Compute(
@@ -258,6 +253,7 @@ class Daemon:
                 observed=self._observed,
                 lost=self._lost,
                 misbehaved=self.intake.misbehaved,
+                refuses=self.intake.refuses,
                 spawn=self._spawn,
             ),
         )
@@ -308,10 +304,13 @@ class Daemon:
             address_of=self._address_of,
         )
         ports = IntakePorts(
+            standing=lambda: (self.core.round, self.core.attempt),
             round_message=self.driver.receive,
             presence=self.membership.take_presence,
             entries=self.ledger.take,
             answer=answers.answer,
+            hang_up=self.links.hang_up,
+            forget=self.membership.connection_lost,
             spawn=self._spawn,
         )
         self.reach = Reach(self.swarm, self.control, self.links, lambda: tuple(self.membership.table.live()))
@@ -354,6 +353,7 @@ class Daemon:
             membership=self.membership,
             compute=self.compute,
             catch_up=self.catch_up,
+            conduct=self.conduct,
         )
 
     # -- stop --------------------------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ class Daemon:
 
     def _address_of(self, peer: PeerId) -> Address | None:
         known = self.membership.table.newest(peer)
-        if known is None or not known.tensor_addresses:
+        if known is None or not known.tensor_addresses or self.intake.refuses(peer):
             return None
         host, _, port = known.tensor_addresses[0].rpartition(":")
         return (host, int(port)) if port.isdigit() else None
@@ -451,7 +451,7 @@ class Daemon:
             await asyncio.to_thread(save_peer_book, path, self.membership.book.encode())
 
     def _peer_connected(self, peer: PeerId) -> None:
-        if self.intake.is_open:
+        if self.intake.is_open and self.intake.admits(peer):
             self.membership.connection_opened(peer)
 
     def _bootstrap_failed(self, failed: BootstrapFailed) -> None:

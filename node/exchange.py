@@ -49,7 +49,9 @@ class ExchangePorts:
     pump: Callable[[], None]
     now: Callable[[], float]
     link_lost: Callable[[PeerId, LinkEnd], None]
-    refusal: Callable[[PeerId | None, Refusal], None]
+    admit: Callable[[PeerId], Refusal | None]  # why this peer gets no link for now
+    refusal: Callable[[PeerId | None, Refusal], None]  # a link was ended for this; None: nobody is to blame for it
+    late: Callable[[PeerId, Refusal], None]  # a frame was dropped that an honest peer may send
     spawn: Callable[[Coroutine[object, object, object]], None]
 
 
@@ -96,7 +98,8 @@ class PartExchange:
     # -- the sink of the tensor links ------------------------------------------------------------------------------
 
     def admit(self, peer: PeerId) -> Refusal | None:
-        return None  # the handshake has bound the peer to this swarm; admission rules come with the manifest's owner
+        # The handshake has bound the peer to this swarm; admission rules come with the manifest's owner.
+        return self.ports.admit(peer)
 
     def reserve(self, peer: PeerId, header: FrameHeader) -> memoryview | Refusal:
         if header.part >= self._manifest.parts:
@@ -112,12 +115,16 @@ class PartExchange:
             refusal = Refusal.LIMIT
         else:
             refusal = self.core.check_result_part(peer, header.round, header.part)
-        return refusal or memoryview(bytearray(header.nbytes))
+        if refusal is not None:
+            self.ports.late(peer, refusal)
+            return refusal
+        return memoryview(bytearray(header.nbytes))
 
     async def complete(self, peer: PeerId, header: FrameHeader, buffer: memoryview) -> None:
         await self._check(header.part, buffer)
         if header.round != self.core.round:
-            return  # it was on its way when the round ended
+            self.ports.late(peer, Refusal.WRONG_ROUND)  # it was on its way when the round ended
+            return
         if header.kind is FrameKind.CONTRIBUTION:
             self._parts[peer, header.part, header.digest] = buffer
             self.core.part_received(peer, header.round, header.part, header.digest, self.ports.now())
@@ -133,6 +140,7 @@ class PartExchange:
         await asyncio.to_thread(self._codec.check_untrusted, buffer, end - first)
 
     def aborted(self, peer: PeerId, header: FrameHeader) -> None:
+        self.ports.late(peer, Refusal.EXPIRED)
         log.debug("%s did not finish part %d of round %d", short_peer_id(peer), header.part, header.round)
 
     def refused(self, peer: PeerId, header: FrameHeader) -> None:

@@ -1,15 +1,17 @@
-"""What arrives on the control plane: decode it, hand it to whom it concerns, and keep account of who misbehaves.
+"""What arrives on the control plane: decode it, hand it to whom it concerns; and, for both planes, who misbehaves.
 
-Invariant: bytes from outside reach the rest of the daemon only as decoded messages of this swarm and version; a peer
-that goes on sending what it must not is hung up on after MISBEHAVIOUR_MAX refusals.
+Invariant: bytes from outside reach the rest of the daemon only as decoded messages of this swarm and version; whatever
+is dropped is counted with its reason; a peer whose account (node.conduct) is full is hung up on over both planes, and
+nothing of it is taken until its time is up.
 """
 
 import logging
-from collections import Counter
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 
+from shoal.node.conduct import REFUSED_S, Conduct, Fault, judge
 from shoal.node.control import ControlPlane, PeerUnreachable
 from shoal.node.happenings import HappeningKind, Severity
 from shoal.node.metrics import Direction, Plane
@@ -19,12 +21,16 @@ from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
     ROUND_MESSAGES,
     LedgerEntries,
+    Nack,
+    PartDone,
+    Promise,
     Refused,
+    Vote,
     decode_message_untrusted,
     encode_message,
 )
+from shoal.protocol.round_state import round_of
 
-MISBEHAVIOUR_MAX = 16
 TOLD_MAX = 1024
 TOLD = (Refusal.WRONG_SWARM, Refusal.WRONG_VERSION, Refusal.WRONG_BASE)
 
@@ -33,24 +39,30 @@ log = logging.getLogger("shoal")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntakePorts:
-    """Where decoded messages go."""
+    """Where decoded messages go, and what else has to end when a peer is hung up on."""
 
+    standing: Callable[[], tuple[int, int]]  # the round and the attempt that this peer is in
     round_message: Callable[[ROUND_MESSAGES, PeerId], None]
     presence: Callable[[bytes, PeerId], None]
     entries: Callable[[LedgerEntries], Awaitable[object]]
     answer: Callable[[PeerId, bytes], Awaitable[bytes]]
+    hang_up: Callable[[PeerId, Refusal], None]  # on the tensor links
+    forget: Callable[[PeerId], None]  # it counts as lost
     spawn: Callable[[Coroutine[object, object, object]], None]
 
 
 class Intake:
     """Refuses everything until `open` is called, and again after `close`."""
 
-    def __init__(self, swarm: bytes, reporter: Reporter) -> None:
+    def __init__(
+        self, swarm: bytes, reporter: Reporter, conduct: Conduct, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._swarm = swarm
         self._reporter = reporter
+        self._conduct = conduct
+        self._clock = clock
         self._control: ControlPlane
         self._ports: IntakePorts | None = None
-        self._misbehaviour: Counter[PeerId] = Counter()
         self._told: set[tuple[PeerId, Refusal]] = set()
 
     def open(self, control: ControlPlane, ports: IntakePorts) -> None:
@@ -64,20 +76,25 @@ class Intake:
     def is_open(self) -> bool:
         return self._ports is not None
 
+    # -- what comes in -----------------------------------------------------------------------------------------------
+
     def take_presence(self, source: PeerId, payload: bytes) -> None:
         self._reporter.control_bytes[Direction.RECEIVED] += len(payload)
-        if self._ports is not None:
+        if self._ports is not None and not self._ignores(source):
             self._ports.presence(payload, source)
 
     def take_message(self, peer: PeerId, payload: bytes) -> None:
         self._reporter.control_bytes[Direction.RECEIVED] += len(payload)
         ports = self._ports
-        if ports is None:
+        if ports is None or self._ignores(peer):
             return
         try:
             message = decode_message_untrusted(self._swarm, payload)
             if isinstance(message, ROUND_MESSAGES):
-                ports.round_message(message, peer)
+                stale = find_stale(message, *ports.standing())
+                if stale is not None:
+                    self.drop(peer, stale)
+                ports.round_message(message, peer)  # the core answers some of those that it drops
             elif isinstance(message, LedgerEntries):
                 ports.spawn(self._take_entries(peer, message))
             elif isinstance(message, Refused):
@@ -100,27 +117,94 @@ class Intake:
         self._reporter.control_bytes[Direction.RECEIVED] += len(raw)
         if self._ports is None:
             raise ProtocolError(Refusal.NOT_READY, "this peer is starting or leaving")
-        answer = await self._ports.answer(peer, raw)
+        if self._ignores(peer):
+            raise ProtocolError(self.why_refused(peer) or Refusal.LIMIT, "it has misbehaved too often")
+        try:
+            answer = await self._ports.answer(peer, raw)
+        except ProtocolError as error:
+            self.misbehaved(peer, error)
+            raise
         self._reporter.control_bytes[Direction.SENT] += len(answer)
         return answer
 
-    def misbehaved(self, peer: PeerId, error: ProtocolError) -> None:
-        """Count it; tell a peer that is in the wrong place; hang up on one that goes on."""
-        self._reporter.metrics.refusals[error.refusal, Plane.CONTROL].add()
-        log.warning("refused something of %s: %s", short_peer_id(peer), error)
-        if self._ports is None:
-            return
-        if error.refusal in TOLD and (peer, error.refusal) not in self._told and len(self._told) < TOLD_MAX:
-            self._told.add((peer, error.refusal))
-            told = Refused(refusal=error.refusal.value, detail=error.detail[:200])
-            self._ports.spawn(self._tell(peer, encode_message(self._swarm, told)))
-        self._misbehaviour[peer] += 1
-        if self._misbehaviour[peer] == MISBEHAVIOUR_MAX:
-            del self._misbehaviour[peer]
-            text = f"hung up on {short_peer_id(peer)}: {error}"
-            self._reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
+    def _ignores(self, peer: PeerId) -> bool:
+        """Whether this peer is refused, and so what just came of it is dropped and counted."""
+        refusal = self.why_refused(peer)
+        if refusal is not None:
+            self._reporter.metrics.refusals[refusal, Plane.CONTROL].add()
+        return refusal is not None
+
+    # -- who misbehaves ----------------------------------------------------------------------------------------------
+
+    def refuses(self, peer: PeerId) -> bool:
+        """Whether nothing of this peer is taken for now."""
+        return self.why_refused(peer) is not None
+
+    def why_refused(self, peer: PeerId) -> Refusal | None:
+        """Why this peer gets no connection now; None when it may have one."""
+        return self._conduct.refusal(peer, self._clock())
+
+    def admits(self, peer: PeerId) -> bool:
+        """Whether a new control connection to this peer may stay; otherwise it is ended."""
+        if not self.refuses(peer):
+            return True
+        if self._ports is not None:
             self._ports.spawn(self._control.disconnect(peer))
+        return False
+
+    def misbehaved(self, peer: PeerId, error: ProtocolError) -> None:
+        """A control message was refused: count it, tell a peer that is in the wrong place, note who sent it."""
+        told = error.refusal in TOLD and (peer, error.refusal) not in self._told and len(self._told) < TOLD_MAX
+        if told and self._ports is not None:
+            self._told.add((peer, error.refusal))
+            message = Refused(refusal=error.refusal.value, detail=error.detail[:200])
+            self._ports.spawn(self._tell(peer, encode_message(self._swarm, message)))
+        self._note(Plane.CONTROL, peer, error.refusal, judge(error.refusal), error.detail)
+
+    def drop(self, peer: PeerId, refusal: Refusal) -> None:
+        """A control message came to nothing, as it happens to honest peers."""
+        self._note(Plane.CONTROL, peer, refusal, Fault.LATE, "it came too late or twice")
+
+    def link_refused(self, peer: PeerId | None, refusal: Refusal) -> None:
+        """A tensor link was ended for this; None: nobody is to blame."""
+        if peer is None:
+            self._reporter.metrics.refusals[refusal, Plane.TENSOR].add()
+        else:
+            self._note(Plane.TENSOR, peer, refusal, judge(refusal), "over a tensor link")
+
+    def part_dropped(self, peer: PeerId, refusal: Refusal) -> None:
+        """A frame of a tensor link came to nothing, as it happens to honest peers."""
+        self._note(Plane.TENSOR, peer, refusal, Fault.LATE_PART, "a part came too late or twice")
+
+    def _note(self, plane: Plane, peer: PeerId, refusal: Refusal, fault: Fault, detail: str) -> None:
+        self._reporter.metrics.refusals[refusal, plane].add()
+        level = logging.WARNING if fault is Fault.LIE else logging.DEBUG
+        log.log(level, "refused something of %s: %s: %s", short_peer_id(peer), refusal, detail)
+        if self._conduct.note(peer, refusal, fault, self._clock()):
+            self._reporter.metrics.hang_ups[refusal].add()
+            text = f"hung up on {short_peer_id(peer)}: {refusal} ({detail}), too often; refused for {REFUSED_S:.0f} s"
+            self._reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
+            if self._ports is not None:
+                # Not from within: a link may be in the middle of taking the frame that was one too many.
+                self._ports.spawn(self._hang_up(self._ports, peer, refusal))
+
+    async def _hang_up(self, ports: IntakePorts, peer: PeerId, refusal: Refusal) -> None:
+        ports.hang_up(peer, refusal)
+        ports.forget(peer)
+        await self._control.disconnect(peer)
 
     async def _tell(self, peer: PeerId, payload: bytes) -> None:
         with suppress(PeerUnreachable):
             await self._control.send(peer, payload)
+
+
+def find_stale(message: ROUND_MESSAGES, round_number: int, attempt: int) -> Refusal | None:
+    """Why a message can come to nothing: it is of another round than this one and the next, or of an attempt that is
+    over. Honest peers send such, because they do not know better."""
+    number = round_of(message)
+    if not round_number <= number <= round_number + 1:
+        return Refusal.WRONG_ROUND
+    # A plan or a proposal of a lower attempt may still be followed: only a promise binds.
+    if isinstance(message, Promise | Nack | PartDone | Vote) and number == round_number and message.attempt < attempt:
+        return Refusal.WRONG_ATTEMPT
+    return None

@@ -107,7 +107,6 @@ class PayloadInlet:
         self._traffic = traffic
         self._clock = clock
         self._incoming: _Incoming | None = None
-        self.refused_in_a_row = 0
 
     @property
     def is_open(self) -> bool:
@@ -137,13 +136,11 @@ class PayloadInlet:
             place = refuse or self._sink.reserve(self._peer, header)
             if isinstance(place, Refusal):
                 refusal = place
-                self.refused_in_a_row += 1
             else:
                 assert not place.readonly and len(place) == place.nbytes == header.nbytes, (
                     "reserve: exactly the payload"
                 )
                 target = place
-                self.refused_in_a_row = 0
         self._incoming = _Incoming(header=header, target=target, fetch=fetch, hasher=blake3(), began_s=self._clock())
         return refusal
 
@@ -201,3 +198,11 @@ class PayloadInlet:
             self._fetches.settle(header.request)
             return None
         return None if buffer is None else (header, buffer)
+
+
+def answers(refusal: FrameHeader, sent: FrameHeader) -> bool:
+    """Whether this REFUSED is about the frame that is being sent."""
+    if refusal.request:
+        return refusal.request == sent.request
+    named = (refusal.round, refusal.attempt, refusal.part, refusal.digest)
+    return not sent.request and named == (sent.round, sent.attempt, sent.part, sent.digest)

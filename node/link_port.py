@@ -76,8 +76,9 @@ class LinkSink(Protocol):
         """Where the payload of this CONTRIBUTION or RESULT goes: a writable buffer of exactly `header.nbytes` bytes.
 
         Called before any byte of the payload is read. A returned Refusal is told to the peer, its bytes are thrown
-        away and the link goes on (the honest case: too late, a duplicate, no room). A raised ProtocolError ends the
-        link (a header that no honest peer sends, such as a length that is not the plan's).
+        away and the link goes on (the honest case: too late, a duplicate, no room); who floods us with such is the
+        sink's to judge. A raised ProtocolError ends the link (a header that no honest peer sends, such as a length that
+        is not the plan's).
         """
 
     async def complete(self, peer: PeerId, header: FrameHeader, buffer: memoryview) -> None:
@@ -103,7 +104,7 @@ class LinkSink(Protocol):
         """The last link to this peer has ended; IDLE, PEER_SAID_GOODBYE and STOPPED are orderly ends."""
 
     def on_refusal(self, peer: PeerId | None, refusal: Refusal) -> None:
-        """A connection or a frame was refused; `peer` is None before the handshake has proven one."""
+        """A connection or a link was ended for this; `peer` is None where nothing proves that it was that peer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +138,6 @@ class LinkConfig:
     completions_max: int = 4  # per link
     serves_max: int = 16  # per link
     fetches_max: int = 16  # per link
-    refused_frames_max: int = 256  # per link, one after another
     bare_headers_per_tick_max: int = 4096  # per link
     peers_remembered_max: int = 1024
 

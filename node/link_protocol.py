@@ -16,7 +16,7 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Protocol, cast
 
-from shoal.node.link_inlet import Fetch, FetchTable, PayloadInlet
+from shoal.node.link_inlet import Fetch, FetchTable, PayloadInlet, answers
 from shoal.node.link_port import LinkConfig, LinkEnd, LinkLost, LinkSink
 from shoal.node.link_records import SCRATCH, LinkDeadlines, LinkSigns, RecordInbox, RecordKind
 from shoal.node.link_traffic import PeerTraffic
@@ -190,6 +190,11 @@ class Link(asyncio.BufferedProtocol):
         if self._peer_left:
             self._transport.close()
 
+    def dismiss(self, refusal: Refusal) -> None:
+        """End the link because of what the peer did elsewhere, and tell it."""
+        if self.ended is None:
+            self._say_why(refusal, linger=True)
+
     def end(self, reason: LinkEnd, refusal: Refusal | None = None) -> None:
         """Cut the connection now."""
         self._finish(reason, refusal)
@@ -319,14 +324,18 @@ class Link(asyncio.BufferedProtocol):
             self._host.sink.on_refusal(None, Refusal.EXPIRED)
         self.end(LinkEnd.HANDSHAKE_TIMEOUT)
 
-    def _condemn(self, error: ProtocolError, *, linger: bool = True) -> None:
-        """End the link because of what the peer did; linger just long enough for it to read why."""
-        if self.ended is not None:
-            return
-        self._host.sink.on_refusal(self.peer, error.refusal)
+    def _condemn(self, error: ProtocolError, *, linger: bool = True, proven: bool = True) -> None:
+        """End the link because of what came over it. What is not `proven` to come from the peer may come from anyone on
+        the path, and is held against nobody."""
+        if self.ended is None:
+            self._host.sink.on_refusal(self.peer if proven else None, error.refusal)
+            self._say_why(error.refusal, linger=linger)
+
+    def _say_why(self, refusal: Refusal, *, linger: bool) -> None:
+        """End the link, and linger just long enough for the peer to read why."""
         if self.peer is not None:
-            self._write_header(FrameHeader(kind=FrameKind.GOODBYE, refusal=error.refusal))
-        self._finish(LinkEnd.MISBEHAVED, error.refusal)
+            self._write_header(FrameHeader(kind=FrameKind.GOODBYE, refusal=refusal))
+        self._finish(LinkEnd.MISBEHAVED, refusal)
         if not linger:
             self._transport.abort()
         elif not self._transport.is_closing():
@@ -453,12 +462,15 @@ class Link(asyncio.BufferedProtocol):
 
     def _read_records(self) -> None:
         assert self._inbox is not None and self._inlet is not None
+        proven = False
         try:
             while not self._held and self.ended is None:
+                proven = False  # a record's prefix is in the clear
                 found = self._inbox.next_record(self._expect_bytes)
                 if found is None:
                     break
                 kind, record = found
+                proven = True
                 if kind == RecordKind.HEADER:
                     self._opener.open_into(record, self._header_bytes)
                     self._take_header(self._inlet, decode_header_untrusted(self._header_bytes))
@@ -467,7 +479,7 @@ class Link(asyncio.BufferedProtocol):
                     if pushed is not None:
                         self._hand_over(*pushed)
         except ProtocolError as error:
-            self._condemn(error)
+            self._condemn(error, proven=proven and error.refusal is not Refusal.NOT_AUTHENTIC)
         self._inbox.compact()
 
     def _expect_bytes(self, kind: int) -> int:
@@ -532,11 +544,8 @@ class Link(asyncio.BufferedProtocol):
 
     def _begin_payload(self, inlet: PayloadInlet, header: FrameHeader) -> None:
         refusal = inlet.begin(header, refuse=Refusal.EXPIRED if self._host.stopping else None)
-        if refusal is None:
-            return
-        if inlet.refused_in_a_row > self._host.config.refused_frames_max:
-            raise ProtocolError(Refusal.LIMIT, "too many refused frames one after another")
-        self._answer(header, FrameKind.REFUSED, refusal)
+        if refusal is not None:
+            self._answer(header, FrameKind.REFUSED, refusal)
 
     def _answer(self, header: FrameHeader, kind: FrameKind, refusal: Refusal | None = None) -> None:
         self._write_header(replace(header, kind=kind, nbytes=0, refusal=refusal))
@@ -573,7 +582,7 @@ class Link(asyncio.BufferedProtocol):
             return
         if header.request in self._serving:
             self._serving[header.request] = False
-        if self._outgoing is not None and _answers(header, self._outgoing):
+        if self._outgoing is not None and answers(header, self._outgoing):
             self._outgoing_refused = True
         if not header.request:
             self._host.sink.refused(self._known_peer, header)
@@ -589,11 +598,3 @@ class Link(asyncio.BufferedProtocol):
             self._transport.close()
         else:
             self._close_after_goodbye()
-
-
-def _answers(refusal: FrameHeader, sent: FrameHeader) -> bool:
-    """Whether this REFUSED is about the frame that is being sent."""
-    if refusal.request:
-        return refusal.request == sent.request
-    named = (refusal.round, refusal.attempt, refusal.part, refusal.digest)
-    return not sent.request and named == (sent.round, sent.attempt, sent.part, sent.digest)

@@ -156,6 +156,11 @@ class TensorLinks:
             raise LinkLost(peer, LinkEnd.UNREACHABLE) from error
         await asyncio.shield(link.opened)
 
+    def hang_up(self, peer: PeerId, refusal: Refusal) -> None:
+        """End every link to this peer and tell it why; whether it may come back is `sink.admit`'s to say."""
+        for link in list(self._links.get(peer, ())):
+            link.dismiss(refusal)
+
     def is_linked(self, peer: PeerId) -> bool:
         """Whether a frame to this peer would find an open link."""
         return any(link.is_usable for link in self._links.get(peer, ()))

@@ -46,6 +46,7 @@ class MembershipPorts:
     observed: Callable[[Presence, bool], None]  # a newer presence; whether the peer was not alive before
     lost: Callable[[PeerLost], None]
     misbehaved: Callable[[PeerId, ProtocolError], None]
+    refuses: Callable[[PeerId], bool]  # whether it has misbehaved so often that nothing of it is wanted for now
     spawn: Callable[[Coroutine[object, object, object]], None]
 
 
@@ -107,6 +108,8 @@ class Membership:
             self._ports.misbehaved(source, error)
 
     def _take(self, presence: Presence) -> None:
+        if self._ports.refuses(presence.peer):
+            return
         seen = self.table.receive(presence, asyncio.get_running_loop().time())
         if seen is None:
             return
@@ -149,7 +152,7 @@ class Membership:
         if any(one.peer == peer for one in self._control.peers()):
             return True
         known = self.book.get(peer)
-        if known is None or not known.addresses or peer in self._dialling:
+        if known is None or not known.addresses or peer in self._dialling or self._ports.refuses(peer):
             return False
         self._dialling.add(peer)
         try:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 
 from shoal.node.catchup import CatchUp
 from shoal.node.compute import Compute
+from shoal.node.conduct import Conduct
 from shoal.node.config import NodeConfig
 from shoal.node.exchange import PartExchange
 from shoal.node.happenings import REMEDIES, Happening, HappeningFeed, HappeningKind, Severity, describe_notes
@@ -49,6 +50,7 @@ from shoal.protocol.rounds import RoundCore
 
 LAG_PERIOD_S = 0.1
 NOTES_DELAY_S = 0.2
+REFUSED_SHOWN_MAX = 8
 _LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
 
 log = logging.getLogger("shoal")
@@ -71,6 +73,7 @@ class Subjects:
     membership: Membership
     compute: Compute
     catch_up: CatchUp
+    conduct: Conduct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,6 +393,9 @@ class Reporter:
             found.append(
                 f"{Failure.CLOCK_SKEW}: most peers' clocks differ by {skew:.0f} s; {REMEDIES[Failure.CLOCK_SKEW]}"
             )
+        refused = self.subjects.conduct.list_refused(time.monotonic())
+        for peer, (refusal, left_s) in list(refused.items())[:REFUSED_SHOWN_MAX]:
+            found.append(f"{self.name_of(peer)} misbehaved ({refusal}) and is refused for {left_s:.0f} s more")
         if not live:
             found.append("no other peer of the swarm is in sight")
         if self.subjects.ledger.forked:
@@ -428,6 +434,7 @@ class Reporter:
         metrics.voters.set(status.voters)
         metrics.voters_live.set(status.voters_live)
         metrics.clock_skew_s.set(self.clock_skew_s())
+        metrics.peers_refused.set(len(one.conduct.list_refused(time.monotonic())))
         compute = one.compute
         if compute.loss is not None:
             metrics.loss.set(compute.loss)

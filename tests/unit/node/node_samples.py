@@ -6,6 +6,7 @@ plane and real tensor links on loopback. A test runs those of its tasks that it 
 
 import asyncio
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, closing
@@ -20,19 +21,21 @@ from shoal.node.answers import Answers
 from shoal.node.blobs import BlobStore
 from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
+from shoal.node.conduct import Conduct
 from shoal.node.config import BOOTSTRAP, TRAINER, NodeConfig, NodeTable
-from shoal.node.control import ControlConfig, ControlHandlers, ControlStopped
+from shoal.node.control import ControlConfig, ControlHandlers, ControlPlane, ControlStopped
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed
 from shoal.node.intake import Intake, IntakePorts
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.ledger_sync import LedgerSync
+from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState, Stores
 from shoal.node.membership import Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
-from shoal.node.metrics import Metrics, Plane
+from shoal.node.metrics import Metrics
 from shoal.node.own_presence import OwnPresence
 from shoal.node.reach import Reach
 from shoal.node.reporting import Reporter, Subjects
@@ -211,6 +214,20 @@ def fill_folder(swarm: Swarm, folder: Path, chain: Chain) -> None:
         connection.executemany("INSERT INTO certificates VALUES (?, ?, ?)", rows)
 
 
+# -- a control plane ---------------------------------------------------------------------------------------------------
+
+MakeControl = Callable[[Swarm, ControlConfig, ControlHandlers], ControlPlane]
+
+
+def in_memory(swarm: Swarm, config: ControlConfig, handlers: ControlHandlers) -> ControlPlane:
+    return MemoryControl(swarm.network, config, handlers)
+
+
+def over_libp2p(swarm: Swarm, config: ControlConfig, handlers: ControlHandlers) -> ControlPlane:
+    """The real one, on loopback."""
+    return Libp2pHost(config, handlers)
+
+
 # -- a peer ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +237,9 @@ class Peer:
     compute: Compute
     answer: Callable[[PeerId, bytes], Awaitable[bytes]]  # a test may put another one in its place
 
-    def __init__(self, swarm: Swarm, number: int, folder: Path, *, trains: bool) -> None:
+    def __init__(
+        self, swarm: Swarm, number: int, folder: Path, *, trains: bool, make_control: MakeControl = in_memory
+    ) -> None:
         self.swarm = swarm
         self.identity = IDENTITIES[number]
         self.me = self.identity.peer
@@ -233,6 +252,7 @@ class Peer:
         self.disk_failures: list[tuple[Failure, str]] = []
         self.misbehaviours: list[tuple[PeerId, Refusal]] = []
         self.tensor_refusals: list[tuple[PeerId | None, Refusal]] = []
+        self.dropped: list[tuple[PeerId, Refusal]] = []
         self.lost: list[PeerLost] = []
         self.seen: list[tuple[PeerId, bool]] = []
         self.restarts: list[Failure] = []
@@ -245,7 +265,10 @@ class Peer:
         self.state = open_state(swarm, folder)
         stores = self.state.stores
         self.reporter = Reporter(Metrics(), HappeningFeed())
-        self.intake = Intake(swarm.id, self.reporter)
+        self.conduct = Conduct(self.me)
+        self.conduct.expect_parts(swarm.manifest.parts)
+        self.now_s = time.monotonic  # the clock of `conduct`
+        self.intake = Intake(swarm.id, self.reporter, self.conduct, lambda: self.now_s())
         config = ControlConfig(identity=self.identity, swarm=swarm.id, listen=("/ip4/127.0.0.1/tcp/0",))
         handlers = ControlHandlers(
             on_message=self.intake.take_message,
@@ -255,7 +278,7 @@ class Peer:
             on_peer_lost=self._disconnected,
             on_misbehaviour=self.intake.misbehaved,
         )
-        self.control = MeteredControl(MemoryControl(swarm.network, config, handlers))
+        self.control = MeteredControl(make_control(swarm, config, handlers))
         self.reporter.control_bytes = self.control.bytes
         self.exchange = PartExchange(self.me, swarm.manifest, stores.blobs, stores.snapshots)
         self.links = TensorLinks(self.identity, swarm.id, LINKS, self.exchange)
@@ -274,10 +297,13 @@ class Peer:
         self.intake.open(
             self.control,
             IntakePorts(
+                standing=lambda: (self.core.round, self.core.attempt),
                 round_message=self.driver.receive,
                 presence=self.membership.take_presence,
                 entries=self.ledger.take,
                 answer=lambda peer, raw: self.answer(peer, raw),
+                hang_up=self.links.hang_up,
+                forget=self.membership.connection_lost,
                 spawn=self.spawn,
             ),
         )
@@ -307,11 +333,13 @@ class Peer:
         )
         self.exchange.core, self.exchange.links = self.core, self.links
         self.exchange.ports = ExchangePorts(
-            address_of=swarm.addresses.get,
+            address_of=self._address_of,
             pump=self.driver.pump,
             now=loop.time,
             link_lost=lambda peer, reason: None,
+            admit=self.intake.why_refused,
             refusal=self._refused,
+            late=self._dropped,
             spawn=self.spawn,
         )
         self.compute = Compute(
@@ -347,6 +375,7 @@ class Peer:
                 observed=self._observed,
                 lost=self._lost,
                 misbehaved=self.misbehaved,
+                refuses=self.intake.refuses,
                 spawn=self.spawn,
             ),
         )
@@ -390,6 +419,7 @@ class Peer:
             membership=self.membership,
             compute=self.compute,
             catch_up=self.catch_up,
+            conduct=self.conduct,
         )
 
     async def stop(self) -> None:
@@ -505,7 +535,14 @@ class Peer:
 
     def _refused(self, peer: PeerId | None, refusal: Refusal) -> None:
         self.tensor_refusals.append((peer, refusal))
-        self.reporter.metrics.refusals[refusal, Plane.TENSOR].add()
+        self.intake.link_refused(peer, refusal)
+
+    def _dropped(self, peer: PeerId, refusal: Refusal) -> None:
+        self.dropped.append((peer, refusal))
+        self.intake.part_dropped(peer, refusal)
+
+    def _address_of(self, peer: PeerId) -> Address | None:
+        return None if self.intake.refuses(peer) else self.swarm.addresses.get(peer)
 
     def _observed(self, presence: Presence, first: bool) -> None:
         self.seen.append((presence.peer, first))
@@ -525,7 +562,7 @@ class Peer:
         return True
 
     def _connected(self, peer: PeerId) -> None:
-        if self.intake.is_open:
+        if self.intake.is_open and self.intake.admits(peer):
             self.membership.connection_opened(peer)
 
     def _disconnected(self, peer: PeerId) -> None:
@@ -534,9 +571,11 @@ class Peer:
 
 
 @asynccontextmanager
-async def open_peer(swarm: Swarm, number: int, folder: Path, *, trains: bool = False) -> AsyncIterator[Peer]:
+async def open_peer(
+    swarm: Swarm, number: int, folder: Path, *, trains: bool = False, make_control: MakeControl = in_memory
+) -> AsyncIterator[Peer]:
     """A started peer with the data folder `folder`/`number`; stopped in the end, whatever happened."""
-    peer = Peer(swarm, number, folder / str(number), trains=trains)
+    peer = Peer(swarm, number, folder / str(number), trains=trains, make_control=make_control)
     try:
         await peer.start()
         yield peer

@@ -18,9 +18,8 @@ from shoal.protocol.messages import (
     encode_message,
     sign_message,
 )
-from tests.sim.memory_control import MemoryControl
 from tests.unit.node.link_harness import RecordingSink
-from tests.unit.node.node_samples import LINKS, Peer, Swarm
+from tests.unit.node.node_samples import LINKS, MakeControl, Peer, Swarm, in_memory
 from tests.unit.protocol.samples import IDENTITIES
 
 M = TypeVar("M")
@@ -29,7 +28,9 @@ M = TypeVar("M")
 class Puppet:
     """Control messages, presences and frames as the test makes them."""
 
-    def __init__(self, swarm: Swarm, number: int, *, speaks_for: bytes | None = None) -> None:
+    def __init__(
+        self, swarm: Swarm, number: int, *, speaks_for: bytes | None = None, make_control: MakeControl = in_memory
+    ) -> None:
         self.swarm = swarm
         self.identity = IDENTITIES[number]
         self.me = self.identity.peer
@@ -48,7 +49,7 @@ class Puppet:
             on_peer_connected=lambda peer: None,
             on_peer_lost=lambda peer: None,
         )
-        self.control = MemoryControl(swarm.network, config, handlers)
+        self.control = make_control(swarm, config, handlers)
 
     def _hear(self, peer: PeerId, payload: bytes) -> None:
         self.payloads.append(payload)
@@ -103,10 +104,14 @@ class Puppet:
 
 @asynccontextmanager
 async def open_puppet(
-    swarm: Swarm, number: int, *peers: Peer, speaks_for: bytes | None = None
+    swarm: Swarm,
+    number: int,
+    *peers: Peer,
+    speaks_for: bytes | None = None,
+    make_control: MakeControl = in_memory,
 ) -> AsyncIterator[Puppet]:
     """A puppet with control connections to `peers`."""
-    puppet = Puppet(swarm, number, speaks_for=speaks_for)
+    puppet = Puppet(swarm, number, speaks_for=speaks_for, make_control=make_control)
     await puppet.control.start()
     swarm.addresses[puppet.me] = await puppet.links.start()
     try:
