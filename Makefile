@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 TYPES := build/types/shoal
 PACKAGES := protocol crdt dht node
 SHOAL := $(BIN)/shoal
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 
 .PHONY: demo test lint check sim sim-long setup bench clean
 
@@ -24,11 +25,14 @@ lint: setup  ## ruff, mypy --strict, import contracts
 
 check: lint test sim  ## what CI runs
 
-sim: setup  ## simulate rounds under faults: SEED=n replays one, ROUNDS=n sets how many (default 5000)
-	$(BIN)/python -m tests.sim.world $(if $(SEED),--seed $(SEED),--rounds $(or $(ROUNDS),5000))
+sim: setup  ## simulate rounds under faults: ROUNDS=n (5000), SECONDS=n; SEED=n replays one, FAULTS=3,7 with these, TRACE=1
+	$(BIN)/python -m tests.sim.world --jobs $(JOBS) $(if $(SEED),--seed $(SEED) $(if $(FAULTS),--faults $(FAULTS)) \
+	  $(if $(TRACE),--trace),--rounds $(or $(ROUNDS),5000) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(JSON),--json $(JSON)))
 
-sim-long: setup
-	$(BIN)/python -m tests.sim.world --rounds 1000000
+sim-long: setup  ## a night's run: 1,000,000 rounds on all cores, summed up in build/sim-long.json
+	@mkdir -p build
+	$(BIN)/python -m tests.sim.world --jobs $(JOBS) --rounds 1000000 --keep-going --json build/sim-long.json
 
 bench: setup  ## the figures in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.daemon
