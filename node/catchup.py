@@ -112,7 +112,7 @@ class CatchUp:
                     continue
                 # The round core checks it, too. Here a forged one ends the catch-up instead of being waited for.
                 await asyncio.to_thread(
-                    check_certificate, certificate, head, self._manifest.quorum, self._manifest.parts, self._swarm
+                    check_certificate, certificate, head, self._manifest.authority(self._swarm)
                 )
                 self._ports.take_certificate(certificate, peer)
                 if not await self._ports.wait_past(number - 1, REPLAY_TIMEOUT_S):
@@ -171,7 +171,7 @@ class CatchUp:
                 result = certificate.result
                 if result.round != head.round + len(chain) + 1 or result.previous != previous:
                     raise ProtocolError(Refusal.WRONG_BASE, f"certificate of round {result.round} does not follow")
-                await asyncio.to_thread(check_votes, certificate, voters, self._manifest.quorum, self._swarm)
+                await asyncio.to_thread(check_votes, certificate, voters, self._manifest.authority(self._swarm))
                 previous, voters = digest_record(result), result.voters
                 chain.append(certificate)
         return chain

@@ -180,7 +180,12 @@ class Daemon:
         link_config = LinkConfig(host=self.config.tensor.host, port=self.config.tensor.port, reuse_port=False)
         self.links = TensorLinks(self.identity, swarm, link_config, self.exchange)
         head = await self.state.restore()
-        setting = Setting(identity=self.identity, swarm=swarm, rules=self.manifest.rounds, parts=self.manifest.parts)
+        setting = Setting(
+            identity=self.identity,
+            rules=self.manifest.rounds,
+            authority=self.manifest.authority(swarm),
+            trains=self.config.node.role == TRAINER,
+        )
         vote = await asyncio.to_thread(self.state.load_vote)
         loop = asyncio.get_running_loop()
         self.core = RoundCore(setting, head, vote, loop.time())

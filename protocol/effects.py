@@ -9,8 +9,8 @@ from enum import StrEnum
 
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
-from shoal.protocol.messages import ROUND_MESSAGES, Certificate, Result, RosterEntry
-from shoal.protocol.wire import U32, U63
+from shoal.protocol.messages import ROUND_MESSAGES, Certificate, LockCertificate, Result, RosterEntry
+from shoal.protocol.wire import U32, U63, Bytes32
 
 
 class Phase(StrEnum):
@@ -34,6 +34,10 @@ class VoteRecord:
     led: U32 = 0
     accepted_attempt: U32 = 0
     accepted: Result | None = None
+    # Where members may lie: accepted is what this peer is locked on; then the last attempt whose lock it signed.
+    lock: LockCertificate | None = None
+    locked_attempt: U32 = 0
+    locked_digest: Bytes32 = bytes(32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +111,14 @@ class Behind:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forked:
+    """`peer` follows a log that parts from ours, at `round` or before: compare, and go over to the heavier one."""
+
+    peer: PeerId
+    round: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseEntered:
     round: int
     attempt: int
@@ -151,4 +163,4 @@ class SenderMissing:
 
 
 Note = PhaseEntered | Planned | AttemptFailed | PartReassigned | SenderMissing
-Effect = Send | Persist | SendPart | Reduce | SendResult | FetchBlob | Commit | Behind | Note
+Effect = Send | Persist | SendPart | Reduce | SendResult | FetchBlob | Commit | Behind | Forked | Note

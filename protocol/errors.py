@@ -41,6 +41,7 @@ class Refusal(StrEnum):
     LIMIT = "limit"
     NOT_AUTHENTIC = "not_authentic"
     NOT_READY = "not_ready"
+    OTHER_LOG = "other_log"
 
 
 class Failure(StrEnum):

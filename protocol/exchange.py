@@ -8,6 +8,7 @@ root; every part is reduced at most once an attempt.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
@@ -104,23 +105,19 @@ def list_delivered(plan: Plan, part: int, inbox: Inbox) -> tuple[int, ...]:
 
 
 def list_missing(
-    plan: Plan, collection: Collection, inbox: Inbox, lost: frozenset[PeerId], silence_max_s: float, now: float
+    plan: Plan, part: int, inbox: Inbox, lost: frozenset[PeerId], deadlines: Mapping[int, float], now: float
 ) -> tuple[list[Missing], list[int]]:
-    """Members whose part is given up, with the reason, and members that are still waited for."""
-    delivered = set(list_delivered(plan, collection.part, inbox))
+    """Members whose part is given up, with the reason, and members that are still waited for. `deadlines` by roster
+    index, for those that have not delivered."""
+    delivered = set(list_delivered(plan, part, inbox))
     missing, pending = [], []
     for index, entry in enumerate(plan.roster):
         if index in delivered:
             continue
         if entry.signed.peer in lost:
             missing.append(Missing(index=index, reason=Failure.SENDER_LOST))
-        elif now >= sender_deadline(entry.signed.peer, collection, inbox, silence_max_s):
+        elif now >= deadlines[index]:
             missing.append(Missing(index=index, reason=Failure.SENDER_SLOW))
         else:
             pending.append(index)
     return missing, pending
-
-
-def sender_deadline(sender: PeerId, collection: Collection, inbox: Inbox, silence_max_s: float) -> float:
-    """When a silent sender is given up: any part that it delivers to this owner starts the clock anew."""
-    return max(collection.started_s, inbox.heard_s.get(sender, collection.started_s)) + silence_max_s

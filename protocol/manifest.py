@@ -17,9 +17,9 @@ from shoal.protocol.codecs import CODECS
 from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriError
 from shoal.protocol.identity import Identity, PeerId, verify_signature
 from shoal.protocol.layout import Layout
-from shoal.protocol.messages import PARTS_MAX, VOTERS_MAX, Peer
+from shoal.protocol.messages import PARTS_MAX, ROSTER_MAX, VOTERS_MAX, Peer
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
-from shoal.protocol.quorum import Head, QuorumRule
+from shoal.protocol.quorum import Authority, Head, QuorumRule
 from shoal.protocol.state import STATE_ELEMENTS_MAX
 from shoal.protocol.tables import parse_toml, read_table
 from shoal.protocol.wire import (
@@ -75,7 +75,9 @@ class Outer:
 class Rounds:
     """The round protocol: who is waited for, and every deadline by its name."""
 
-    peers_min: Annotated[int, Bound(1, 64)] = 2
+    peers_min: Annotated[int, Bound(1, ROSTER_MAX)] = 2
+    newcomers_max: Annotated[int, Bound(1, ROSTER_MAX)] = 8
+    voters_max: Annotated[int, Bound(1, VOTERS_MAX)] = VOTERS_MAX
     grace_s: Annotated[float, Bound(0, 3600)] = 5.0
     quorum: Annotated[str, Choice(tuple(rule.value for rule in QuorumRule))] = QuorumRule.MAJORITY.value
     codec: Annotated[str, Choice(tuple(CODECS))] = "int8"
@@ -88,6 +90,7 @@ class Rounds:
     commit_timeout_s: Seconds = 20.0
     presence_period_s: Seconds = 2.0
     presence_timeout_s: Seconds = 8.0
+    reroot_after_s: Annotated[float, Bound(0, 30 * 86_400)] = 86_400.0  # 0: never
     snapshot_every: Annotated[int, Bound(1, 10_000)] = 8
     rounds_kept: Annotated[int, Bound(2, 100_000)] = 64
 
@@ -130,6 +133,16 @@ class Manifest:
     @property
     def quorum(self) -> QuorumRule:
         return QuorumRule(self.rounds.quorum)
+
+    def authority(self, swarm: bytes) -> Authority:
+        """By whose word a round of this swarm is decided."""
+        return Authority(
+            swarm=swarm,
+            rule=self.quorum,
+            owner=self.owner,
+            parts=self.parts,
+            may_declare=self.rounds.reroot_after_s > 0 and self.quorum is QuorumRule.MAJORITY,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +194,9 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
     if draft.rounds.presence_timeout_s < 2 * draft.rounds.presence_period_s:
         fix = "use at least twice rounds.presence_period_s"
         raise ManifestError("rounds.presence_timeout_s", "leaves no room for one lost heartbeat", fix)
+    if len(founders) > draft.rounds.voters_max:
+        problem = f"is {draft.rounds.voters_max}, but {len(founders)} founders vote in the first round"
+        raise ManifestError("rounds.voters_max", problem, "raise it or name fewer founders")
     if draft.training.steps_min > draft.training.inner_steps:
         raise ManifestError("training.steps_min", "is more than training.inner_steps", "lower it")
     return Manifest(

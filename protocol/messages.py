@@ -161,13 +161,34 @@ class Prepare:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lock:
+    """Where members may lie: a voter holds every byte of the result and agrees to vote for it if a quorum does."""
+
+    voter: Peer
+    round: U63
+    attempt: U32
+    result_digest: Bytes32
+    signature: Bytes64 = _NO_SIGNATURE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockCertificate:
+    """A quorum of locks of one attempt for one result: no other result can have a quorum in that attempt."""
+
+    attempt: U32
+    locks: Annotated[tuple[Lock, ...], Bound(1, VOTERS_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """A voter's word to take part in no lower attempt, with what it has voted for, if anything."""
+    """A voter's word to take part in no lower attempt, with what it has voted for, if anything. Where members may lie
+    the claim is worth nothing without the lock certificate behind it."""
 
     round: U63
     attempt: U32
     accepted_attempt: U32
     accepted: Result | None
+    lock: LockCertificate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,9 +201,27 @@ class Nack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Why a result may be proposed, where members may lie: the plan and every owner's word, or an earlier lock."""
+
+    plan: Plan | None
+    done: Annotated[tuple[PartDone, ...], Bound(0, PARTS_MAX)]
+    lock: LockCertificate | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
     attempt: U32
     result: Result
+    evidence: Evidence | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Locked:
+    """The proposer's proof that a quorum is locked on its proposal: now vote."""
+
+    round: U63
+    certificate: LockCertificate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,7 +339,7 @@ class Envelope:
     body: Annotated[bytes, Bound(1, DELTA_BYTES_MAX)]
 
 
-ROUND_MESSAGES = Prepare | Promise | Nack | Plan | Contribution | PartDone | Proposal | Vote | Certified
+ROUND_MESSAGES = Prepare | Promise | Nack | Plan | Contribution | PartDone | Proposal | Lock | Locked | Vote | Certified
 
 SCHEMA = Schema(
     {
@@ -315,6 +354,8 @@ SCHEMA = Schema(
         16: Proposal,
         17: Vote,
         18: Certified,
+        19: Lock,
+        20: Locked,
         30: GetManifest,
         31: ManifestAnswer,
         32: GetCertificates,
@@ -332,8 +373,14 @@ SCHEMA = Schema(
 # What may be larger than MESSAGE_BYTES_MAX: answers that carry state. Everything else is refused past it.
 _LARGE = (ManifestAnswer, CertificatesAnswer, SnapshotAnswer, LedgerEntries, PeersAnswer, Certified, Promise, Proposal)
 
-S = TypeVar("S", Presence, Plan, PartDone, Vote)
-_DOMAINS: dict[type, str] = {Presence: "presence", Plan: "plan", PartDone: "part-done", Vote: "vote"}
+S = TypeVar("S", Presence, Plan, PartDone, Lock, Vote)
+_DOMAINS: dict[type, str] = {
+    Presence: "presence",
+    Plan: "plan",
+    PartDone: "part-done",
+    Lock: "lock",
+    Vote: "vote",
+}
 
 
 def encode_message(swarm: bytes, message: object) -> bytes:

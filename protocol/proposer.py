@@ -15,18 +15,23 @@ from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
     ROSTER_MAX,
+    Evidence,
+    Lock,
     Member,
     PartDone,
     PartResult,
     Plan,
     Promise,
+    Proposal,
     Result,
     RosterEntry,
     SignedReady,
     Vote,
+    verify_message,
     verify_ready,
 )
-from shoal.protocol.quorum import Head, choose_voters, list_members, owner_order
+from shoal.protocol.quorum import Authority, Head, check_lock, choose_voters, list_members, owner_order
+from shoal.protocol.shares import assign_parts
 
 
 @dataclass(slots=True)
@@ -36,16 +41,31 @@ class Lead:
     attempt: int
     promises: dict[PeerId, Promise] = field(default_factory=dict)
     grace_ends_s: float | None = None
+    awaited_until_s: float | None = None
     done: dict[int, PartDone] = field(default_factory=dict)
     tried: dict[int, list[PeerId]] = field(default_factory=dict)
+    assigned_s: dict[int, float] = field(default_factory=dict)
     heard_s: dict[PeerId, float] = field(default_factory=dict)
+    nacks: dict[PeerId, int] = field(default_factory=dict)
+    locks: dict[PeerId, Lock] = field(default_factory=dict)
     votes: dict[PeerId, Vote] = field(default_factory=dict)
 
 
-def choose_accepted(promises: Mapping[PeerId, Promise]) -> Result | None:
+def choose_accepted(promises: Mapping[PeerId, Promise]) -> Promise | None:
     """What may already be certified: the result that was voted for in the highest attempt, if any was."""
     accepted = [promise for promise in promises.values() if promise.accepted is not None]
-    return max(accepted, key=lambda promise: promise.accepted_attempt).accepted if accepted else None
+    return max(accepted, key=lambda promise: promise.accepted_attempt) if accepted else None
+
+
+def choose_roster(
+    ready: Mapping[PeerId, SignedReady], known: frozenset[PeerId], head: Head, newcomers_max: int
+) -> tuple[PeerId, ...]:
+    """Who takes part, in the order of the roster: everybody who is known, and as many newcomers as a round takes in,
+    each in its turn."""
+    newcomers = owner_order(head.digest, 0, tuple(peer for peer in sorted(ready) if peer not in known))
+    old = owner_order(head.digest, 0, tuple(peer for peer in sorted(ready) if peer in known))
+    taken = newcomers[:newcomers_max]
+    return tuple(sorted((*old[: ROSTER_MAX - len(taken)], *taken)))
 
 
 def list_weights(roster: tuple[SignedReady, ...]) -> tuple[float, ...]:
@@ -55,14 +75,22 @@ def list_weights(roster: tuple[SignedReady, ...]) -> tuple[float, ...]:
     return tuple(float(weight) for weight in planned_weights(tokens, steps))
 
 
-def make_plan(head: Head, attempt: int, codec: str, ready: Mapping[PeerId, SignedReady], parts: int) -> Plan | None:
-    """The first plan of an attempt, unsigned; None while nobody ready can own a part."""
-    chosen = sorted(ready)[:ROSTER_MAX]
+def make_plan(
+    head: Head,
+    attempt: int,
+    codec: str,
+    ready: Mapping[PeerId, SignedReady],
+    parts: int,
+    shares: Mapping[PeerId, float],
+) -> Plan | None:
+    """The first plan of an attempt, unsigned; None while nobody ready can own a part. `ready` is the whole roster."""
+    chosen = sorted(ready)
+    assert len(chosen) <= ROSTER_MAX, "chosen by choose_roster"
     roster = tuple(ready[peer] for peer in chosen)
     owners = tuple(peer for peer in chosen if ready[peer].ready.owns)
     if not owners:
         return None
-    order = owner_order(head.digest, 0, owners)
+    assigned = assign_parts(owner_order(head.digest, 0, owners), shares, parts)
     entries = tuple(
         RosterEntry(signed=signed, weight=weight) for signed, weight in zip(roster, list_weights(roster), strict=True)
     )
@@ -74,7 +102,7 @@ def make_plan(head: Head, attempt: int, codec: str, ready: Mapping[PeerId, Signe
         base_root=head.state_root,
         codec=codec,
         roster=entries,
-        owners=tuple(chosen.index(order[part % len(order)]) for part in range(parts)),
+        owners=tuple(chosen.index(owner) for owner in assigned),
     )
 
 
@@ -97,7 +125,7 @@ def revise_plan(plan: Plan, owners: Mapping[int, int]) -> Plan:
 def check_plan(plan: Plan, head: Head, codec: str, parts: int, swarm: bytes) -> None:
     """Raise ProtocolError unless a member can follow this plan."""
     if plan.previous != head.digest or plan.base_root != head.state_root:
-        raise ProtocolError(Refusal.WRONG_BASE, f"plan of round {plan.round} builds on another state than ours")
+        raise ProtocolError(Refusal.OTHER_LOG, f"plan of round {plan.round} builds on another state than ours")
     if plan.codec != codec:
         raise ProtocolError(Refusal.NOT_PLANNED, f"plan wants codec {plan.codec}, the manifest {codec}")
     if len(plan.owners) != parts:
@@ -117,7 +145,9 @@ def check_plan(plan: Plan, head: Head, codec: str, parts: int, swarm: bytes) -> 
         raise ProtocolError(Refusal.OUT_OF_RANGE, "the plan's weights do not follow from its READYs")
 
 
-def make_result(plan: Plan, done: Mapping[int, PartDone], head: Head, absent: frozenset[PeerId]) -> Result:
+def make_result(
+    plan: Plan, done: Mapping[int, PartDone], head: Head, absent: frozenset[PeerId], voters_max: int
+) -> Result:
     """The value that the attempt proposes, once every part is done."""
     members = tuple(
         Member(
@@ -140,7 +170,7 @@ def make_result(plan: Plan, done: Mapping[int, PartDone], head: Head, absent: fr
         codec=plan.codec,
         members=members,
         parts=parts,
-        voters=choose_voters(head.voters, contributors, absent),
+        voters=choose_voters(head.voters, contributors, absent, voters_max),
     )
 
 
@@ -149,6 +179,11 @@ def make_empty_result(head: Head, codec: str, absent: frozenset[PeerId]) -> Resu
     voters = tuple(peer for peer in head.voters if peer not in absent)
     if not voters or voters == head.voters:
         return None
+    return make_voters_result(head, codec, voters)
+
+
+def make_voters_result(head: Head, codec: str, voters: tuple[PeerId, ...]) -> Result:
+    """A round without an update that names the next voters."""
     return Result(
         round=head.round + 1,
         previous=head.digest,
@@ -158,3 +193,48 @@ def make_empty_result(head: Head, codec: str, absent: frozenset[PeerId]) -> Resu
         parts=(),
         voters=voters,
     )
+
+
+def make_evidence(plan: Plan, done: Mapping[int, PartDone]) -> Evidence:
+    """Why the result of a finished exchange may be proposed."""
+    return Evidence(plan=plan, done=tuple(done[part] for part in range(len(plan.owners))), lock=None)
+
+
+def check_evidence(proposal: Proposal, proposer: PeerId, head: Head, codec: str, authority: Authority) -> None:
+    """Raise ProtocolError unless the proposal follows from what others signed: an earlier lock of a quorum, or a plan
+    made of READYs and the owners' words. A result without parts needs neither: each voter judges by who it knows."""
+    result, evidence = proposal.result, proposal.evidence
+    if evidence is not None and evidence.lock is not None:
+        if evidence.lock.attempt >= proposal.attempt:
+            raise ProtocolError(Refusal.WRONG_ATTEMPT, "a proposal stands on a lock of a later attempt")
+        check_lock(evidence.lock, result, head.voters, authority)
+        return
+    if not result.parts:
+        return
+    if evidence is None or evidence.plan is None:
+        raise ProtocolError(Refusal.NOT_PLANNED, "a proposal comes without its plan")
+    plan = evidence.plan
+    if plan.round != result.round or plan.attempt != proposal.attempt:
+        raise ProtocolError(Refusal.WRONG_ATTEMPT, "a proposal comes with the plan of another attempt")
+    verify_message(proposer, authority.swarm, plan)
+    check_plan(plan, head, codec, authority.parts, authority.swarm)
+    if len(evidence.done) != len(plan.owners):
+        raise ProtocolError(Refusal.WRONG_LENGTH, f"{len(evidence.done)} words for {len(plan.owners)} parts")
+    expected = make_result(plan, dict(enumerate(evidence.done)), head, frozenset(), len(result.voters))
+    if (result.members, result.parts) != (expected.members, expected.parts):
+        raise ProtocolError(Refusal.NOT_PLANNED, "the result does not follow from its plan and the owners' words")
+    for part, done in enumerate(evidence.done):
+        if (done.round, done.attempt, done.part) != (plan.round, plan.attempt, part):
+            raise ProtocolError(Refusal.WRONG_ATTEMPT, f"the word on part {part} is about something else")
+        verify_message(plan.roster[plan.owners[part]].signed.peer, authority.swarm, done)
+
+
+def follows_voters(result: Result, head: Head, absent: frozenset[PeerId], voters_max: int) -> bool:
+    """Whether the next voters are those that this peer would accept: nobody is dropped whom it finds present, and only
+    contributors come in."""
+    indices = {index for part in result.parts for index in list_members(part.contributors, len(result.members))}
+    contributors = tuple(result.members[index].peer for index in sorted(indices))
+    dropped = frozenset({*head.voters, *contributors}.difference(result.voters))
+    if result.voters != choose_voters(head.voters, contributors, dropped, voters_max):
+        return False
+    return dropped.intersection(head.voters) <= absent

@@ -15,7 +15,17 @@ from blake3 import blake3
 
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId, short_peer_id
-from shoal.protocol.messages import VOTERS_MAX, Certificate, Result, digest_record, verify_message
+from shoal.protocol.messages import (
+    VOTERS_MAX,
+    Certificate,
+    LockCertificate,
+    Result,
+    digest_record,
+    verify_message,
+)
+
+# No ballot reaches it: the attempt of a certificate by which voters that are gone for good are replaced.
+REROOT_ATTEMPT = 2**32 - 1
 
 
 class QuorumRule(StrEnum):
@@ -23,6 +33,18 @@ class QuorumRule(StrEnum):
 
     MAJORITY = "majority"
     TWO_THIRDS = "two_thirds"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Authority:
+    """By whose word a round of one swarm is decided. `may_declare`: after the manifest's timer the peers that are left
+    may name new voters without the owner."""
+
+    swarm: bytes
+    rule: QuorumRule
+    owner: PeerId
+    parts: int
+    may_declare: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +74,15 @@ def owner_order(head_digest: bytes, part: int, owners: tuple[PeerId, ...]) -> tu
 
 
 def choose_voters(
-    current: tuple[PeerId, ...], contributors: tuple[PeerId, ...], absent: frozenset[PeerId]
+    current: tuple[PeerId, ...],
+    contributors: tuple[PeerId, ...],
+    absent: frozenset[PeerId],
+    voters_max: int = VOTERS_MAX,
 ) -> tuple[PeerId, ...]:
-    """The next voters: those who stay, longest-serving first, then this round's contributors."""
+    """The next voters: those who stay, longest-serving first, then this round's contributors. A swarm with more peers
+    than `voters_max` votes through this committee."""
     kept = dict.fromkeys(peer for peer in (*current, *contributors) if peer not in absent)
-    return tuple(kept)[:VOTERS_MAX] or current
+    return tuple(kept)[:voters_max] or current
 
 
 def has_member(bitmap: bytes, index: int) -> bool:
@@ -83,40 +109,80 @@ def check_bitmap(bitmap: bytes, count: int) -> None:
         raise ProtocolError(Refusal.OUT_OF_RANGE, f"contributor bitmap does not fit a roster of {count}")
 
 
-def check_result(result: Result, head: Head, parts: int) -> None:
-    """Raise ProtocolError unless `result` can follow `head`."""
+def check_result(result: Result, head: Head, parts: int, *, is_reroot: bool = False) -> None:
+    """Raise ProtocolError unless `result` can follow `head`. A re-root may name any voters."""
     if result.round != head.round + 1:
         raise ProtocolError(Refusal.WRONG_ROUND, f"result of round {result.round}, we are after {head.round}")
     if result.previous != head.digest or result.base_root != head.state_root:
-        raise ProtocolError(Refusal.WRONG_BASE, f"round {result.round} builds on another state than ours")
+        raise ProtocolError(Refusal.OTHER_LOG, f"round {result.round} builds on another state than ours")
     if len(result.parts) not in (0, parts) or bool(result.parts) != bool(result.members):
         raise ProtocolError(Refusal.WRONG_LENGTH, f"{len(result.parts)} parts, expected {parts} or none")
     for part in result.parts:
         check_bitmap(part.contributors, len(result.members))
     allowed = {*head.voters, *(member.peer for member in result.members)}
-    if len(set(result.voters)) != len(result.voters) or not allowed.issuperset(result.voters):
+    is_allowed = is_reroot or allowed.issuperset(result.voters)
+    if len(set(result.voters)) != len(result.voters) or not is_allowed:
         raise ProtocolError(Refusal.NOT_A_MEMBER, "next voters are neither voters nor members of the round")
 
 
-def check_certificate(certificate: Certificate, head: Head, rule: QuorumRule, parts: int, swarm: bytes) -> bytes:
-    """The digest of the certified result; raises ProtocolError unless a quorum of `head.voters` signed it."""
-    check_result(certificate.result, head, parts)
-    check_votes(certificate, head.voters, rule, swarm)
+def check_certificate(certificate: Certificate, head: Head, authority: Authority) -> bytes:
+    """The digest of the certified result; raises ProtocolError unless it follows `head` and its voters decided it."""
+    check_result(certificate.result, head, authority.parts, is_reroot=is_reroot(certificate))
+    check_votes(certificate, head.voters, authority)
     return digest_record(certificate.result)
 
 
-def check_votes(certificate: Certificate, voters: tuple[PeerId, ...], rule: QuorumRule, swarm: bytes) -> None:
+def check_votes(certificate: Certificate, voters: tuple[PeerId, ...], authority: Authority) -> None:
     """Raise ProtocolError unless distinct voters, a quorum of them, signed this result in one attempt."""
     digest = digest_record(certificate.result)
-    seen: set[PeerId] = set()
+    signers: set[PeerId] = set()
     for vote in certificate.votes:
-        if vote.voter not in voters:
-            raise ProtocolError(Refusal.NOT_A_MEMBER, f"{short_peer_id(vote.voter)} is no voter of this round")
-        if vote.voter in seen:
+        if vote.voter in signers:
             raise ProtocolError(Refusal.DUPLICATE, f"two votes of {short_peer_id(vote.voter)}")
         if (vote.round, vote.attempt, vote.result_digest) != (certificate.result.round, certificate.attempt, digest):
             raise ProtocolError(Refusal.WRONG_ATTEMPT, f"the vote of {short_peer_id(vote.voter)} is for something else")
-        verify_message(vote.voter, swarm, vote)
-        seen.add(vote.voter)
-    if len(seen) < quorum_size(len(voters), rule):
-        raise ProtocolError(Refusal.NO_QUORUM, f"{len(seen)} votes of {len(voters)}")
+        signers.add(vote.voter)
+    if is_reroot(certificate):
+        _check_reroot(certificate.result, signers, voters, authority)
+    else:
+        _check_quorum(signers, voters, authority.rule)
+    for vote in certificate.votes:
+        verify_message(vote.voter, authority.swarm, vote)
+
+
+def is_reroot(certificate: Certificate) -> bool:
+    """Whether the certificate names new voters without the word of a quorum of the old ones."""
+    return certificate.attempt == REROOT_ATTEMPT
+
+
+def _check_quorum(signers: set[PeerId], voters: tuple[PeerId, ...], rule: QuorumRule) -> None:
+    for peer in sorted(signers.difference(voters)):
+        raise ProtocolError(Refusal.NOT_A_MEMBER, f"{short_peer_id(peer)} is no voter of this round")
+    if len(signers) < quorum_size(len(voters), rule):
+        raise ProtocolError(Refusal.NO_QUORUM, f"{len(signers)} votes of {len(voters)}")
+
+
+def _check_reroot(result: Result, signers: set[PeerId], voters: tuple[PeerId, ...], authority: Authority) -> None:
+    if result.parts:
+        raise ProtocolError(Refusal.NOT_PLANNED, "a re-root changes the voters and nothing else")
+    if signers == {authority.owner}:
+        return
+    if not authority.may_declare:
+        raise ProtocolError(Refusal.NOT_A_MEMBER, "only the owner of this swarm may sign a re-root")
+    if signers != set(result.voters) or signers.isdisjoint(voters):
+        raise ProtocolError(Refusal.NO_QUORUM, "a declared re-root needs all of its voters, and one of the old ones")
+
+
+def check_lock(certificate: LockCertificate, result: Result, voters: tuple[PeerId, ...], authority: Authority) -> None:
+    """Raise ProtocolError unless a quorum of the voters locked this result in one attempt."""
+    digest = digest_record(result)
+    signers: set[PeerId] = set()
+    for lock in certificate.locks:
+        if lock.voter in signers:
+            raise ProtocolError(Refusal.DUPLICATE, f"two locks of {short_peer_id(lock.voter)}")
+        if (lock.round, lock.attempt, lock.result_digest) != (result.round, certificate.attempt, digest):
+            raise ProtocolError(Refusal.WRONG_ATTEMPT, f"the lock of {short_peer_id(lock.voter)} is for something else")
+        signers.add(lock.voter)
+    _check_quorum(signers, voters, authority.rule)
+    for lock in certificate.locks:
+        verify_message(lock.voter, authority.swarm, lock)

@@ -8,12 +8,25 @@ from dataclasses import dataclass
 
 from shoal.protocol.effects import Effect, Phase, PhaseEntered, Send, VoteRecord
 from shoal.protocol.errors import Failure, Refusal
-from shoal.protocol.exchange import Collection, Inbox, sender_deadline
+from shoal.protocol.exchange import Collection, Inbox
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Rounds
-from shoal.protocol.messages import ROUND_MESSAGES, Certificate, Certified, Plan, Presence, Proposal, SignedReady
+from shoal.protocol.messages import (
+    ROUND_MESSAGES,
+    Certificate,
+    Certified,
+    Contribution,
+    Locked,
+    Plan,
+    Presence,
+    Proposal,
+    Result,
+    SignedReady,
+)
+from shoal.protocol.pace import PartPace, ReadyPace
 from shoal.protocol.proposer import Lead
-from shoal.protocol.quorum import Head, QuorumRule, proposer_order
+from shoal.protocol.quorum import Authority, Head, QuorumRule, proposer_order, quorum_size
+from shoal.protocol.shares import Shares
 
 BACKOFF_MAX = 4.0
 BACKOFF_FACTOR = 1.5
@@ -22,6 +35,13 @@ EARLY_MESSAGES_MAX = 256  # messages of the next round that are kept while this 
 FETCH_DELAY_S = 1.0  # how long a missing result part may still be under way before it is asked for
 FETCH_RETRY_S = 5.0
 BEHIND_RETRY_S = 2.0
+HELP_DELAY_S = 2.0  # how long a peer may need to apply the last round before its certificate is sent to it again
+EARLY_PER_SENDER_MAX = 16
+LOG_DIGESTS_MAX = 64
+CONTRIBUTED_MAX = 1024
+# Of the exchange's time: how much of it senders, and then owners, may take up.
+SENDERS_WINDOW = 0.5
+OWNERS_WINDOW = 0.75
 # A part may overtake the plan that makes it welcome. The sender is told and sends it again, so often.
 RESEND_AFTER = (Refusal.NOT_A_MEMBER, Refusal.WRONG_ROUND)
 RESENDS_MAX = 6
@@ -44,10 +64,12 @@ class RoundView:
     phase: Phase
     proposer: PeerId
     deadline_s: float | None
+    deadline_name: str | None  # the field of the manifest's [rounds] that sets it
     waiting_for: tuple[PeerId, ...]
     ready: tuple[PeerId, ...]
     roster: tuple[PeerId, ...]
     last_failure: Failure | None
+    last_failure_peer: PeerId | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +77,9 @@ class Setting:
     """What never changes while the daemon lives."""
 
     identity: Identity
-    swarm: bytes
     rules: Rounds
-    parts: int
+    authority: Authority
+    trains: bool = True
 
 
 class RoundState:
@@ -66,18 +88,30 @@ class RoundState:
     def __init__(self, setting: Setting, head: Head, vote: VoteRecord | None, now: float) -> None:
         self._identity = setting.identity
         self._me = setting.identity.peer
-        self._swarm = setting.swarm
+        self._authority = setting.authority
+        self._swarm = setting.authority.swarm
         self._rules = setting.rules
-        self._quorum = QuorumRule(setting.rules.quorum)
-        self._parts = setting.parts
+        self._trains = setting.trains
+        self._parts = setting.authority.parts
+        self._ready_pace = ReadyPace()
+        self._sender_pace = PartPace()
+        self._owner_pace = PartPace()
+        self._shares = Shares()
+        self._contributed: dict[PeerId, None] = {}  # who is no newcomer, the latest last
+        self._log: dict[int, bytes] = {}  # digests of the last rounds, to notice a log that parts from this one
+        self._began_s = now
+        self._alone_since_s: float | None = None
+        self._declare_after_s = 0.0
         self._members: dict[PeerId, Presence] = {}
         self._lost: set[PeerId] = set()
         self._leaving = False
         self._effects: list[Effect] = []
         self._last_certificate: Certificate | None = None
         self._behind_after_s = now
+        self._forked_after_s = now
         self._early: list[tuple[PeerId, ROUND_MESSAGES]] = []
         self._now_s = now
+        self._dropped: Refusal | None = None
         self._saved_vote = vote
         self._clear_round(head)
 
@@ -92,8 +126,16 @@ class RoundState:
         self._inbox = Inbox(parts=self._parts)
         self._held: set[bytes] = set()
         self._sent: set[tuple[PeerId, int]] = set()
+        self._declaration: Result | None = None
+        self._declared: Lead | None = None
+        self._slow_owners: set[PeerId] = set()
+        self._had_ready: set[PeerId] = set()
         self._failures = 0
         self._last_failure: Failure | None = None
+        self._last_failure_peer: PeerId | None = None
+        self._log[head.round] = head.digest
+        if len(self._log) > LOG_DIGESTS_MAX:
+            del self._log[min(self._log)]
         self._decided: Certificate | None = None
         self._clear_attempt(self._vote.promised)
 
@@ -102,6 +144,9 @@ class RoundState:
         self._plan: Plan | None = None
         self._proposal: Proposal | None = None
         self._voted = False
+        self._locks_sent = False
+        self._locked: Locked | None = None
+        self._exchange_began_s = 0.0
         self._collections: dict[int, Collection] = {}
         self._fetch_s: float | None = None
         may_lead = self._proposer() == self._me and attempt >= self._vote.led
@@ -111,11 +156,13 @@ class RoundState:
     def next_deadline(self) -> float | None:
         """When `handle_deadline` is due."""
         times = [self._deadline_s, self._fetch_s]
+        if self._alone_since_s is not None and self._authority.may_declare:
+            times.append(max(self._alone_since_s + self._rules.reroot_after_s, self._declare_after_s))
         if self._lead and self.phase is Phase.GATHER:
-            times.append(self._lead.grace_ends_s)
+            times.append(self._lead.awaited_until_s)
         if self._plan and self.phase is Phase.EXCHANGE:
             if self._lead:
-                times += [self._owner_deadline(owner) for owner in self._pending_owners()]
+                times += [self._part_deadline(part) for part in range(self._parts) if part not in self._lead.done]
             for collection in self._collections.values():
                 if not collection.reduced:
                     times += [self._sender_deadline(collection, index) for index in range(len(self._plan.roster))]
@@ -124,17 +171,26 @@ class RoundState:
 
     def view(self) -> RoundView:
         """A snapshot for people and metrics."""
+        deadline_s, deadline_name = self._deadline()
         return RoundView(
             round=self.round,
             attempt=self.attempt,
             phase=self.phase,
             proposer=self._proposer(),
-            deadline_s=self._deadline_s,
+            deadline_s=deadline_s,
+            deadline_name=deadline_name,
             waiting_for=self._waiting_for(),
             ready=tuple(sorted(self._ready_members())),
             roster=self._roster_peers(),
             last_failure=self._last_failure,
+            last_failure_peer=self._last_failure_peer,
         )
+
+    def _deadline(self) -> tuple[float | None, str | None]:
+        """When the phase ends at the latest, and which of the manifest's limits says so."""
+        if self._lead and self.phase is Phase.GATHER and self._lead.awaited_until_s is not None:
+            return self._lead.awaited_until_s, "grace_s"
+        return self._deadline_s, None if self._deadline_s is None else PHASE_LIMITS[self.phase]
 
     def _send(self, peer: PeerId, message: ROUND_MESSAGES) -> None:
         self._effects.append(Send(peer=peer, message=message))
@@ -154,6 +210,16 @@ class RoundState:
 
     def _votes(self) -> bool:
         return self._me in self.head.voters
+
+    def _needs_locks(self) -> bool:
+        """Where members may lie, a vote takes two phases."""
+        return self._authority.rule is QuorumRule.TWO_THIRDS
+
+    def _quorum_size(self) -> int:
+        return quorum_size(len(self.head.voters), self._authority.rule)
+
+    def _live_voters(self) -> int:
+        return sum(peer == self._me or peer in self._members for peer in self.head.voters)
 
     def _backoff(self) -> float:
         return float(min(BACKOFF_FACTOR**self._failures, BACKOFF_MAX))
@@ -177,16 +243,31 @@ class RoundState:
         assert self._lead is not None
         return {self._owner(part) for part in range(self._parts) if part not in self._lead.done}
 
-    def _owner_deadline(self, owner: PeerId) -> float:
+    def _part_deadline(self, part: int) -> float:
+        """When the proposer takes a part from its owner, who was silent for too long or has had it for too long."""
         assert self._lead is not None
-        return self._lead.heard_s[owner] + self._rules.owner_timeout_s * self._backoff()
+        owner = self._owner(part)
+        limit_s = self._rules.owner_timeout_s
+        allowance_s = self._owner_pace.allowance_s(owner, limit_s) * self._backoff()
+        deadline_s = self._lead.heard_s[owner] + allowance_s
+        # Time must be left for another owner, however steadily this one goes on.
+        rush_s = self._exchange_began_s + OWNERS_WINDOW * self._exchange_window_s()
+        return min(deadline_s, rush_s) if self._lead.assigned_s[part] < rush_s else deadline_s
+
+    def _exchange_window_s(self) -> float:
+        return self._rules.exchange_timeout_s * self._backoff()
 
     def _sender_deadline(self, collection: Collection, index: int) -> float | None:
+        """When an owner goes on without a sender's part; None when it is here."""
         assert self._plan is not None
         entry = self._plan.roster[index].signed
         if self._inbox.has_part(entry.peer, collection.part, entry.ready.contribution_root):
             return None
-        return sender_deadline(entry.peer, collection, self._inbox, self._rules.sender_timeout_s)
+        allowance_s = self._sender_pace.allowance_s(entry.peer, self._rules.sender_timeout_s)
+        heard_s = max(collection.started_s, self._inbox.heard_s.get(entry.peer, collection.started_s))
+        # A sender that goes on and on must leave time to reduce what the others have sent.
+        rush_s = self._exchange_began_s + SENDERS_WINDOW * self._exchange_window_s()
+        return min(heard_s + allowance_s, max(rush_s, collection.started_s + allowance_s))
 
     def _audience(self) -> list[PeerId]:
         """Who follows this attempt: the roster and the voters, without this peer and the lost ones."""
@@ -201,6 +282,7 @@ class RoundState:
 
     def _ready_members(self) -> dict[PeerId, SignedReady]:
         signed = {peer: known.ready for peer, known in self._members.items() if known.ready and not known.leaving}
+        signed.pop(self._me, None)
         if self._offer and not self._leaving:
             signed[self._me] = self._offer.signed
         return {
@@ -225,6 +307,12 @@ class RoundState:
         return (self._proposer(),)
 
 
+PHASE_LIMITS: dict[Phase, str] = {
+    Phase.PREPARE: "plan_timeout_s",
+    Phase.GATHER: "plan_timeout_s",
+    Phase.EXCHANGE: "exchange_timeout_s",
+    Phase.COMMIT: "commit_timeout_s",
+}
 PHASE_TIMEOUTS: dict[Phase, Failure] = {
     Phase.PREPARE: Failure.NO_QUORUM,
     Phase.GATHER: Failure.PROPOSER_SILENT,
@@ -238,3 +326,10 @@ def round_of(message: ROUND_MESSAGES) -> int:
     if isinstance(message, Certified):
         return message.certificate.result.round
     return message.result.round if isinstance(message, Proposal) else message.round
+
+
+def attempt_of(message: ROUND_MESSAGES) -> int | None:
+    """The attempt that a message is about; None for what is of the whole round."""
+    if isinstance(message, Certified | Contribution):
+        return None
+    return message.certificate.attempt if isinstance(message, Locked) else message.attempt

@@ -75,7 +75,7 @@ class SimPeer(SimMachine):
         self.swarm = swarm
         self.left = False
         self.leaving = False
-        self.training_s = self.rng.uniform(1.0, 4.0)
+        self.training_s = self.rng.uniform(0.5, 3.0)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,8 @@ class SimPeer(SimMachine):
         self._drain()
 
     def _setting(self) -> Setting:
-        return Setting(identity=self.identity, swarm=self.swarm, rules=self.manifest.rounds, parts=self.manifest.parts)
+        authority = self.manifest.authority(self.swarm)
+        return Setting(identity=self.identity, rules=self.manifest.rounds, authority=authority)
 
     def _restore(self) -> Head:
         head = genesis_head(self.manifest, self.swarm, self.replica.reset())

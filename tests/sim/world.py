@@ -57,8 +57,8 @@ RULES: dict[str, Any] = {
     "owner_timeout_s": 5.0,
     "exchange_timeout_s": 15.0,
     "commit_timeout_s": 5.0,
-    "presence_period_s": 2.0,
-    "presence_timeout_s": 7.0,
+    "presence_period_s": 2.5,
+    "presence_timeout_s": 8.0,
 }
 
 
@@ -87,7 +87,7 @@ def draw_cluster(rng: random.Random) -> Cluster:
         everybody=rng.randint(8, PEERS_MAX),
         elements=rng.choice((200, 500, 700, 900)),
         peers_min=rng.choice((2, 2, 2, 3)),
-        voters_max=rng.choice((31, 31, 5, 3)),
+        voters_max=max(founders, rng.choice((31, 31, 5, 3))),
     )
 
 

@@ -312,7 +312,7 @@ class Peer:
     def _wire(self, head: Head) -> None:
         swarm, manifest = self.swarm, self.swarm.manifest
         loop = asyncio.get_running_loop()
-        setting = Setting(identity=self.identity, swarm=swarm.id, rules=manifest.rounds, parts=manifest.parts)
+        setting = Setting(identity=self.identity, rules=manifest.rounds, authority=manifest.authority(swarm.id))
         self.core = RoundCore(setting, head, self.state.load_vote(), loop.time())
         self.driver = RoundDriver(
             me=self.me,

@@ -31,10 +31,10 @@ from shoal.protocol.round_state import RESEND_AFTER, Offer, Setting
 from shoal.protocol.rounds import RoundCore
 from tests.unit.protocol.samples import (
     IDENTITIES,
-    PARTS,
     PEERS,
     RULES,
     SWARM,
+    make_authority,
     make_digests,
     make_presence,
     make_ready,
@@ -123,7 +123,8 @@ class Table:
         self.meet()
 
     def make_core(self, number: int, head: Head, vote: VoteRecord | None) -> RoundCore:
-        setting = Setting(identity=IDENTITIES[number], swarm=SWARM, rules=self.rules, parts=PARTS)
+        authority = make_authority(self.rules)
+        setting = Setting(identity=IDENTITIES[number], rules=self.rules, authority=authority)
         return RoundCore(setting, head, vote, self.now)
 
     def seat(self, peer: PeerId) -> Seat:

@@ -24,7 +24,7 @@ from shoal.protocol.messages import (
     sign_ready,
 )
 from shoal.protocol.proposer import list_weights
-from shoal.protocol.quorum import Head, make_bitmap
+from shoal.protocol.quorum import Authority, Head, QuorumRule, make_bitmap
 
 IDENTITIES = tuple(sorted((Identity(bytes([seed]) * 32) for seed in range(1, 9)), key=lambda one: one.peer))
 PEERS = tuple(one.peer for one in IDENTITIES)
@@ -55,6 +55,13 @@ DRAFT = Draft(name="tiny", task=Task(kind="none"), seed=1, rounds=RULES)
 def make_sample_manifest(founders: int = 4, rules: Rounds = RULES) -> Manifest:
     """The manifest of the first `founders` peers, the first of whom owns it."""
     return make_manifest(replace(DRAFT, rounds=rules), LAYOUT, PEERS[0], PEERS[:founders])
+
+
+def make_authority(rules: Rounds = RULES) -> Authority:
+    """Who decides in the sample swarm, which the first peer owns."""
+    rule = QuorumRule(rules.quorum)
+    may_declare = rules.reroot_after_s > 0 and rule is QuorumRule.MAJORITY
+    return Authority(swarm=SWARM, rule=rule, owner=PEERS[0], parts=PARTS, may_declare=may_declare)
 
 
 def make_head(voters: int = 4, round_number: int = 0) -> Head:

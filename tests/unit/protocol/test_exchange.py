@@ -1,19 +1,15 @@
 """What a peer holds of the others' contributions, and whom it no longer waits for."""
 
-from dataclasses import replace
-
 import pytest
 
 from shoal.protocol import exchange as module
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.exchange import (
     CONTRIBUTIONS_MAX,
-    Collection,
     Inbox,
     Missing,
     list_delivered,
     list_missing,
-    sender_deadline,
 )
 from shoal.protocol.messages import Plan, contribution_root
 from shoal.protocol.proposer import make_plan
@@ -27,7 +23,7 @@ OTHER = make_digests("another contribution of the same peer")
 
 @pytest.fixture
 def plan() -> Plan:
-    made = make_plan(HEAD, 0, "int8", {PEERS[number]: make_ready(number, HEAD) for number in range(4)}, PARTS)
+    made = make_plan(HEAD, 0, "int8", {PEERS[number]: make_ready(number, HEAD) for number in range(4)}, PARTS, {})
     assert made is not None
     return made
 
@@ -129,33 +125,20 @@ def test_a_contribution_that_the_plan_does_not_know_is_not_delivered(inbox: Inbo
 
 
 def test_lost_and_silent_senders_are_given_up_and_others_waited_for(inbox: Inbox, plan: Plan) -> None:
-    collection = Collection(part=0, started_s=10.0)
     deliver(inbox, 0, 0, 10.0)
     lost = frozenset({PEERS[1]})
-    assert list_missing(plan, collection, inbox, lost, SILENCE_MAX_S, 12.9) == (
+    deadlines = {1: 13.0, 2: 13.0, 3: 14.0}
+    assert list_missing(plan, 0, inbox, lost, deadlines, 12.9) == (
         [Missing(index=1, reason=Failure.SENDER_LOST)],
         [2, 3],
     )
-    missing, pending = list_missing(plan, collection, inbox, lost, SILENCE_MAX_S, 13.0)
-    assert [(one.index, one.reason) for one in missing] == [
-        (1, Failure.SENDER_LOST),
-        (2, Failure.SENDER_SLOW),
-        (3, Failure.SENDER_SLOW),
-    ]
-    assert pending == []
+    missing, pending = list_missing(plan, 0, inbox, lost, deadlines, 13.0)
+    assert [(one.index, one.reason) for one in missing] == [(1, Failure.SENDER_LOST), (2, Failure.SENDER_SLOW)]
+    assert pending == [3]
 
 
 def test_what_a_lost_sender_delivered_before_counts(inbox: Inbox, plan: Plan) -> None:
     deliver(inbox, 1, 0)
-    missing, pending = list_missing(plan, Collection(part=0, started_s=0.0), inbox, frozenset(PEERS), 3.0, 0.0)
+    missing, pending = list_missing(plan, 0, inbox, frozenset(PEERS), {}, 0.0)
     assert [one.index for one in missing] == [0, 2, 3]
     assert pending == []
-
-
-def test_any_part_of_a_sender_starts_its_clock_anew(inbox: Inbox) -> None:
-    collection = Collection(part=0, started_s=10.0)
-    assert sender_deadline(PEERS[1], collection, inbox, SILENCE_MAX_S) == 13.0
-    deliver(inbox, 1, 3, now=12.0)
-    assert sender_deadline(PEERS[1], collection, inbox, SILENCE_MAX_S) == 15.0
-    later = replace(collection, started_s=20.0)
-    assert sender_deadline(PEERS[1], later, inbox, SILENCE_MAX_S) == 23.0

@@ -19,6 +19,7 @@ from shoal.protocol.proposer import (
     check_plan,
     choose_accepted,
     choose_owner,
+    choose_roster,
     list_weights,
     make_empty_result,
     make_plan,
@@ -41,7 +42,7 @@ HEAD = make_head()
 
 def make_sample_plan(members: int = 4, dial_only: tuple[int, ...] = (), parts: int = PARTS) -> Plan:
     ready = {PEERS[number]: make_ready(number, HEAD, owns=number not in dial_only) for number in range(members)}
-    plan = make_plan(HEAD, 0, "int8", ready, parts)
+    plan = make_plan(HEAD, 0, "int8", ready, parts, {})
     assert plan is not None
     return plan
 
@@ -64,8 +65,8 @@ def done(part: int, contributors: set[int], digest: bytes = b"d") -> PartDone:
 def test_a_new_proposer_takes_up_the_result_of_the_highest_attempt() -> None:
     old, new = (make_sample_result(HEAD, label=label) for label in ("old", "new"))
     promises = {PEERS[0]: promise(2, old), PEERS[1]: promise(5, new), PEERS[2]: promise(0, None)}
-    assert choose_accepted(promises) == new
-    assert choose_accepted({PEERS[0]: promise(0, old), PEERS[2]: promise(0, None)}) == old
+    assert choose_accepted(promises) == promises[PEERS[1]]
+    assert choose_accepted({PEERS[0]: promise(0, old), PEERS[2]: promise(0, None)}) == promise(0, old)
 
 
 def test_a_new_proposer_is_free_when_nobody_has_voted() -> None:
@@ -79,7 +80,12 @@ def test_a_plan_lists_its_members_by_their_ids_with_the_weights_of_their_readies
     assert [entry.signed.peer for entry in PLAN.roster] == list(PEERS[:4])
     assert sum(entry.weight for entry in PLAN.roster) == pytest.approx(1.0)
     heavy = make_plan(
-        HEAD, 0, "int8", {PEERS[n]: make_ready(n, HEAD, tokens=tokens) for n, tokens in enumerate((100, 141))}, PARTS
+        HEAD,
+        0,
+        "int8",
+        {PEERS[n]: make_ready(n, HEAD, tokens=tokens) for n, tokens in enumerate((100, 141))},
+        PARTS,
+        {},
     )
     assert heavy is not None
     assert heavy.roster[1].weight == pytest.approx(2 * heavy.roster[0].weight, rel=0.01), "tokens squared"
@@ -96,13 +102,30 @@ def test_parts_are_spread_over_those_who_can_be_dialled() -> None:
 
 def test_nothing_is_planned_while_nobody_can_own_a_part() -> None:
     ready = {PEERS[number]: make_ready(number, HEAD, owns=False) for number in range(2)}
-    assert make_plan(HEAD, 0, "int8", ready, PARTS) is None
+    assert make_plan(HEAD, 0, "int8", ready, PARTS, {}) is None
 
 
 def test_a_roster_is_bounded() -> None:
     many = {PeerId(bytes([number]) * 32): make_ready(0, HEAD) for number in range(ROSTER_MAX + 6)}
-    plan = make_plan(HEAD, 0, "int8", many, PARTS)
-    assert plan is not None and len(plan.roster) == ROSTER_MAX
+    assert len(choose_roster(many, frozenset(many), HEAD, newcomers_max=8)) == ROSTER_MAX
+
+
+def test_newcomers_come_in_so_many_a_round_and_each_in_its_turn() -> None:
+    ready = {peer: make_ready(0, HEAD) for peer in PEERS}
+    known = frozenset(PEERS[:3])
+    first = choose_roster(ready, known, HEAD, newcomers_max=2)
+    assert len(first) == 5 and known < set(first) and list(first) == sorted(first)
+    heads = [replace(HEAD, digest=bytes([number]) * 32) for number in range(20)]
+    assert set().union(*(choose_roster(ready, known, head, newcomers_max=1) for head in heads)) == set(PEERS)
+
+
+def test_a_peer_that_kept_missing_its_deadlines_is_given_fewer_parts_or_none() -> None:
+    ready = {PEERS[number]: make_ready(number, HEAD) for number in range(3)}
+    plan = make_plan(HEAD, 0, "int8", ready, 90, {PEERS[0]: 0.25, PEERS[1]: 0.0})
+    assert plan is not None
+    assert [plan.owners.count(index) for index in range(3)] == [18, 0, 72]
+    nobody = make_plan(HEAD, 0, "int8", ready, 90, dict.fromkeys(PEERS, 0.0))
+    assert nobody is not None and {nobody.owners.count(index) for index in range(3)} == {30}
 
 
 def test_weights_are_float32_values_that_any_member_computes_alike() -> None:
@@ -196,7 +219,7 @@ def test_a_revision_changes_owners_and_nothing_else() -> None:
 
 def test_a_result_is_made_of_what_the_owners_said() -> None:
     parts = {3: done(3, {0}), 0: done(0, {0, 1}, b"e"), 1: done(1, {0}), 2: done(2, {1})}
-    result = make_result(PLAN, parts, HEAD, frozenset())
+    result = make_result(PLAN, parts, HEAD, frozenset(), 31)
     check_result(result, HEAD, PARTS)
     assert [part.digest[:1] for part in result.parts] == [b"e", b"d", b"d", b"d"]
     assert list_members(result.parts[0].contributors, 4) == (0, 1)
@@ -207,8 +230,8 @@ def test_a_result_is_made_of_what_the_owners_said() -> None:
 def test_who_contributed_becomes_a_voter_and_who_is_absent_is_none() -> None:
     head = make_head(voters=2)
     parts = {part: done(part, {0, 3}) for part in range(PARTS)}
-    assert make_result(PLAN, parts, head, frozenset()).voters == (PEERS[0], PEERS[1], PEERS[3])
-    assert make_result(PLAN, parts, head, frozenset({PEERS[1]})).voters == (PEERS[0], PEERS[3])
+    assert make_result(PLAN, parts, head, frozenset(), 31).voters == (PEERS[0], PEERS[1], PEERS[3])
+    assert make_result(PLAN, parts, head, frozenset({PEERS[1]}), 31).voters == (PEERS[0], PEERS[3])
 
 
 def test_an_empty_result_drops_who_leaves() -> None:

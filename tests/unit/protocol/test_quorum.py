@@ -27,8 +27,8 @@ from tests.unit.protocol.samples import (
     OTHER_SWARM,
     PARTS,
     PEERS,
-    SWARM,
     certify,
+    make_authority,
     make_head,
     make_sample_result,
     make_vote,
@@ -133,9 +133,9 @@ def test_a_result_may_change_the_voters_and_nothing_else() -> None:
 
 
 def test_a_certificate_names_its_result() -> None:
-    assert check_certificate(CERTIFICATE, HEAD, MAJORITY, PARTS, SWARM) == digest_record(RESULT)
+    assert check_certificate(CERTIFICATE, HEAD, make_authority()) == digest_record(RESULT)
     with pytest.raises(ProtocolError) as caught:
-        check_certificate(CERTIFICATE, make_head(round_number=1), MAJORITY, PARTS, SWARM)
+        check_certificate(CERTIFICATE, make_head(round_number=1), make_authority())
     assert caught.value.refusal is Refusal.WRONG_ROUND
 
 
@@ -181,22 +181,24 @@ def test_votes_that_are_no_quorum_are_refused(
     votes: tuple[Vote, ...], rule: QuorumRule, refusal: Refusal, words: str
 ) -> None:
     with pytest.raises(ProtocolError) as caught:
-        check_votes(Certificate(result=RESULT, attempt=0, votes=votes), HEAD.voters, rule, SWARM)
+        check_votes(
+            Certificate(result=RESULT, attempt=0, votes=votes), HEAD.voters, replace(make_authority(), rule=rule)
+        )
     assert caught.value.refusal is refusal
     assert words in caught.value.detail
 
 
 def test_the_attempt_of_a_certificate_is_that_of_its_votes() -> None:
     with pytest.raises(ProtocolError) as caught:
-        check_votes(replace(CERTIFICATE, attempt=1), HEAD.voters, MAJORITY, SWARM)
+        check_votes(replace(CERTIFICATE, attempt=1), HEAD.voters, make_authority())
     assert caught.value.refusal is Refusal.WRONG_ATTEMPT
-    check_votes(certify(RESULT, attempt=7), HEAD.voters, MAJORITY, SWARM)
+    check_votes(certify(RESULT, attempt=7), HEAD.voters, make_authority())
 
 
 def test_a_quorum_by_majority_may_be_none_by_two_thirds() -> None:
     voters = PEERS[:6]
     votes = certify(RESULT, voters=4)
-    check_votes(votes, voters, MAJORITY, SWARM)
+    check_votes(votes, voters, make_authority())
     with pytest.raises(ProtocolError, match="4 votes of 6"):
-        check_votes(votes, voters, TWO_THIRDS, SWARM)
-    check_votes(certify(RESULT, voters=5), voters, TWO_THIRDS, SWARM)
+        check_votes(votes, voters, replace(make_authority(), rule=TWO_THIRDS))
+    check_votes(certify(RESULT, voters=5), voters, replace(make_authority(), rule=TWO_THIRDS))

@@ -1,0 +1,98 @@
+"""How fast peers are, learnt from what they did: when they become ready, and how often a part of theirs arrives.
+
+A deadline that fits everybody is too long for a peer that has died and too short for one that is slow. So every peer
+gets its own, from a smoothed mean and deviation (Jacobson and Karels, 1988; RFC 6298), inside the limits that the
+manifest declares. It is each peer's own view and nothing that peers must agree on.
+
+Invariants: no allowance is above the manifest's limit; memory is bounded by PEERS_MAX.
+"""
+
+import statistics
+from dataclasses import dataclass
+
+from shoal.protocol.identity import PeerId
+
+PEERS_MAX = 1024
+MEAN_GAIN = 1 / 8
+DEVIATION_GAIN = 1 / 4
+DEVIATIONS = 4.0
+MARGIN_S = 0.25  # presences are gossiped: a READY is heard a little after it was said
+PATIENCE = 4.0  # a part may take this many times the usual
+ALLOWANCE_MIN = 0.25  # of the limit; a machine that is busy for a moment is not slow
+
+
+@dataclass(slots=True)
+class _Duration:
+    mean_s: float
+    deviation_s: float
+
+    def add(self, sample_s: float) -> None:
+        self.deviation_s += DEVIATION_GAIN * (abs(sample_s - self.mean_s) - self.deviation_s)
+        self.mean_s += MEAN_GAIN * (sample_s - self.mean_s)
+
+    def upper_s(self) -> float:
+        return self.mean_s + DEVIATIONS * self.deviation_s
+
+
+def _learn(known: dict[PeerId, _Duration], peer: PeerId, sample_s: float) -> None:
+    if peer in known:
+        known[peer].add(sample_s)
+    else:
+        if len(known) >= PEERS_MAX:
+            del known[next(iter(known))]
+        known[peer] = _Duration(mean_s=sample_s, deviation_s=sample_s / 8)
+
+
+class ReadyPace:
+    """From the end of the last round that has a peer's work in it to its next READY: how long that takes.
+
+    It may span several rounds: a peer half as fast as the others is ready in every second one, and only there is it
+    waited for."""
+
+    def __init__(self) -> None:
+        self._began_s: dict[PeerId, float] = {}
+        self._durations: dict[PeerId, _Duration] = {}
+
+    def include(self, peers: tuple[PeerId, ...], now: float) -> None:
+        """A round with these members is applied: they work on the next one."""
+        for peer in peers:
+            self._began_s.pop(peer, None)
+            if len(self._began_s) >= PEERS_MAX:
+                del self._began_s[next(iter(self._began_s))]
+            self._began_s[peer] = now
+
+    def note_ready(self, peer: PeerId, now: float) -> None:
+        """The peer's first READY since it was included."""
+        began_s = self._began_s.pop(peer, None)
+        if began_s is not None:
+            _learn(self._durations, peer, now - began_s)
+
+    def forget(self, peer: PeerId) -> None:
+        """The peer is gone; when it comes back its work starts anew."""
+        self._began_s.pop(peer, None)
+
+    def expected_s(self, peer: PeerId) -> float | None:
+        """When the peer will be ready at the latest, as far as is known; None for one that has not been measured."""
+        began_s, known = self._began_s.get(peer), self._durations.get(peer)
+        if began_s is None or known is None:
+            return None
+        return began_s + known.upper_s() + MARGIN_S
+
+
+class PartPace:
+    """How long a peer takes from one part to the next."""
+
+    def __init__(self) -> None:
+        self._durations: dict[PeerId, _Duration] = {}
+
+    def note_part(self, peer: PeerId, duration_s: float) -> None:
+        """A part came `duration_s` after the one before, or after the exchange began."""
+        _learn(self._durations, peer, duration_s)
+
+    def allowance_s(self, peer: PeerId, limit_s: float) -> float:
+        """For how long the peer may be silent: several times what it, or the middle one of all, usually takes."""
+        if peer not in self._durations:
+            return limit_s
+        middle_s = statistics.median(known.mean_s for known in self._durations.values())
+        usual_s = max(self._durations[peer].upper_s(), middle_s)
+        return min(limit_s, max(ALLOWANCE_MIN * limit_s, PATIENCE * usual_s))

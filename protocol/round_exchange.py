@@ -1,0 +1,259 @@
+"""The exchange of a round: plans, parts on their way to owners, and owners that are replaced.
+
+Invariants: a plan's roster never changes within an attempt, only its owners; what was sent elsewhere is not sent again;
+who is slow loses the parts that it has not done and nothing else.
+"""
+
+from collections.abc import Mapping
+
+from shoal.protocol.effects import (
+    PartReassigned,
+    Phase,
+    Planned,
+    Reduce,
+    SenderMissing,
+    SendPart,
+    SendResult,
+)
+from shoal.protocol.errors import Failure, ProtocolError, Refusal
+from shoal.protocol.exchange import Collection, list_delivered, list_missing
+from shoal.protocol.identity import PeerId
+from shoal.protocol.messages import (
+    Contribution,
+    Nack,
+    PartDone,
+    Plan,
+    SignedReady,
+    sign_message,
+    verify_message,
+)
+from shoal.protocol.proposer import (
+    check_plan,
+    choose_owner,
+    choose_roster,
+    make_evidence,
+    make_plan,
+    make_result,
+    revise_plan,
+)
+from shoal.protocol.quorum import check_bitmap, make_bitmap
+from shoal.protocol.round_ballot import RoundBallot
+from shoal.protocol.round_state import Offer
+
+
+class RoundExchange(RoundBallot):
+    """How planned members turn their contributions into one result, part by part."""
+
+    # -- plans -----------------------------------------------------------------------------------------------------
+
+    def _plan_attempt(self, ready: Mapping[PeerId, SignedReady], now: float) -> None:
+        assert self._lead is not None
+        known = frozenset({self._me, *self.head.voters, *self._contributed})
+        chosen = choose_roster(ready, known, self.head, self._rules.newcomers_max)
+        plan = make_plan(
+            self.head,
+            self.attempt,
+            self._rules.codec,
+            {peer: ready[peer] for peer in chosen},
+            self._parts,
+            {peer: self._shares.share(peer) for peer in chosen},
+        )
+        if plan is None:
+            return
+        self._mark_led()
+        self._effects.append(
+            Planned(
+                round=self.round,
+                attempt=self.attempt,
+                roster=tuple(entry.signed.peer for entry in plan.roster),
+            )
+        )
+        for part in range(self._parts):
+            self._lead.tried[part] = [plan.roster[plan.owners[part]].signed.peer]
+            self._lead.assigned_s[part] = now
+        self._announce_plan(plan, now)
+
+    def _announce_plan(self, plan: Plan, now: float) -> None:
+        assert self._lead is not None
+        signed = sign_message(self._identity, self._swarm, plan)
+        self._follow_plan(signed, now)
+        for owner in {self._owner(part) for part in range(self._parts)}:
+            self._lead.heard_s[owner] = now
+        for peer in self._audience():
+            self._send(peer, signed)
+
+    def _take_plan(self, plan: Plan, sender: PeerId, now: float) -> None:
+        self._check_proposer(plan.attempt, sender)
+        self._check_jump(plan.attempt)
+        verify_message(sender, self._swarm, plan)
+        # Only a promise binds. A peer that gave up on this attempt too early, and waits, comes back to it.
+        if plan.attempt < self._vote.promised or (plan.attempt < self.attempt and self.phase is not Phase.GATHER):
+            self._dropped = Refusal.WRONG_ATTEMPT
+            self._send(sender, Nack(round=self.round, attempt=plan.attempt, promised=self._vote.promised))
+            return
+        check_plan(plan, self.head, self._rules.codec, self._parts, self._swarm)
+        if self._decided or (plan.attempt == self.attempt and self.phase is Phase.COMMIT):
+            return
+        if plan.attempt == self.attempt and self._plan:
+            # Reductions of this attempt are under way; their bitmaps mean this roster.
+            if plan.roster != self._plan.roster:
+                raise ProtocolError(
+                    Refusal.EQUIVOCATION, f"two rosters in attempt {plan.attempt} of round {plan.round}"
+                )
+            if plan.revision <= self._plan.revision:
+                self._dropped = Refusal.DUPLICATE
+                return
+        if plan.attempt != self.attempt:
+            self._enter_attempt(plan.attempt, now)
+        self._follow_plan(plan, now)
+
+    def _follow_plan(self, plan: Plan, now: float) -> None:
+        previous = self._plan
+        self._plan = plan
+        if previous is None:
+            self._exchange_began_s = now
+            self._set_phase(Phase.EXCHANGE, now + self._exchange_window_s())
+        else:
+            self._note_slow_owners(previous, plan)
+        mine = self._index(self._me)
+        for part, owner in enumerate(plan.owners):
+            if owner == mine:
+                self._collections.setdefault(part, Collection(part=part, started_s=now))
+            else:
+                self._collections.pop(part, None)
+        entry = plan.roster[mine] if mine is not None else None
+        root = entry.signed.ready.contribution_root if entry else None
+        if self._offer and self._offer.signed.ready.contribution_root == root:
+            self._send_parts(self._offer)
+
+    def _note_slow_owners(self, previous: Plan, plan: Plan) -> None:
+        """Everybody sees whose parts were given away, so that every later proposer knows it, too."""
+        for old, new in zip(previous.owners, plan.owners, strict=True):
+            peer = plan.roster[old].signed.peer
+            if old != new and peer not in self._lost:
+                self._slow_owners.add(peer)
+
+    def _send_parts(self, offer: Offer) -> None:
+        assert self._plan is not None
+        informed = {owner for owner, _ in self._sent}
+        for part, digest in enumerate(offer.digests):
+            owner = self._owner(part)
+            if owner == self._me or (owner, part) in self._sent:
+                continue
+            if owner not in informed:
+                informed.add(owner)
+                self._send(owner, Contribution(round=self.round, digests=offer.digests))
+            self._sent.add((owner, part))
+            self._effects.append(SendPart(peer=owner, round=self.round, part=part, digest=digest))
+
+    # -- owners ----------------------------------------------------------------------------------------------------
+
+    def _note_part(self, sender: PeerId, part: int, digest: bytes, now: float) -> None:
+        """A contribution part has arrived: how long did the sender take for it?"""
+        plan = self._plan
+        if plan and self.phase is Phase.EXCHANGE and self._index(sender) is not None:
+            since_s = max(self._exchange_began_s, self._inbox.heard_s.get(sender, self._exchange_began_s))
+            self._sender_pace.note_part(sender, now - since_s)
+        self._inbox.take_part(sender, part, digest, now)
+
+    def _collect(self, now: float) -> None:
+        plan = self._plan
+        assert plan is not None
+        for collection in self._collections.values():
+            if collection.reduced:
+                continue
+            late = {index: self._sender_deadline(collection, index) for index in range(len(plan.roster))}
+            deadlines = {index: deadline_s for index, deadline_s in late.items() if deadline_s is not None}
+            lost = frozenset(self._lost)
+            missing, pending = list_missing(plan, collection.part, self._inbox, lost, deadlines, now)
+            indices = list_delivered(plan, collection.part, self._inbox)
+            if pending or not indices:
+                continue
+            collection.reduced = True
+            for one in missing:
+                peer = plan.roster[one.index].signed.peer
+                self._effects.append(
+                    SenderMissing(round=self.round, part=collection.part, peer=peer, reason=one.reason)
+                )
+            members = tuple(plan.roster[index] for index in indices)
+            self._effects.append(
+                Reduce(
+                    round=self.round,
+                    attempt=self.attempt,
+                    part=collection.part,
+                    indices=indices,
+                    members=members,
+                    digests=tuple(self._inbox.digests[entry.signed.peer][collection.part] for entry in members),
+                    norms=tuple(entry.signed.ready.norm for entry in plan.roster),
+                )
+            )
+
+    def part_reduced(self, round_number: int, attempt: int, part: int, digest: bytes, members: frozenset[int]) -> None:
+        """A `Reduce` is done; `members` are the roster indices that went in. The result's bytes are held."""
+        if round_number != self.round or self._plan is None or self.attempt != attempt:
+            return
+        self._held.add(digest)
+        done = PartDone(
+            round=self.round,
+            attempt=attempt,
+            part=part,
+            digest=digest,
+            contributors=make_bitmap(members, len(self._plan.roster)),
+        )
+        self._send(self._proposer(), sign_message(self._identity, self._swarm, done))
+        for peer in self._audience():
+            if peer != self._me:
+                self._effects.append(SendResult(peer=peer, round=self.round, part=part, digest=digest))
+
+    # -- the proposer ----------------------------------------------------------------------------------------------
+
+    def _take_part_done(self, message: PartDone, sender: PeerId, now: float) -> None:
+        if not self._leads(message.attempt) or self._plan is None or self.phase is not Phase.EXCHANGE:
+            self._dropped = Refusal.WRONG_ATTEMPT
+            return
+        assert self._lead is not None
+        verify_message(sender, self._swarm, message)
+        if message.part >= self._parts or sender != self._owner(message.part):
+            self._dropped = Refusal.NOT_PLANNED
+            return  # the part has been given to another owner since
+        check_bitmap(message.contributors, len(self._plan.roster))
+        if message.part not in self._lead.done:
+            self._lead.done[message.part] = message
+            self._owner_pace.note_part(sender, now - self._lead.heard_s[sender])
+        self._lead.heard_s[sender] = now
+
+    def _watch_owners(self, now: float) -> None:
+        assert self._lead is not None and self._plan is not None
+        moves: dict[int, int] = {}
+        for part in range(self._parts):
+            owner = self._owner(part)
+            if part in self._lead.done or not (owner in self._lost or now >= self._part_deadline(part)):
+                continue
+            index = choose_owner(self._plan, part, self._lead.tried[part], self._unfit(owner))
+            if index is None:
+                self._fail_attempt(Failure.EXCHANGE_TIMEOUT, owner, now)
+                return
+            moves[part] = index
+            new_owner = self._plan.roster[index].signed.peer
+            self._lead.tried[part].append(new_owner)
+            self._lead.assigned_s[part] = now
+            reason = Failure.OWNER_LOST if owner in self._lost else Failure.OWNER_SLOW
+            self._last_failure, self._last_failure_peer = reason, owner
+            self._effects.append(
+                PartReassigned(round=self.round, part=part, old_owner=owner, new_owner=new_owner, reason=reason)
+            )
+        if moves:
+            self._announce_plan(revise_plan(self._plan, moves), now)
+            self._collect(now)
+        if len(self._lead.done) == self._parts:
+            result = make_result(self._plan, self._lead.done, self.head, self._absent(), self._rules.voters_max)
+            evidence = make_evidence(self._plan, self._lead.done) if self._needs_locks() else None
+            self._propose(result, evidence, now)
+
+    def _unfit(self, owner: PeerId) -> frozenset[PeerId]:
+        """Who takes over no part: the lost ones and, while there are others, those that were slow before."""
+        assert self._plan is not None
+        slow = {*self._slow_owners, owner}
+        slow |= {peer for peer in self._roster_peers() if self._shares.share(peer) == 0.0}
+        able = {entry.signed.peer for entry in self._plan.roster if entry.signed.ready.owns}
+        return frozenset(self._lost | slow) if able - self._lost - slow else frozenset(self._lost)
