@@ -73,6 +73,8 @@ class TensorTable:
     port: Port = TENSOR_PORT
     announce_host: Annotated[str | None, Bound(1, 253)] = None
     """The IP address or DNS name under which others reach this port, where the observed one is wrong."""
+    announce_port: Port = 0
+    """The port that others dial, where a router forwards another one to `port`; 0 means `port` itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,8 @@ class TrainerTable:
     """How far the trainer stands back: at 0 it competes with the daemon and with the person at this machine."""
     text: OptionalPath = None
     """A file or folder to train on; without it, the source of the running Python."""
+    step_period_s: Annotated[float, Bound(0, 3600)] = 0.0
+    """At least so long from one inner step to the next, for a machine that is to stay cool or quiet; 0 never rests."""
     stall_timeout_s: Annotated[float, Bound(1, 86_400)] = 300.0
     """A trainer that reports no inner step for so long is restarted. Less than one step's time restarts it forever."""
 
@@ -145,6 +149,7 @@ FLAGS: Mapping[str, str] = {
     "tensor-host": "tensor.host",
     "tensor-port": "tensor.port",
     "announce-host": "tensor.announce_host",
+    "announce-port": "tensor.announce_port",
     "web-host": "web.host",
     "web-port": "web.port",
     "device": "trainer.device",

@@ -16,14 +16,10 @@ from typing import Protocol
 import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.custom_types import TProtocol
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.rcmgr import Direction
-from libp2p.security.noise.io import NoiseTransportReadWriter
-from libp2p.security.secure_session import SecureSession
-from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.utils.address_validation import expand_wildcard_address
 from multiaddr import Multiaddr
 
@@ -40,13 +36,13 @@ from shoal.node.control import (
 from shoal.node.libp2p_dialer import Dialer
 from shoal.node.libp2p_stack import (
     LISTEN_BACKLOG,
-    BufferedTcpStream,
     build_dht,
     build_gossip,
     build_host,
     forget_strangers,
     quiet_libp2p,
     run_service,
+    tcp_stream_of,
 )
 from shoal.node.libp2p_streams import (
     CONTROL_PROTOCOL,
@@ -460,13 +456,7 @@ def _listen_error(config_field: str, address: Address, error: OSError) -> Config
 
 async def _close_socket(connection: INetConn) -> None:
     # Closing the socket never blocks, unlike the library's farewell to a peer that has stopped reading.
-    muxed = connection.muxed_conn
-    assert isinstance(muxed, Yamux) and isinstance(muxed.secured_conn, SecureSession)
-    noise = muxed.secured_conn.conn
-    assert isinstance(noise, NoiseTransportReadWriter)
-    raw = noise.read_writer.read_write_closer
-    assert isinstance(raw, RawConnection) and isinstance(raw.stream, BufferedTcpStream)
-    await trio.aclose_forcefully(raw.stream.stream)
+    await trio.aclose_forcefully(tcp_stream_of(connection.muxed_conn).stream)
 
 
 def _dialable_forms(bound: Multiaddr) -> list[Multiaddr]:

@@ -6,7 +6,8 @@ What this module adds to 0.8.1, because without it a peer could end, deafen or f
 - an accepted connection gives its place back when it closes (the library keeps it until the swarm stops);
 - bounds on unread bytes per connection, streams per peer, provider records, known peers and seen messages;
 - a listen port that is taken is an error (the library shares it by SO_REUSEPORT), links that died are noticed by the
-  kernel (TCP user timeout), and nothing dials peers that nobody asked for.
+  kernel (TCP user timeout) or, where something on the way answers for a peer that is gone, by pings without an answer,
+  and nothing dials peers that nobody asked for.
 
 Secure channel: Noise only. Multiplexer: Yamux only. Discovery: identify, ping, kad-dht, gossipsub, by their standard
 protocol ids (libp2p specifications). Imported only in a process that starts a host: importing libp2p takes a second.
@@ -15,6 +16,7 @@ protocol ids (libp2p specifications). Imported only in a process that starts a h
 import collections
 import logging
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -48,10 +50,12 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.score import ScoreParams, TopicScoreParams
 from libp2p.records.validator import NamespacedValidator
+from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.security.secure_session import SecureSession
+from libp2p.stream_muxer.yamux.yamux import FLAG_SYN, TYPE_PING, YAMUX_HEADER_FORMAT, Yamux, YamuxStream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
-from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.tools.anyio_service import TrioManager
 from libp2p.tools.anyio_service.api import ServiceAPI
 from libp2p.tools.anyio_service.exceptions import LifecycleError
@@ -69,6 +73,10 @@ HANDSHAKE_TIMEOUT_S = 5.0
 NEGOTIATION_TIMEOUT_S = 5.0
 # A peer whose kernel acknowledges nothing for this long is hung up on.
 LINK_TIMEOUT_S = 20
+# And one that sends no byte for this long after a ping, too: a relay's kernel may acknowledge for it.
+PING_PERIOD_S = 4.0
+SILENCE_TIMEOUT_S = 8.0
+SECOND_LOOK_S = 1.0
 LISTEN_BACKLOG = 128
 READ_BYTES_MAX = 64 * 1024
 STREAMS_PER_PEER_MAX = 64
@@ -125,6 +133,7 @@ class BufferedTcpStream(TrioTCPStream):
 
     def __init__(self, stream: trio.SocketStream) -> None:
         super().__init__(stream)
+        self.received_bytes = 0
         self._unread = bytearray()
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         # Not every system has these; there, the daemon's own heartbeats are all there is.
@@ -148,6 +157,7 @@ class BufferedTcpStream(TrioTCPStream):
             chunk = await super().read(READ_BYTES_MAX)
             if not chunk:
                 break
+            self.received_bytes += len(chunk)
             self._unread += chunk
         count = len(self._unread) if n is None else enough
         taken = bytes(self._unread[:count])
@@ -210,7 +220,32 @@ class SteadyWindowStream(YamuxStream):
 
 
 class BoundedYamux(Yamux):
-    """Yamux that hangs up on a peer that sends more than the windows it was given."""
+    """Yamux that hangs up on a peer that sends more than the windows it was given, and on one that falls silent."""
+
+    async def _measure_rtt_loop(self) -> None:
+        """Ping, and watch for any byte in return."""
+        stream = tcp_stream_of(self)
+        while True:
+            with trio.move_on_after(PING_PERIOD_S):
+                await self.event_shutting_down.wait()
+            if self.event_shutting_down.is_set():
+                return
+            before_bytes = stream.received_bytes
+            with Contained("a ping"), trio.move_on_after(SILENCE_TIMEOUT_S):
+                await self._ping()
+            if stream.received_bytes == before_bytes and not self.event_shutting_down.is_set():
+                # This process may have been stopped for so long itself, with the answer waiting to be read.
+                await trio.sleep(SECOND_LOOK_S)
+            if stream.received_bytes == before_bytes:
+                await trio.aclose_forcefully(stream.stream)
+                return
+
+    async def _ping(self) -> None:
+        self._ping_id += 1
+        self._ping_event = trio.Event()
+        await self._write_frame(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, self._ping_id))
+        self._ping_sent_time = trio.current_time()
+        await self._ping_event.wait()
 
     async def _read_data_body(self, length: int) -> bytes:
         unread = sum(len(buffer) for buffer in self.stream_buffers.values())
@@ -218,6 +253,16 @@ class BoundedYamux(Yamux):
             await self._cleanup_on_error()
             raise ConnectionClosedError(f"{unread} bytes unread and {length} more announced")
         return await super()._read_data_body(length)
+
+
+def tcp_stream_of(muxed: IMuxedConn) -> BufferedTcpStream:
+    """The TCP stream under a connection of this module."""
+    assert isinstance(muxed, Yamux) and isinstance(muxed.secured_conn, SecureSession)
+    noise = muxed.secured_conn.conn
+    assert isinstance(noise, NoiseTransportReadWriter)
+    raw = noise.read_writer.read_write_closer
+    assert isinstance(raw, RawConnection) and isinstance(raw.stream, BufferedTcpStream)
+    return raw.stream
 
 
 class YamuxUpgrader(TransportUpgrader):

@@ -60,6 +60,7 @@ class OwnPresence:
 
     def _tensor_addresses(self) -> tuple[str, ...]:
         host, port = self.tensor
+        port = self.config.tensor.announce_port or port
         if self.config.tensor.announce_host is not None:
             hosts: tuple[str, ...] = (self.config.tensor.announce_host,)
         elif host not in ("0.0.0.0", "::"):

@@ -196,7 +196,14 @@ class TrainerProcess:
         _require_torch()
         child = self._child = await _Child.spawn(self._memory, self._settings, self._on_event)
         settings = self._settings
-        await child.send(Start(work=work, device=settings.device, threads=settings.threads, text=settings.text))
+        start = Start(
+            work=work,
+            device=settings.device,
+            threads=settings.threads,
+            text=settings.text,
+            step_period_s=settings.step_period_s,
+        )
+        await child.send(start)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 return await asyncio.shield(child.started)

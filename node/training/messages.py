@@ -50,12 +50,13 @@ class Work:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """The first frame. `text` is a file or a folder, None means the source of the running Python; 0 `threads` leaves
-    their number to torch."""
+    their number to torch. An inner step begins `step_period_s` after the one before at the soonest."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
     threads: Annotated[int, Bound(0, 1024)]
     text: Annotated[str | None, Bound(1, 4096)]
+    step_period_s: Annotated[float, Bound(0, 3600)] = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

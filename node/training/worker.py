@@ -58,6 +58,10 @@ class Channel:
             raise SystemExit(0)
         return list(self._reader.feed(data))
 
+    def rest(self, timeout_s: float) -> None:
+        """Until something is there to receive, or for so long."""
+        select.select([self._connection], [], [], max(0.0, timeout_s))
+
     def send(self, reports: Iterable[Report]) -> None:
         """Send the reports; the process ends after a fatal one."""
         for report in reports:
@@ -84,13 +88,17 @@ def serve(channel: Channel, memory: np.ndarray[tuple[int, int], np.dtype[np.floa
         channel.send([Failed(reason=BAD_INPUT, detail=trim_detail(str(error)), fatal=True)])
         return
     channel.send([loop.started()])
+    step_due_s = 0.0
     while True:
         for command in commands:
             if isinstance(command, Stop):
                 return
             channel.send(loop.handle(command, time.monotonic()))
-        if loop.training:
+        if loop.training and time.monotonic() >= step_due_s:
+            step_due_s = time.monotonic() + start.step_period_s
             channel.send(loop.step(time.monotonic()))
+        if loop.training and start.step_period_s:
+            channel.rest(step_due_s - time.monotonic())
         commands = channel.receive(wait=not loop.training)
 
 

@@ -1,6 +1,7 @@
 """Real daemon processes on loopback, for the end-to-end tests: start, ask, wait for a condition, kill, leave."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 
 from shoal.node.status import Status, StatusError, fetch_status
 from shoal.protocol.errors import InputError
+from tests.e2e.shaping_proxy import HOST, ShapedNetwork, choose_port
 
 WAIT_S = 90.0
 POLL_S = 0.1
+MARK = "SHOAL_TEST_SWARM"  # in the environment of every process that a swarm starts, and of their children
 # As small as a GPT gets: what is tested is the swarm around it.
 DRAFT = """\
 name = "e2e"
@@ -56,8 +59,24 @@ class Peer:
         self.name = name
         self.folder = swarm.folder / name
         self.folder.mkdir(exist_ok=True)
+        self.log_file = self.folder / "log"
         self.roots: dict[int, str] = {}
         self.process: subprocess.Popen[bytes] | None = None
+        self.options: list[str] = []  # of every start
+        if swarm.network is not None:
+            self.options = self._go_through(swarm.network)
+
+    def _go_through(self, network: ShapedNetwork) -> list[str]:
+        """Ports that stay the same over restarts, behind proxies whose addresses the others are told."""
+        control, tensor = choose_port(self.swarm.ports), choose_port(self.swarm.ports)
+        announced = network.open(self.name, control), network.open(self.name, tensor)
+        options = ["--control-port", str(control), "--tensor-port", str(tensor)]
+        options += ["--announce", f"/ip4/{HOST}/tcp/{announced[0]}"]
+        return [*options, "--announce-host", HOST, "--announce-port", str(announced[1])]
+
+    @property
+    def pid(self) -> int | None:
+        return None if self.process is None else self.process.pid
 
     def start(self, *arguments: str) -> "Peer":
         (self.folder / "running.json").unlink(missing_ok=True)
@@ -73,9 +92,15 @@ class Peer:
         ]
         local += ["--web-port", "0", "--threads", "1", "--name", self.name, "--data-dir", str(self.folder)]
         local += ["--text", str(self.swarm.text)] if self.swarm.text else []
-        with (self.folder / "log").open("ab") as log:
+        local += self.options
+        with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [*SHOAL, *arguments, *local], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [*SHOAL, *arguments, *local],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {MARK: str(self.swarm.folder)},
             )
         return self
 
@@ -115,14 +140,16 @@ class Peer:
         return self.process.wait(40)
 
     def log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
 
 class Swarm:
     """Everything that one test started; `end` leaves no process behind."""
 
-    def __init__(self, folder: Path, founders: int) -> None:
+    def __init__(self, folder: Path, founders: int, network: ShapedNetwork | None = None) -> None:
         self.folder = folder
+        self.network = network
+        self.ports: set[int] = set()
         self.text: Path | None = folder / "text.py"
         self.text.write_text("def add(first, second):\n    return first + second\n" * 6000)
         self.peers: list[Peer] = []

@@ -12,6 +12,7 @@ from contextlib import suppress
 import pytest
 
 from shoal.dht.addresses import parse_peer_address
+from shoal.node import libp2p_stack
 from shoal.node.control import (
     ControlConfig,
     ControlHandlers,
@@ -22,6 +23,7 @@ from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.libp2p_stack import STREAMS_PER_PEER_MAX, UNREAD_BYTES_PER_CONNECTION_MAX
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, format_peer_id
+from tests.e2e.shaping_proxy import ShapedNetwork
 from tests.unit.node.control_contract import PATIENCE_S, SWARM, ControlContract, Member, Members
 
 # A node of its own process, to be killed: prints its address and then does nothing.
@@ -152,6 +154,33 @@ async def test_a_killed_peer_is_lost(members: Members) -> None:
     with pytest.raises(PeerUnreachable) as caught:
         await one.plane.send(killed, b"still there?")
     assert caught.value.failure is Failure.PEER_UNREACHABLE
+
+
+async def test_a_peer_that_something_else_answers_for_is_lost(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libp2p_stack, "PING_PERIOD_S", 0.1)
+    monkeypatch.setattr(libp2p_stack, "SILENCE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(libp2p_stack, "SECOND_LOOK_S", 0.1)
+    one, other, third = await members.start(3)
+    network = ShapedNetwork()
+    _, address = parse_peer_address(one.plane.addresses()[0])
+    port = network.open("one", address.port)
+    try:
+        proxied = f"/ip4/127.0.0.1/tcp/{port}/p2p/{format_peer_id(one.peer)}"
+        assert await third.plane.connect([proxied]) == one.peer
+        await third.find("connected")
+        assert await third.plane.request(one.peer, b"there?") == b"answer to there?"
+        # The proxy takes every byte and passes none on.
+        assert await asyncio.to_thread(network.freeze, "one") == 1
+        assert await third.find("lost") == (one.peer,)
+        assert await one.find("lost") == (third.peer,)
+        assert await third.plane.connect([proxied]) == one.peer
+        assert await third.plane.request(one.peer, b"there?") == b"answer to there?"
+        assert await other.plane.request(one.peer, b"quiet?") == b"answer to quiet?"
+        assert not await other.hears()
+    finally:
+        network.close()
 
 
 async def test_stopping_leaves_no_thread(members: Members) -> None:
