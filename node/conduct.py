@@ -21,8 +21,8 @@ from shoal.protocol.errors import Refusal
 from shoal.protocol.identity import PeerId
 
 WINDOW_S = 60.0
-LIES_MAX = 16  # within WINDOW_S
-LATE_MAX = 2048  # within WINDOW_S: 34 a second for a minute; a round takes some dozens of messages
+LIES_MAX = 16  # at once; some more when they come slowly, for the account drains meanwhile
+LATE_MAX = 2048  # at once, or 34 a second for long; a round takes some dozens of messages
 # A sender that hears nothing of a round's end sends every part, and again a few times, round after round.
 LATE_PER_PART_MAX = 64
 REFUSED_S = 300.0

@@ -7,17 +7,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from shoal.node.happenings import REMEDIES, HappeningKind
 from shoal.node.membership import CLOCK_SKEW_WARN_S
-from shoal.node.metrics import PREFIX, Deadline
+from shoal.node.metrics import Deadline
 from shoal.node.reporting import NOTES_DELAY_S
 from shoal.node.status import Status
 from shoal.node.terminal import describe_status
 from shoal.protocol.effects import AttemptFailed, PartReassigned, Phase, PhaseEntered, SenderMissing
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import format_peer_id, short_peer_id
+from tests.unit.node.exposition import read
 from tests.unit.node.node_samples import Peer, make_samples, open_peer, open_peers, wait_until
 from tests.unit.node.puppet import open_puppet
 from tests.unit.protocol.samples import PEERS
@@ -29,15 +29,6 @@ BOB = PEERS[1]
 async def open_reporter(folder: Path) -> AsyncIterator[Peer]:
     async with open_peer(make_samples(), 0, folder) as peer:
         yield peer
-
-
-def read(peer: Peer, name: str, **labels: str) -> float:
-    """One series of what /metrics would answer now."""
-    for family in text_string_to_metric_families(peer.reporter.render_metrics().decode()):
-        for sample in family.samples:
-            if sample.name == PREFIX + name and sample.labels == labels:
-                return sample.value
-    raise AssertionError(f"no series {name} {labels}")
 
 
 async def test_a_reason_reads_the_same_in_log_metrics_status_and_happenings(
