@@ -37,6 +37,7 @@ HONEST = frozenset(
         Refusal.WRONG_ATTEMPT,
         Refusal.WRONG_BASE,
         Refusal.WRONG_PROPOSER,
+        Refusal.OTHER_LOG,
         Refusal.NOT_A_MEMBER,
         Refusal.NO_QUORUM,
         Refusal.DUPLICATE,

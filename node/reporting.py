@@ -285,7 +285,7 @@ class Reporter:
             phase_s=0.0 if self._phase is None else time.monotonic() - self._phase[1],
             progress=min(1.0, progress.steps / planned) if progress and view.phase is Phase.GATHER else None,
             deadline_s=None if view.deadline_s is None else max(0.0, view.deadline_s - now),
-            deadline=getattr(view, "deadline_name", None),
+            deadline=view.deadline_name,
             waiting_for=tuple(Wait(peer=format_peer_id(peer), name=self.name_of(peer)) for peer in view.waiting_for),
             voters=len(head.voters),
             voters_live=sum(1 for voter in head.voters if voter in live or voter == self.subjects.me),

@@ -87,7 +87,7 @@ def test_a_manifest_file_gives_its_swarm(tmp_path: Path) -> None:
         (b"", "is no signed manifest"),
         (b'name = "a draft"', "is no signed manifest"),
         (SIGNED[:-1], "is no signed manifest"),
-        (SIGNED[:-1] + b"\x00", "bad_signature"),
+        (SIGNED[:-1] + bytes([SIGNED[-1] ^ 1]), "bad_signature"),
         (bytes(MANIFEST_BYTES_MAX + 5), "oversized"),
     ],
 )
@@ -242,7 +242,7 @@ def gives(signed: bytes) -> Answer:
         refuses,
         gives(OTHER_SIGNED),  # of another swarm
         gives(SIGNED[:-1]),  # torn
-        gives(SIGNED[:-1] + b"\x00"),  # forged
+        gives(SIGNED[:-1] + bytes([SIGNED[-1] ^ 1])),  # forged
         lambda question: GetPeers(),  # no answer at all
     ],
 )

@@ -107,6 +107,24 @@ async def test_the_phase_its_age_and_its_limit_are_shown(tmp_path: Path) -> None
         assert ann.reporter.build_status().round.round == 2
 
 
+async def test_the_limit_that_runs_is_named_and_counts_down(tmp_path: Path) -> None:
+    async with open_peers(tmp_path, 3) as peers:
+        (proposer,) = (peer for peer in peers if peer.core.view().proposer == peer.me)
+        follower, laggard = (peer for peer in peers if peer is not proposer)
+        await proposer.contribute(1)
+        await follower.contribute(2)
+        # Two are enough, and the third gets its grace.
+        await wait_until(lambda: proposer.reporter.build_status().round.deadline == Deadline.GRACE)
+        now = proposer.reporter.build_status().round
+        limit_s = proposer.swarm.manifest.rounds.grace_s
+        assert now.deadline_s is not None and 0 < now.deadline_s <= limit_s
+        assert [one.peer for one in now.waiting_for] == [format_peer_id(laggard.me)]
+        assert 0 < read(proposer, "round_deadline_seconds", deadline="grace_s") <= limit_s
+        assert math.isnan(read(proposer, "round_deadline_seconds", deadline="plan_timeout_s"))
+        assert "left (grace_s), waiting for peer" in describe_status(proposer.reporter.build_status())[0]
+        await wait_until(lambda: follower.reporter.build_status().round.deadline == Deadline.PLAN)
+
+
 async def test_limits_that_do_not_run_are_no_numbers(tmp_path: Path) -> None:
     async with open_reporter(tmp_path) as peer:
         status = peer.reporter.build_status().round
