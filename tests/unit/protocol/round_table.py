@@ -143,7 +143,7 @@ class Table:
         """Everybody who is up hears the seat's newest presence."""
         seat.sequence += 1
         head = seat.core.head
-        shown = {"ready": seat.ready, "head_round": head.round, **changes}
+        shown = {"ready": seat.ready, "head_round": head.round, "head_digest": head.digest, **changes}
         presence = make_presence(seat.number, seat.sequence, **shown)
         for other in self.up():
             if other is not seat and seat.number not in self.unheard:

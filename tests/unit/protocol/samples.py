@@ -101,7 +101,7 @@ def make_presence(number: int, sequence: int = 1, **changes: object) -> Presence
         trains=True,
         leaving=False,
         head_round=0,
-        head_digest=b"h" * 32,
+        head_digest=SWARM,
         state_root=b"r" * 32,
         phase="gather",
         tensor_addresses=(),
@@ -122,7 +122,13 @@ def make_sample_result(head: Head, members: int = 3, parts: int = PARTS, label: 
         base_root=head.state_root,
         codec="int8",
         members=tuple(
-            Member(peer=one.peer, tokens=one.ready.tokens, steps=one.ready.steps, weight=weight)
+            Member(
+                peer=one.peer,
+                contribution_root=one.ready.contribution_root,
+                tokens=one.ready.tokens,
+                steps=one.ready.steps,
+                weight=weight,
+            )
             for one, weight in zip(roster, list_weights(roster), strict=True)
         ),
         parts=tuple(PartResult(digest=digest, contributors=bitmap) for digest in make_digests(label, parts)),

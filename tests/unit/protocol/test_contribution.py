@@ -27,14 +27,16 @@ def decode(manifest: Manifest, frozen: Frozen) -> Float32s:
     return decoded
 
 
-def certified(contributors: dict[int, set[int]], round_number: int = 1) -> Result:
-    """A result whose part `p` was reduced from `contributors[p]`, of three members."""
+def certified(contributors: dict[int, set[int]], frozen: Frozen, index: int = 0, round_number: int = 1) -> Result:
+    """A result whose part `p` was reduced from `contributors[p]`, of three members; `frozen` is member `index`'s."""
     plain = make_sample_result(make_head())
+    members = list(plain.members)
+    members[index] = replace(members[index], contribution_root=frozen.root)
     parts = tuple(
         PartResult(digest=b"d" * 32, contributors=make_bitmap(frozenset(contributors[part]), 3))
         for part in range(PARTS)
     )
-    return replace(plain, round=round_number, parts=parts)
+    return replace(plain, round=round_number, members=tuple(members), parts=parts)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.float32(1e38)])
@@ -57,7 +59,7 @@ def test_what_is_encoded_and_what_remains_are_what_was_produced(codec: str) -> N
         produced = (BASE - local) + contributor.residual
         frozen = contributor.freeze(number, BASE, local)
         assert np.array_equal(decode(manifest, frozen) + frozen.residual_next, produced), "to the bit"
-        contributor.settle(frozen, certified({part: {0} for part in range(PARTS)}, number), 0)
+        contributor.settle(frozen, certified({part: {0} for part in range(PARTS)}, frozen, 0, number), 0)
         assert np.array_equal(contributor.residual, frozen.residual_next)
 
 
@@ -82,7 +84,7 @@ def test_only_certified_parts_take_over_the_residual() -> None:
     before = np.full(ELEMENTS, 0.25, np.float32)
     contributor = Contributor(MANIFEST, before.copy())
     frozen = contributor.freeze(1, BASE, LOCAL)
-    included = contributor.settle(frozen, certified({0: {0, 1}, 1: {0, 2}, 2: {1, 2}, 3: {2}}), 1)
+    included = contributor.settle(frozen, certified({0: {0, 1}, 1: {0, 2}, 2: {1, 2}, 3: {2}}, frozen, 1), 1)
     assert included == (0, 2)
     for part in range(PARTS):
         first, end = MANIFEST.part_range(part)
@@ -93,15 +95,26 @@ def test_only_certified_parts_take_over_the_residual() -> None:
 def test_a_round_without_this_peer_settles_nothing() -> None:
     contributor = Contributor(MANIFEST)
     frozen = contributor.freeze(1, BASE, LOCAL)
-    assert contributor.settle(frozen, certified({part: {0, 2} for part in range(PARTS)}), 1) == ()
+    assert contributor.settle(frozen, certified({part: {0, 2} for part in range(PARTS)}, frozen, 1), 1) == ()
     assert not contributor.residual.any()
-    assert contributor.settle(frozen, replace(certified({part: {1} for part in range(PARTS)}), parts=()), 1) == ()
+    without_parts = replace(certified({part: {1} for part in range(PARTS)}, frozen, 1), parts=())
+    assert contributor.settle(frozen, without_parts, 1) == ()
+
+
+def test_a_contribution_from_before_a_restart_settles_nothing_of_the_one_after_it() -> None:
+    before = np.full(ELEMENTS, 0.25, np.float32)
+    contributor = Contributor(MANIFEST, before.copy())
+    first, second = contributor.freeze(1, BASE, LOCAL), contributor.freeze(1, BASE, LOCAL * np.float32(2))
+    result = certified({part: {0, 1, 2} for part in range(PARTS)}, first, 1)
+    assert contributor.settle(second, result, 1) == (), "the certificate counts the first"
+    assert np.array_equal(contributor.residual, before)
+    assert contributor.settle(first, result, 1) == tuple(range(PARTS))
 
 
 def test_missed_work_is_in_the_next_contribution() -> None:
     contributor = Contributor(MANIFEST)
     frozen = contributor.freeze(1, BASE, LOCAL)
-    contributor.settle(frozen, certified({part: {0} for part in range(PARTS)}), 1)
+    contributor.settle(frozen, certified({part: {0} for part in range(PARTS)}, frozen, 1), 1)
     assert contributor.freeze(2, BASE, LOCAL).digests == frozen.digests
 
 
@@ -109,7 +122,7 @@ def test_a_contribution_is_settled_by_its_own_round() -> None:
     contributor = Contributor(MANIFEST)
     frozen = contributor.freeze(1, BASE, LOCAL)
     with pytest.raises(AssertionError, match="its own round"):
-        contributor.settle(frozen, certified({part: {0} for part in range(PARTS)}, 2), 0)
+        contributor.settle(frozen, certified({part: {0} for part in range(PARTS)}, frozen, 0, 2), 0)
 
 
 def test_clearing_forgets_the_residual() -> None:

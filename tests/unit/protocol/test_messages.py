@@ -23,11 +23,15 @@ from shoal.protocol.messages import (
     CheckReach,
     Contribution,
     Envelope,
+    Evidence,
     GetCertificates,
     GetManifest,
     GetPeers,
     GetSnapshot,
     LedgerEntries,
+    Lock,
+    LockCertificate,
+    Locked,
     ManifestAnswer,
     Member,
     Nack,
@@ -93,6 +97,8 @@ PLAN = sign_message(
 PART_DONE = sign_message(
     IDENTITIES[1], SWARM, PartDone(round=1, attempt=0, part=2, digest=b"d" * 32, contributors=b"\x07")
 )
+LOCK = sign_message(IDENTITIES[1], SWARM, Lock(voter=PEERS[1], round=1, attempt=2, result_digest=digest_record(RESULT)))
+LOCKS = LockCertificate(attempt=2, locks=(LOCK,))
 SAMPLES = (
     make_presence(1, ready=READY, tensor_addresses=("/ip4/1.2.3.4/tcp/5",)),
     Refused(refusal="wrong_swarm", detail="elsewhere"),
@@ -102,7 +108,9 @@ SAMPLES = (
     PLAN,
     Contribution(round=1, digests=make_digests("a")),
     PART_DONE,
-    Proposal(attempt=0, result=RESULT),
+    Proposal(attempt=3, result=RESULT, evidence=Evidence(plan=PLAN, done=(PART_DONE,), lock=LOCKS)),
+    LOCK,
+    Locked(round=1, certificate=LOCKS),
     make_vote(IDENTITIES[0], RESULT),
     Certified(certificate=CERTIFICATE),
     GetManifest(),
@@ -118,7 +126,13 @@ SAMPLES = (
     CheckReach(),
     ReachAnswer(known=True, reached=False),
 )
-SIGNED = {Presence: make_presence(1), Plan: PLAN, PartDone: PART_DONE, Vote: make_vote(IDENTITIES[1], RESULT)}
+SIGNED = {
+    Presence: make_presence(1),
+    Plan: PLAN,
+    PartDone: PART_DONE,
+    Lock: LOCK,
+    Vote: make_vote(IDENTITIES[1], RESULT),
+}
 
 
 def refuse(raw: bytes, swarm: bytes = SWARM) -> ProtocolError:
@@ -132,7 +146,7 @@ def seal(body: bytes, version: int = PROTOCOL_VERSION) -> bytes:
 
 
 def largest_result() -> Result:
-    member = Member(peer=PEERS[0], tokens=U63_MAX, steps=U63_MAX, weight=0.5)
+    member = Member(peer=PEERS[0], contribution_root=bytes(32), tokens=U63_MAX, steps=U63_MAX, weight=0.5)
     part = PartResult(digest=b"d" * 32, contributors=b"\xff" * 8)
     return Result(
         round=U63_MAX,
@@ -156,6 +170,15 @@ def largest_plan() -> Plan:
         roster=(RosterEntry(signed=signed, weight=0.5),) * ROSTER_MAX,
         owners=(2**16 - 1,) * PARTS_MAX,
     )
+
+
+def largest_locks() -> LockCertificate:
+    return LockCertificate(attempt=U32_MAX, locks=(replace(LOCK, round=U63_MAX, attempt=U32_MAX),) * VOTERS_MAX)
+
+
+def largest_evidence() -> Evidence:
+    done = replace(PART_DONE, round=U63_MAX, attempt=U32_MAX, part=PARTS_MAX - 1, contributors=b"\xff" * 8)
+    return Evidence(plan=largest_plan(), done=(done,) * PARTS_MAX, lock=largest_locks())
 
 
 def test_there_is_a_sample_of_every_message() -> None:
@@ -211,9 +234,16 @@ def test_only_answers_that_carry_state_may_be_large() -> None:
     [
         (largest_plan(), MESSAGE_BYTES_MAX),
         (Contribution(round=U63_MAX, digests=(b"d" * 32,) * PARTS_MAX), MESSAGE_BYTES_MAX),
-        (Proposal(attempt=U32_MAX, result=largest_result()), DELTA_BYTES_MAX),
+        (Proposal(attempt=U32_MAX, result=largest_result(), evidence=largest_evidence()), DELTA_BYTES_MAX),
+        (Locked(round=U63_MAX, certificate=largest_locks()), MESSAGE_BYTES_MAX),
         (
-            Promise(round=U63_MAX, attempt=U32_MAX, accepted_attempt=U32_MAX, accepted=largest_result()),
+            Promise(
+                round=U63_MAX,
+                attempt=U32_MAX,
+                accepted_attempt=U32_MAX,
+                accepted=largest_result(),
+                lock=largest_locks(),
+            ),
             DELTA_BYTES_MAX,
         ),
         (
@@ -251,6 +281,13 @@ def test_the_largest_round_messages_fit(message: object, bytes_max: int) -> None
         (Proposal(attempt=0, result=replace(RESULT, voters=())), "Proposal.result.voters"),
         (Proposal(attempt=0, result=replace(RESULT, round=-1)), "Proposal.result.round"),
         (Certified(certificate=replace(CERTIFICATE, votes=())), "Certified.certificate.votes"),
+        (Locked(round=1, certificate=replace(LOCKS, locks=())), "Locked.certificate.locks"),
+        (Locked(round=1, certificate=replace(LOCKS, locks=(LOCK,) * (VOTERS_MAX + 1))), "Locked.certificate.locks"),
+        (replace(LOCK, result_digest=b"short"), "Lock.result_digest"),
+        (
+            Proposal(attempt=0, result=RESULT, evidence=Evidence(plan=None, done=(PART_DONE,) * 1025, lock=None)),
+            "Proposal.evidence.done",
+        ),
         (GetCertificates(first_round=1, count=0), "GetCertificates.count"),
         (GetCertificates(first_round=1, count=17), "GetCertificates.count"),
         (make_presence(1, agent="x" * 257), "Presence.agent"),
@@ -325,10 +362,11 @@ def test_a_result_is_named_by_the_same_digest_everywhere() -> None:
         previous=b"p" * 32,
         base_root=b"b" * 32,
         codec="int8",
-        members=(Member(peer=PeerId(b"m" * 32), tokens=300, steps=5, weight=0.5),),
+        members=(Member(peer=PeerId(b"m" * 32), contribution_root=b"c" * 32, tokens=300, steps=5, weight=0.5),),
         parts=(PartResult(digest=b"d" * 32, contributors=b"\x01"),),
         voters=(PeerId(b"v" * 32),),
     )
-    tree = [3, b"p" * 32, b"b" * 32, "int8", [[b"m" * 32, 300, 5, 0.5]], [[b"d" * 32, b"\x01"]], [b"v" * 32]]
+    members = [[b"m" * 32, b"c" * 32, 300, 5, 0.5]]
+    tree = [3, b"p" * 32, b"b" * 32, "int8", members, [[b"d" * 32, b"\x01"]], [b"v" * 32]]
     assert digest_record(result) == blake3(msgpack.packb(tree)).digest()
-    assert digest_record(result).hex() == "2085ce1a5161efec4cd2099f96ce7654f7c90aa22d6b319079970026837988b2"
+    assert digest_record(result).hex() == "63499439734691243bbac199010fb3bfe0faf47f0a689a3a7a691f6c40e53455"

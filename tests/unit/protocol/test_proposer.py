@@ -137,8 +137,8 @@ def test_weights_are_float32_values_that_any_member_computes_alike() -> None:
 @pytest.mark.parametrize(
     ("spoil", "refusal"),
     [
-        (lambda plan: replace(plan, previous=b"x" * 32), Refusal.WRONG_BASE),
-        (lambda plan: replace(plan, base_root=b"x" * 32), Refusal.WRONG_BASE),
+        (lambda plan: replace(plan, previous=b"x" * 32), Refusal.OTHER_LOG),
+        (lambda plan: replace(plan, base_root=b"x" * 32), Refusal.OTHER_LOG),
         (lambda plan: replace(plan, codec="fp32"), Refusal.NOT_PLANNED),
         (lambda plan: replace(plan, owners=plan.owners[:-1]), Refusal.WRONG_LENGTH),
         (lambda plan: replace(plan, owners=(*plan.owners, 0)), Refusal.WRONG_LENGTH),

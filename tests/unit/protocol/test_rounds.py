@@ -93,7 +93,8 @@ def test_one_founder_trains_alone() -> None:
 
 def test_a_newcomer_contributes_first_and_votes_in_the_next_round() -> None:
     table = Table(3, voters=2)
-    table.make_ready()
+    table.make_ready(table.seats[2])
+    table.make_ready(*table.seats[:2])
     table.settle()
     result = table.result()
     assert members_of(result, 0) == (0, 1, 2)

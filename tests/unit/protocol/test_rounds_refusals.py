@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.protocol.effects import AttemptFailed, Behind, Commit, Effect, Persist, Phase, Send
+from shoal.protocol.effects import AttemptFailed, Behind, Commit, Effect, Forked, Persist, Phase, Send
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.messages import (
@@ -22,8 +22,8 @@ from shoal.protocol.messages import (
     sign_message,
 )
 from shoal.protocol.proposer import revise_plan
-from shoal.protocol.quorum import make_bitmap
-from shoal.protocol.round_state import BEHIND_RETRY_S, EARLY_MESSAGES_MAX
+from shoal.protocol.quorum import make_bitmap, proposer_order
+from shoal.protocol.round_state import BEHIND_RETRY_S, EARLY_MESSAGES_MAX, EARLY_PER_SENDER_MAX
 from tests.unit.protocol.round_table import Seat, Table, withhold
 from tests.unit.protocol.samples import (
     IDENTITIES,
@@ -70,6 +70,16 @@ def effects_of(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> list[Effe
     return seat.core.take_effects()
 
 
+def drop_of(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> Refusal | None:
+    """Why the seat drops a message that changes nothing for it, and for which nobody is to blame."""
+    seat.core.take_effects()
+    before = look(seat)
+    dropped = seat.core.receive(message, sender, 0.0)
+    assert look(seat) == before
+    assert all(isinstance(effect, Forked) for effect in seat.core.take_effects())
+    return dropped
+
+
 def make_part_done(part: int, signer: Identity, members: int = 4, attempt: int = 0) -> PartDone:
     bitmap = make_bitmap(frozenset({members - 1}), members)
     done = PartDone(round=1, attempt=attempt, part=part, digest=b"d" * 32, contributors=bitmap)
@@ -113,13 +123,40 @@ def test_a_plan_that_does_not_follow_from_its_readies_is_refused() -> None:
     lead, _, follower, _ = table.order()
     plan = table.begin_exchange()
     for spoilt, refusal in (
-        (replace(plan, base_root=b"x" * 32), Refusal.WRONG_BASE),
         (replace(plan, codec="fp32"), Refusal.NOT_PLANNED),
         (replace(plan, roster=plan.roster[::-1]), Refusal.NON_CANONICAL),
         (replace(plan, owners=(9,) * PARTS), Refusal.OUT_OF_RANGE),
     ):
         signed = sign_message(lead.identity, SWARM, replace(spoilt, revision=1))
         assert refusal_of(follower, signed, lead.peer) is refusal
+
+
+@pytest.mark.parametrize("field", ["previous", "base_root"])
+def test_what_builds_on_another_log_is_dropped_without_blame_and_compared(field: str) -> None:
+    # After a re-root there may be two logs; an honest peer of the other one must not be taken for a liar.
+    table = Table()
+    lead, _, follower, _ = table.order()
+    plan = table.begin_exchange()
+    elsewhere = {field: b"x" * 32}
+    other_plan = sign_message(lead.identity, SWARM, replace(plan, revision=1, **elsewhere))  # type: ignore[arg-type]
+    result = replace(result_for(table).result, **elsewhere)  # type: ignore[arg-type]
+    for message in (other_plan, Proposal(attempt=0, result=result), Certified(certificate=certify(result))):
+        assert drop_of(follower, message, lead.peer) is Refusal.OTHER_LOG
+    follower.core.receive(other_plan, lead.peer, BEHIND_RETRY_S)
+    assert follower.core.take_effects() == [Forked(peer=lead.peer, round=0)]
+    follower.core.receive(other_plan, lead.peer, 2 * BEHIND_RETRY_S - 0.01)
+    assert follower.core.take_effects() == [], "but not all the time"
+
+
+@pytest.mark.parametrize(("known_round", "forked"), [(0, True), (1, False)])
+def test_a_presence_that_shows_another_log_is_compared(known_round: int, forked: bool) -> None:
+    table = Table()
+    core = table.seats[0].core
+    core.take_effects()
+    core.observe(make_presence(1, 2, head_round=known_round, head_digest=b"x" * 32), 0.0)
+    effects = core.take_effects()
+    assert (effects == [Forked(peer=PEERS[1], round=0)]) is forked
+    assert (effects == [Behind(peer=PEERS[1], round=1)]) is not forked
 
 
 def test_a_revision_may_change_owners_only() -> None:
@@ -142,7 +179,7 @@ def test_an_old_or_known_revision_does_nothing(revision: int) -> None:
     plan = table.begin_exchange()
     newest = sign_message(lead.identity, SWARM, replace(plan, revision=1))
     follower.core.receive(newest, lead.peer, 0.0)
-    assert effects_of(follower, plan if revision == 0 else newest, lead.peer) == []
+    assert drop_of(follower, plan if revision == 0 else newest, lead.peer) is Refusal.DUPLICATE
 
 
 def test_a_result_that_cannot_follow_is_not_voted_for() -> None:
@@ -152,7 +189,6 @@ def test_a_result_that_cannot_follow_is_not_voted_for() -> None:
     for digest in {part.digest for part in RESULT.parts}:
         table.hold(follower, digest)
     for spoilt, refusal in (
-        (replace(good.result, previous=b"x" * 32), Refusal.WRONG_BASE),
         (replace(good.result, parts=good.result.parts[:1]), Refusal.WRONG_LENGTH),
         (replace(good.result, codec="zip"), Refusal.NOT_PLANNED),
         (replace(good.result, voters=(PEERS[STRANGER],)), Refusal.NOT_A_MEMBER),
@@ -163,7 +199,7 @@ def test_a_result_that_cannot_follow_is_not_voted_for() -> None:
     assert len(follower.said(Vote)) == 1
 
 
-def test_a_second_proposal_in_the_same_attempt_is_not_voted_for() -> None:
+def test_a_second_proposal_in_the_same_attempt_is_an_equivocation() -> None:
     table = Table()
     lead, _, follower, _ = table.order()
     good = result_for(table)
@@ -172,7 +208,8 @@ def test_a_second_proposal_in_the_same_attempt_is_not_voted_for() -> None:
     follower.core.receive(good, lead.peer, 0.0)
     table.settle()
     other = Proposal(attempt=0, result=replace(good.result, voters=PEERS[:2]))
-    assert effects_of(follower, other, lead.peer) == []
+    assert refusal_of(follower, other, lead.peer) is Refusal.EQUIVOCATION
+    assert drop_of(follower, good, lead.peer) is Refusal.DUPLICATE
     assert follower.vote is not None and follower.vote.accepted == good.result
 
 
@@ -186,7 +223,6 @@ def test_a_certificate_without_a_quorum_is_refused() -> None:
         (replace(good, votes=good.votes[:2] * 2), Refusal.DUPLICATE),
         (replace(good, votes=(*good.votes[:2], foreign)), Refusal.NOT_A_MEMBER),
         (certify(result, swarm=OTHER_SWARM), Refusal.BAD_SIGNATURE),
-        (certify(replace(result, base_root=b"x" * 32)), Refusal.WRONG_BASE),
     ):
         assert refusal_of(table.seats[0], Certified(certificate=certificate), PEERS[STRANGER]) is expected
 
@@ -207,7 +243,7 @@ def test_a_follower_ignores_what_is_meant_for_the_proposer() -> None:
         make_part_done(0, other.identity),
         make_vote(other.identity, result),
     ):
-        assert effects_of(follower, message, other.peer) == []
+        assert drop_of(follower, message, other.peer) is Refusal.WRONG_ATTEMPT
 
 
 def test_a_newcomer_is_not_asked_for_promises() -> None:
@@ -232,8 +268,8 @@ def test_strangers_have_no_say_in_a_prepare_phase() -> None:
     # One that could end any attempt, and run the attempt numbers out.
     nack = Nack(round=1, attempt=1, promised=2**32 - 1)
     assert refusal_of(second, nack, PEERS[4]) is Refusal.NOT_A_MEMBER
-    bad = replace(promise, accepted=replace(RESULT, base_root=b"x" * 32))
-    assert refusal_of(second, bad, table.order()[2].peer) is Refusal.WRONG_BASE
+    bad = replace(promise, accepted=replace(result_for(table).result, codec="fp32"))
+    assert refusal_of(second, bad, table.order()[2].peer) is Refusal.NOT_PLANNED
 
 
 def test_a_voter_that_has_promised_more_ends_an_attempt() -> None:
@@ -258,9 +294,9 @@ def test_an_owner_answers_for_its_own_parts_only() -> None:
     for members in (5, 9):
         misfit = make_part_done(part, owner.identity, members)
         assert refusal_of(lead, misfit, owner.peer) is Refusal.OUT_OF_RANGE
-    assert effects_of(lead, make_part_done(part, other.identity), other.peer) == []
-    assert effects_of(lead, make_part_done(PARTS, owner.identity), owner.peer) == []
-    assert effects_of(lead, make_part_done(part, owner.identity, attempt=4), owner.peer) == []
+    assert drop_of(lead, make_part_done(part, other.identity), other.peer) is Refusal.NOT_PLANNED
+    assert drop_of(lead, make_part_done(PARTS, owner.identity), owner.peer) is Refusal.NOT_PLANNED
+    assert drop_of(lead, make_part_done(part, owner.identity, attempt=4), owner.peer) is Refusal.WRONG_ATTEMPT
     assert owner.peer in lead.core.view().waiting_for
     lead.core.receive(make_part_done(part, owner.identity), owner.peer, 0.0)
     assert owner.peer not in lead.core.view().waiting_for
@@ -308,7 +344,7 @@ def test_who_is_late_is_told_the_certificate() -> None:
         make_part_done(0, second.identity),
         Certified(certificate=follower.committed[0]),
     ):
-        assert effects_of(follower, message, second.peer) == []
+        assert drop_of(follower, message, second.peer) is Refusal.WRONG_ROUND
 
 
 def test_a_round_long_past_is_nobodys_business() -> None:
@@ -320,8 +356,12 @@ def test_a_round_long_past_is_nobodys_business() -> None:
 
 
 def test_messages_of_the_next_round_wait_until_this_one_is_applied() -> None:
+    rehearsal = Table()
+    rehearsal.make_ready()
+    rehearsal.settle()
+    next_lead = proposer_order(rehearsal.seats[0].core.head.digest, PEERS[:4])[0]
     table = Table()
-    slow = table.order()[3]
+    slow = next(seat for seat in table.order()[1:] if seat.peer != next_lead)
     table.applies_slowly = {slow.number}
     table.make_ready()
     table.settle()
@@ -345,10 +385,14 @@ def test_messages_of_the_next_round_wait_until_this_one_is_applied() -> None:
 def test_what_is_kept_for_the_next_round_is_bounded() -> None:
     table = Table()
     seat = table.seats[0]
-    for attempt in range(EARLY_MESSAGES_MAX + 50):
-        seat.core.receive(Prepare(round=2, attempt=attempt), PEERS[1], 0.0)
+    for attempt in range(EARLY_PER_SENDER_MAX + 50):
+        dropped = seat.core.receive(Prepare(round=2, attempt=attempt), PEERS[1], 0.0)
+        assert dropped is (None if attempt < EARLY_PER_SENDER_MAX else Refusal.WRONG_ROUND)
+    assert len(seat.core._early) == EARLY_PER_SENDER_MAX, "one sender does not use up what others need"
+    for number in range(2 * EARLY_MESSAGES_MAX):
+        seat.core.receive(Prepare(round=2, attempt=0), PeerId(number.to_bytes(32, "big")), 0.0)
     assert len(seat.core._early) == EARLY_MESSAGES_MAX
-    seat.core.receive(Prepare(round=3, attempt=0), PEERS[1], 0.0)
+    assert seat.core.receive(Prepare(round=3, attempt=0), PEERS[2], 0.0) is Refusal.WRONG_ROUND
     assert len(seat.core._early) == EARLY_MESSAGES_MAX
 
 
