@@ -81,7 +81,7 @@ class Checker:
         self._readies: dict[tuple[PeerId, int], set[tuple[int, int]]] = {}
         self._reductions: dict[tuple[int, int, bytes], list[Reduction]] = {}
         self._books: dict[PeerId, Books] = {}
-        self._phases: dict[PeerId, tuple[tuple[int, int, Phase], float, float]] = {}
+        self._phases: dict[PeerId, tuple[tuple[int, int, int, Phase], float, float]] = {}
 
     def newest_head(self) -> Head:
         """The head that the certificates lead to, whoever holds them."""
@@ -107,6 +107,9 @@ class Checker:
     def froze(self, peer: "SimPeer", frozen: Frozen) -> None:
         """Error feedback is exact: encoded + residual = produced, to the bit."""
         books = self._books[peer.identity.peer]
+        if peer.identity.peer in self.suspects:
+            self.contributed(peer.identity.peer, frozen)
+            return
         if not np.array_equal(peer.contributor.residual, books.residual):
             raise broken("error feedback is exact", f"peer {peer.number} lost or invented a residual")
         decoded = self.contributed(peer.identity.peer, frozen)
@@ -131,9 +134,12 @@ class Checker:
     def settled(self, peer: "SimPeer", result: Result, index: int, included: tuple[int, ...]) -> None:
         """Sum of what was produced = sum of what was applied + residual: a residual is taken over for exactly the parts
         that were certified with this very contribution."""
+        if peer.identity.peer in self.suspects:
+            return
         books, number = self._books[peer.identity.peer], result.round
         frozen = books.frozen
-        expected = oracle.list_parts_with(result, index)
+        counted = frozen is not None and getattr(result.members[index], "contribution_root", frozen.root) == frozen.root
+        expected = oracle.list_parts_with(result, index) if counted else ()
         if included != expected or frozen is None or frozen.round != number or books.residual_next is None:
             raise broken("error feedback is exact", f"peer {peer.number} settled {included}, not {expected}")
         for part in included:
@@ -254,7 +260,9 @@ class Checker:
     def check_bounds(self, peer: "SimPeer") -> None:
         """Every attempt ends in bounded time, and memory is bounded; looked at with every heartbeat."""
         core, me = peer.core, peer.identity.peer
-        at = (core.round, core.attempt, core.phase)
+        # Who gave up on an attempt follows its proposal all the same while nothing better has come.
+        following = core._proposal.attempt if core._proposal else core.attempt
+        at = (core.round, core.attempt, following, core.phase)
         since = self._phases.get(me)
         if since is None or since[0] != at:
             self._phases[me] = (at, peer.clock(), peer.paused_s)

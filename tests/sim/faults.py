@@ -143,7 +143,7 @@ class Rates:
 CALM = Rates()
 
 
-def draw_rates(rng: random.Random) -> Rates:
+def draw_rates(rng: random.Random, may_lie: bool = False) -> Rates:
     """A swarm-style draw: every seed turns some faults off and some up."""
 
     def maybe(low: float, high: float, chance: float = 0.5) -> float:
@@ -172,6 +172,7 @@ def draw_rates(rng: random.Random) -> Rates:
         drift=rng.choice((0.0, 0.0, 0.5, 1.0)),
         clock_jump=maybe(0.001, 0.01, 0.3),
         fates=rng.choice(((DiskFate.KEPT,), (DiskFate.KEPT, DiskFate.LOST, DiskFate.TORN))),
+        lies=tuple(lie for lie in Lie if rng.random() < 0.4) if may_lie else (),
     )
 
 
@@ -311,7 +312,7 @@ def _draw_lies(rng: random.Random, rates: Rates, people: Population) -> list[Fau
     faults = []
     for peer in people.liars:
         for lie in rates.lies:
-            if rng.random() < 0.4:
+            if rng.random() < 0.8:
                 at_s = rng.uniform(0.0, FAULT_PHASE_S / 2)
                 lasts_s = rng.uniform(10.0, FAULT_PHASE_S)
                 faults.append(Fault(kind=FaultKind.LIE, at_s=at_s, duration_s=lasts_s, peers=(peer,), detail=lie.value))

@@ -4,8 +4,9 @@ What happens to a message is drawn from a generator of its link, so that a fault
 more than it must. Control travels on connections of its own: it never queues behind bulk for longer than one record.
 """
 
+import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from tests.sim.faults import BRIDGE, DelayShape
 
@@ -69,26 +70,29 @@ class Network:
                 self._schedule(end - now + self._delay_s(rng, now), arrive, *args)
 
     def gossip(
-        self, source: int, targets: Iterable[int], size: int, now: float, arrive: Arrive, message: object
+        self, source: int, targets: Sequence[int], size: int, now: float, arrive: Arrive, message: object
     ) -> None:
         """To everybody to whom a chain of connections leads; `arrive` gets the target's number and the message."""
-        uplink = self.uplinks.get(source, UPLINK)
-        wanted = set(targets)
-        hops = dict.fromkeys(wanted, 1) if not self.cut and not self.sides else self._spread(source, wanted)
+        wait_s = size / self.uplinks.get(source, UPLINK)
         # Two ways lead to nearly everybody, so that a message is lost only when it is lost on both.
         loss = self.loss * self.loss
-        for target in sorted(hops):
+        everywhere = not self.cut and not self.sides
+        hops = {} if everywhere else self._spread(source, set(targets))
+        for target in targets:
+            count = 1 if everywhere else hops.get(target, 0)
             rng = self.link(source, target)
-            if loss and rng.random() < loss:
+            if not count or (loss and rng.random() < loss):
                 continue
-            delay_s = sum(self._delay_s(rng, now) for _ in range(hops[target]))
-            self._schedule(delay_s + size / uplink, arrive, target, message)
+            delay_s = wait_s
+            for _ in range(count):
+                delay_s += self._delay_s(rng, now)
+            self._schedule(delay_s, arrive, target, message)
 
     def _spread(self, source: int, targets: set[int]) -> dict[int, int]:
         hops, frontier, distance = {source: 0}, [source], 0
         while frontier:
             distance += 1
-            reached = [target for target in sorted(targets) if any(self.connected(one, target) for one in frontier)]
+            reached = [target for target in targets if any(self.connected(one, target) for one in frontier)]
             frontier = [target for target in reached if target not in hops]
             hops.update(dict.fromkeys(frontier, distance))
         del hops[source]
@@ -119,4 +123,4 @@ class Network:
             return DELAY_MIN_S + mean * rng.lognormvariate(-0.5, 1.0)
         if self.delay_shape is DelayShape.BURSTS and now % BURST_PERIOD_S < BURST_S:
             mean *= BURST_FACTOR
-        return DELAY_MIN_S + rng.expovariate(1.0 / mean)
+        return DELAY_MIN_S - math.log(1.0 - rng.random()) * mean

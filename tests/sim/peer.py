@@ -20,6 +20,7 @@ from shoal.protocol.effects import (
     Commit,
     Effect,
     FetchBlob,
+    Forked,
     PartReassigned,
     Persist,
     Phase,
@@ -207,8 +208,11 @@ class SimPeer(SimMachine):
 
     def _announce(self) -> None:
         self.sequence += 1
+        self.world.gossip(self, sign_message(self.identity, self.swarm, self._presence()))
+
+    def _presence(self) -> Presence:
         head = self.core.head
-        presence = Presence(
+        return Presence(
             peer=self.identity.peer,
             incarnation=self.disk.incarnation,
             sequence=self.sequence,
@@ -225,7 +229,6 @@ class SimPeer(SimMachine):
             tokens_per_s=1.0,
             ready=None if self.leaving else self.ready,
         )
-        self.world.gossip(self, sign_message(self.identity, self.swarm, presence))
 
     def hear(self, presence: Presence) -> None:
         """A presence came, by whatever way."""
@@ -302,6 +305,8 @@ class SimPeer(SimMachine):
                 self._may_crash(Moment.COMMITTING)
             case Behind():
                 self._catch_up(effect)
+            case Forked():
+                pass  # nothing is re-rooted here, so whoever has another log lies, or is about to be refused
             case PhaseEntered() | Planned() | AttemptFailed() | PartReassigned() | SenderMissing():
                 self.world.note(self, effect)
                 if isinstance(effect, Planned):
@@ -353,10 +358,13 @@ class SimPeer(SimMachine):
         frozen = self.frozen
         if frozen is None or frozen.round != effect.round or frozen.digests[effect.part] != effect.digest:
             return
-        raw = frozen.encoded[effect.part]
+        raw = self._part_bytes(frozen, effect.part)
         other = self.world.by_id[effect.peer]
         args = (self, effect, raw, tries)
         self._stream(other, f"part {effect.part}", len(raw), self._while(effect.round), other.take_part, *args)
+
+    def _part_bytes(self, frozen: Frozen, part: int) -> bytes:
+        return frozen.encoded[part]
 
     def take_part(self, source: "SimPeer", effect: SendPart, raw: bytes, tries: int) -> None:
         sender, number, part, digest = source.identity.peer, effect.round, effect.part, effect.digest

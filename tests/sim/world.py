@@ -33,12 +33,14 @@ from tests.sim.faults import (
     DiskFate,
     Fault,
     FaultKind,
+    Lie,
     Moment,
     Population,
     Rates,
     draw_faults,
     draw_rates,
 )
+from tests.sim.liars import Liar
 from tests.sim.network import Network
 from tests.sim.peer import CONTROL_BYTES, SimPeer
 from tests.sim.signatures import SimIdentity
@@ -80,7 +82,9 @@ class Cluster:
 
 
 def draw_cluster(rng: random.Random) -> Cluster:
-    founders = rng.choice((1, 1, 2, 3, 4))
+    """Where members may lie, one of at least four founders does, or is restored from a backup: never a third."""
+    may_lie = rng.random() < 0.3
+    founders = rng.choice((4, 4, 5, 6, 7)) if may_lie else rng.choice((1, 1, 2, 3, 4))
     return Cluster(
         founders=founders,
         first=max(founders, rng.randint(2, 7)),
@@ -88,6 +92,8 @@ def draw_cluster(rng: random.Random) -> Cluster:
         elements=rng.choice((200, 500, 700, 900)),
         peers_min=rng.choice((2, 2, 2, 3)),
         voters_max=max(founders, rng.choice((31, 31, 5, 3))),
+        quorum="two_thirds" if may_lie else "majority",
+        liars=(rng.randrange(founders),) if may_lie and rng.random() < 0.8 else (),
     )
 
 
@@ -128,7 +134,7 @@ class World:
         self.now = 0.0
         rng = random.Random(f"{seed}/cluster")
         self.cluster = cluster or draw_cluster(rng)
-        self.rates = rates or draw_rates(rng)
+        self.rates = rates or draw_rates(rng, may_lie=bool(self.cluster.liars))
         drawn = draw_faults(random.Random(f"{seed}/faults"), self.rates, self.cluster.population())
         self.faults = drawn if faults is None else tuple(faults)
         self.armed: dict[Moment, list[Fault]] = {}
@@ -151,7 +157,10 @@ class World:
         self._reduction = make_reduction(self.manifest)
         blank = Replica(self.manifest, np.zeros(cluster.elements, np.float32), np.zeros(cluster.elements, np.float32))
         self.checker = Checker(self.manifest, swarm, genesis_head(self.manifest, swarm, blank.reset()))
-        self.everybody = [SimPeer(self, number, one, self.manifest, swarm) for number, one in enumerate(identities)]
+        self.everybody: list[SimPeer] = [
+            (Liar if number in cluster.liars else SimPeer)(self, number, one, self.manifest, swarm)
+            for number, one in enumerate(identities)
+        ]
         self.by_id = {peer.identity.peer: peer for peer in self.everybody}
         self.peers = self.everybody[: cluster.first]
         self.waiting = self.everybody[cluster.first :]
@@ -268,6 +277,8 @@ class World:
         self.network.calm()
         for peer in self.everybody:
             peer.cpu = 1.0
+            if isinstance(peer, Liar):
+                peer.lies.clear()
         for index in sorted(self._active):
             self._set_condition(self._active[index])
 
@@ -290,6 +301,11 @@ class World:
             case FaultKind.SLOW_CPU:
                 for number in fault.peers:
                     self.everybody[number].cpu = fault.amount
+            case FaultKind.LIE:
+                for peer in (self.everybody[number] for number in fault.peers):
+                    assert isinstance(peer, Liar), "only its liars lie in a cluster"
+                    peer.lies.add(Lie(fault.detail))
+                    self.checker.suspects.add(peer.identity.peer)
             case _:
                 raise AssertionError(f"{fault} does not last")
 
@@ -353,7 +369,15 @@ class World:
         return len([peer for peer in self.peers if not peer.left and not peer.leaving])
 
     def _may_leave(self, peer: SimPeer) -> bool:
-        return not peer.leaving and self._count_staying() + len(self.waiting) > self.cluster.peers_min
+        if peer.leaving or self._count_staying() + len(self.waiting) <= self.cluster.peers_min:
+            return False
+        # Honest voters do not go before others have come: the liars would be too many of those who are left.
+        stay = [
+            one for one in self.peers if one is not peer and not one.leaving and one.number not in self.cluster.liars
+        ]
+        voters = self.checker.newest_head().voters
+        honest = len([one for one in stay if one.identity.peer in voters])
+        return not self.cluster.liars or honest > 2 * len(self.cluster.liars)
 
     def _join(self, peer: SimPeer) -> None:
         self.waiting.remove(peer)
