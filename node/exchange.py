@@ -24,7 +24,7 @@ from shoal.protocol.aggregators import WeightedPart, clip_factors
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import FetchBlob, Reduce, SendPart, SendResult
-from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.manifest import Manifest
@@ -281,7 +281,7 @@ class PartExchange:
                     address = self.ports.address_of(peer)
                     await self.links.fetch(peer, address, effect.digest, buffer, FETCH_TIMEOUT_S)
                 except (LinkLost, FetchFailed) as error:
-                    log.debug("part %d of round %d: %s", effect.part, effect.round, error)
+                    log.info("%s: part %d of round %d: %s", Failure.DONOR_FAILED, effect.part, effect.round, error)
                     continue
                 try:
                     await self._check(effect.part, buffer)

@@ -103,6 +103,9 @@ class Membership:
             message = decode_message_untrusted(self._swarm, payload)
             if not isinstance(message, Presence):
                 raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(message).__name__} is no presence")
+            known = self.table.newest(message.peer)
+            if known and (message.incarnation, message.sequence) < (known.incarnation, known.sequence):
+                raise ProtocolError(Refusal.REPLAYED, "a presence older than one that is known")
             self._take(message)
         except ProtocolError as error:
             self._ports.misbehaved(source, error)

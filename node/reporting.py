@@ -16,7 +16,7 @@ from importlib.metadata import version
 from shoal.node.catchup import CatchUp
 from shoal.node.compute import Compute
 from shoal.node.conduct import Conduct
-from shoal.node.config import NodeConfig
+from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.exchange import PartExchange
 from shoal.node.happenings import REMEDIES, Happening, HappeningFeed, HappeningKind, Severity, describe_notes
 from shoal.node.ledger_sync import LedgerSync
@@ -396,6 +396,13 @@ class Reporter:
         refused = self.subjects.conduct.list_refused(time.monotonic())
         for peer, (refusal, left_s) in list(refused.items())[:REFUSED_SHOWN_MAX]:
             found.append(f"{self.name_of(peer)} misbehaved ({refusal}) and is refused for {left_s:.0f} s more")
+        training = sum(one.trains for one in live.values()) + (self.subjects.config.node.role == TRAINER)
+        needed = self.subjects.manifest.rounds.peers_min
+        if training < needed:
+            remedy = REMEDIES[Failure.TOO_FEW_READY]
+            found.append(
+                f"{Failure.TOO_FEW_READY}: {training} of the {needed} peers train that a round needs; {remedy}"
+            )
         if not live:
             found.append("no other peer of the swarm is in sight")
         if self.subjects.ledger.forked:

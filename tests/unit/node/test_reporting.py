@@ -154,6 +154,20 @@ async def test_a_disk_that_fails_is_in_status_and_warnings(tmp_path: Path) -> No
         assert any(one.startswith("disk_full: no space left on device;") for one in status.warnings)
 
 
+async def test_too_few_peers_that_train_are_warned_of(tmp_path: Path) -> None:
+    def warned(peer: Peer) -> list[str]:
+        return [one for one in peer.reporter.build_status().warnings if one.startswith(Failure.TOO_FEW_READY)]
+
+    async with open_peer(make_samples(), 0, tmp_path, trains=True) as peer, open_puppet(peer.swarm, 1, peer) as puppet:
+        assert warned(peer) == [
+            "too_few_ready: 1 of the 2 peers train that a round needs; the round waits for more peers"
+        ]
+        puppet.show(peer, trains=False)
+        assert warned(peer)
+        puppet.show(peer)
+        assert warned(peer) == []
+
+
 async def test_a_peer_that_went_is_told_with_its_reason(tmp_path: Path) -> None:
     async with open_reporter(tmp_path) as peer:
         peer.reporter.peer_lost(BOB, Failure.PEER_LEFT)
