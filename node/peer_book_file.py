@@ -16,13 +16,19 @@ def load_peer_book(path: Path, me: PeerId) -> PeerBook:
         return decode_peer_book_untrusted(path.read_bytes(), me)
     except FileNotFoundError:
         return PeerBook(me)
+    except OSError as error:
+        log.warning("%s cannot be read and is begun anew: %s", path, error)
+        return PeerBook(me)
     except ProtocolError as error:
         log.warning("%s is damaged and is begun anew: %s", path, error)
         return PeerBook(me)
 
 
 def save_peer_book(path: Path, encoded: bytes) -> None:
-    """Replace the stored book. Blocking; one call at a time."""
+    """Replace the stored book. Blocking; one call at a time. A disk that fails costs the book and nothing else."""
     temporary = path.with_suffix(".partial")
-    temporary.write_bytes(encoded)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(encoded)
+        temporary.replace(path)
+    except OSError as error:
+        log.warning("the peer book was not saved, the next start may need a bootstrap peer: %s", error)
