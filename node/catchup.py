@@ -103,7 +103,7 @@ class CatchUp:
     async def _replay(self, peer: PeerId, target: int) -> None:
         while (first := self._state.head.round + 1) <= target:
             self.detail = f"replaying round {first} of {target}"
-            certificates = await self._ask_certificates(peer, first, CERTIFICATES_PER_ANSWER)
+            certificates = await self.ask_certificates(peer, first, CERTIFICATES_PER_ANSWER)
             if not certificates:
                 return
             for certificate in certificates:
@@ -111,18 +111,20 @@ class CatchUp:
                 if number <= head.round:
                     continue
                 # The round core checks it, too. Here a forged one ends the catch-up instead of being waited for.
-                await asyncio.to_thread(
-                    check_certificate, certificate, head, self._manifest.authority(self._swarm)
-                )
+                await asyncio.to_thread(check_certificate, certificate, head, self._manifest.authority(self._swarm))
                 self._ports.take_certificate(certificate, peer)
                 if not await self._ports.wait_past(number - 1, REPLAY_TIMEOUT_S):
                     return
 
-    async def _ask_certificates(self, peer: PeerId, first: int, count: int) -> tuple[Certificate, ...]:
+    async def ask_certificates(self, peer: PeerId, first: int, count: int) -> tuple[Certificate, ...]:
+        """Certificates of consecutive rounds from `first` on, as many as the peer holds of `count`, unchecked. Raises
+        PeerUnreachable, RequestRefused and ProtocolError."""
         question = encode_message(self._swarm, GetCertificates(first_round=first, count=count))
         answer = decode_message_untrusted(self._swarm, await self._control.request(peer, question))
         if not isinstance(answer, CertificatesAnswer):
             raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(answer).__name__} is no answer to GetCertificates")
+        if any(one.result.round != first + at for at, one in enumerate(answer.certificates)):
+            raise ProtocolError(Refusal.WRONG_ROUND, f"not the certificates from round {first} on")
         return answer.certificates
 
     # -- by snapshot -----------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ class CatchUp:
         while head.round + len(chain) < last:
             self.detail = f"checking certificate {head.round + len(chain) + 1} of {last}"
             count = min(CERTIFICATES_PER_ANSWER, last - head.round - len(chain))
-            answered = await self._ask_certificates(peer, head.round + len(chain) + 1, count)
+            answered = await self.ask_certificates(peer, head.round + len(chain) + 1, count)
             if not answered:
                 break
             for certificate in answered:

@@ -83,6 +83,14 @@ def _make_parser() -> argparse.ArgumentParser:
     create.add_argument("--bootstrap", action="append", default=[], metavar="MULTIADDR", help="goes into the URI")
     create.set_defaults(run=_run_create)
 
+    reroot = swarm.add_parser(
+        "reroot", help="the owner names new voters, when a quorum of the old ones is gone for good"
+    )
+    reroot.add_argument("--voter", action="append", default=[], metavar="PEER_ID", help="who votes from now on")
+    reroot.add_argument("--data-dir", type=Path, help="of a stopped peer that holds the newest round")
+    reroot.add_argument("--owner-key", type=Path, help="default: owner.key in the data directory")
+    reroot.set_defaults(run=_run_reroot)
+
     identity = commands.add_parser("id", help="print this peer's id, making its key if there is none")
     identity.add_argument("--data-dir", type=Path)
     identity.set_defaults(run=_run_identity)
@@ -227,6 +235,20 @@ def _run_create(options: argparse.Namespace) -> int:
     print(f"owner key  {folder / 'owner.key'} (keep it safe: it signs changes of the swarm)")
     print(f"URI        {SwarmUri(swarm=swarm, bootstraps=tuple(options.bootstrap))}")
     print(f"start it   shoal up --manifest {out} --data-dir {folder}")
+    return 0
+
+
+def _run_reroot(options: argparse.Namespace) -> int:
+    from shoal.node.reroot import OWNER_KEY_FILE, sign_reroot
+    from shoal.protocol.identity import format_peer_id, parse_peer_id
+
+    folder = _data_dir(options.data_dir)
+    voters = tuple(dict.fromkeys(parse_peer_id(text) for text in options.voter))
+    done = sign_reroot(folder, options.owner_key or folder / OWNER_KEY_FILE, voters)
+    print(f"round      {done.round} names new voters and changes nothing else")
+    print(f"before     {', '.join(format_peer_id(peer) for peer in done.old_voters)}")
+    print(f"from now   {', '.join(format_peer_id(peer) for peer in done.voters)}")
+    print(f"next       shoal up --data-dir {folder}   (the others get it from this peer)")
     return 0
 
 

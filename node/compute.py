@@ -205,6 +205,14 @@ class Compute:
             self._counted_tokens = self._counted_steps = 0
         await self.trainer.merge(merge)
 
+    async def rebase(self) -> None:
+        """The base is that of another log now. The local work stays, and the next pseudo-gradient is anchored there."""
+        waiting = self._ready is not None
+        self._ready = None
+        if waiting and self.trainer.running:
+            self.phase = TrainerState.RUNNING
+            await self.trainer.begin(self._state.head.round + 1, adopt=False)
+
     def round_begun(self) -> None:
         """The next round is open. What the trainer handed over before may still wait for one."""
         if self._ready is not None:

@@ -10,8 +10,6 @@ a path appears. After `run` returns no task, thread or process of it is left.
 import asyncio
 import contextlib
 import logging
-import shutil
-import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 
@@ -24,11 +22,13 @@ from shoal.node.compute import Compute, ComputePorts
 from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import BootstrapFailed, ControlConfig, ControlHandlers
+from shoal.node.disk_watch import watch_disk
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
+from shoal.node.head_watch import HeadWatch
 from shoal.node.intake import Intake, IntakePorts
 from shoal.node.ledger_store import LedgerStore
-from shoal.node.ledger_sync import RECONCILE_ERRORS, LedgerSync
+from shoal.node.ledger_sync import LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
@@ -38,6 +38,7 @@ from shoal.node.membership import Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
 from shoal.node.metrics import Metrics
 from shoal.node.own_presence import OwnPresence
+from shoal.node.parting import Parting, PartingPorts
 from shoal.node.peer_book_file import load_peer_book, save_peer_book
 from shoal.node.reach import Reach
 from shoal.node.reporting import Reporter, Subjects
@@ -62,8 +63,6 @@ from shoal.protocol.round_state import Offer, Setting
 from shoal.protocol.rounds import RoundCore
 
 LEAVE_TIMEOUT_S = 10.0
-RECONCILE_PERIOD_S = 10.0
-DISK_PERIOD_S = 10.0
 PEER_BOOK_FILE = "peers.book"
 
 log = logging.getLogger("shoal")
@@ -79,7 +78,6 @@ class Daemon:
         self._incarnation = incarnation
         self._book_lock = asyncio.Lock()
         self._stop = asyncio.Event()
-        self._head_moved = asyncio.Event()
         self._tasks = TaskSet()
         self._spawn = self._tasks.spawn
         self.reporter = Reporter(Metrics(), HappeningFeed())
@@ -189,6 +187,7 @@ class Daemon:
         vote = await asyncio.to_thread(self.state.load_vote)
         loop = asyncio.get_running_loop()
         self.core = RoundCore(setting, head, vote, loop.time())
+        self.head_watch = HeadWatch(self.core)
         self.driver = RoundDriver(
             me=self.me,
             swarm=swarm,
@@ -201,6 +200,8 @@ class Daemon:
                 committed=self._committed,
                 begun=lambda: self.compute.round_begun(),
                 behind=self._behind,
+                forked=lambda forked: self._spawn(self._part(forked.peer)),
+                dropped=self.intake.drop,
                 misbehaved=self.intake.misbehaved,
                 disk_failed=self._disk_failed,
                 spawn=self._spawn,
@@ -218,6 +219,14 @@ class Daemon:
             late=self.intake.part_dropped,
             spawn=self._spawn,
         )
+        self._assemble_compute()
+        self.ledger = LedgerSync(
+            identity=self.identity, manifest=self.manifest, swarm=swarm, store=self._store, control=self.control
+        )
+        await self.ledger.start()
+        self._assemble_membership(swarm)
+
+    def _assemble_compute(self) -> None:
         self.compute = Compute(
             me=self.me,
             manifest=self.manifest,
@@ -232,11 +241,6 @@ class Daemon:
         if self.config.node.role == TRAINER:
             assert self._memory is not None
             self.compute.trainer = TrainerProcess(self._memory, self.config.trainer, self.compute.take)
-        self.ledger = LedgerSync(
-            identity=self.identity, manifest=self.manifest, swarm=swarm, store=self._store, control=self.control
-        )
-        await self.ledger.start()
-        self._assemble_membership(swarm)
 
     def _allocate(self, manifest: Manifest) -> tuple[Float32s, Float32s]:
         elements = manifest.layout.elements
@@ -274,8 +278,19 @@ class Daemon:
                 donors=self._donors,
                 address_of=self._address_of,
                 take_certificate=self._take_certificate,
-                wait_past=self._wait_past,
+                wait_past=self.head_watch.wait_past,
                 install=self._install,
+            ),
+        )
+        self.parting = Parting(
+            self.state,
+            self.manifest.authority(swarm),
+            PartingPorts(
+                ask=self.catch_up.ask_certificates,
+                head_of=self._head_of,
+                switch=self._switch,
+                misbehaved=self.intake.misbehaved,
+                happen=lambda text: self.reporter.happen(HappeningKind.CATCH_UP, text, Severity.WARNING),
             ),
         )
 
@@ -309,7 +324,6 @@ class Daemon:
             address_of=self._address_of,
         )
         ports = IntakePorts(
-            standing=lambda: (self.core.round, self.core.attempt),
             round_message=self.driver.receive,
             presence=self.membership.take_presence,
             entries=self.ledger.take,
@@ -329,9 +343,9 @@ class Daemon:
             self.driver.run(),
             self.membership.beat(),
             self.membership.discover(),
-            self._reconcile(),
+            self.ledger.keep_up(lambda: tuple(self.membership.table.live()), self._incarnation),
             self.reach.watch(self._offer_again),
-            self._watch_disk(),
+            watch_disk(config.data_path, config.store.free_gib_min, self._disk_fills_up),
             self.reporter.watch_lag(),
         ):
             self._spawn(work)
@@ -374,18 +388,21 @@ class Daemon:
         self.membership.announce()
         deadline = asyncio.get_running_loop().time() + LEAVE_TIMEOUT_S
         while asyncio.get_running_loop().time() < deadline and self._is_needed():
-            await self._wait_head(0.2)
+            await self.head_watch.wait(0.2)
         await self.state.write_snapshot()
         self.membership.announce()
 
     def _is_needed(self) -> bool:
-        """Whether a round in work, or the next vote, counts on this peer."""
+        """Whether a round in work, the next vote, or the certificate that only this peer may hold, counts on it."""
         live = self.membership.table.live()
         if not live:
             return False
         busy = self.core.phase is not Phase.GATHER and self.me in self.core.view().roster
         others_vote = any(voter in live and not live[voter].leaving for voter in self.core.head.voters)
-        return busy or (self.me in self.core.head.voters and others_vote)
+        head = self.core.head
+        known = any(live[voter].head_round >= head.round for voter in head.voters if voter in live)
+        untold = others_vote and not known and self.me not in head.voters
+        return busy or untold or (self.me in head.voters and others_vote)
 
     async def _shut_down(self) -> None:
         if hasattr(self, "intake"):
@@ -429,7 +446,7 @@ class Daemon:
             self._spawn(self._save_peer_book())
         self.reporter.check_clock()
         head = self.core.head
-        if presence.head_round == head.round and presence.state_root != head.state_root:
+        if presence.head_digest == head.digest and presence.state_root != head.state_root:
             detail = (
                 f"round {head.round} has root {presence.state_root.hex()[:16]} there, {head.state_root.hex()[:16]} here"
             )
@@ -467,25 +484,6 @@ class Daemon:
     def _control_crashed(self, detail: str) -> None:
         self.reporter.control_up = False
         self.reporter.happen(HappeningKind.NETWORK, f"the control plane has stopped: {detail}", Severity.ERROR)
-
-    # -- ledger ------------------------------------------------------------------------------------------------------
-
-    async def _reconcile(self) -> None:
-        """Compare ledgers with a random live peer, period after period; write the own lease once that has been done."""
-        leased = False
-        while True:
-            live = list(self.membership.table.live())
-            if live:
-                # Not entropy that anybody could exploit: any spread over the peers does.
-                peer = live[time.time_ns() // 1_000_000 % len(live)]
-                try:
-                    await self.ledger.reconcile(peer)
-                except RECONCILE_ERRORS as error:
-                    log.debug("ledgers were not compared: %s", error)
-            if not leased:
-                leased = True
-                await self.ledger.write_lease(self._incarnation.to_bytes(8, "big"), live)
-            await asyncio.sleep(RECONCILE_PERIOD_S)
 
     # -- rounds ------------------------------------------------------------------------------------------------------
 
@@ -528,7 +526,7 @@ class Daemon:
         self.reporter.joined = True
         self.reporter.committed(result, bool(included))
         self._spawn(self._record(certificate))
-        self._head_moved.set()
+        self.head_watch.moved()
         self.membership.table.expect(head.voters, asyncio.get_running_loop().time())
         self.membership.announce()
 
@@ -550,20 +548,24 @@ class Daemon:
             self.reporter.happen(HappeningKind.CATCH_UP, text)
         await self.catch_up.run(behind.peer, behind.round)
 
+    async def _part(self, peer: PeerId) -> None:
+        """The peer follows another log: compare, and go over to it where it is the heavier one."""
+        if not self.catch_up.active and await self.parting.run(peer):
+            await self.catch_up.run(peer, self._head_of(peer))
+
+    def _head_of(self, peer: PeerId) -> int:
+        known = self.membership.table.newest(peer)
+        return known.head_round if known else 0
+
+    async def _switch(self, first: int) -> None:
+        self.presence.ready = None
+        await self.driver.switch(first)
+        if self.config.node.role == TRAINER:
+            await self.compute.rebase()
+        self.head_watch.moved()
+
     def _take_certificate(self, certificate: Certificate, peer: PeerId) -> None:
         self.driver.receive(Certified(certificate=certificate), peer)
-
-    async def _wait_past(self, number: int, timeout_s: float) -> bool:
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while self.core.head.round <= number and asyncio.get_running_loop().time() < deadline:
-            await self._wait_head(0.5)
-        return self.core.head.round > number
-
-    async def _wait_head(self, timeout_s: float) -> None:
-        self._head_moved.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._head_moved.wait()
 
     def _donors(self, number: int) -> tuple[PeerId, ...]:
         live = self.membership.table.live()
@@ -587,16 +589,9 @@ class Daemon:
         self.reporter.happen(HappeningKind.TRAINER, text, Severity.ERROR)
         self.membership.announce()
 
-    async def _watch_disk(self) -> None:
-        """Stop voting while there still is space to go on serving."""
-        least = self.config.store.free_gib_min
-        while True:
-            free_gib = shutil.disk_usage(self.config.data_path).free / 2**30
-            if free_gib < least:
-                self._disk_failed(Failure.DISK_FULL, f"{free_gib:.2f} GiB are free, store.free_gib_min is {least:g}")
-                self.driver.halt()
-                return
-            await asyncio.sleep(DISK_PERIOD_S)
+    def _disk_fills_up(self, detail: str) -> None:
+        self._disk_failed(Failure.DISK_FULL, detail)
+        self.driver.halt()
 
     def _disk_failed(self, reason: Failure, detail: str) -> None:
         self.reporter.disk_failed = detail

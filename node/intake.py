@@ -21,15 +21,10 @@ from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
     ROUND_MESSAGES,
     LedgerEntries,
-    Nack,
-    PartDone,
-    Promise,
     Refused,
-    Vote,
     decode_message_untrusted,
     encode_message,
 )
-from shoal.protocol.round_state import round_of
 
 TOLD_MAX = 1024
 TOLD = (Refusal.WRONG_SWARM, Refusal.WRONG_VERSION, Refusal.WRONG_BASE)
@@ -41,7 +36,6 @@ log = logging.getLogger("shoal")
 class IntakePorts:
     """Where decoded messages go, and what else has to end when a peer is hung up on."""
 
-    standing: Callable[[], tuple[int, int]]  # the round and the attempt that this peer is in
     round_message: Callable[[ROUND_MESSAGES, PeerId], None]
     presence: Callable[[bytes, PeerId], None]
     entries: Callable[[LedgerEntries], Awaitable[object]]
@@ -91,10 +85,7 @@ class Intake:
         try:
             message = decode_message_untrusted(self._swarm, payload)
             if isinstance(message, ROUND_MESSAGES):
-                stale = find_stale(message, *ports.standing())
-                if stale is not None:
-                    self.drop(peer, stale)
-                ports.round_message(message, peer)  # the core answers some of those that it drops
+                ports.round_message(message, peer)
             elif isinstance(message, LedgerEntries):
                 ports.spawn(self._take_entries(peer, message))
             elif isinstance(message, Refused):
@@ -196,15 +187,3 @@ class Intake:
     async def _tell(self, peer: PeerId, payload: bytes) -> None:
         with suppress(PeerUnreachable):
             await self._control.send(peer, payload)
-
-
-def find_stale(message: ROUND_MESSAGES, round_number: int, attempt: int) -> Refusal | None:
-    """Why a message can come to nothing: it is of another round than this one and the next, or of an attempt that is
-    over. Honest peers send such, because they do not know better."""
-    number = round_of(message)
-    if not round_number <= number <= round_number + 1:
-        return Refusal.WRONG_ROUND
-    # A plan or a proposal of a lower attempt may still be followed: only a promise binds.
-    if isinstance(message, Promise | Nack | PartDone | Vote) and number == round_number and message.attempt < attempt:
-        return Refusal.WRONG_ATTEMPT
-    return None

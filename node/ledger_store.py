@@ -10,7 +10,8 @@ log, `synchronous=FULL`). Other peers' batches are stored without waiting for th
 comes back by reconciliation. Batches are to be appended in the order in which the ledger accepted or wrote them.
 
 Invariants: the file belongs to one process at a time, so that two daemons cannot sign with one chain; no own batch is
-stored whose sequence numbers are not above all own ones before; a round's certified result never changes.
+stored whose sequence numbers are not above all own ones before; a round's certified result never changes, unless a
+re-root has parted the log: then what is given up is put aside and kept.
 """
 
 import sqlite3
@@ -52,6 +53,14 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             value BLOB NOT NULL,
             PRIMARY KEY (namespace, key)
         ) STRICT, WITHOUT ROWID""",
+    ),
+    (
+        """CREATE TABLE abandoned (
+            round INTEGER NOT NULL,
+            result_digest BLOB NOT NULL,
+            body BLOB NOT NULL,
+            PRIMARY KEY (round, result_digest)
+        ) STRICT""",
     ),
 )
 
@@ -172,6 +181,15 @@ class LedgerStore:
                 self._connection.execute("INSERT INTO certificates VALUES (?, ?, ?)", values)
             elif row != (certificate.result_digest,):
                 raise ProtocolError(Refusal.EQUIVOCATION, f"round {certificate.round} is certified with another result")
+
+    def abandon_certificates(self, first: int) -> None:
+        """Put the certificates from round `first` on aside, with full durability: another log goes on from there."""
+        with self._transaction(is_full=True):
+            self._connection.execute(
+                "INSERT OR IGNORE INTO abandoned SELECT round, result_digest, body FROM certificates WHERE round >= ?",
+                (first,),
+            )
+            self._connection.execute("DELETE FROM certificates WHERE round >= ?", (first,))
 
     def get_certificate(self, round_number: int) -> StoredCertificate | None:
         """The certificate of this round, or None."""

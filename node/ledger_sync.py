@@ -30,6 +30,7 @@ from shoal.protocol.messages import (
 )
 from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted, encode_record
 
+RECONCILE_PERIOD_S = 10.0
 PUSH_PEERS = 4  # new entries go to so many peers at once; reconciliation brings them to the others
 ROUND_TRIPS_MAX = 8
 
@@ -159,8 +160,22 @@ class LedgerSync:
             payload = following.reply
         return fresh
 
-
-RECONCILE_ERRORS = (PeerUnreachable, RequestRefused, ProtocolError)
+    async def keep_up(self, list_live: Callable[[], tuple[PeerId, ...]], incarnation: int) -> None:
+        """Compare ledgers with some live peer, period after period; write the own lease once that has been done."""
+        leased = False
+        while True:
+            live = list_live()
+            if live:
+                # Not entropy that anybody could exploit: any spread over the peers does.
+                peer = live[_wall_ms() % len(live)]
+                try:
+                    await self.reconcile(peer)
+                except (PeerUnreachable, RequestRefused, ProtocolError) as error:
+                    log.debug("ledgers were not compared: %s", error)
+            if not leased:
+                leased = True
+                await self.write_lease(incarnation.to_bytes(8, "big"), live)
+            await asyncio.sleep(RECONCILE_PERIOD_S)
 
 
 def _wall_ms() -> int:

@@ -140,7 +140,13 @@ class LocalState:
             assert found is not None, "a round is committed when every byte of its update is held"
             encoded[part.digest] = found
         self.stores.blobs.sync(encoded)
-        self.save_certificate(certificate)
+        try:
+            self.save_certificate(certificate)
+        except ProtocolError as error:
+            # A catch-up stored another log's certificates ahead of the state; the round core has judged this one.
+            log.warning("%s; what was stored ahead is put aside", error)
+            self.stores.ledger.abandon_certificates(result.round)
+            self.save_certificate(certificate)
         head = self._advance(result, encoded)
         self._remember(head)
         return head
@@ -219,6 +225,26 @@ class LocalState:
             self.head = head
             self._remember(head)
             await self._try_snapshot()
+
+    def genesis(self) -> Head:
+        """Round 0. Its state root is not computed: only the digest and the voters are to be used."""
+        return genesis_head(self._manifest, self._swarm, b"")
+
+    async def rewind(self, first: int) -> Head:
+        """Give up the rounds from `first` on: another log of this swarm stays (protocol.lineage). Their certificates
+        are put aside; the state becomes the newest one before them that this disk can prove. The residual stays: what
+        was merged and not sent is still owed. Raises StoreError."""
+        async with self.lock:
+            self.head = await asyncio.to_thread(self._rewind, first)
+        return self.head
+
+    def _rewind(self, first: int) -> Head:
+        self.stores.ledger.abandon_certificates(first)
+        for number in self.stores.snapshots.rounds():
+            if number >= first:
+                self.stores.snapshots.remove(number)
+        self.roots = {number: root for number, root in self.roots.items() if number < first}
+        return self.restore_now()
 
     async def finish(self) -> None:
         """Let a snapshot that is being written come to its end."""

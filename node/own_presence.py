@@ -50,6 +50,7 @@ class OwnPresence:
             head_round=head.round,
             head_digest=head.digest,
             state_root=head.state_root,
+            attempt=self.core.attempt,
             phase=self.core.phase.value,
             tensor_addresses=self._tensor_addresses(),
             control_addresses=self.control.addresses()[:ADDRESSES_MAX],

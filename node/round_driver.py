@@ -25,6 +25,7 @@ from shoal.protocol.effects import (
     Commit,
     Effect,
     FetchBlob,
+    Forked,
     Note,
     PartReassigned,
     Persist,
@@ -36,7 +37,7 @@ from shoal.protocol.effects import (
     SendPart,
     SendResult,
 )
-from shoal.protocol.errors import Failure, ProtocolError
+from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import ROUND_MESSAGES, Certificate, encode_message
 from shoal.protocol.quorum import Head
@@ -54,6 +55,8 @@ class DriverPorts:
     committed: Callable[[Certificate, Head], Awaitable[None]]
     begun: Callable[[], None]
     behind: Callable[[Behind], None]
+    forked: Callable[[Forked], None]
+    dropped: Callable[[PeerId, Refusal], None]
     misbehaved: Callable[[PeerId, ProtocolError], None]
     disk_failed: Callable[[Failure, str], None]
     spawn: Callable[[Coroutine[object, object, object]], None]
@@ -114,7 +117,9 @@ class RoundDriver:
     def receive(self, message: ROUND_MESSAGES, sender: PeerId) -> None:
         """Hand a peer's message to the core; a peer that must not send it is reported."""
         try:
-            self.core.receive(message, sender, self.now())
+            dropped = self.core.receive(message, sender, self.now())
+            if dropped is not None and sender != self._me:
+                self._ports.dropped(sender, dropped)
         except ProtocolError as error:
             self._ports.misbehaved(sender, error)
         self.pump()
@@ -163,6 +168,8 @@ class RoundDriver:
                 await self._commit(effect)
             case Behind():
                 self._ports.behind(effect)
+            case Forked():
+                self._ports.forked(effect)
             case PhaseEntered() | Planned() | AttemptFailed() | PartReassigned() | SenderMissing():
                 self._ports.note(effect)
 
@@ -205,4 +212,14 @@ class RoundDriver:
             self._effects.clear()
             self._exchange.finish_round()
             self.core.applied(head, self.now())
+        self.pump()
+
+    async def switch(self, first: int) -> None:
+        """Go back to before round `first`: the log parts there, and the other one stays. Raises StoreError."""
+        async with self._working:
+            head = await self._state.rewind(first)
+            self.core.take_effects()
+            self._effects.clear()
+            self._exchange.finish_round()
+            self.core.switch(head, self.now())
         self.pump()

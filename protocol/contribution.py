@@ -73,8 +73,11 @@ class Contributor:
         )
 
     def settle(self, frozen: Frozen, result: Result, index: int) -> tuple[int, ...]:
-        """Take over the residual of the parts that were certified with roster member `index`; which parts those are."""
+        """Take over the residual of the parts that were certified with roster member `index`; which parts those are.
+        None, where the certificate counts another contribution of this peer: one that it made before a restart."""
         assert frozen.round == result.round, "a contribution is settled by its own round"
+        if result.members[index].contribution_root != frozen.root:
+            return ()
         included = tuple(part for part, one in enumerate(result.parts) if has_member(one.contributors, index))
         for part in included:
             first, end = self._manifest.part_range(part)

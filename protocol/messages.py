@@ -75,6 +75,7 @@ class Presence:
     head_round: U63
     head_digest: Bytes32
     state_root: Bytes32
+    attempt: U32  # of the round after the head
     phase: Reason
     tensor_addresses: Annotated[tuple[Text, ...], Bound(0, ADDRESSES_MAX)]
     control_addresses: Annotated[tuple[Text, ...], Bound(0, ADDRESSES_MAX)]
@@ -127,9 +128,10 @@ class PartDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """Who took part, as the certificate tells it; credit is derived from this."""
+    """Who took part, and with which contribution, as the certificate tells it; credit is derived from this."""
 
     peer: Peer
+    contribution_root: Bytes32
     tokens: U63
     steps: U63
     weight: float

@@ -61,8 +61,14 @@ class ReadyPace:
                 del self._began_s[next(iter(self._began_s))]
             self._began_s[peer] = now
 
+    def begin(self, peers: tuple[PeerId, ...], now: float) -> None:
+        """A round begins for these peers; who works on since an earlier one goes on counting from there."""
+        for peer in peers:
+            if peer not in self._began_s and len(self._began_s) < PEERS_MAX:
+                self._began_s[peer] = now
+
     def note_ready(self, peer: PeerId, now: float) -> None:
-        """The peer's first READY since it was included."""
+        """The peer's first READY since it was included, or since a round began for it."""
         began_s = self._began_s.pop(peer, None)
         if began_s is not None:
             _learn(self._durations, peer, now - began_s)

@@ -152,6 +152,7 @@ def make_result(
     members = tuple(
         Member(
             peer=entry.signed.peer,
+            contribution_root=entry.signed.ready.contribution_root,
             tokens=entry.signed.ready.tokens,
             steps=entry.signed.ready.steps,
             weight=entry.weight,

@@ -24,6 +24,7 @@ from shoal.protocol.messages import (
     Locked,
     Nack,
     Prepare,
+    Presence,
     Promise,
     Proposal,
     Result,
@@ -103,6 +104,19 @@ class RoundBallot(RoundState):
         if len(result.voters) > max(self._rules.voters_max, len(self.head.voters)):
             raise ProtocolError(Refusal.LIMIT, f"{len(result.voters)} voters, at most {self._rules.voters_max}")
 
+    def _sync_attempt(self, presence: Presence, now: float) -> None:
+        """Where members may lie, nobody follows one voter's word to a later attempt. But when so many are ahead that no
+        quorum is left here, one of them is honest, and this attempt is over (as in PBFT's view change)."""
+        if not self._needs_locks() or presence.peer not in self.head.voters or self._decided:
+            return
+        if presence.head_round != self.head.round or presence.head_digest != self.head.digest:
+            return
+        self._attempts_heard[presence.peer] = presence.attempt
+        ahead = sorted(self._attempts_heard.values(), reverse=True)
+        needed = self._blocking_size()
+        if len(ahead) >= needed and self.attempt < ahead[needed - 1] < REROOT_ATTEMPT:
+            self._fail_attempt(Failure.SUPERSEDED, presence.peer, now, ahead[needed - 1])
+
     # -- phase 1: promises -----------------------------------------------------------------------------------------
 
     def _prepare(self, now: float) -> None:
@@ -115,6 +129,11 @@ class RoundBallot(RoundState):
             if peer != self._me and peer not in self._lost:
                 self._send(peer, Prepare(round=self.round, attempt=attempt))
         self._take_promise(self._promise(attempt), self._me, now)
+
+    def _prepare_again(self, peer: PeerId) -> None:
+        """A voter that was not heard before cannot have got the prepare."""
+        if self._lead and self.phase is Phase.PREPARE and peer in self.head.voters:
+            self._send(peer, Prepare(round=self.round, attempt=self._lead.attempt))
 
     def _promise(self, attempt: int) -> Promise:
         return Promise(
@@ -155,8 +174,10 @@ class RoundBallot(RoundState):
         self._check_voter(sender)
         self._check_jump(message.promised)
         self._lead.nacks[sender] = message.promised
-        # One word is enough where nobody lies; otherwise so many that no quorum is left without them.
-        needed = len(self.head.voters) - self._quorum_size() + 1 if self._needs_locks() else 1
+        # One word is enough to begin elsewhere. What is under way, or where members may lie, is given up for so many
+        # that no quorum is left without them.
+        begins = self.phase in (Phase.PREPARE, Phase.GATHER) and not self._needs_locks()
+        needed = 1 if begins else self._blocking_size()
         if len(self._lead.nacks) >= needed:
             promised = sorted(self._lead.nacks.values())[-needed]
             self._fail_attempt(Failure.SUPERSEDED, sender, now, promised)
@@ -230,7 +251,8 @@ class RoundBallot(RoundState):
         if proposal.attempt > self.attempt:
             self._enter_attempt(proposal.attempt, now)
         self._proposal = proposal
-        self._voted = False
+        self._voted = self._locks_sent = False
+        self._locked = None  # of an earlier attempt's proposal
         self._fetch_s = now + FETCH_DELAY_S
         self._set_phase(Phase.COMMIT, now + self._rules.commit_timeout_s * self._backoff())
 
@@ -372,7 +394,7 @@ class RoundBallot(RoundState):
         """A voter among a quorum of live ones stays with them, unless the owner has spoken."""
         if not is_reroot(certificate) or {vote.voter for vote in certificate.votes} == {self._authority.owner}:
             return True
-        return not self._votes() or self._live_voters() < self._quorum_size()
+        return not self._votes() or not self._has_quorum()
 
     def _apply_if_held(self, now: float) -> None:
         assert self._decided is not None
@@ -420,7 +442,7 @@ class RoundBallot(RoundState):
 
     def _watch_quorum(self, now: float) -> None:
         """After the declared timer the peers that are left name new voters among themselves."""
-        if self._live_voters() >= self._quorum_size():
+        if self._has_quorum():
             self._alone_since_s = None
             return
         if self._alone_since_s is None:

@@ -70,6 +70,7 @@ class RoundView:
     roster: tuple[PeerId, ...]
     last_failure: Failure | None
     last_failure_peer: PeerId | None
+    has_quorum: bool  # whether enough voters are in sight; without them everybody trains on and waits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +131,7 @@ class RoundState:
         self._declared: Lead | None = None
         self._slow_owners: set[PeerId] = set()
         self._had_ready: set[PeerId] = set()
+        self._attempts_heard: dict[PeerId, int] = {}
         self._failures = 0
         self._last_failure: Failure | None = None
         self._last_failure_peer: PeerId | None = None
@@ -172,6 +174,7 @@ class RoundState:
     def view(self) -> RoundView:
         """A snapshot for people and metrics."""
         deadline_s, deadline_name = self._deadline()
+        is_waiting = self._waits_for_quorum()
         return RoundView(
             round=self.round,
             attempt=self.attempt,
@@ -182,8 +185,9 @@ class RoundState:
             waiting_for=self._waiting_for(),
             ready=tuple(sorted(self._ready_members())),
             roster=self._roster_peers(),
-            last_failure=self._last_failure,
-            last_failure_peer=self._last_failure_peer,
+            last_failure=Failure.NO_QUORUM if is_waiting else self._last_failure,
+            last_failure_peer=None if is_waiting else self._last_failure_peer,
+            has_quorum=self._has_quorum(),
         )
 
     def _deadline(self) -> tuple[float | None, str | None]:
@@ -217,6 +221,17 @@ class RoundState:
 
     def _quorum_size(self) -> int:
         return quorum_size(len(self.head.voters), self._authority.rule)
+
+    def _blocking_size(self) -> int:
+        """So many voters that without them there is no quorum."""
+        return len(self.head.voters) - self._quorum_size() + 1
+
+    def _has_quorum(self) -> bool:
+        """Whether enough voters are in sight to certify anything."""
+        return self._live_voters() >= self._quorum_size()
+
+    def _waits_for_quorum(self) -> bool:
+        return self.phase in (Phase.GATHER, Phase.PREPARE) and not self._has_quorum()
 
     def _live_voters(self) -> int:
         return sum(peer == self._me or peer in self._members for peer in self.head.voters)
@@ -301,6 +316,8 @@ class RoundState:
             return tuple(late) or (self._proposer(),)
         if self.phase is Phase.COMMIT and self._lead:
             return tuple(sorted(set(self.head.voters) - set(self._lead.votes)))
+        if self._waits_for_quorum():
+            return tuple(sorted(peer for peer in self.head.voters if peer not in self._members and peer != self._me))
         if self.phase is Phase.GATHER:
             ready = self._ready_members()
             return tuple(sorted(peer for peer, known in self._members.items() if known.trains and peer not in ready))

@@ -68,8 +68,11 @@ class RoundCore(RoundExchange):
     def observe(self, presence: Presence, now: float) -> None:
         """A verified presence that is newer than what was known: this peer is alive."""
         peer = presence.peer
+        if peer not in self._members:
+            self._prepare_again(peer)
         self._members[peer] = presence
         self._lost.discard(peer)
+        self._sync_attempt(presence, now)
         digest = self._log.get(presence.head_round)
         if digest is not None and digest != presence.head_digest:
             self._note_fork(peer, now)
@@ -247,6 +250,8 @@ class RoundCore(RoundExchange):
 
     def _begin_round(self, head: Head, now: float) -> None:
         self._began_s = now
+        trainers = tuple(sorted(peer for peer, known in self._members.items() if known.trains))
+        self._ready_pace.begin((*trainers, self._me) if self._trains else trainers, now)
         self._clear_round(head)
         self._begin_attempt(now)
         early, self._early = self._early, []
@@ -269,8 +274,13 @@ class RoundCore(RoundExchange):
         if self._decided:
             self._apply_if_held(now)
             return
+        if self._waits_for_quorum():
+            self._wait_for_quorum()
+            return
         if self._proposer() in self._lost and not self._lost.issuperset(self._order):
             self._fail_attempt(Failure.PROPOSER_LOST, self._proposer(), now)
+        elif self.phase is Phase.PREPARE and self._deadline_s is None:
+            self._deadline_s = now + self._rules.plan_timeout_s * self._backoff()  # a quorum has come into sight
         elif self._deadline_s is not None and now >= self._deadline_s:
             self._fail_attempt(PHASE_TIMEOUTS[self.phase], self._proposer(), now)
         if self.phase is Phase.GATHER:
@@ -282,6 +292,12 @@ class RoundCore(RoundExchange):
         if self.phase is Phase.COMMIT and self._proposal:
             self._fetch_missing(self._proposal.result, now)
             self._vote_if_held()
+
+    def _wait_for_quorum(self) -> None:
+        """Without a quorum in sight nothing can be certified in any attempt: no clock runs, and none is given up."""
+        self._deadline_s = None
+        if self._lead:
+            self._lead.grace_ends_s = self._lead.awaited_until_s = None
 
     def _gather(self, now: float) -> None:
         ready = self._ready_members()

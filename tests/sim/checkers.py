@@ -264,7 +264,9 @@ class Checker:
         following = core._proposal.attempt if core._proposal else core.attempt
         at = (core.round, core.attempt, following, core.phase)
         since = self._phases.get(me)
-        if since is None or since[0] != at:
+        # Nothing can be certified in any attempt while no quorum is in sight: then no attempt is under way.
+        waits = core.phase in (Phase.GATHER, Phase.PREPARE) and not core._has_quorum()
+        if since is None or since[0] != at or waits:
             self._phases[me] = (at, peer.clock(), peer.paused_s)
         else:
             awake_s = peer.clock() - since[1] - (peer.paused_s - since[2]) * (1 + DRIFT_MAX)

@@ -223,6 +223,7 @@ class SimPeer(SimMachine):
             head_round=head.round,
             head_digest=head.digest,
             state_root=head.state_root,
+            attempt=self.core.attempt,
             phase=self.core.phase.value,
             tensor_addresses=(),
             control_addresses=(),

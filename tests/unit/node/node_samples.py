@@ -23,13 +23,12 @@ from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
 from shoal.node.conduct import Conduct
 from shoal.node.config import BOOTSTRAP, TRAINER, NodeConfig, NodeTable
-from shoal.node.control import ControlConfig, ControlHandlers, ControlPlane, ControlStopped
+from shoal.node.control import ControlConfig, ControlHandlers, ControlStopped
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed
 from shoal.node.intake import Intake, IntakePorts
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.ledger_sync import LedgerSync
-from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState, Stores
@@ -44,7 +43,7 @@ from shoal.node.snapshots import SnapshotStore
 from shoal.node.training.messages import Ready as TrainerReady
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Frozen
-from shoal.protocol.effects import Behind, Note
+from shoal.protocol.effects import Behind, Forked, Note
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import Layout, TensorSpec
@@ -74,7 +73,8 @@ from shoal.protocol.round_state import Offer, Setting
 from shoal.protocol.rounds import RoundCore
 from shoal.protocol.state import SnapshotIndex, chunk_digests
 from shoal.protocol.wire import encode_record
-from tests.sim.memory_control import MemoryControl, MemoryNetwork
+from tests.sim.memory_control import MemoryNetwork
+from tests.unit.node.planes import MakeControl, in_memory
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
 PATIENCE_S = 20.0
@@ -214,20 +214,6 @@ def fill_folder(swarm: Swarm, folder: Path, chain: Chain) -> None:
         connection.executemany("INSERT INTO certificates VALUES (?, ?, ?)", rows)
 
 
-# -- a control plane ---------------------------------------------------------------------------------------------------
-
-MakeControl = Callable[[Swarm, ControlConfig, ControlHandlers], ControlPlane]
-
-
-def in_memory(swarm: Swarm, config: ControlConfig, handlers: ControlHandlers) -> ControlPlane:
-    return MemoryControl(swarm.network, config, handlers)
-
-
-def over_libp2p(swarm: Swarm, config: ControlConfig, handlers: ControlHandlers) -> ControlPlane:
-    """The real one, on loopback."""
-    return Libp2pHost(config, handlers)
-
-
 # -- a peer ----------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +235,7 @@ class Peer:
         self.notes: list[Note] = []
         self.commits: list[Head] = []
         self.behinds: list[Behind] = []
+        self.forks: list[Forked] = []
         self.disk_failures: list[tuple[Failure, str]] = []
         self.misbehaviours: list[tuple[PeerId, Refusal]] = []
         self.tensor_refusals: list[tuple[PeerId | None, Refusal]] = []
@@ -278,7 +265,7 @@ class Peer:
             on_peer_lost=self._disconnected,
             on_misbehaviour=self.intake.misbehaved,
         )
-        self.control = MeteredControl(make_control(swarm, config, handlers))
+        self.control = MeteredControl(make_control(swarm.network, config, handlers))
         self.reporter.control_bytes = self.control.bytes
         self.exchange = PartExchange(self.me, swarm.manifest, stores.blobs, stores.snapshots)
         self.links = TensorLinks(self.identity, swarm.id, LINKS, self.exchange)
@@ -297,7 +284,6 @@ class Peer:
         self.intake.open(
             self.control,
             IntakePorts(
-                standing=lambda: (self.core.round, self.core.attempt),
                 round_message=self.driver.receive,
                 presence=self.membership.take_presence,
                 entries=self.ledger.take,
@@ -326,6 +312,8 @@ class Peer:
                 committed=self._committed,
                 begun=self._begun,
                 behind=self.behinds.append,
+                forked=self.forks.append,
+                dropped=lambda peer, refusal: self.intake.drop(peer, refusal),
                 misbehaved=self.misbehaved,
                 disk_failed=self._disk_failed,
                 spawn=self.spawn,

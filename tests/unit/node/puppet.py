@@ -19,7 +19,8 @@ from shoal.protocol.messages import (
     sign_message,
 )
 from tests.unit.node.link_harness import RecordingSink
-from tests.unit.node.node_samples import LINKS, MakeControl, Peer, Swarm, in_memory
+from tests.unit.node.node_samples import LINKS, Peer, Swarm
+from tests.unit.node.planes import MakeControl, in_memory
 from tests.unit.protocol.samples import IDENTITIES
 
 M = TypeVar("M")
@@ -49,7 +50,7 @@ class Puppet:
             on_peer_connected=lambda peer: None,
             on_peer_lost=lambda peer: None,
         )
-        self.control = make_control(swarm, config, handlers)
+        self.control = make_control(swarm.network, config, handlers)
 
     def _hear(self, peer: PeerId, payload: bytes) -> None:
         self.payloads.append(payload)
@@ -85,6 +86,7 @@ class Puppet:
             head_round=head.round,
             head_digest=head.digest,
             state_root=head.state_root,
+            attempt=0,
             phase="gather",
             tensor_addresses=(),
             control_addresses=self.control.addresses(),

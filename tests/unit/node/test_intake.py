@@ -13,13 +13,11 @@ from blake3 import blake3
 from shoal.node.conduct import LATE_MAX, LIES_MAX, REFUSED_S
 from shoal.node.control import PeerUnreachable, RequestRefused
 from shoal.node.happenings import HappeningKind
-from shoal.node.intake import find_stale
 from shoal.node.link_port import LinkLost
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
 from shoal.protocol.identity import short_peer_id
 from shoal.protocol.messages import (
-    ROUND_MESSAGES,
     Contribution,
     GetPeers,
     LedgerEntries,
@@ -27,22 +25,19 @@ from shoal.protocol.messages import (
     Nack,
     PeersAnswer,
     Prepare,
-    Promise,
     Refused,
     decode_message_untrusted,
 )
 from tests.unit.node.exposition import count_refused, read
 from tests.unit.node.link_harness import Proxy
 from tests.unit.node.node_samples import (
-    MakeControl,
     Peer,
-    in_memory,
     make_samples,
     open_peer,
     open_peers,
-    over_libp2p,
     wait_until,
 )
+from tests.unit.node.planes import MakeControl, in_memory, over_libp2p
 from tests.unit.node.puppet import Puppet, open_puppet
 
 # An account drains while it is filled: one lie more than fill it at once is enough within some seconds.
@@ -141,27 +136,6 @@ async def test_a_question_that_no_honest_peer_asks_costs_the_asker(tmp_path: Pat
             await puppet.control.request(peer.me, puppet.encode(Prepare(round=1, attempt=1)))
         assert caught.value.refusal is Refusal.UNKNOWN_TYPE
         assert count_refused(peer, "unknown_type", "control") == 1
-
-
-@pytest.mark.parametrize(
-    ("message", "stale"),
-    [
-        (Prepare(round=6, attempt=9), Refusal.WRONG_ROUND),
-        (Prepare(round=9, attempt=0), Refusal.WRONG_ROUND),
-        (Prepare(round=8, attempt=0), None),
-        (Contribution(round=6, digests=(bytes(32),)), Refusal.WRONG_ROUND),
-        (Nack(round=7, attempt=1, promised=3), Refusal.WRONG_ATTEMPT),
-        (Nack(round=7, attempt=2, promised=3), None),
-        (Nack(round=8, attempt=0, promised=3), None),
-        (Promise(round=7, attempt=0, accepted_attempt=0, accepted=None), Refusal.WRONG_ATTEMPT),
-        (Prepare(round=7, attempt=0), None),
-        (Contribution(round=7, digests=(bytes(32),)), None),
-    ],
-)
-def test_messages_of_other_rounds_and_attempts_are_known_by_their_numbers(
-    message: ROUND_MESSAGES, stale: Refusal | None
-) -> None:
-    assert find_stale(message, 7, 2) is stale
 
 
 async def test_parts_of_another_round_and_parts_twice_are_counted(tmp_path: Path) -> None:

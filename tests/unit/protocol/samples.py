@@ -28,6 +28,9 @@ from shoal.protocol.quorum import Authority, Head, QuorumRule, make_bitmap
 
 IDENTITIES = tuple(sorted((Identity(bytes([seed]) * 32) for seed in range(1, 9)), key=lambda one: one.peer))
 PEERS = tuple(one.peer for one in IDENTITIES)
+# The same and many more, for whoever needs a crowd; only the first eight are in the order of their ids.
+CROWD = IDENTITIES + tuple(Identity(bytes([seed]) * 32) for seed in range(9, 49))
+CROWD_PEERS = tuple(one.peer for one in CROWD)
 BY_PEER = {one.peer: one for one in IDENTITIES}
 SWARM = b"s" * 32
 OTHER_SWARM = b"t" * 32
@@ -87,13 +90,13 @@ def make_ready(
         norm=1.0,
         owns=owns,
     )
-    return sign_ready(IDENTITIES[number], swarm, ready)
+    return sign_ready(CROWD[number], swarm, ready)
 
 
 def make_presence(number: int, sequence: int = 1, **changes: object) -> Presence:
     """A signed presence of peer `number`; `changes` are other values of its fields."""
     presence = Presence(
-        peer=PEERS[number],
+        peer=CROWD_PEERS[number],
         incarnation=1,
         sequence=sequence,
         sent_at_s=0.0,
@@ -103,13 +106,14 @@ def make_presence(number: int, sequence: int = 1, **changes: object) -> Presence
         head_round=0,
         head_digest=SWARM,
         state_root=b"r" * 32,
+        attempt=0,
         phase="gather",
         tensor_addresses=(),
         control_addresses=(),
         tokens_per_s=1.0,
         ready=None,
     )
-    return sign_message(IDENTITIES[number], SWARM, replace(presence, **changes))  # type: ignore[arg-type]
+    return sign_message(CROWD[number], SWARM, replace(presence, **changes))  # type: ignore[arg-type]
 
 
 def make_sample_result(head: Head, members: int = 3, parts: int = PARTS, label: str = "update") -> Result:

@@ -1,0 +1,126 @@
+"""When another peer's log parts from ours: compare the two, and go over to the heavier one.
+
+It happens after a re-root only (protocol.lineage). What the lighter side certified since is put aside on the disk, its
+local parameters stay with the trainer, and the rounds of the heavier log come by catch-up.
+
+Invariants: nothing is given up before the other log is checked, certificate by certificate, back to the common round;
+one comparison at a time; at most ROUNDS_MAX rounds are asked for.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from shoal.node.control import PeerUnreachable, RequestRefused
+from shoal.node.ledger_store import StoreError
+from shoal.node.local_state import LocalState
+from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.identity import PeerId, short_peer_id
+from shoal.protocol.lineage import Weight, check_stretch, find_parting, is_lawful, weigh
+from shoal.protocol.messages import CERTIFICATES_PER_ANSWER, Certificate, digest_record
+from shoal.protocol.quorum import Authority
+
+ROUNDS_MAX = 4096
+
+log = logging.getLogger("shoal")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartingPorts:
+    """`ask` gets certificates of consecutive rounds from a peer; `head_of` is the newest round that it has announced;
+    `switch` goes back to before a round."""
+
+    ask: Callable[[PeerId, int, int], Awaitable[tuple[Certificate, ...]]]
+    head_of: Callable[[PeerId], int]
+    switch: Callable[[int], Awaitable[None]]
+    misbehaved: Callable[[PeerId, ProtocolError], None]
+    happen: Callable[[str], None]
+
+
+class Parting:
+    """`run` may be called whenever a peer is seen on another log."""
+
+    def __init__(self, state: LocalState, authority: Authority, ports: PartingPorts) -> None:
+        self._state = state
+        self._authority = authority
+        self._ports = ports
+        self._active = False
+
+    async def run(self, peer: PeerId) -> bool:
+        """Compare with this peer's log; whether this peer has left its own."""
+        if self._active:
+            return False
+        self._active = True
+        try:
+            return await self._compare(peer)
+        except (PeerUnreachable, RequestRefused, StoreError) as error:
+            log.info("the log of %s was not compared: %s", short_peer_id(peer), error)
+        except ProtocolError as error:
+            self._ports.misbehaved(peer, error)
+        finally:
+            self._active = False
+        return False
+
+    async def _compare(self, peer: PeerId) -> bool:
+        found = await self._find(peer)
+        if found is None:
+            return False
+        mine, theirs = found
+        first = theirs[0].result.round
+        if not is_lawful(mine[0], theirs[0]):
+            problem = f"round {first} is certified with two results and no re-root: a quorum of its voters has lied"
+            raise ProtocolError(Refusal.EQUIVOCATION, problem)
+        before = (await asyncio.to_thread(self._state.load_certificates, first - 1, 1)) if first > 1 else ()
+        genesis = self._state.genesis()
+        previous = digest_record(before[0].result) if before else genesis.digest
+        voters = before[0].result.voters if before else genesis.voters
+        await asyncio.to_thread(check_stretch, previous, voters, theirs, self._authority)
+        own, other = weigh(mine), weigh(theirs)
+        if own >= other:
+            log.debug("stays with its own log, which parts from that of %s at round %d", short_peer_id(peer), first)
+            return False
+        self._ports.happen(self._tell(peer, first, own, other))
+        await self._ports.switch(first)
+        return True
+
+    def _tell(self, peer: PeerId, first: int, own: Weight, other: Weight) -> str:
+        return (
+            f"the swarm's log parts at round {first}: going over to that of {short_peer_id(peer)}, which has "
+            f"{other.tokens} certified tokens since against {own.tokens}; local work is kept"
+        )
+
+    async def _find(self, peer: PeerId) -> tuple[list[Certificate], list[Certificate]] | None:
+        """Both logs from the round where they part to their ends; None when they do not part."""
+        last = min(self._state.head.round, self._ports.head_of(peer))
+        first = last
+        while first > max(0, last - ROUNDS_MAX):
+            start = max(1, first - CERTIFICATES_PER_ANSWER + 1)
+            theirs = await self._ports.ask(peer, start, first - start + 1)
+            mine = await asyncio.to_thread(self._state.load_certificates, start, first - start + 1)
+            parts_at = find_parting(mine, theirs)
+            if parts_at is None:
+                return None
+            if parts_at > start or start == 1:
+                return await self._read_both(peer, parts_at)
+            first = start - 1
+            # The page before this one may agree to its end: then this page's first round is where they part.
+            if await self._agrees(peer, first):
+                return await self._read_both(peer, start)
+        return None
+
+    async def _agrees(self, peer: PeerId, number: int) -> bool:
+        theirs = await self._ports.ask(peer, number, 1)
+        mine = await asyncio.to_thread(self._state.load_certificates, number, 1)
+        return bool(mine and theirs) and mine[0].result == theirs[0].result
+
+    async def _read_both(self, peer: PeerId, first: int) -> tuple[list[Certificate], list[Certificate]]:
+        theirs: list[Certificate] = []
+        while len(theirs) < ROUNDS_MAX:
+            page = await self._ports.ask(peer, first + len(theirs), CERTIFICATES_PER_ANSWER)
+            theirs += page
+            if len(page) < CERTIFICATES_PER_ANSWER:
+                break
+        count = self._state.head.round - first + 1
+        mine = await asyncio.to_thread(self._state.load_certificates, first, count)
+        return list(mine), theirs
