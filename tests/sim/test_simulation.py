@@ -1,19 +1,22 @@
-"""The simulator in the test run: fixed seeds are clean and repeatable, and planted bugs are caught."""
+"""The simulator in the test run: fixed seeds are clean and repeatable, and what it says of itself is true."""
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from shoal.protocol.effects import Persist
+from shoal.protocol.errors import Refusal
+from tests.sim.campaign import main
 from tests.sim.checkers import InvariantBroken
-from tests.sim.peer import SimPeer
-from tests.sim.world import World
+from tests.sim.disk import Disk
+from tests.sim.faults import DiskFate, Fault, FaultKind, Lie, Moment
+from tests.sim.shrink import RUNS_MAX, shrink
+from tests.sim.world import Cluster, World
 
-SEEDS = range(700, 716)
-SEEDS_TO_CATCH = 60
+SEEDS = range(702, 710)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -37,71 +40,98 @@ def test_same_seed_same_trace_whatever_the_hash_seed() -> None:
     assert traces[0] == traces[1] != ""
 
 
-def _catches() -> str:
-    for seed in range(1, SEEDS_TO_CATCH):
-        try:
-            World(seed).run()
-        except (InvariantBroken, AssertionError, KeyError) as error:
-            return str(error) or type(error).__name__
-    return ""
+def test_a_run_is_a_function_of_its_seed_and_its_faults() -> None:
+    world = World(704)
+    again = World(704, faults=world.faults)
+    fewer = World(704, faults=world.faults[:-1])
+    traces = [one.run().trace for one in (world, again, fewer)]
+    assert traces[0] == traces[1] != traces[2]
 
 
-def _vote_without_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forget(self: SimPeer, effect: Persist) -> None:
-        self._resume()
-
-    monkeypatch.setattr(SimPeer, "_persist", forget)
-
-
-def _forget_promises(monkeypatch: pytest.MonkeyPatch) -> None:
-    boot = SimPeer.boot
-
-    def restart(self: SimPeer) -> None:
-        self.disk.vote = None
-        boot(self)
-
-    monkeypatch.setattr(SimPeer, "boot", restart)
+def test_every_kind_of_fault_and_lie_is_drawn_and_strikes() -> None:
+    drawn = [fault for seed in range(300) for fault in World(seed).faults]
+    assert {fault.kind for fault in drawn} == set(FaultKind)
+    assert {fault.detail for fault in drawn if fault.kind is FaultKind.LIE} == set(Lie)
+    assert {fault.detail for fault in drawn if fault.kind is FaultKind.CRASH} == set(DiskFate)
+    assert {fault.after for fault in drawn if fault.after} == set(Moment)
 
 
-def _settle_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoal.protocol.contribution import Contributor, Frozen
-    from shoal.protocol.messages import Result
-
-    def settle(self: Contributor, frozen: Frozen, result: Result, index: int) -> tuple[int, ...]:
-        self.residual[:] = frozen.residual_next
-        return ()
-
-    monkeypatch.setattr(Contributor, "settle", settle)
+def test_liars_are_fewer_than_a_third_and_only_where_two_thirds_decide() -> None:
+    for seed in range(200):
+        cluster = World(seed).cluster
+        assert len(cluster.liars) <= (cluster.founders - 1) // 3
+        assert not cluster.liars or cluster.quorum == "two_thirds"
 
 
-def _wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from shoal.protocol.effects import Reduce
-    from shoal.protocol.manifest import Manifest
-
-    honest = World.reduce
-
-    def reduce(self: World, manifest: Manifest, effect: Reduce, encoded: list[bytes]) -> bytes:
-        equal = tuple(replace(entry, weight=0.5) for entry in effect.members[:1]) + effect.members[1:]
-        return honest(self, manifest, replace(effect, members=equal), encoded)
-
-    monkeypatch.setattr(World, "reduce", reduce)
+@pytest.mark.parametrize("lie", list(Lie))
+def test_a_liar_is_refused_or_outvoted_and_nobody_else_is_accused(lie: Lie) -> None:
+    """`World.run` raises when an honest peer is refused, or certifies what a liar made up."""
+    cluster = Cluster(founders=4, first=5, everybody=6, quorum="two_thirds", liars=(1,))
+    lies = Fault(kind=FaultKind.LIE, at_s=5.0, duration_s=100.0, peers=(1,), detail=lie.value)
+    world = World(11, faults=[lies], cluster=cluster)
+    assert world.run().rounds > 10
+    assert world.struck[FaultKind.LIE] == 1
 
 
 @pytest.mark.parametrize(
-    ("plant", "invariant"),
+    ("lie", "refusal"),
     [
-        (_vote_without_disk, "persist before send"),
-        (_forget_promises, ""),
-        (_settle_everything, ""),
-        (_wrong_weights, "result = aggregate"),
+        (Lie.WRONG_PART, Refusal.WRONG_DIGEST),
+        (Lie.NAN_SCALE, Refusal.NOT_FINITE),
+        (Lie.GARBAGE_RESULT, Refusal.NOT_FINITE),
+        (Lie.PLANNED_WEIGHT, Refusal.OUT_OF_RANGE),
+        (Lie.WRONG_LENGTH, Refusal.WRONG_LENGTH),
     ],
 )
-def test_planted_bug_is_caught(
-    plant: Callable[[pytest.MonkeyPatch], None], invariant: str, monkeypatch: pytest.MonkeyPatch
+def test_a_lie_that_shows_is_refused_with_its_reason(lie: Lie, refusal: Refusal) -> None:
+    cluster = Cluster(founders=4, first=4, everybody=4, quorum="two_thirds", liars=(1,))
+    lies = Fault(kind=FaultKind.LIE, at_s=5.0, duration_s=100.0, peers=(1,), detail=lie.value)
+    world = World(12, faults=[lies], cluster=cluster)
+    world.run()
+    assert world.checker.refusals[refusal.value] > 0
+
+
+def test_shrinking_finds_the_faults_that_matter() -> None:
+    runs = []
+
+    def fails(chosen: tuple[int, ...]) -> bool:
+        runs.append(chosen)
+        return {3, 17} <= set(chosen)
+
+    assert shrink(tuple(range(20)), fails, RUNS_MAX) == (3, 17)
+    assert len(runs) <= RUNS_MAX + 1
+
+
+def test_shrinking_stops_in_time_with_what_it_has() -> None:
+    chosen = shrink(tuple(range(64)), lambda some: {0, 31, 63} <= set(some), 5)
+    assert {0, 31, 63} <= set(chosen) and len(chosen) <= 64
+
+
+def test_a_failure_is_replayed_and_shrunk_by_one_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plant(monkeypatch)
-    caught = _catches()
-    assert caught, f"{plant.__name__} went unseen in {SEEDS_TO_CATCH} seeds"
-    assert invariant in caught
+    def forget(self: Disk) -> None:
+        self.under_way = []
+
+    monkeypatch.setattr(Disk, "finish", forget)
+    monkeypatch.setattr(sys, "argv", ["sim", "--first-seed", "700", "--rounds", "1"])
+    assert main() == 1
+    said = capsys.readouterr().out
+    assert "FAILED seed 700, commit " in said and "make sim SEED=700 FAULTS=none" in said
+    monkeypatch.setattr(sys, "argv", ["sim", "--seed", "700", "--faults", "none"])
+    with pytest.raises(InvariantBroken):
+        main()
+
+
+def test_many_seeds_are_summed_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = tmp_path / "summary.json"
+    words = ["--first-seed", "705", "--rounds", "1000000", "--seconds", "0", "--jobs", "2", "--json", str(summary)]
+    monkeypatch.setattr(sys, "argv", ["sim", *words])
+    assert main() == 0
+    said = json.loads(summary.read_text())
+    assert said["seeds"] > 0 and said["rounds"] > said["seeds"] and said["broken"] == []
+    assert said["rounds_per_minute_and_core"] > 0 and said["participants_per_round"] > 1
+    assert said["faults"]["delay"] == said["seeds"] and said["rates_on_share"]["delay_mean_s"] == 1.0
+    assert f"{said['rounds']} rounds" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import Draft, Manifest, Rounds, Task, genesis_head, make_manifest
 from shoal.protocol.messages import Presence, digest_record
 from shoal.protocol.replica import Replica, make_reduction
-from tests.sim import signatures
+from tests.sim import shortcuts, signatures
 from tests.sim.checkers import Checker, broken
 from tests.sim.faults import (
     FAULT_PHASE_S,
@@ -206,6 +206,10 @@ class World:
 
     def run(self) -> Outcome:
         """The fault phase, then the calm phase; raises InvariantBroken."""
+        with shortcuts.in_use():
+            return self._run()
+
+    def _run(self) -> Outcome:
         for peer, at_s in zip(self.peers, self._boot_times, strict=True):
             self.schedule(at_s, peer.boot)
         for index, fault in enumerate(self.faults):
