@@ -11,8 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from shoal.protocol import aggregators, contribution
-from shoal.protocol.aggregators import CHUNK_ELEMENTS
-from shoal.protocol.codecs import CODECS, Codec, Encoded, Float32s
+from shoal.protocol.codecs import CHUNK_ELEMENTS, CODECS, Codec, Encoded, Float32s
 
 DECODED_MAX = 256  # parts
 
