@@ -15,7 +15,7 @@ from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
 from shoal.crdt.ledger import ChainForkedError, Draft, Ledger, LedgerRules
 from shoal.crdt.reconciliation import answer, begin
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
-from shoal.node.ledger_store import LedgerStore
+from shoal.node.ledger_store import LedgerStore, StoreError
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Manifest
@@ -73,6 +73,7 @@ class LedgerSync:
         self._store = store
         self._control = control
         self._lock = asyncio.Lock()
+        self._signed: list[Batch] = []  # at most one: signed, and not stored yet
         self.forked = False
 
     async def start(self) -> None:
@@ -96,16 +97,27 @@ class LedgerSync:
 
     async def _write(self, draft: Draft, peers: Sequence[PeerId]) -> None:
         async with self._lock:
-            try:
-                batch = self.ledger.write([draft], _wall_ms())
-            except ChainForkedError as error:
-                if not self.forked:
-                    log.error("%s", error)
-                self.forked = True
-                return
-            await asyncio.to_thread(self._store.append, [batch], own=True)
+            stored = await self._store_signed()
+            if not self._signed:
+                try:
+                    self._signed.append(self.ledger.write([draft], _wall_ms()))
+                except ChainForkedError as error:
+                    if not self.forked:
+                        log.error("%s", error)
+                    self.forked = True
+                stored += await self._store_signed()
+        if stored:
+            await self._push(stored, peers)
+
+    async def _store_signed(self) -> list[Batch]:
+        """Make durable what this peer has signed, and only then take it into the ledger. What the disk does not take
+        has used up its sequence number: it is stored first when the disk works again, and nothing is signed before."""
+        stored: list[Batch] = []
+        while self._signed and await self._keep(self._signed[:1], own=True):
+            batch = self._signed.pop(0)
             self.ledger.accept(batch)
-        await self._push([batch], peers)
+            stored.append(batch)
+        return stored
 
     async def _push(self, batches: Sequence[Batch], peers: Sequence[PeerId]) -> None:
         message = LedgerEntries(payload=b"", batches=tuple(encode_batch(batch) for batch in batches))
@@ -120,17 +132,29 @@ class LedgerSync:
         """Entries from a peer; how many batches were new. Raises ProtocolError for what no replica may accept."""
         fresh: list[Batch] = []
         async with self._lock:
+            own_seq = self.ledger.own_seq
             for raw in message.batches:
                 # Ed25519 takes a quarter of a millisecond; between batches the loop may breathe.
                 fresh += self.ledger.accept(decode_batch_untrusted(raw)).accepted
                 await asyncio.sleep(0)
             others = [batch for batch in fresh if batch.author != self._identity.peer]
-            own = [batch for batch in fresh if batch.author == self._identity.peer]
             if others:
-                await asyncio.to_thread(self._store.append, others, own=False)
-            for batch in own:  # a restored backup learns its own later entries from others
-                await asyncio.to_thread(self._store.append, [batch], own=True)
+                await self._keep(others, own=False)
+            for batch in fresh:
+                if batch.author == self._identity.peer:
+                    # A restored backup learns its own later entries from others; a twin's do not go on from ours.
+                    await self._keep([batch], own=batch.entries[0].seq >= own_seq)
+                    own_seq = max(own_seq, batch.entries[-1].seq + 1)
         return len(fresh)
+
+    async def _keep(self, batches: Sequence[Batch], *, own: bool) -> bool:
+        """Make batches durable; whether that worked. What others wrote comes again from others after a restart."""
+        try:
+            await asyncio.to_thread(self._store.append, batches, own=own)
+        except StoreError as error:
+            log.error("ledger entries were not stored: %s", error)
+            return False
+        return True
 
     def answer_reconcile(self, message: Reconcile) -> LedgerEntries:
         """One step of a conversation that a peer opened."""

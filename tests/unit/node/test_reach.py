@@ -1,4 +1,4 @@
-"""Whether this peer can be dialled: a link that came in proves it, others are asked, only who came through is believed."""
+"""Whether this peer can be dialled: a link that came in proves it; others are asked who could come through."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Tasks that belong to the daemon: a defect in one stays its own and is seen, all of them end, their number is bounded."""
+"""The tasks of a daemon: a defect in one stays its own and is seen, all of them end, and their number is bounded."""
 
 import asyncio
 import logging

@@ -1,0 +1,205 @@
+"""The ledger at work: durable before it is shown, pushed and compared, and no peer or disk that fails ends it."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
+from shoal.crdt.kinds import Kind, RoundBody
+from shoal.crdt.ledger import Draft
+from shoal.crdt.reconciliation import begin
+from shoal.node import ledger_sync
+from shoal.node.control import PeerUnreachable
+from shoal.node.ledger_store import StoreError
+from shoal.node.ledger_sync import PUSH_PEERS, ROUND_TRIPS_MAX, is_well_formed_certificate
+from shoal.protocol.errors import Failure, ProtocolError, Refusal
+from shoal.protocol.identity import PeerId
+from shoal.protocol.messages import LedgerEntries, Reconcile, decode_message_untrusted, encode_message
+from shoal.protocol.wire import encode_record
+from tests.unit.node.node_samples import make_chain, make_samples, open_peer, open_peers, wait_until
+from tests.unit.node.puppet import open_puppet
+
+WALL_MS = 1_760_000_000_000
+
+
+def fail_to_store(batches: Sequence[Batch], *, own: bool) -> None:
+    raise StoreError(Path("ledger.sqlite"), Failure.DISK_FULL, "the disk is full", "make space")
+
+
+async def test_what_is_written_is_durable_before_anybody_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_peers(tmp_path, 2) as (ann, bob):
+        stored: list[int] = []
+        append = ann.state.stores.ledger.append
+
+        def watch(batches: Sequence[Batch], *, own: bool) -> None:
+            assert len(ann.ledger.ledger) == len(bob.ledger.ledger) == 0
+            append(batches, own=own)
+            stored.append(len(batches))
+
+        monkeypatch.setattr(ann.state.stores.ledger, "append", watch)
+        await ann.ledger.write_lease(b"lease", [bob.me])
+        assert stored == [1]
+        await wait_until(lambda: len(bob.ledger.ledger) == 1)
+        assert len(bob.state.stores.ledger.load()) == 1
+
+
+async def test_new_entries_go_to_some_peers_and_who_is_away_costs_nothing(tmp_path: Path) -> None:
+    swarm = make_samples()
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 1, peer) as puppet:
+        strangers = [PeerId(bytes([number]) * 32) for number in range(1, PUSH_PEERS)]
+        await peer.ledger.write_lease(b"lease", [*strangers, puppet.me])
+        await wait_until(lambda: puppet.heard(LedgerEntries))
+        (raw,) = puppet.heard(LedgerEntries)[0].batches
+        assert decode_batch_untrusted(raw).author == peer.me
+        await peer.ledger.write_lease(b"again", [*strangers, strangers[0], puppet.me])
+        assert len(puppet.heard(LedgerEntries)) == 1, "only so many are pushed to"
+
+
+async def test_two_ledgers_that_grew_apart_become_equal(tmp_path: Path) -> None:
+    async with open_peers(tmp_path, 2) as (ann, bob):
+        for number in range(5):
+            await ann.ledger.write_lease(b"ann %d" % number, [])
+            await bob.ledger.write_lease(b"bob %d" % number, [])
+        assert await ann.ledger.reconcile(bob.me) == 5
+        await wait_until(lambda: len(bob.ledger.ledger) == 10)
+        assert ann.ledger.ledger.heads == bob.ledger.ledger.heads
+        assert await bob.ledger.reconcile(ann.me) == 0
+        assert len(bob.state.stores.ledger.load()) == 10
+
+
+async def test_a_certificate_is_entered_once(tmp_path: Path) -> None:
+    swarm = make_samples()
+    chain = make_chain(swarm, 2)
+    async with open_peer(swarm, 0, tmp_path) as peer:
+        for _ in range(2):
+            await peer.ledger.write_certificate(chain.certificates[0], [])
+        await peer.ledger.write_certificate(chain.certificates[1], [])
+        assert len(peer.ledger.ledger) == 2
+        assert sorted(peer.ledger.state().certificates) == [1, 2]
+
+
+def test_ledger_bytes_are_a_certificate_only_with_the_signatures_of_whom_they_name() -> None:
+    swarm = make_samples()
+    other = make_samples(grace_s=7.0)
+    (certificate,) = make_chain(swarm, 1).certificates
+    (foreign,) = make_chain(other, 1).certificates
+    judge = is_well_formed_certificate(swarm.id)
+    raw = encode_record(certificate)
+    assert judge(1, raw)
+    assert not judge(2, raw), "of another round"
+    assert not judge(1, raw[:-1])
+    assert not judge(1, b"")
+    assert not judge(1, encode_record(foreign)), "signed in another swarm"
+
+
+async def test_a_forged_certificate_is_in_nobodys_fold(tmp_path: Path) -> None:
+    async with open_peers(tmp_path, 2) as (ann, bob):
+        body = RoundBody(round=1, value=b"no certificate")
+        batch = ann.ledger.ledger.write([Draft(kind=Kind.CERTIFICATE, body=body)], WALL_MS)
+        ann.ledger.ledger.accept(batch)
+        await bob.ledger.reconcile(ann.me)
+        assert len(bob.ledger.ledger) == 1, "it is signed, and so it is kept"
+        assert bob.ledger.state().certificates == {}
+
+
+async def test_entries_that_do_not_decode_cost_their_sender_and_leave_nothing(tmp_path: Path) -> None:
+    async with open_peer(make_samples(), 0, tmp_path) as peer:
+        with pytest.raises(ProtocolError):
+            await peer.ledger.take(LedgerEntries(payload=b"", batches=(b"no batch",)))
+        assert len(peer.ledger.ledger) == 0
+        with pytest.raises(ProtocolError):
+            peer.ledger.answer_reconcile(Reconcile(payload=b"\xff no step"))
+
+
+async def test_a_key_that_is_in_use_elsewhere_stops_writing_and_nothing_else(tmp_path: Path) -> None:
+    swarm = make_samples()
+    async with open_peer(swarm, 0, tmp_path / "one") as one:
+        await one.ledger.write_lease(b"written here", [])
+        ours = one.state.stores.ledger.load()
+    async with open_peer(make_samples(), 0, tmp_path / "other") as twin:
+        await twin.ledger.write_lease(b"and there", [])
+        theirs = twin.state.stores.ledger.load()
+        assert [batch.author for batch in (*ours, *theirs)] == [twin.me, twin.me]
+        await twin.ledger.take(LedgerEntries(payload=b"", batches=tuple(encode_batch(one) for one in ours)))
+        held = len(twin.ledger.ledger)
+        await twin.ledger.write_lease(b"again", [])
+        assert twin.ledger.forked
+        assert len(twin.ledger.ledger) == held
+        assert any("two branches" in one for one in twin.reporter.build_status().warnings)
+
+
+async def test_a_full_disk_shows_nobody_what_it_does_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_peers(tmp_path, 2) as (ann, bob):
+        with monkeypatch.context() as patched:
+            patched.setattr(ann.state.stores.ledger, "append", fail_to_store)
+            await ann.ledger.write_lease(b"lost", [bob.me])
+            assert len(ann.ledger.ledger) == len(bob.ledger.ledger) == 0
+            assert "ledger entries were not stored" in caplog.text
+            await bob.ledger.write_lease(b"theirs", [])
+            assert await ann.ledger.reconcile(bob.me) == 1, (
+                "what others wrote is taken, and comes again after a restart"
+            )
+            await ann.ledger.write_lease(b"not even signed", [bob.me])
+            assert ann.ledger.ledger.own_seq == 1, "nothing is signed on top of what is not durable"
+        # The disk works again: what was signed first is stored first.
+        await ann.ledger.write_lease(b"kept", [bob.me])
+        await wait_until(lambda: len(bob.ledger.ledger) == 3)
+        assert [batch.author for batch in ann.state.stores.ledger.load()] == [ann.me, ann.me]
+        lease = bob.ledger.state().leases[ann.me]
+        assert lease == ann.ledger.state().leases[ann.me] and lease.value == b"kept"
+
+
+async def test_a_conversation_without_end_is_ended(tmp_path: Path) -> None:
+    swarm = make_samples()
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 1, peer) as puppet:
+        await peer.ledger.write_lease(b"lease", [])
+        asked = 0
+
+        async def answer(asker: PeerId, raw: bytes) -> bytes:
+            # Always the whole range again, as if nothing had been said.
+            nonlocal asked
+            asked += 1
+            question = decode_message_untrusted(swarm.id, raw)
+            assert isinstance(question, Reconcile)
+            return encode_message(swarm.id, LedgerEntries(payload=first, batches=()))
+
+        first = begin(peer.ledger.ledger)
+        puppet.answer = answer
+        async with asyncio.timeout(10):
+            assert await peer.ledger.reconcile(puppet.me) == 0
+        assert 1 <= asked <= ROUND_TRIPS_MAX
+
+
+async def test_a_peer_that_is_not_there_raises_what_the_caller_expects(tmp_path: Path) -> None:
+    async with open_peer(make_samples(), 0, tmp_path) as peer:
+        with pytest.raises(PeerUnreachable) as caught:
+            await peer.ledger.reconcile(PeerId(b"x" * 32))
+        assert caught.value.failure is Failure.PEER_UNREACHABLE
+
+
+async def test_the_comparison_goes_on_after_peers_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_sync, "RECONCILE_PERIOD_S", 0.0)
+    swarm = make_samples()
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 1, peer) as puppet:
+        asked = 0
+
+        async def answer(asker: PeerId, raw: bytes) -> bytes:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                raise ProtocolError(Refusal.NOT_READY, "by the test")
+            if asked == 2:
+                return b"no message"
+            return encode_message(swarm.id, LedgerEntries(payload=b"", batches=()))
+
+        puppet.answer = answer
+        peer.spawn(peer.ledger.keep_up(lambda: (puppet.me,), incarnation=3))
+        await wait_until(lambda: asked >= 4)
+        await wait_until(lambda: peer.me in peer.ledger.state().leases)
+        assert len(peer.ledger.ledger) == 1, "one lease, however often it is compared"
