@@ -47,6 +47,7 @@ class _Queue:
         self.free_s = 0.0
         self.sent_bytes = 0
         self.lost = 0
+        self.waited_s_max = 0.0
         self._entropy = entropy
 
     def send(self, nbytes: int, now_s: float) -> float | None:
@@ -54,6 +55,7 @@ class _Queue:
         if self.free_s - now_s > QUEUE_S_MAX:
             self.lost += 1
             return None
+        self.waited_s_max = max(self.waited_s_max, self.free_s - now_s)
         self.free_s = max(self.free_s, now_s) + nbytes / self.line.bytes_per_s
         self.sent_bytes += nbytes
         if self._entropy.random() < self.line.loss:
@@ -214,18 +216,20 @@ class _Connection:
     def __init__(self, proxy: "_Proxy") -> None:
         self.proxy = proxy
         self.frozen = False
+        self.dialer_port = 0
         self._dialer: _Side | None = None
         self._target: _Side | None = None
 
     def made(self, side: _Side) -> None:
         if self._dialer is None:
             self._dialer = side
+            self.dialer_port = side.transport.get_extra_info("peername")[1]
             side.transport.pause_reading()
             self.proxy.spawn(self._connect(side))
 
     async def _connect(self, dialer: _Side) -> None:
         loop = asyncio.get_running_loop()
-        lines = self.proxy.lines_between(dialer.transport.get_extra_info("peername")[1])
+        lines = self.proxy.lines_between(self.dialer_port)
         if lines is not None:
             await asyncio.sleep(2 * lines[0].line.delay_s + CONNECT_RETRY_S * self.proxy.loses_one(lines[0].line))
         try:
@@ -341,12 +345,19 @@ class ShapedNetwork:
         port: int = proxy.server.sockets[0].getsockname()[1]
         return port
 
-    def freeze(self, peer: str) -> int:
-        """Freeze the connections that others have dialled to this peer; new ones are free. Returns their number."""
-        return asyncio.run_coroutine_threadsafe(self._freeze(peer), self._loop).result(10)
+    def freeze(self, peer: str, pid: int | None = None) -> int:
+        """Freeze the connections that others have dialled to this peer and, given its process, those that it has
+        dialled itself; new ones are free. Returns their number."""
+        dialled = frozenset(_ports_of(pid)) if pid is not None else frozenset()
+        return asyncio.run_coroutine_threadsafe(self._freeze(peer, dialled), self._loop).result(10)
 
-    async def _freeze(self, peer: str) -> int:
-        chosen = [one for proxy in self._proxies if proxy.peer == peer for one in proxy.connections if not one.frozen]
+    async def _freeze(self, peer: str, dialled: frozenset[int]) -> int:
+        chosen = [
+            one
+            for proxy in self._proxies
+            for one in proxy.connections
+            if not one.frozen and (proxy.peer == peer or one.dialer_port in dialled)
+        ]
         for connection in chosen:
             connection.freeze()
         return len(chosen)
@@ -356,14 +367,14 @@ class ShapedNetwork:
         inward, outward = self.lines[peer]
         return inward.sent_bytes, outward.sent_bytes
 
+    def waited_s_max(self, peer: str) -> tuple[float, float]:
+        """How long a segment has waited at most for those before it, towards this peer and from it."""
+        inward, outward = self.lines[peer]
+        return inward.waited_s_max, outward.waited_s_max
+
     def ports_of(self, peer: str) -> set[int]:
         """Local ports of the connections of this peer's process."""
-        pid = self.pids[peer]()
-        try:
-            found = psutil.Process(pid).net_connections("tcp") if pid is not None else []
-        except psutil.Error:
-            return set()
-        return {one.laddr.port for one in found}
+        return _ports_of(self.pids[peer]())
 
     def close(self) -> None:
         """Cut every connection and end the thread."""
@@ -394,6 +405,14 @@ def choose_port(taken: set[int]) -> int:
                 continue
         taken.add(port)
         return port
+
+
+def _ports_of(pid: int | None) -> set[int]:
+    try:
+        found = psutil.Process(pid).net_connections("tcp") if pid is not None else []
+    except psutil.Error:
+        return set()
+    return {one.laddr.port for one in found}
 
 
 def _resume(side: _Side) -> None:
