@@ -97,6 +97,7 @@ class SimPeer(SimMachine):
         self.training = 0
         self.waiting = False  # what was trained is handed over and waits for its round
         self.blobs: dict[bytes, bytes] = {}
+        self.fetching: dict[bytes, int] = {}  # how many candidates are left after the one that is asked
         self.pushed: Counter[tuple[PeerId, int]] = Counter()
         self.inbox: dict[tuple[PeerId, int, bytes], bytes] = {}
         self.replay: dict[int, Certificate] = {}
@@ -454,12 +455,21 @@ class SimPeer(SimMachine):
             self._hold(stored, effect.digest)
         elif candidates:
             other = self.world.by_id[candidates[0]]
-            self._transmit(other, 64, f"fetch {effect.part}", other.serve, self, effect)
-            self.later(FETCH_TIMEOUT_S, self._fetch, effect, candidates[1:])
+            rest = candidates[1:]
+            self.fetching[effect.digest] = len(rest)
+            self._transmit(other, 64, f"fetch {effect.part}", other.serve, self, effect, rest)
+            self.later(FETCH_TIMEOUT_S, self._fetch_elsewhere, effect, rest)
 
-    def serve(self, asker: "SimPeer", effect: FetchBlob) -> None:
+    def _fetch_elsewhere(self, effect: FetchBlob, rest: tuple[PeerId, ...]) -> None:
+        """The candidate does not hold it, or did not answer in time."""
+        if self.fetching.get(effect.digest) == len(rest):
+            self._fetch(effect, rest)
+
+    def serve(self, asker: "SimPeer", effect: FetchBlob, rest: tuple[PeerId, ...]) -> None:
         raw = self.blobs.get(effect.digest) or self.disk.read(effect.digest)
-        if raw is not None:
+        if raw is None:
+            self._transmit(asker, 64, f"no blob {effect.part}", asker._fetch_elsewhere, effect, rest)
+        else:
             args = (self.identity.peer, effect, raw)
             self._stream(asker, f"blob {effect.part}", len(raw), lambda: True, asker.take_fetched, *args)
 
@@ -523,6 +533,7 @@ class SimPeer(SimMachine):
         self.frozen, self.ready = None, None
         self.inbox.clear()
         self.blobs.clear()
+        self.fetching.clear()
         self.pushed.clear()
         self.table.expect(head.voters, self.clock())
         self.core.applied(head, self.clock())
