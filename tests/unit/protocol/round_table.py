@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import pytest
 from blake3 import blake3
 
 from shoal.protocol.effects import (
     Commit,
     Effect,
     FetchBlob,
+    Forked,
     Persist,
     Reduce,
     Send,
@@ -22,16 +24,16 @@ from shoal.protocol.effects import (
     SendResult,
     VoteRecord,
 )
-from shoal.protocol.errors import ProtocolError
+from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Rounds
-from shoal.protocol.messages import Certificate, Certified, Plan, Result, SignedReady, digest_record
+from shoal.protocol.messages import ROUND_MESSAGES, Certificate, Certified, Plan, Result, SignedReady, digest_record
 from shoal.protocol.quorum import Head, list_members, proposer_order
 from shoal.protocol.round_state import RESEND_AFTER, Offer, Setting
 from shoal.protocol.rounds import RoundCore
 from tests.unit.protocol.samples import (
-    IDENTITIES,
-    PEERS,
+    CROWD,
+    CROWD_PEERS,
     RULES,
     SWARM,
     make_authority,
@@ -48,7 +50,7 @@ T = TypeVar("T")
 def members_of(result: Result, part: int) -> tuple[int, ...]:
     """The numbers of the peers in a part's bitmap."""
     indices = list_members(result.parts[part].contributors, len(result.members))
-    return tuple(PEERS.index(result.members[index].peer) for index in indices)
+    return tuple(CROWD_PEERS.index(result.members[index].peer) for index in indices)
 
 
 @dataclass(slots=True)
@@ -67,11 +69,11 @@ class Seat:
 
     @property
     def identity(self) -> Identity:
-        return IDENTITIES[self.number]
+        return CROWD[self.number]
 
     @property
     def peer(self) -> PeerId:
-        return PEERS[self.number]
+        return CROWD_PEERS[self.number]
 
     def said(self, kind: type[T]) -> list[T]:
         """The messages of this kind that it sent, in order; what goes to several peers counts several times."""
@@ -96,6 +98,11 @@ def withhold(kind: type) -> Filter:
     return lambda effect, source, target: isinstance(getattr(effect, "message", effect), kind)
 
 
+def only_to(kind: type, *allowed: Seat) -> Filter:
+    """Hold back messages of this kind from everybody but these seats."""
+    return lambda effect, source, target: withhold(kind)(effect, source, target) and target not in allowed
+
+
 def cut_off(victim: Seat) -> Filter:
     """Nothing reaches this peer, and nothing comes from it."""
     return lambda effect, source, target: victim in (source, target)
@@ -104,12 +111,13 @@ def cut_off(victim: Seat) -> Filter:
 class Table:
     """Everybody knows of everybody. `blocked` decides what does not arrive, `newest_first` in what order the rest does;
     who is `unheard` announces in vain; who `applies_slowly` waits for `commit`, and reductions wait for
-    `finish_reductions` unless the table `reduces`; `refusals` is what anybody refused of anybody."""
+    `finish_reductions` unless the table `reduces`; while it `beats`, everybody announces itself every two seconds;
+    `refusals` is what anybody refused of anybody."""
 
     def __init__(self, count: int = 4, voters: int | None = None, rules: Rounds = RULES) -> None:
         self.rules = rules
         self.now = 0.0
-        self.head = Head(round=0, digest=SWARM, state_root=b"r" * 32, voters=PEERS[: voters or count])
+        self.head = Head(round=0, digest=SWARM, state_root=b"r" * 32, voters=CROWD_PEERS[: voters or count])
         self.blocked: Filter = nothing
         self.newest_first = False
         self.applies_slowly: set[int] = set()
@@ -118,17 +126,20 @@ class Table:
         self.blobs_are_found = True
         self.refusals: list[tuple[PeerId, PeerId, ProtocolError]] = []
         self.travelling: deque[tuple[Seat, Travelling]] = deque()
+        self.beats = False
+        self._next_beat_s = 0.0
+        self._groups: list[set[int]] = []
         self._too_early: list[tuple[Seat, Travelling]] = []
         self.seats = [Seat(number=number, core=self.make_core(number, self.head, None)) for number in range(count)]
         self.meet()
 
     def make_core(self, number: int, head: Head, vote: VoteRecord | None) -> RoundCore:
         authority = make_authority(self.rules)
-        setting = Setting(identity=IDENTITIES[number], rules=self.rules, authority=authority)
+        setting = Setting(identity=CROWD[number], rules=self.rules, authority=authority)
         return RoundCore(setting, head, vote, self.now)
 
     def seat(self, peer: PeerId) -> Seat:
-        return self.seats[PEERS.index(peer)]
+        return self.seats[CROWD_PEERS.index(peer)]
 
     def order(self) -> list[Seat]:
         """The seats of the proposers of round 1: the first leads attempt 0."""
@@ -143,10 +154,11 @@ class Table:
         """Everybody who is up hears the seat's newest presence."""
         seat.sequence += 1
         head = seat.core.head
-        shown = {"ready": seat.ready, "head_round": head.round, "head_digest": head.digest, **changes}
+        stands_at = {"head_round": head.round, "head_digest": head.digest, "attempt": seat.core.attempt}
+        shown = {"ready": seat.ready, **stands_at, **changes}
         presence = make_presence(seat.number, seat.sequence, **shown)
         for other in self.up():
-            if other is not seat and seat.number not in self.unheard:
+            if other is not seat and seat.number not in self.unheard and not self.is_apart(seat, other):
                 other.core.observe(presence, self.now)
 
     def meet(self) -> None:
@@ -179,6 +191,22 @@ class Table:
             if other is not seat:
                 self.announce(other)
         self.announce(seat, incarnation=seat.sequence)
+
+    def part(self, *groups: tuple[Seat, ...]) -> None:
+        """Between these groups nothing gets through any more, and everybody finds out."""
+        self._groups = [{seat.number for seat in group} for group in groups]
+        for seat in self.up():
+            for other in self.up():
+                if self.is_apart(seat, other):
+                    seat.core.lose(other.peer, self.now)
+
+    def heal(self) -> None:
+        """Everybody hears of everybody again."""
+        self._groups = []
+        self.meet()
+
+    def is_apart(self, one: Seat, other: Seat) -> bool:
+        return any((one.number in group) != (other.number in group) for group in self._groups)
 
     def begin_exchange(self) -> Plan:
         """Everybody is ready and has the plan; nobody finishes a reduction yet."""
@@ -223,7 +251,7 @@ class Table:
                 return
             source, effect = self.travelling.pop() if self.newest_first else self.travelling.popleft()
             target = self.seat(effect.peer)
-            if target.up and not self.blocked(effect, source, target):
+            if target.up and not self.is_apart(source, target) and not self.blocked(effect, source, target):
                 self.deliver(source, effect, target)
         raise AssertionError("the table never comes to rest")
 
@@ -235,12 +263,17 @@ class Table:
             due = [time for seat in self.up() if (time := seat.core.next_deadline()) is not None]
             if self._too_early:
                 due.append(self.now + 0.5)
+            if self.beats:
+                due.append(max(self._next_beat_s, self.now))
             if not due or min(due) > end:
                 self.now = end
                 return
             self.now = max(self.now, min(due))
             self.travelling.extend(self._too_early)
             self._too_early.clear()
+            if self.beats and self.now >= self._next_beat_s:
+                self._next_beat_s = self.now + self.rules.presence_period_s
+                self.meet()
             for seat in self.up():
                 deadline = seat.core.next_deadline()
                 if deadline is not None and deadline <= self.now:
@@ -324,3 +357,42 @@ class Table:
             case SendResult():
                 if target.core.check_result_part(source.peer, effect.round, effect.part) is None:
                     self.hold(target, effect.digest)
+
+
+# -- one message at a time -----------------------------------------------------------------------------------------
+
+
+def look(seat: Seat) -> tuple[object, ...]:
+    """Everything about a seat that a message could change and that others could see."""
+    return seat.core.view(), seat.core.head, seat.vote, seat.core.next_deadline()
+
+
+def refusal_of(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> Refusal:
+    """Why the seat refuses a message that it must not change anything for."""
+    seat.core.take_effects()
+    before = look(seat)
+    with pytest.raises(ProtocolError) as caught:
+        seat.core.receive(message, sender, 0.0)
+    assert look(seat) == before, "what is refused changes nothing"
+    assert seat.core.take_effects() == []
+    assert caught.value.detail
+    return caught.value.refusal
+
+
+def effects_of(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> list[Effect]:
+    """What the seat does because of a message that leaves its own state as it is."""
+    seat.core.take_effects()
+    before = look(seat)
+    seat.core.receive(message, sender, 0.0)
+    assert look(seat) == before
+    return seat.core.take_effects()
+
+
+def drop_of(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> Refusal | None:
+    """Why the seat drops a message that changes nothing for it, and for which nobody is to blame."""
+    seat.core.take_effects()
+    before = look(seat)
+    dropped = seat.core.receive(message, sender, 0.0)
+    assert look(seat) == before
+    assert all(isinstance(effect, Forked) for effect in seat.core.take_effects())
+    return dropped

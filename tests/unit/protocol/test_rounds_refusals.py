@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.protocol.effects import AttemptFailed, Behind, Commit, Effect, Forked, Persist, Phase, Send
-from shoal.protocol.errors import Failure, ProtocolError, Refusal
+from shoal.protocol.effects import AttemptFailed, Behind, Commit, Forked, Persist, Phase, Send
+from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.messages import (
-    ROUND_MESSAGES,
     Certified,
     Contribution,
     Nack,
@@ -24,7 +23,7 @@ from shoal.protocol.messages import (
 from shoal.protocol.proposer import revise_plan
 from shoal.protocol.quorum import make_bitmap, proposer_order
 from shoal.protocol.round_state import BEHIND_RETRY_S, EARLY_MESSAGES_MAX, EARLY_PER_SENDER_MAX
-from tests.unit.protocol.round_table import Seat, Table, withhold
+from tests.unit.protocol.round_table import Table, drop_of, effects_of, look, refusal_of, withhold
 from tests.unit.protocol.samples import (
     IDENTITIES,
     OTHER_SWARM,
@@ -42,42 +41,6 @@ from tests.unit.protocol.samples import (
 
 STRANGER = 5  # a peer that is at no table of four or five
 RESULT = make_sample_result(make_head(), members=4)
-
-
-def look(seat: Seat) -> tuple[object, ...]:
-    """Everything about a seat that a message could change and that others could see."""
-    return seat.core.view(), seat.core.head, seat.vote, seat.core.next_deadline()
-
-
-def refusal_of(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> Refusal:
-    """Why the seat refuses a message that it must not change anything for."""
-    seat.core.take_effects()
-    before = look(seat)
-    with pytest.raises(ProtocolError) as caught:
-        seat.core.receive(message, sender, 0.0)
-    assert look(seat) == before, "what is refused changes nothing"
-    assert seat.core.take_effects() == []
-    assert caught.value.detail
-    return caught.value.refusal
-
-
-def effects_of(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> list[Effect]:
-    """What the seat does because of a message that leaves its own state as it is."""
-    seat.core.take_effects()
-    before = look(seat)
-    seat.core.receive(message, sender, 0.0)
-    assert look(seat) == before
-    return seat.core.take_effects()
-
-
-def drop_of(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> Refusal | None:
-    """Why the seat drops a message that changes nothing for it, and for which nobody is to blame."""
-    seat.core.take_effects()
-    before = look(seat)
-    dropped = seat.core.receive(message, sender, 0.0)
-    assert look(seat) == before
-    assert all(isinstance(effect, Forked) for effect in seat.core.take_effects())
-    return dropped
 
 
 def make_part_done(part: int, signer: Identity, members: int = 4, attempt: int = 0) -> PartDone:
@@ -275,13 +238,23 @@ def test_strangers_have_no_say_in_a_prepare_phase() -> None:
 def test_a_voter_that_has_promised_more_ends_an_attempt() -> None:
     table = Table()
     lead, second, *_ = table.order()
-    table.begin_exchange()
     assert effects_of(lead, Nack(round=1, attempt=0, promised=0), second.peer) == []
     lead.core.receive(Nack(round=1, attempt=0, promised=3), second.peer, 0.0)
     table.settle()
     assert lead.core.attempt == 3
     (failed,) = lead.did(AttemptFailed)
     assert (failed.reason, failed.peer) == (Failure.SUPERSEDED, second.peer)
+
+
+def test_what_is_under_way_is_given_up_only_when_no_quorum_is_left_for_it() -> None:
+    table = Table()
+    lead, second, third, _ = table.order()
+    table.begin_exchange()
+    assert effects_of(lead, Nack(round=1, attempt=0, promised=9), second.peer) == [], "three of four may still vote"
+    lead.core.receive(Nack(round=1, attempt=0, promised=3), third.peer, 0.0)
+    table.settle()
+    assert lead.core.attempt == 3, "the attempt that both have promised at least"
+    assert [failed.reason for failed in lead.did(AttemptFailed)] == [Failure.SUPERSEDED]
 
 
 def test_an_owner_answers_for_its_own_parts_only() -> None:

@@ -1,0 +1,160 @@
+"""Paces: smoothed as RFC 6298 says, inside the manifest's limits, bounded in memory."""
+
+import pytest
+
+from shoal.protocol import pace as module
+from shoal.protocol.identity import PeerId
+from shoal.protocol.pace import ALLOWANCE_MIN, MARGIN_S, PATIENCE, PartPace, ReadyPace
+from tests.unit.protocol.samples import PEERS
+
+A, B, C = PEERS[:3]
+LIMIT_S = 8.0
+
+
+def train(pace: ReadyPace, peer: PeerId, *durations: float) -> float:
+    """Rounds in which the peer's work counts, one after the other; when the last one ended."""
+    now = 0.0
+    for duration_s in durations:
+        pace.include((peer,), now)
+        now += duration_s
+        pace.note_ready(peer, now)
+    pace.include((peer,), now)
+    return now
+
+
+def usual_s(pace: ReadyPace, peer: PeerId) -> float:
+    expected = pace.expected_s(peer)
+    assert expected is not None
+    usual, latest = expected
+    assert latest >= usual + MARGIN_S
+    return usual
+
+
+# -- smoothing ------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_deviation_are_smoothed_as_in_rfc_6298() -> None:
+    pace = PartPace()
+    samples = (1.0, 2.0, 1.5)
+    mean, deviation = samples[0], samples[0] / 8
+    for sample in samples:
+        pace.note_part(A, sample)
+    for sample in samples[1:]:
+        deviation = 3 / 4 * deviation + 1 / 4 * abs(sample - mean)
+        mean = 7 / 8 * mean + 1 / 8 * sample
+    assert pace.allowance_s(A, 1e9) == pytest.approx(max(ALLOWANCE_MIN * 1e9, PATIENCE * (mean + 4 * deviation)))
+    assert pace.allowance_s(A, 20.0) == pytest.approx(PATIENCE * (mean + 4 * deviation))
+
+
+def test_a_steady_peer_is_known_ever_more_exactly() -> None:
+    pace = ReadyPace()
+    bounds = []
+    for count in (1, 4, 16, 64):
+        now = train(pace, A, *[2.0] * count)
+        expected = pace.expected_s(A)
+        assert expected is not None
+        usual, latest = expected
+        assert usual - now == pytest.approx(2.0)
+        bounds.append(latest - now)
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] == pytest.approx(2.0 + MARGIN_S, abs=1e-3)
+
+
+# -- ready ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_was_never_measured_is_expected_at_no_time() -> None:
+    pace = ReadyPace()
+    assert pace.expected_s(A) is None
+    pace.include((A,), 0.0)
+    assert pace.expected_s(A) is None
+    pace.note_ready(B, 1.0)
+    assert pace.expected_s(B) is None, "nobody knows since when it was at work"
+
+
+def test_what_is_measured_may_span_rounds() -> None:
+    # B's work is in every round, A's in the first and the last: it worked six seconds, not two.
+    pace = ReadyPace()
+    pace.include((A, B), 0.0)
+    for end in (2.0, 4.0):
+        pace.note_ready(B, end)
+        pace.include((B,), end)
+    pace.note_ready(A, 6.0)
+    pace.note_ready(B, 6.0)
+    pace.include((A, B), 6.0)
+    assert usual_s(pace, A) == pytest.approx(12.0)
+    assert usual_s(pace, B) == pytest.approx(8.0)
+
+
+def test_only_the_first_ready_since_the_work_began_counts() -> None:
+    pace = ReadyPace()
+    pace.include((A,), 0.0)
+    pace.note_ready(A, 1.0)
+    pace.note_ready(A, 9.0)
+    pace.include((A,), 10.0)
+    assert usual_s(pace, A) == pytest.approx(11.0)
+
+
+def test_work_that_goes_on_is_counted_from_its_beginning() -> None:
+    pace = ReadyPace()
+    train(pace, A, 3.0)
+    began = pace.expected_s(A)
+    pace.begin((A, B), 50.0)
+    assert pace.expected_s(A) == began, "it works on since an earlier round"
+    pace.note_ready(B, 52.0)
+    pace.begin((B,), 60.0)
+    assert pace.expected_s(B) is not None
+
+
+def test_a_peer_that_was_gone_begins_anew() -> None:
+    pace = ReadyPace()
+    train(pace, A, 3.0, 3.0)
+    pace.forget(A)
+    assert pace.expected_s(A) is None
+    pace.include((A,), 100.0)
+    assert usual_s(pace, A) == pytest.approx(103.0), "but is remembered"
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_who_was_never_measured_has_the_manifests_limit() -> None:
+    pace = PartPace()
+    pace.note_part(A, 0.1)
+    assert pace.allowance_s(B, LIMIT_S) == LIMIT_S
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "allowance_s"),
+    [(0.0, ALLOWANCE_MIN * LIMIT_S), (0.001, ALLOWANCE_MIN * LIMIT_S), (1e6, LIMIT_S)],
+)
+def test_an_allowance_stays_between_its_floor_and_the_manifests_limit(duration_s: float, allowance_s: float) -> None:
+    pace = PartPace()
+    pace.note_part(A, duration_s)
+    assert pace.allowance_s(A, LIMIT_S) == allowance_s
+
+
+def test_a_fast_peer_among_slow_ones_is_allowed_what_is_usual() -> None:
+    alone, among = PartPace(), PartPace()
+    for pace in (alone, among):
+        pace.note_part(A, 0.1)
+    for peer in (B, C):
+        among.note_part(peer, 0.9)
+    assert alone.allowance_s(A, LIMIT_S) == ALLOWANCE_MIN * LIMIT_S
+    assert among.allowance_s(A, LIMIT_S) == pytest.approx(PATIENCE * 0.9)
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PEERS_MAX", 3)
+    ready, parts = ReadyPace(), PartPace()
+    for number, peer in enumerate(PEERS):
+        train(ready, peer, 1.0)
+        ready.begin(PEERS, float(number))
+        parts.note_part(peer, 0.1)
+    assert len(ready._began_s) <= 3 and len(ready._durations) <= 3 and len(parts._durations) <= 3
+    assert ready.expected_s(PEERS[-1]) is not None, "the newest are kept"
+    assert parts.allowance_s(PEERS[0], LIMIT_S) == LIMIT_S
+    assert parts.allowance_s(PEERS[-1], LIMIT_S) == ALLOWANCE_MIN * LIMIT_S
