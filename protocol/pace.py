@@ -16,6 +16,7 @@ PEERS_MAX = 1024
 MEAN_GAIN = 1 / 8
 DEVIATION_GAIN = 1 / 4
 DEVIATIONS = 4.0
+FIRST_DEVIATION = 1 / 8  # of the first sample
 MARGIN_S = 0.25  # presences are gossiped: a READY is heard a little after it was said
 PATIENCE = 4.0  # a part may take this many times the usual
 ALLOWANCE_MIN = 0.25  # of the limit; a machine that is busy for a moment is not slow
@@ -25,10 +26,17 @@ ALLOWANCE_MIN = 0.25  # of the limit; a machine that is busy for a moment is not
 class _Duration:
     mean_s: float
     deviation_s: float
+    samples: int = 1
 
     def add(self, sample_s: float) -> None:
-        self.deviation_s += DEVIATION_GAIN * (abs(sample_s - self.mean_s) - self.deviation_s)
-        self.mean_s += MEAN_GAIN * (sample_s - self.mean_s)
+        if self.samples == 0:
+            self.mean_s, self.deviation_s = sample_s, sample_s * FIRST_DEVIATION
+        else:
+            # The first ones count more: what is known so far is little.
+            gain = 1 / (self.samples + 1)
+            self.deviation_s += max(DEVIATION_GAIN, gain) * (abs(sample_s - self.mean_s) - self.deviation_s)
+            self.mean_s += max(MEAN_GAIN, gain) * (sample_s - self.mean_s)
+        self.samples += 1
 
     def upper_s(self) -> float:
         return self.mean_s + DEVIATIONS * self.deviation_s
@@ -37,10 +45,10 @@ class _Duration:
 def _learn(known: dict[PeerId, _Duration], peer: PeerId, sample_s: float) -> None:
     if peer in known:
         known[peer].add(sample_s)
-    else:
-        if len(known) >= PEERS_MAX:
-            del known[next(iter(known))]
-        known[peer] = _Duration(mean_s=sample_s, deviation_s=sample_s / 8)
+        return
+    if len(known) >= PEERS_MAX:
+        del known[next(iter(known))]
+    known[peer] = _Duration(mean_s=sample_s, deviation_s=sample_s * FIRST_DEVIATION)
 
 
 class ReadyPace:
@@ -73,16 +81,23 @@ class ReadyPace:
         if began_s is not None:
             _learn(self._durations, peer, now - began_s)
 
+    def note_missing(self, peer: PeerId, began_s: float, now: float) -> None:
+        """A peer that has never been measured was waited for in vain: it takes longer than this. `began_s`: since when,
+        where no round has begun for it yet."""
+        began_s = self._began_s.setdefault(peer, began_s)
+        if peer not in self._durations and len(self._durations) < PEERS_MAX:
+            self._durations[peer] = _Duration(mean_s=now - began_s, deviation_s=0.0, samples=0)
+
     def forget(self, peer: PeerId) -> None:
         """The peer is gone; when it comes back its work starts anew."""
         self._began_s.pop(peer, None)
 
-    def expected_s(self, peer: PeerId) -> float | None:
-        """When the peer will be ready at the latest, as far as is known; None for one that has not been measured."""
+    def expected_s(self, peer: PeerId) -> tuple[float, float] | None:
+        """When the peer will be ready: as a rule, and at the latest; None for one that has not been measured."""
         began_s, known = self._began_s.get(peer), self._durations.get(peer)
         if began_s is None or known is None:
             return None
-        return began_s + known.upper_s() + MARGIN_S
+        return began_s + known.mean_s, began_s + known.upper_s() + MARGIN_S
 
 
 class PartPace:

@@ -225,15 +225,16 @@ class RoundExchange(RoundBallot):
     def _watch_owners(self, now: float) -> None:
         assert self._lead is not None and self._plan is not None
         moves: dict[int, int] = {}
-        for part in range(self._parts):
+        for part in self._open_parts():
             owner = self._owner(part)
-            if part in self._lead.done or not (owner in self._lost or now >= self._part_deadline(part)):
+            if not (owner in self._lost or now >= self._part_deadline(part)):
                 continue
             index = choose_owner(self._plan, part, self._lead.tried[part], self._unfit(owner))
             if index is None:
                 self._fail_attempt(Failure.EXCHANGE_TIMEOUT, owner, now)
                 return
             moves[part] = index
+            self._lead.done.pop(part, None)
             new_owner = self._plan.roster[index].signed.peer
             self._lead.tried[part].append(new_owner)
             self._lead.assigned_s[part] = now
@@ -245,7 +246,7 @@ class RoundExchange(RoundBallot):
         if moves:
             self._announce_plan(revise_plan(self._plan, moves), now)
             self._collect(now)
-        if len(self._lead.done) == self._parts:
+        if not self._open_parts():
             result = make_result(self._plan, self._lead.done, self.head, self._absent(), self._rules.voters_max)
             evidence = make_evidence(self._plan, self._lead.done) if self._needs_locks() else None
             self._propose(result, evidence, now)

@@ -164,7 +164,7 @@ class RoundState:
             times.append(self._lead.awaited_until_s)
         if self._plan and self.phase is Phase.EXCHANGE:
             if self._lead:
-                times += [self._part_deadline(part) for part in range(self._parts) if part not in self._lead.done]
+                times += [self._part_deadline(part) for part in self._open_parts()]
             for collection in self._collections.values():
                 if not collection.reduced:
                     times += [self._sender_deadline(collection, index) for index in range(len(self._plan.roster))]
@@ -256,7 +256,13 @@ class RoundState:
 
     def _pending_owners(self) -> set[PeerId]:
         assert self._lead is not None
-        return {self._owner(part) for part in range(self._parts) if part not in self._lead.done}
+        return {self._owner(part) for part in self._open_parts()}
+
+    def _open_parts(self) -> list[int]:
+        """Parts that cannot be proposed yet: not reduced, or reduced by an owner that may take the bytes along."""
+        assert self._lead is not None
+        done = self._lead.done
+        return [part for part in range(self._parts) if part not in done or done[part].digest not in self._held]
 
     def _part_deadline(self, part: int) -> float:
         """When the proposer takes a part from its owner, who was silent for too long or has had it for too long."""

@@ -35,6 +35,7 @@ from shoal.protocol.messages import (
     SignedReady,
     Vote,
 )
+from shoal.protocol.pace import MARGIN_S
 from shoal.protocol.proposer import make_empty_result
 from shoal.protocol.quorum import Head, has_member
 from shoal.protocol.round_exchange import RoundExchange
@@ -158,6 +159,10 @@ class RoundCore(RoundExchange):
     def blob_held(self, digest: bytes, now: float) -> None:
         """The bytes of a result part are here, checked against their digest."""
         self._held.add(digest)
+        if self._lead and self._plan:
+            for part, done in self._lead.done.items():
+                if done.digest == digest:
+                    self._lead.heard_s[self._owner(part)] = now
         self._evaluate(now)
 
     def applied(self, head: Head, now: float) -> None:
@@ -333,14 +338,17 @@ class RoundCore(RoundExchange):
         waits = [until_s for until_s in times if until_s > now]
         self._lead.awaited_until_s = max(waits, default=None)
         if not waits:
+            for peer in sorted(unready.intersection(self.head.voters)):
+                self._ready_pace.note_missing(peer, self._began_s, now)
             self._plan_attempt(ready, now)
 
     def _worth_until_s(self, peer: PeerId, grace_ends_s: float) -> float:
-        """Until when the round waits for a peer that is not ready: no longer than it ever takes, and not at all when
-        that is past the grace window. A voter that has not been measured has the whole window; a newcomer has none of
-        it, it trains on and is ready when the next round begins (adaptive grace: Decoupled DiLoCo, arXiv 2604.21428).
-        """
-        expected_s = self._ready_pace.expected_s(peer)
-        if expected_s is None:
+        """Until when the round waits for a peer that is not ready: no longer than it ever takes, nor past the grace
+        window, and not at all when it is not to be expected in there. A voter that has not been measured has the whole
+        window; a newcomer has none of it, it trains on and is measured (adaptive grace: Decoupled DiLoCo, arXiv
+        2604.21428)."""
+        expected = self._ready_pace.expected_s(peer)
+        if expected is None:
             return grace_ends_s if peer in self.head.voters else 0.0
-        return expected_s if expected_s <= grace_ends_s else 0.0
+        usual_s, latest_s = expected
+        return min(latest_s, grace_ends_s) if usual_s + MARGIN_S <= grace_ends_s else 0.0
