@@ -1,0 +1,246 @@
+"""The round core on asyncio: effects in order, nothing before what must be durable; a full disk halts the vote."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shoal.node.ledger_store import StoreError
+from shoal.protocol.codecs import Float32s
+from shoal.protocol.effects import AttemptFailed, Effect, Persist, PhaseEntered, Send, VoteRecord
+from shoal.protocol.errors import Failure, Refusal
+from shoal.protocol.identity import PeerId
+from shoal.protocol.messages import (
+    Certified,
+    Prepare,
+    Presence,
+    Promise,
+    Proposal,
+    Ready,
+    SignedReady,
+    Vote,
+    contribution_root,
+    decode_message_untrusted,
+    sign_ready,
+)
+from shoal.protocol.quorum import Head
+from tests.unit.node.exposition import read
+from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, open_peers, wait_until
+from tests.unit.node.puppet import Puppet, open_puppet
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise StoreError(Path("ledger.sqlite"), Failure.DISK_FULL, "the disk is full", "make space")
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def proposer_of(peers: list[Peer]) -> Peer:
+    return next(peer for peer in peers if peer.core.view().proposer == peer.me)
+
+
+async def commit_one_round(peers: list[Peer], number: int = 1) -> None:
+    for seed, peer in enumerate(peers):
+        await peer.contribute(100 * number + seed)
+    await wait_until(lambda: all(len(peer.commits) == number for peer in peers))
+
+
+async def test_a_round_is_carried_out_from_ready_to_the_next_one(tmp_path: Path) -> None:
+    async with open_peers(tmp_path, 3) as peers:
+        for number in (1, 2):
+            await commit_one_round(peers, number)
+        assert len({peer.commits[-1].state_root for peer in peers}) == 1
+        assert {peer.core.round for peer in peers} == {3}
+
+
+async def test_a_message_leaves_only_after_what_was_to_be_durable_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_samples(founders=3)
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 1, peer) as puppet:
+        saved: list[VoteRecord] = []
+        release = threading.Event()
+        save = peer.state.save_vote
+
+        def slowly(vote: VoteRecord) -> None:
+            assert release.wait(20)
+            saved.append(vote)
+            save(vote)
+
+        monkeypatch.setattr(peer.state, "save_vote", slowly)
+        effects: list[Effect] = [
+            Persist(vote=VoteRecord(round=1, promised=4)),
+            Send(peer=puppet.me, message=Prepare(round=1, attempt=4)),
+            PhaseEntered(round=1, attempt=4, phase=peer.core.phase, proposer=peer.me),
+        ]
+        before = len(peer.notes)
+        peer.core._effects.extend(effects)  # as the core would
+        peer.driver.pump()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert puppet.messages == [] and len(peer.notes) == before
+        release.set()
+        await wait_until(lambda: puppet.heard(Prepare))
+        assert [one.promised for one in saved] == [4]
+        await wait_until(lambda: len(peer.notes) == before + 1)
+
+
+@pytest.mark.parametrize("fail", [full_disk, no_space], ids=["store", "file"])
+async def test_a_disk_that_fails_before_the_vote_is_a_peer_that_does_not_vote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Callable[..., None]
+) -> None:
+    async with open_peers(tmp_path, 3) as peers:
+        ill = next(peer for peer in peers if peer is not proposer_of(peers))
+        sent: list[object] = []  # messages that left it
+        monkeypatch.setattr(ill.state, "save_vote", fail)
+        transmit = ill.driver._transmit
+
+        async def watch(peer: PeerId, payload: bytes) -> None:
+            sent.append(decode_message_untrusted(ill.swarm.id, payload))
+            await transmit(peer, payload)
+
+        monkeypatch.setattr(ill.driver, "_transmit", watch)
+        for seed, peer in enumerate(peers):
+            await peer.contribute(seed)
+        well = [peer for peer in peers if peer is not ill]
+        await wait_until(lambda: all(peer.commits for peer in well))
+        await wait_until(lambda: ill.disk_failures)
+        ((reason, detail),) = ill.disk_failures
+        assert reason is Failure.DISK_FULL and ("full" in detail or "No space" in detail)
+        assert not any(isinstance(one, Vote) for one in sent), "what is not durable is not said"
+        assert ill.commits == [] and ill.core.head.round == 0
+        assert ill.reporter.build_status().disk.failing
+        # It still serves what it has.
+        assert await ill.exchange.serve(well[0].me, b"x" * 32) is None
+        assert ill.links.is_linked(well[0].me) or ill.links.is_linked(well[1].me)
+
+
+async def test_a_store_that_fails_at_the_commit_applies_nothing_and_a_restart_makes_it_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_samples()
+    chain = make_chain(swarm, 1)
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 1, peer) as puppet:
+        for digest, raw in chain.blobs.items():
+            peer.state.stores.blobs.write(digest, raw)
+        monkeypatch.setattr(peer.state.stores.ledger, "put_certificate", full_disk)
+        await puppet.tell(peer, Certified(certificate=chain.certificates[0]))
+        await wait_until(lambda: peer.disk_failures)
+        assert peer.core.head.round == 0 and peer.commits == []
+        assert peer.state.head.round == 0, "memory says what the disk says"
+        monkeypatch.undo()
+        await puppet.tell(peer, Certified(certificate=chain.certificates[0]))
+        assert peer.commits == [], "it is halted until it is started again"
+    async with open_peer(make_samples(), 0, tmp_path) as again, open_puppet(again.swarm, 1, again) as puppet:
+        assert again.core.head.round == 0
+        await puppet.tell(again, Certified(certificate=chain.certificates[0]))
+        await wait_until(lambda: again.commits)
+        assert again.commits[0] == chain.heads[1]
+
+
+async def test_what_was_wanted_before_a_snapshot_is_not_done_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_samples()
+    chain = make_chain(swarm, 5, (5,))
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 1, peer) as puppet:
+        install = peer.state.install
+
+        async def meanwhile(head: Head, params: Float32s, momentum: Float32s) -> None:
+            peer.core._effects.append(Send(peer=puppet.me, message=Prepare(round=1, attempt=7)))
+            peer.driver.pump()
+            await install(head, params, momentum)
+            peer.core._effects.append(Send(peer=puppet.me, message=Prepare(round=1, attempt=8)))
+
+        monkeypatch.setattr(peer.state, "install", meanwhile)
+        await peer.driver.install(chain.heads[5], *chain.states[5])
+        assert (peer.core.round, peer.core.head) == (6, chain.heads[5])
+        peer.core._effects.append(Send(peer=puppet.me, message=Prepare(round=6, attempt=9)))
+        peer.driver.pump()
+        await wait_until(lambda: puppet.heard(Prepare))
+        assert [one.attempt for one in puppet.heard(Prepare)] == [9]
+
+
+async def test_a_message_that_no_honest_peer_sends_is_reported_and_one_that_is_late_is_counted(tmp_path: Path) -> None:
+    swarm = make_samples(founders=3)
+    chain = make_chain(swarm, 1)
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 5, peer) as puppet:
+        await puppet.tell(peer, Promise(round=1, attempt=1, accepted_attempt=0, accepted=None))
+        await wait_until(lambda: peer.misbehaviours)
+        assert peer.misbehaviours == [(puppet.me, Refusal.NOT_A_MEMBER)]
+        await puppet.tell(peer, Proposal(attempt=3, result=chain.certificates[0].result))
+        await wait_until(lambda: len(peer.misbehaviours) == 2)
+        await puppet.tell(peer, Prepare(round=9, attempt=0))
+        await wait_until(lambda: read(peer, "refusals_total", reason="wrong_round", plane="control") == 1)
+        assert len(peer.misbehaviours) == 2
+        assert peer.core.round == 1
+
+
+async def test_a_limit_that_passes_wakes_the_core(tmp_path: Path) -> None:
+    swarm = make_samples(founders=3, grace_s=0.0, plan_timeout_s=0.1)
+    async with open_peer(swarm, 0, tmp_path, trains=True) as peer, open_puppet(swarm, 1, peer) as puppet:
+        # Two are ready, the proposer is neither of them or does not plan: nobody sends a plan.
+        await peer.contribute(1)
+        ready = make_ready(peer, puppet)
+        puppet.show(peer, ready)
+        await wait_until(lambda: any(isinstance(note, AttemptFailed) for note in peer.notes))
+        reasons = {note.reason for note in peer.notes if isinstance(note, AttemptFailed)}
+        assert reasons <= {Failure.PROPOSER_SILENT, Failure.PROPOSER_LOST, Failure.NO_QUORUM, Failure.EXCHANGE_TIMEOUT}
+        assert peer.core.attempt > 0
+        assert peer.reporter.build_status().failures[-1].reason in {one.value for one in reasons}
+
+
+def make_ready(peer: Peer, puppet: Puppet) -> SignedReady:
+    digests = tuple(bytes([part]) * 32 for part in range(peer.swarm.manifest.parts))
+    ready = Ready(
+        round=1,
+        base_root=peer.core.head.state_root,
+        contribution_root=contribution_root(digests),
+        tokens=1000,
+        steps=10,
+        norm=1.0,
+        owns=True,
+    )
+    return sign_ready(puppet.identity, peer.swarm.id, ready)
+
+
+async def test_after_stop_no_limit_wakes_anybody(tmp_path: Path) -> None:
+    async with open_peers(tmp_path, 3) as peers:
+        first = proposer_of(peers)
+        await first.contribute(1)
+        await next(peer for peer in peers if peer is not first).contribute(2)
+        await wait_until(lambda: first.driver._timer is not None)
+        timer = first.driver._timer
+        first.driver.stop()
+        assert timer is not None and timer.cancelled()
+
+
+async def test_who_cannot_be_reached_holds_nobody_up(tmp_path: Path) -> None:
+    async with open_peers(tmp_path, 3) as peers:
+        gone = next(peer for peer in peers if peer is not proposer_of(peers))
+        rest = [peer for peer in peers if peer is not gone]
+        await gone.control.stop()
+        await wait_until(lambda: all(gone.me not in peer.membership.table.live() for peer in rest))
+        await commit_one_round(rest)
+        assert rest[0].commits == rest[1].commits
+
+
+async def test_the_own_vote_needs_no_network(tmp_path: Path) -> None:
+    swarm = make_samples(founders=1, peers_min=1)
+    async with open_peer(swarm, 0, tmp_path, trains=True) as peer:
+        await commit_one_round([peer])
+        assert peer.core.head.round == 1
+        assert peer.control.peers() == ()
+
+
+async def test_a_presence_that_tells_of_a_later_round_is_passed_on(tmp_path: Path) -> None:
+    swarm = make_samples()
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 1, peer) as puppet:
+        presence: Presence = puppet.make_presence(peer, head_round=9, head_digest=b"h" * 32)
+        peer.membership.take_presence(puppet.encode(presence), puppet.me)
+        await wait_until(lambda: peer.behinds)
+        assert [(one.peer, one.round) for one in peer.behinds] == [(puppet.me, 9)]
