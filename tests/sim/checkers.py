@@ -16,7 +16,7 @@ from shoal.protocol.errors import ProtocolError
 from shoal.protocol.exchange import CONTRIBUTIONS_MAX
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
-from shoal.protocol.messages import Certificate, Member, Ready, Result, Vote, digest_record, verify_message
+from shoal.protocol.messages import Certificate, Ready, Result, Vote, digest_record, verify_message
 from shoal.protocol.quorum import Head
 from shoal.protocol.round_state import BACKOFF_MAX, EARLY_MESSAGES_MAX
 from tests.sim import oracle
@@ -26,8 +26,6 @@ from tests.sim.oracle import Vector
 if TYPE_CHECKING:
     from tests.sim.peer import SimPeer
 
-# Whether a certificate says which contribution of a member it counts: who restarts within a round makes another one.
-NAMES_CONTRIBUTIONS = "contribution_root" in Member.__dataclass_fields__
 # What a paused or busy peer may be late by in ending a phase, in its own seconds.
 PHASE_SLACK_S = 5.0
 RESULTS_PER_PART_MAX = 8  # as the daemon's: results of one part that a member may push in a round
@@ -95,7 +93,7 @@ class Checker:
         me, head = peer.identity.peer, found[-1]
         if head.round < self.committed_round.get(me, 0) and me not in self.suspects:
             raise broken("rounds are never undone", f"peer {peer.number} woke up at {head.round}")
-        for one in found[1:]:
+        for one in found:
             if one.round not in self.heads:  # it died while it committed what nobody else has yet
                 self._certified(peer, peer.disk.certificates[one.round], one)
             if self.heads[one.round] != one:
@@ -138,14 +136,14 @@ class Checker:
             return
         books, number = self._books[peer.identity.peer], result.round
         frozen = books.frozen
-        counted = frozen is not None and getattr(result.members[index], "contribution_root", frozen.root) == frozen.root
+        counted = frozen is not None and result.members[index].contribution_root == frozen.root
         expected = oracle.list_parts_with(result, index) if counted else ()
         if included != expected or frozen is None or frozen.round != number or books.residual_next is None:
             raise broken("error feedback is exact", f"peer {peer.number} settled {included}, not {expected}")
         for part in included:
             known = self._reductions.get((number, part, result.parts[part].digest), [])
             ours = any(frozen.digests[part] in one.digests for one in known)
-            if NAMES_CONTRIBUTIONS and known and not ours:
+            if known and not ours:
                 raise broken(
                     "error feedback is exact",
                     f"peer {peer.number} settled a contribution that is not the certified one, {number}/{part}",
@@ -187,6 +185,15 @@ class Checker:
             raise broken("rounds are never undone", f"peer {peer.number} went from {before} to {number}")
         self.committed_round[me] = number
         self._certified(peer, certificate, head)
+
+    def installed(self, peer: "SimPeer", head: Head) -> None:
+        """A snapshot leads forward, to a state that was certified."""
+        before = self.committed_round.get(peer.identity.peer, 0)
+        if head.round <= before:
+            raise broken("rounds are never undone", f"peer {peer.number} went from {before} to {head.round}")
+        if self.heads.get(head.round) != head:
+            raise broken("bit parity", f"peer {peer.number} installed another state of round {head.round}")
+        self.committed_round[peer.identity.peer] = head.round
 
     def _certified(self, peer: "SimPeer", certificate: Certificate, head: Head) -> None:
         result = certificate.result

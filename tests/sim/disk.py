@@ -6,26 +6,44 @@ A write that is finished survives everything but a restore from a backup. Of wri
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from shoal.protocol.effects import VoteRecord
 from shoal.protocol.messages import Certificate
 from tests.sim.faults import DiskFate
 
+SNAPSHOTS_KEPT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The whole state of a round."""
+
+    round: int
+    params: npt.NDArray[np.float32]
+    momentum: npt.NDArray[np.float32]
+    root: bytes
+
+
+Record = VoteRecord | Certificate | Snapshot
+
 
 @dataclass(slots=True)
 class Disk:
-    """What a crash leaves. `under_way`: blobs first, then the record that counts on them."""
+    """What a crash leaves. `under_way`: blobs first, then the records that count on them."""
 
     vote: VoteRecord | None = None
     certificates: dict[int, Certificate] = field(default_factory=dict)
     blobs: dict[bytes, bytes] = field(default_factory=dict)
     incarnation: int = 0
-    under_way: list[tuple[bytes, bytes] | VoteRecord | Certificate] = field(default_factory=list)
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    under_way: list[tuple[bytes, bytes] | Record] = field(default_factory=list)
 
-    def begin(self, blobs: dict[bytes, bytes], record: VoteRecord | Certificate) -> None:
-        """Start writing these blobs and then the record."""
-        self.under_way = [*blobs.items(), record]
+    def begin(self, blobs: dict[bytes, bytes], *records: Record) -> None:
+        """Start writing these blobs and then the records."""
+        self.under_way = [*blobs.items(), *records]
 
     def finish(self) -> None:
         """Everything that was begun is durable."""
@@ -47,8 +65,9 @@ class Disk:
             for write in writes[: rng.randint(0, len(writes))]:
                 self._put(write)
             return
-        for write in writes[:-1]:  # the record itself is one transaction: not synced, it never was
-            assert isinstance(write, tuple)
+        for write in writes:
+            if not isinstance(write, tuple):
+                return  # a record is one transaction: not synced, it never was
             if rng.random() < 0.5:
                 self._put(write)
             elif fate is DiskFate.TORN and write[0] not in self.blobs:
@@ -57,13 +76,24 @@ class Disk:
     def copy(self) -> "Disk":
         """A backup: what is durable now."""
         return Disk(
-            vote=self.vote, certificates=dict(self.certificates), blobs=dict(self.blobs), incarnation=self.incarnation
+            vote=self.vote,
+            certificates=dict(self.certificates),
+            blobs=dict(self.blobs),
+            incarnation=self.incarnation,
+            snapshots=dict(self.snapshots),
         )
 
-    def _put(self, write: tuple[bytes, bytes] | VoteRecord | Certificate) -> None:
+    def keep_snapshot(self, snapshot: Snapshot) -> None:
+        self.snapshots[snapshot.round] = snapshot
+        for number in sorted(self.snapshots)[:-SNAPSHOTS_KEPT]:
+            del self.snapshots[number]
+
+    def _put(self, write: tuple[bytes, bytes] | Record) -> None:
         if isinstance(write, VoteRecord):
             self.vote = write
         elif isinstance(write, Certificate):
             self.certificates[write.result.round] = write
+        elif isinstance(write, Snapshot):
+            self.keep_snapshot(write)
         else:
             self.blobs[write[0]] = write[1]

@@ -81,7 +81,7 @@ class SimMachine:
             if self.up and self.life == life:
                 action(*args)
 
-    def _work_s(self, low: float, high: float) -> float:
+    def work_s(self, low: float, high: float) -> float:
         return self.rng.uniform(low, high) * self.cpu
 
     def wall_s(self) -> float:
@@ -107,12 +107,12 @@ class SimMachine:
 
     # -- network -------------------------------------------------------------------------------------------------
 
-    def _transmit(self, other: "SimMachine", size: int, what: str, action: Callable[..., None], *args: object) -> None:
+    def transmit(self, other: "SimMachine", size: int, what: str, action: Callable[..., None], *args: object) -> None:
         self.world.network.send(
             self.number, other.number, size, self.world.now, other.arrive, self.number, what, action, *args
         )
 
-    def _stream(
+    def stream(
         self,
         other: "SimMachine",
         what: str,

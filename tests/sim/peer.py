@@ -36,7 +36,6 @@ from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Manifest, genesis_head
 from shoal.protocol.messages import (
-    CERTIFICATES_PER_ANSWER,
     ROUND_MESSAGES,
     Certificate,
     Certified,
@@ -54,7 +53,9 @@ from shoal.protocol.quorum import Head
 from shoal.protocol.replica import Replica
 from shoal.protocol.round_state import RESEND_AFTER, RESENDS_MAX, Offer, Setting
 from shoal.protocol.rounds import RoundCore
+from tests.sim.catchup import ask_for_log, write_snapshot
 from tests.sim.checkers import RESULTS_PER_PART_MAX
+from tests.sim.disk import Snapshot
 from tests.sim.faults import Moment
 from tests.sim.machine import SimMachine
 from tests.sim.trace import describe
@@ -118,6 +119,13 @@ class SimPeer(SimMachine):
 
     def _restore(self) -> Head:
         head = genesis_head(self.manifest, self.swarm, self.replica.reset())
+        usable = [one for one in self.disk.snapshots.values() if one.round in self.disk.certificates]
+        if usable:
+            newest = max(usable, key=lambda one: one.round)
+            self.replica.params[:], self.replica.momentum[:] = newest.params, newest.momentum
+            self.replica.round = newest.round
+            own = self.disk.certificates[newest.round].result
+            head = Head(round=own.round, digest=digest_record(own), state_root=self.replica.root(), voters=own.voters)
         found = [head]
         while (certificate := self.disk.certificates.get(head.round + 1)) is not None:
             encoded = {part.digest: self.disk.read(part.digest) for part in certificate.result.parts}
@@ -158,7 +166,7 @@ class SimPeer(SimMachine):
         """Begin to train for the open round; an earlier training ends here."""
         self.training += 1
         self.waiting = False
-        self.later(self.training_s * self._work_s(0.8, 1.4), self._become_ready, self.training)
+        self.later(self.training_s * self.work_s(0.8, 1.4), self._become_ready, self.training)
 
     def _become_ready(self, training: int) -> None:
         """The trainer hands over its local parameters."""
@@ -288,7 +296,7 @@ class SimPeer(SimMachine):
             case Persist():
                 self.busy = True
                 self.disk.begin(self._held(effect.digests), effect.vote)
-                self.later(self._work_s(0.001, 0.02), self._persist, effect)
+                self.later(self.work_s(0.001, 0.02), self._persist, effect)
                 self._may_crash(Moment.PERSISTING)
             case SendPart():
                 self._send_part(effect)
@@ -297,7 +305,7 @@ class SimPeer(SimMachine):
                 self._send_result(effect)
                 self._may_crash(Moment.RESULT_SENT)
             case Reduce():
-                self.later(self._work_s(0.001, 0.05), self._reduce, effect)
+                self.later(self.work_s(0.001, 0.05), self._reduce, effect)
                 self._may_crash(Moment.REDUCING)
             case FetchBlob():
                 turn = effect.part % max(1, len(effect.candidates))
@@ -337,7 +345,7 @@ class SimPeer(SimMachine):
             self.take(message, peer)
         else:
             other = self.world.by_id[peer]
-            self._transmit(other, CONTROL_BYTES, describe(message), other.take, message, self.identity.peer)
+            self.transmit(other, CONTROL_BYTES, describe(message), other.take, message, self.identity.peer)
 
     def take(self, message: ROUND_MESSAGES, sender: PeerId) -> None:
         try:
@@ -363,7 +371,7 @@ class SimPeer(SimMachine):
         raw = self._part_bytes(frozen, effect.part)
         other = self.world.by_id[effect.peer]
         args = (self, effect, raw, tries)
-        self._stream(other, f"part {effect.part}", len(raw), self._while(effect.round), other.take_part, *args)
+        self.stream(other, f"part {effect.part}", len(raw), self._while(effect.round), other.take_part, *args)
 
     def _part_bytes(self, frozen: Frozen, part: int) -> bytes:
         return frozen.encoded[part]
@@ -375,7 +383,7 @@ class SimPeer(SimMachine):
             # As the tensor links do: the sender is told, and tries again what came too early.
             if refusal in RESEND_AFTER and tries > 1:
                 again = (0.5, source._send_part, effect, tries - 1)
-                self._transmit(source, 64, f"refused {part}", source.later, *again)
+                self.transmit(source, 64, f"refused {part}", source.later, *again)
             return
         try:
             self._check_bytes(part, raw, digest)
@@ -422,7 +430,7 @@ class SimPeer(SimMachine):
             return  # the round has ended
         other = self.world.by_id[effect.peer]
         args = (self.identity.peer, effect.round, effect.part, effect.digest, raw)
-        self._stream(other, f"result {effect.part}", len(raw), self._while(effect.round), other.take_result, *args)
+        self.stream(other, f"result {effect.part}", len(raw), self._while(effect.round), other.take_result, *args)
 
     def _while(self, number: int) -> Callable[[], bool]:
         """Whether a round is still open."""
@@ -457,7 +465,7 @@ class SimPeer(SimMachine):
             other = self.world.by_id[candidates[0]]
             rest = candidates[1:]
             self.fetching[effect.digest] = len(rest)
-            self._transmit(other, 64, f"fetch {effect.part}", other.serve, self, effect, rest)
+            self.transmit(other, 64, f"fetch {effect.part}", other.serve, self, effect, rest)
             self.later(FETCH_TIMEOUT_S, self._fetch_elsewhere, effect, rest)
 
     def _fetch_elsewhere(self, effect: FetchBlob, rest: tuple[PeerId, ...]) -> None:
@@ -468,10 +476,10 @@ class SimPeer(SimMachine):
     def serve(self, asker: "SimPeer", effect: FetchBlob, rest: tuple[PeerId, ...]) -> None:
         raw = self.blobs.get(effect.digest) or self.disk.read(effect.digest)
         if raw is None:
-            self._transmit(asker, 64, f"no blob {effect.part}", asker._fetch_elsewhere, effect, rest)
+            self.transmit(asker, 64, f"no blob {effect.part}", asker._fetch_elsewhere, effect, rest)
         else:
             args = (self.identity.peer, effect, raw)
-            self._stream(asker, f"blob {effect.part}", len(raw), lambda: True, asker.take_fetched, *args)
+            self.stream(asker, f"blob {effect.part}", len(raw), lambda: True, asker.take_fetched, *args)
 
     def take_fetched(self, sender: PeerId, effect: FetchBlob, raw: bytes) -> None:
         if effect.round != self.core.round or effect.digest in self.blobs:
@@ -486,26 +494,25 @@ class SimPeer(SimMachine):
     # -- the log -------------------------------------------------------------------------------------------------
 
     def _catch_up(self, effect: Behind) -> None:
-        other = self.world.by_id[effect.peer]
-        self._transmit(other, 64, "behind", other.tell_certificates, self, self.core.round)
+        ask_for_log(self, self.world.by_id[effect.peer], effect.round)
 
-    def tell_certificates(self, asker: "SimPeer", first: int) -> None:
-        found = []
-        for number in range(first, first + CERTIFICATES_PER_ANSWER):
-            certificate = self.disk.certificates.get(number)
-            if certificate is None:
-                break
-            found.append(certificate)
-        if found:
-            size = CONTROL_BYTES * len(found)
-            args = (tuple(found), self.identity.peer)
-            self._transmit(asker, size, f"certificates {first}+{len(found)}", asker.take_certificates, *args)
+    def install(self, head: Head, snapshot: Snapshot) -> None:
+        """A snapshot is on the disk: go on from there. What was trained is dropped, its base is gone."""
+        self.disk.finish()
+        self.replica.params[:], self.replica.momentum[:] = snapshot.params, snapshot.momentum
+        self.replica.round = snapshot.round
+        self.world.checker.installed(self, head)
+        self.contributor.clear()
+        self.world.checker.restarted_from_base(self)
+        self.local = self.replica.params.copy()
+        self.steps = self.missed = 0
+        self.core.take_effects()
+        self.queue.clear()
+        self._begin_round(head)
+        self._train()
+        self._drain()
 
-    def take_certificates(self, certificates: tuple[Certificate, ...], sender: PeerId) -> None:
-        self.replay = {one.result.round: one for one in certificates}
-        self._replay(sender)
-
-    def _replay(self, sender: PeerId) -> None:
+    def replay_next(self, sender: PeerId) -> None:
         following = self.replay.pop(self.core.round, None)
         if following is not None:
             self.take(Certified(certificate=following), sender)
@@ -523,13 +530,21 @@ class SimPeer(SimMachine):
         self.busy = True
         digests = tuple(part.digest for part in certificate.result.parts)
         self.disk.begin(self._held(digests), certificate)
-        self.later(self._work_s(0.002, 0.05), self._commit, certificate)
+        self.later(self.work_s(0.002, 0.05), self._commit, certificate)
 
     def _commit(self, certificate: Certificate) -> None:
         self.disk.finish()
         head = self._apply(certificate)
         self.world.checker.committed(self, certificate, head)
         waiting = self._merge(certificate)
+        write_snapshot(self)
+        self._begin_round(head)
+        if waiting:
+            self.later(self.work_s(0.01, 0.05), self._offer_again, self.training)
+        self._drain()
+        self.replay_next(self.identity.peer)
+
+    def _begin_round(self, head: Head) -> None:
         self.frozen, self.ready = None, None
         self.inbox.clear()
         self.blobs.clear()
@@ -539,10 +554,6 @@ class SimPeer(SimMachine):
         self.core.applied(head, self.clock())
         self.busy = False
         self._announce()
-        if waiting:
-            self.later(self._work_s(0.01, 0.05), self._offer_again, self.training)
-        self._drain()
-        self._replay(self.identity.peer)
 
     def _offer_again(self, training: int) -> None:
         if training == self.training and self.waiting:
