@@ -160,6 +160,8 @@ class Chaos:
         victim = self._disk_peer
         if victim is None or victim.standing is not Standing.UP or not self.swarm.spares(victim):
             return
+        if victim.status is None:
+            return  # it is starting, and a start on a full disk is rightly refused
         left_bytes = self._entropy.choice((0, 2 << 20))  # nothing, or less than the configured minimum
         victim.standing = Standing.IMPAIRED
         ballast = victim.peer.folder / "ballast"

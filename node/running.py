@@ -10,11 +10,15 @@ RUNNING_FILE = "running.json"
 
 
 def note_running(folder: Path, host: str, port: int) -> None:
-    """Written when the daemon answers."""
+    """Written when the daemon answers. Raises ConfigError where the folder takes no file any more."""
     note = {"pid": os.getpid(), "web": f"{host}:{port}"}
     temporary = folder / f"{RUNNING_FILE}.partial"
-    temporary.write_text(json.dumps(note), encoding="utf-8")
-    temporary.replace(folder / RUNNING_FILE)
+    try:
+        temporary.write_text(json.dumps(note), encoding="utf-8")
+        temporary.replace(folder / RUNNING_FILE)
+    except OSError as error:
+        problem = f"{temporary} cannot be written: {error.strerror}"
+        raise ConfigError("--data-dir", problem, "mend that, or use another folder") from error
 
 
 def forget_running(folder: Path) -> None:
