@@ -189,10 +189,9 @@ class Compute:
             log.warning("missed %d rounds in a row: training goes on from the certified base", self._missed)
             self._state.contributor.clear()
             self._missed = 0
-        waiting = self._ready is not None
+        if not (included or restart) or self.phase is TrainerState.STARTING:
+            return  # it trains on, or what is ready is offered to the next round; either is anchored at the new base
         self._ready = None
-        if not (waiting or included or restart) or self.phase is TrainerState.STARTING:
-            return  # it trains on; the new base is the anchor of what it will hand over
         merge = Merge(
             round=result.round + 1,
             included=make_bitmap(frozenset(included), self._manifest.parts),

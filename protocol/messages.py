@@ -116,10 +116,11 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartDone:
-    """An owner's signed word: this part was reduced from these roster members."""
+    """An owner's signed word: this part was reduced from these members of this roster."""
 
     round: U63
     attempt: U32
+    roster_digest: Bytes32  # of the roster that the bitmap means: a lying proposer may have made two plans
     part: U16
     digest: Bytes32
     contributors: Bitmap
@@ -407,6 +408,11 @@ def decode_message_untrusted(swarm: bytes, raw: bytes | memoryview) -> object:
 def digest_record(value: object) -> bytes:
     """BLAKE3 of the canonical bytes: how results, readies and the manifest are named."""
     return blake3(encode_record(value)).digest()
+
+
+def digest_roster(roster: tuple[RosterEntry, ...]) -> bytes:
+    """BLAKE3 of the roster entries: the same for every revision of a plan."""
+    return blake3(b"".join(digest_record(entry) for entry in roster)).digest()
 
 
 def contribution_root(digests: tuple[bytes, ...]) -> bytes:

@@ -27,6 +27,7 @@ from shoal.protocol.messages import (
     RosterEntry,
     SignedReady,
     Vote,
+    digest_roster,
     verify_message,
     verify_ready,
 )
@@ -224,8 +225,10 @@ def check_evidence(proposal: Proposal, proposer: PeerId, head: Head, codec: str,
     expected = make_result(plan, dict(enumerate(evidence.done)), head, frozenset(), len(result.voters))
     if (result.members, result.parts) != (expected.members, expected.parts):
         raise ProtocolError(Refusal.NOT_PLANNED, "the result does not follow from its plan and the owners' words")
+    roster_digest = digest_roster(plan.roster)
     for part, done in enumerate(evidence.done):
-        if (done.round, done.attempt, done.part) != (plan.round, plan.attempt, part):
+        said = done.round, done.attempt, done.roster_digest, done.part
+        if said != (plan.round, plan.attempt, roster_digest, part):
             raise ProtocolError(Refusal.WRONG_ATTEMPT, f"the word on part {part} is about something else")
         verify_message(plan.roster[plan.owners[part]].signed.peer, authority.swarm, done)
 

@@ -117,6 +117,8 @@ def check_result(result: Result, head: Head, parts: int, *, is_reroot: bool = Fa
         raise ProtocolError(Refusal.OTHER_LOG, f"round {result.round} builds on another state than ours")
     if len(result.parts) not in (0, parts) or bool(result.parts) != bool(result.members):
         raise ProtocolError(Refusal.WRONG_LENGTH, f"{len(result.parts)} parts, expected {parts} or none")
+    if not result.parts and not is_reroot and result.voters == head.voters:
+        raise ProtocolError(Refusal.NOT_PLANNED, f"round {result.round} changes nothing")
     for part in result.parts:
         check_bitmap(part.contributors, len(result.members))
     allowed = {*head.voters, *(member.peer for member in result.members)}

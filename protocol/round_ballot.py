@@ -74,7 +74,7 @@ class RoundBallot(RoundState):
         self._effects.append(AttemptFailed(round=self.round, attempt=self.attempt, reason=reason, peer=peer))
         self._failures += 1
         self._last_failure, self._last_failure_peer = reason, peer
-        following = max(self.attempt + 1, superseded_by)
+        following = max(self.attempt + 1, superseded_by, self._nacked(), self._refused_attempt)
         for _ in self._order:
             if self._proposer(following) not in self._lost:
                 break
@@ -130,10 +130,13 @@ class RoundBallot(RoundState):
                 self._send(peer, Prepare(round=self.round, attempt=attempt))
         self._take_promise(self._promise(attempt), self._me, now)
 
-    def _prepare_again(self, peer: PeerId) -> None:
-        """A voter that was not heard before cannot have got the prepare."""
-        if self._lead and self.phase is Phase.PREPARE and peer in self.head.voters:
-            self._send(peer, Prepare(round=self.round, attempt=self._lead.attempt))
+    def _prepare_again(self, presence: Presence) -> None:
+        """A voter that was lost or in an earlier round when the prepare went out did not get it."""
+        lead, peer = self._lead, presence.peer
+        if lead is None or self.phase is not Phase.PREPARE or peer not in self.head.voters:
+            return
+        if presence.head_round == self.head.round and peer not in lead.promises and peer not in lead.nacks:
+            self._send(peer, Prepare(round=self.round, attempt=lead.attempt))
 
     def _promise(self, attempt: int) -> Promise:
         return Promise(
@@ -155,6 +158,8 @@ class RoundBallot(RoundState):
         has_time = self._needs_locks() and self._deadline_s is not None
         busy = (makes_progress or has_time) and self.attempt < message.attempt
         if message.attempt < self._vote.promised or (busy and self._proposer() not in self._lost):
+            if busy and not self._needs_locks():
+                self._refused_attempt = max(self._refused_attempt, message.attempt)  # where this voter goes next
             self._send(sender, Nack(round=self.round, attempt=message.attempt, promised=self._vote.promised))
             return
         if message.attempt > self._vote.promised:
@@ -174,13 +179,18 @@ class RoundBallot(RoundState):
         self._check_voter(sender)
         self._check_jump(message.promised)
         self._lead.nacks[sender] = message.promised
-        # One word is enough to begin elsewhere. What is under way, or where members may lie, is given up for so many
-        # that no quorum is left without them.
-        begins = self.phase in (Phase.PREPARE, Phase.GATHER) and not self._needs_locks()
-        needed = 1 if begins else self._blocking_size()
-        if len(self._lead.nacks) >= needed:
-            promised = sorted(self._lead.nacks.values())[-needed]
-            self._fail_attempt(Failure.SUPERSEDED, sender, now, promised)
+        # So many that no quorum is left without them: whoever has promised more may stay out.
+        if len(self._lead.nacks) >= self._blocking_size():
+            self._fail_attempt(Failure.SUPERSEDED, sender, now, self._nacked())
+
+    def _nacked(self) -> int:
+        """Where those who refused this attempt can be met; one voter's word is not enough where it may lie."""
+        if self._lead is None or not self._lead.nacks:
+            return 0
+        promised = sorted(self._lead.nacks.values(), reverse=True)
+        if not self._needs_locks():
+            return promised[0]
+        return promised[self._blocking_size() - 1] if len(promised) >= self._blocking_size() else 0
 
     def _take_promise(self, message: Promise, sender: PeerId, now: float) -> None:
         self._check_voter(sender)

@@ -24,6 +24,7 @@ from shoal.protocol.messages import (
     PartDone,
     Plan,
     SignedReady,
+    digest_roster,
     sign_message,
     verify_message,
 )
@@ -196,6 +197,7 @@ class RoundExchange(RoundBallot):
         done = PartDone(
             round=self.round,
             attempt=attempt,
+            roster_digest=digest_roster(self._plan.roster),
             part=part,
             digest=digest,
             contributors=make_bitmap(members, len(self._plan.roster)),
@@ -213,7 +215,8 @@ class RoundExchange(RoundBallot):
             return
         assert self._lead is not None
         verify_message(sender, self._swarm, message)
-        if message.part >= self._parts or sender != self._owner(message.part):
+        another = message.roster_digest != digest_roster(self._plan.roster)
+        if another or message.part >= self._parts or sender != self._owner(message.part):
             self._dropped = Refusal.NOT_PLANNED
             return  # the part has been given to another owner since
         check_bitmap(message.contributors, len(self._plan.roster))

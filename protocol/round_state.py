@@ -35,6 +35,7 @@ EARLY_MESSAGES_MAX = 256  # messages of the next round that are kept while this 
 FETCH_DELAY_S = 1.0  # how long a missing result part may still be under way before it is asked for
 FETCH_RETRY_S = 5.0
 BEHIND_RETRY_S = 2.0
+HELPERS = 3  # so many peers send it
 HELP_DELAY_S = 2.0  # how long a peer may need to apply the last round before its certificate is sent to it again
 EARLY_PER_SENDER_MAX = 16
 LOG_DIGESTS_MAX = 64
@@ -131,6 +132,7 @@ class RoundState:
         self._declared: Lead | None = None
         self._slow_owners: set[PeerId] = set()
         self._had_ready: set[PeerId] = set()
+        self._refused_attempt = 0
         self._attempts_heard: dict[PeerId, int] = {}
         self._failures = 0
         self._last_failure: Failure | None = None
@@ -268,9 +270,11 @@ class RoundState:
         """When the proposer takes a part from its owner, who was silent for too long or has had it for too long."""
         assert self._lead is not None
         owner = self._owner(part)
-        limit_s = self._rules.owner_timeout_s
-        allowance_s = self._owner_pace.allowance_s(owner, limit_s) * self._backoff()
-        deadline_s = self._lead.heard_s[owner] + allowance_s
+        own_s = self._owner_pace.allowance_s(owner, self._rules.owner_timeout_s)
+        # An owner cannot be done before its slowest sender has delivered or is given up.
+        limit_s = self._rules.sender_timeout_s
+        senders_s = max(self._sender_pace.allowance_s(peer, limit_s) for peer in self._roster_peers())
+        deadline_s = self._lead.heard_s[owner] + senders_s + own_s * self._backoff()
         # Time must be left for another owner, however steadily this one goes on.
         rush_s = self._exchange_began_s + OWNERS_WINDOW * self._exchange_window_s()
         return min(deadline_s, rush_s) if self._lead.assigned_s[part] < rush_s else deadline_s

@@ -44,6 +44,7 @@ from shoal.protocol.round_state import (
     EARLY_MESSAGES_MAX,
     EARLY_PER_SENDER_MAX,
     HELP_DELAY_S,
+    HELPERS,
     PHASE_TIMEOUTS,
     Offer,
     Setting,
@@ -69,10 +70,13 @@ class RoundCore(RoundExchange):
     def observe(self, presence: Presence, now: float) -> None:
         """A verified presence that is newer than what was known: this peer is alive."""
         peer = presence.peer
-        if peer not in self._members:
-            self._prepare_again(peer)
+        if peer not in self._members and presence.trains:
+            self._ready_pace.begin((peer,), now)
+        if peer in self._lost and peer in self.head.voters:
+            self._failures = 0  # what made attempts fail may be over
         self._members[peer] = presence
         self._lost.discard(peer)
+        self._prepare_again(presence)
         self._sync_attempt(presence, now)
         digest = self._log.get(presence.head_round)
         if digest is not None and digest != presence.head_digest:
@@ -218,7 +222,7 @@ class RoundCore(RoundExchange):
             self._send(sender, Certified(certificate=certificate))
 
     def _help_behind(self, presence: Presence, now: float) -> None:
-        if now < self._began_s + HELP_DELAY_S:
+        if now < self._began_s + HELP_DELAY_S or not (self._leaving or self._me in self._order[:HELPERS]):
             return
         # The one certificate that a lost message may have cost it; whoever is further behind asks for more.
         last = self._last_certificate

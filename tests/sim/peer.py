@@ -582,9 +582,10 @@ class SimPeer(SimMachine):
             self.world.checker.restarted_from_base(self)
         if restart or included:
             self.steps, self.missed = 0, 0
-        if self.waiting or included or restart:
+        if included or restart:
             self._train()
-        return False
+            return False
+        return self.waiting  # what is ready is offered to the next round
 
 
 @lru_cache(maxsize=1 << 10)

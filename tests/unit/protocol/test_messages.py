@@ -95,7 +95,9 @@ PLAN = sign_message(
     ),
 )
 PART_DONE = sign_message(
-    IDENTITIES[1], SWARM, PartDone(round=1, attempt=0, part=2, digest=b"d" * 32, contributors=b"\x07")
+    IDENTITIES[1],
+    SWARM,
+    PartDone(round=1, attempt=0, roster_digest=bytes(32), part=2, digest=b"d" * 32, contributors=b"\x07"),
 )
 LOCK = sign_message(IDENTITIES[1], SWARM, Lock(voter=PEERS[1], round=1, attempt=2, result_digest=digest_record(RESULT)))
 LOCKS = LockCertificate(attempt=2, locks=(LOCK,))

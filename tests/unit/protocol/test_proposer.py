@@ -56,7 +56,9 @@ def promise(attempt: int, accepted: Result | None) -> Promise:
 
 def done(part: int, contributors: set[int], digest: bytes = b"d") -> PartDone:
     bitmap = make_bitmap(frozenset(contributors), 4)
-    return PartDone(round=1, attempt=0, part=part, digest=digest * 32, contributors=bitmap)
+    return PartDone(
+        round=1, attempt=0, roster_digest=digest_roster(PLAN.roster), part=part, digest=digest * 32, contributors=bitmap
+    )
 
 
 # -- taking over ----------------------------------------------------------------------------------------------------
