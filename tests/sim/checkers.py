@@ -79,7 +79,7 @@ class Checker:
         self._readies: dict[tuple[PeerId, int], set[tuple[int, int]]] = {}
         self._reductions: dict[tuple[int, int, bytes], list[Reduction]] = {}
         self._books: dict[PeerId, Books] = {}
-        self._phases: dict[PeerId, tuple[tuple[int, int, int, Phase], float, float]] = {}
+        self._phases: dict[PeerId, tuple[Phase, float, float]] = {}
 
     def newest_head(self) -> Head:
         """The head that the certificates lead to, whoever holds them."""
@@ -264,21 +264,23 @@ class Checker:
 
     # -- bounds --------------------------------------------------------------------------------------------------
 
+    def entered(self, peer: "SimPeer", phase: Phase) -> None:
+        """A phase begins; its time starts."""
+        self._phases[peer.identity.peer] = (phase, peer.clock(), peer.paused_s)
+
     def check_bounds(self, peer: "SimPeer") -> None:
         """Every attempt ends in bounded time, and memory is bounded; looked at with every heartbeat."""
         core, me = peer.core, peer.identity.peer
-        # Who gave up on an attempt follows its proposal all the same while nothing better has come.
-        following = core._proposal.attempt if core._proposal else core.attempt
-        at = (core.round, core.attempt, following, core.phase)
-        since = self._phases.get(me)
-        # Nothing can be certified in any attempt while no quorum is in sight: then no attempt is under way.
-        waits = core.phase in (Phase.GATHER, Phase.PREPARE) and not core._has_quorum()
-        if since is None or since[0] != at or waits:
-            self._phases[me] = (at, peer.clock(), peer.paused_s)
-        else:
-            awake_s = peer.clock() - since[1] - (peer.paused_s - since[2]) * (1 + DRIFT_MAX)
-            if awake_s > self._phase_bound_s(core.phase):
-                raise broken("every attempt ends in bounded time", f"peer {peer.number}: {awake_s:.1f} s in {at}")
+        phase, since_s, paused_s = self._phases.get(me, (Phase.GATHER, 0.0, 0.0))
+        awake_s = peer.clock() - since_s - (peer.paused_s - paused_s) * (1 + DRIFT_MAX)
+        # Without a quorum in sight nobody can end an attempt, and none is given up.
+        voters = core.head.voters
+        in_sight = len({me, *peer.table.live()} & set(voters))
+        if phase is Phase.PREPARE and not oracle.is_quorum(in_sight, len(voters), self.manifest.rounds.quorum):
+            self.entered(peer, phase)
+        elif phase is core.phase and awake_s > self._phase_bound_s(phase):
+            at = f"{phase.value} of {core.round}/{core.attempt}"
+            raise broken("every attempt ends in bounded time", f"peer {peer.number}: {awake_s:.1f} s in {at}")
         inbox, parts = core._inbox, self.manifest.parts
         members = len(peer.world.by_id)
         counts = {

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from shoal.protocol.aggregators import WeightedPart
-from shoal.protocol.effects import AttemptFailed, Note, Reduce
+from shoal.protocol.effects import AttemptFailed, Note, PhaseEntered, Reduce
 from shoal.protocol.identity import Identity
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import Draft, Manifest, Rounds, Task, genesis_head, make_manifest
@@ -178,7 +178,9 @@ class World:
         attempt = getattr(effect, "attempt", "")
         detail = getattr(effect, "phase", "") or getattr(effect, "reason", "")
         self.record(f"{peer.number} {type(effect).__name__} {effect.round}/{attempt} {detail}")
-        if isinstance(effect, AttemptFailed):
+        if isinstance(effect, PhaseEntered):
+            self.checker.entered(peer, effect.phase)
+        elif isinstance(effect, AttemptFailed):
             self.failures[effect.reason.value] += 1
 
     def happen(self, text: str) -> None:
