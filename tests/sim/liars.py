@@ -166,8 +166,8 @@ class Liar(SimPeer):
 
     # -- words that no core would say ------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
-        super()._tick()
+    def _announce(self) -> None:
+        super()._announce()
         others = [peer for peer in self.world.by_id if peer != self.identity.peer]
         for _ in range(LIES_PER_BEAT if self.heard else 0):
             if Lie.REPLAY in self.lies:

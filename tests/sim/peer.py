@@ -85,7 +85,7 @@ class SimPeer(SimMachine):
         """Start from the disk, as a daemon does: replay the certified updates, take up the vote record."""
         self.start()
         self.leaving = False
-        self.sequence = 0
+        self.sequence = self.beats = 0
         elements = self.manifest.layout.elements
         self.replica = Replica(self.manifest, np.zeros(elements, np.float32), np.zeros(elements, np.float32))
         head = self._restore()
@@ -110,7 +110,7 @@ class SimPeer(SimMachine):
         self.table.expect(head.voters, self.clock())
         self.core = RoundCore(self._setting(), head, self.disk.vote, self.clock())
         self._train()
-        self._tick()
+        self._announce()
         self._drain()
 
     def _setting(self) -> Setting:
@@ -207,17 +207,21 @@ class SimPeer(SimMachine):
 
     # -- presence ------------------------------------------------------------------------------------------------
 
-    def _tick(self) -> None:
-        for lost in self.table.handle_deadline(self.clock()):
-            self.core.lose(lost.peer, self.clock())
-        self._announce()
-        self._drain()
-        self.world.checker.check_bounds(self)
-        self.later(self.manifest.rounds.presence_period_s, self._tick)
+    def _tick(self, beat: int) -> None:
+        """A period has passed without anything new to announce."""
+        if beat == self.beats:
+            self._announce()
+            self._drain()
+            self.world.checker.check_bounds(self)
 
     def _announce(self) -> None:
+        """A beat: publish the presence, find peers that are lost. The next one comes a period later at the latest."""
         self.sequence += 1
         self.world.gossip(self, sign_message(self.identity, self.swarm, self._presence()))
+        for lost in self.table.handle_deadline(self.clock()):
+            self.core.lose(lost.peer, self.clock())
+        self.beats += 1
+        self.later(self.manifest.rounds.presence_period_s, self._tick, self.beats)
 
     def _presence(self) -> Presence:
         head = self.core.head
