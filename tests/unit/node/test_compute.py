@@ -1,0 +1,287 @@
+"""The trainer at the daemon's side: its work is frozen, merged and anchored anew, and it is restarted when it dies."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.node import compute
+from shoal.node.compute import RESTARTS_MAX
+from shoal.node.status import TrainerState, judge_health
+from shoal.node.trainer import TrainerError
+from shoal.node.training.messages import Merge, Ready, Started, Work
+from shoal.protocol.errors import Failure
+from shoal.protocol.messages import Result
+from tests.unit.node.fake_trainer import TOKENS_PER_STEP, FakeTrainer
+from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, wait_until
+
+
+class Trainer(FakeTrainer):
+    """Shares the base and its own parameters with the daemon, and remembers what it was told."""
+
+    def __init__(self, peer: Peer, *, round_s: float = 0.0) -> None:
+        super().__init__(np.full(peer.params.size, 0.1, np.float32), peer.compute.take, round_s=round_s)
+        self._base = peer.params
+        self.begun: list[tuple[int, bool]] = []
+        self.merges: list[Merge] = []
+        self.stops = 0
+        self.refusals: list[TrainerError] = []
+
+    async def start(self, work: Work) -> Started:
+        if self.refusals:
+            raise self.refusals.pop(0)
+        return await super().start(work)
+
+    async def begin(self, round: int, *, adopt: bool) -> None:
+        self.begun.append((round, adopt))
+        await super().begin(round, adopt=adopt)
+
+    async def merge(self, merge: Merge) -> None:
+        self.merges.append(merge)
+        await super().merge(merge)
+
+    async def stop(self) -> None:
+        self.stops += 1
+        await super().stop()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "RESTART_DELAY_S", 0.0)
+
+
+@asynccontextmanager
+async def open_trainer(folder: Path, *, round_s: float = 0.0) -> AsyncIterator[tuple[Peer, Trainer]]:
+    """A peer whose trainer is not started yet. Nobody else is there, so its rounds stay open."""
+    async with open_peer(make_samples(), 0, folder, trains=True) as peer:
+        peer.compute.trainer = trainer = Trainer(peer, round_s=round_s)
+        yield peer, trainer
+
+
+def make_result(peer: Peer, number: int) -> Result:
+    """The result of a round in which this peer took part or not: that is told apart from it."""
+    return make_chain(peer.swarm, number).certificates[-1].result
+
+
+# -- a round ---------------------------------------------------------------------------------------------------------
+
+
+async def test_what_the_trainer_hands_over_is_offered_once(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path) as (peer, trainer):
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        assert trainer.begun == [(1, True)]
+        assert peer.compute.phase is TrainerState.PAUSED
+        peer.compute.round_begun()
+        peer.compute.round_begun()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        roots = {one.root for one in peer.offers}
+        assert len(roots) == 1 and peer.offers[0].round == 1
+        assert peer.compute.tokens == peer.swarm.manifest.training.inner_steps * TOKENS_PER_STEP
+
+
+async def test_a_round_with_its_work_is_merged_and_the_next_one_begins(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path) as (peer, trainer):
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        await peer.compute.committed(make_result(peer, 1), (0, 2))
+        (merge,) = trainer.merges
+        assert (merge.round, merge.adopt_all, merge.begin) == (2, False, True)
+        assert merge.included == bytes([0b101])
+        assert peer.compute.phase in (TrainerState.RUNNING, TrainerState.PAUSED)
+
+
+async def test_a_round_without_it_changes_nothing_while_it_trains_on(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        await peer.compute.committed(make_result(peer, 1), ())
+        assert trainer.merges == [] and trainer.begun == [(1, True)]
+        await trainer.freeze()
+        await wait_until(lambda: peer.offers)
+        assert peer.offers[0].round == 1, "anchored at the base that is there"
+
+
+async def test_a_round_without_it_offers_what_is_ready_to_the_next_one(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path) as (peer, trainer):
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        local = trainer.local.copy()
+        await peer.compute.committed(make_result(peer, 1), ())
+        assert trainer.merges == [] and np.array_equal(trainer._parameters, local), "no work is lost"
+        peer.compute.round_begun()
+        await wait_until(lambda: len(peer.offers) == 2)
+        assert peer.compute.phase is TrainerState.PAUSED
+
+
+async def test_on_another_log_the_work_stays_and_is_anchored_there(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path) as (peer, trainer):
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        local = trainer.local.copy()
+        trainer._round_s = 3600.0
+        await peer.compute.rebase()
+        assert trainer.begun[-1] == (1, False)
+        assert np.array_equal(trainer._parameters, local)
+        peer.compute.round_begun()
+        assert len(peer.offers) == 1, "what was ready was for the other log"
+
+
+async def test_a_round_without_parts_moves_nothing(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path) as (peer, trainer):
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        await peer.compute.committed(replace(make_result(peer, 1), parts=(), members=()), ())
+        assert trainer.merges == []
+        assert peer.compute._missed == 0
+
+
+async def test_past_the_declared_number_of_missed_rounds_it_starts_again_from_the_base(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path) as (peer, trainer):
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        missed_max = peer.swarm.manifest.training.missed_rounds_max
+        for _ in range(missed_max + 1):
+            await peer.compute.committed(make_result(peer, 1), ())
+        assert [one.adopt_all for one in trainer.merges if one.adopt_all] == [True]
+        assert trainer.merges[-1].adopt_all
+        assert peer.compute._missed == 0
+
+
+async def test_a_snapshot_that_was_taken_over_drops_the_local_work(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        await trainer.freeze()
+        await wait_until(lambda: peer.offers)
+        await peer.compute.adopt_base()
+        assert trainer.begun[-1] == (1, True)
+        assert np.array_equal(trainer._parameters, peer.params)
+        peer.compute.round_begun()
+        assert len(peer.offers) == 1
+
+
+async def test_work_that_is_not_finite_is_thrown_away_and_the_trainer_goes_back_to_the_base(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        trainer._parameters[0] = np.nan
+        trainer._target = trainer._target.copy()
+        trainer._target[0] = np.nan
+        await trainer.freeze()
+        await wait_until(lambda: len(trainer.begun) == 2)
+        assert trainer.begun[-1] == (1, True)
+        assert peer.offers == [] and np.isfinite(peer.params).all()
+
+
+# -- a trainer that dies ---------------------------------------------------------------------------------------------
+
+
+async def test_a_trainer_that_dies_is_started_again_from_the_certified_state(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        trainer.crash()
+        await wait_until(lambda: trainer.starts == 2 and trainer.running)
+        assert peer.restarts == [Failure.TRAINER_CRASHED]
+        assert trainer.begun == [(1, True), (1, True)]
+        assert (peer.compute.restarts, peer.compute.error) == (1, "killed by the test")
+        assert peer.compute.phase is TrainerState.RUNNING
+
+
+async def test_a_trainer_that_dies_twice_at_once_is_started_once(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        trainer.stall()
+        trainer.crash()
+        await wait_until(lambda: trainer.starts == 2 and trainer.running)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert peer.restarts == [Failure.TRAINER_STALLED], "the second death is of one that is given up already"
+        assert trainer.starts == 2
+
+
+async def test_a_trainer_that_dies_and_dies_is_given_up_and_the_daemon_goes_on(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        for number in range(RESTARTS_MAX):
+            trainer.crash()
+            await wait_until(lambda number=number: trainer.starts == number + 2 and trainer.running)  # type: ignore[misc]
+        trainer.crash()
+        await wait_until(lambda: peer.given_up)
+        assert peer.given_up == ["killed by the test"]
+        assert peer.compute.phase is TrainerState.STOPPED
+        assert not peer.presence.describe().trains
+        assert not judge_health(peer.reporter.build_status()).ok
+        assert (trainer.starts, len(peer.restarts)) == (RESTARTS_MAX + 1, RESTARTS_MAX)
+
+
+async def test_deaths_that_are_far_apart_do_not_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "RESTART_WINDOW_S", 0.0)
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        for number in range(RESTARTS_MAX + 3):
+            trainer.crash()
+            await wait_until(lambda number=number: trainer.starts == number + 2 and trainer.running)  # type: ignore[misc]
+        assert peer.given_up == []
+
+
+async def test_a_trainer_that_cannot_even_start_is_tried_again_unless_that_is_final(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        trainer.refusals = [TrainerError(Failure.TRAINER_CRASHED, "no memory for now")]
+        await peer.compute.start()
+        await wait_until(lambda: trainer.starts == 1 and trainer.running)
+        assert peer.restarts == [Failure.TRAINER_CRASHED]
+        trainer.refusals = [TrainerError(Failure.TRAINER_CRASHED, "no torch", is_final=True)]
+        trainer.crash()
+        await wait_until(lambda: peer.given_up)
+        assert peer.given_up == ["no torch"]
+
+
+async def test_the_residual_survives_the_process(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        residual = np.full(peer.params.size, 0.25, np.float32)
+        peer.state.contributor.residual[:] = residual
+        trainer.crash()
+        await wait_until(lambda: trainer.starts == 2 and trainer.running)
+        assert np.array_equal(peer.state.contributor.residual, residual)
+
+
+async def test_a_trainer_that_dies_while_the_peer_stops_stays_dead(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        await peer.compute.stop()
+        trainer.crash()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert trainer.starts == 1 and peer.restarts == []
+        assert peer.compute.phase is TrainerState.STOPPED
+
+
+async def test_a_loss_that_is_not_finite_is_the_trainers_own_business(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        trainer.diverge()
+        await wait_until(lambda: peer.compute.error)
+        assert peer.restarts == [] and trainer.running
+
+
+# -- counting --------------------------------------------------------------------------------------------------------
+
+
+async def test_tokens_are_counted_once_through_merges_and_restarts(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path) as (peer, trainer):
+        await peer.compute.start()
+        await wait_until(lambda: len(peer.offers) == 1)
+        once = peer.compute.tokens
+        await peer.compute.committed(make_result(peer, 1), (0, 1, 2))
+        await wait_until(lambda: peer.compute.tokens == 2 * once)
+        trainer.crash()
+        await wait_until(lambda: trainer.starts == 2)
+        await wait_until(lambda: peer.compute.tokens == 3 * once)
+        assert peer.compute.steps == 3 * peer.swarm.manifest.training.inner_steps
+        ready = Ready(round=1, steps=5, tokens=500, loss_mean=1.0, batches_done=1)
+        peer.compute.take(ready)
+        assert peer.compute.tokens == 3 * once + 500, "it counts from zero when it has adopted the base"
