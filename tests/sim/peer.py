@@ -348,8 +348,8 @@ class SimPeer(SimMachine):
         if peer == self.identity.peer:
             self.take(message, peer)
         else:
-            other = self.world.by_id[peer]
-            self.transmit(other, CONTROL_BYTES, describe(message), other.take, message, self.identity.peer)
+            other, carried = self.world.by_id[peer], self.world.carry(message)
+            self.transmit(other, CONTROL_BYTES, describe(message), other.take, carried, self.identity.peer)
 
     def take(self, message: ROUND_MESSAGES, sender: PeerId) -> None:
         try:

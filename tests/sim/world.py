@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from shoal.protocol.effects import AttemptFailed, Note, PhaseEntered, Reduce
 from shoal.protocol.identity import Identity
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import Draft, Manifest, Rounds, Task, genesis_head, make_manifest
-from shoal.protocol.messages import Presence, digest_record
+from shoal.protocol.messages import SCHEMA, Presence, digest_record
 from shoal.protocol.replica import Replica, make_reduction
 from tests.sim import shortcuts, signatures
 from tests.sim.checkers import Checker, broken
@@ -45,6 +45,8 @@ from tests.sim.network import Network
 from tests.sim.peer import CONTROL_BYTES, SimPeer
 from tests.sim.signatures import SimIdentity
 from tests.sim.trace import Trace
+
+Message = TypeVar("Message")
 
 PEERS_MAX = 12
 CALM_LIMIT_S = 400.0
@@ -76,6 +78,7 @@ class Cluster:
     quorum: str = "majority"
     voters_max: int = 31
     liars: tuple[int, ...] = ()
+    on_the_wire: bool = False  # every message is encoded and decoded on its way, which takes its time
 
     def population(self) -> Population:
         return Population(first=self.first, everybody=self.everybody, liars=self.liars)
@@ -94,6 +97,7 @@ def draw_cluster(rng: random.Random) -> Cluster:
         voters_max=max(founders, rng.choice((31, 31, 5, 3))),
         quorum="two_thirds" if may_lie else "majority",
         liars=(rng.randrange(founders),) if may_lie and rng.random() < 0.8 else (),
+        on_the_wire=rng.random() < 0.05,
     )
 
 
@@ -187,8 +191,17 @@ class World:
         self.happenings.append(f"{self.now:9.3f} {text}")
         self.record(text)
 
+    def carry(self, message: Message) -> Message:
+        """What arrives of a message."""
+        if self.cluster.on_the_wire:
+            carried: Message = SCHEMA.decode_untrusted(SCHEMA.encode(message))
+            assert carried == message, "what is decoded is what was encoded"
+            return carried
+        return message
+
     def gossip(self, peer: SimPeer, presence: Presence) -> None:
         """To everybody that a chain of connections leads to."""
+        presence = self.carry(presence)
         targets = [other.number for other in self.peers if other is not peer and other.up]
         self.network.gossip(peer.number, targets, CONTROL_BYTES, self.now, self._hear, presence)
 
