@@ -185,6 +185,7 @@ def test_reasons_read_like_their_names() -> None:
         assert one.value == one.name.lower()
 
 
+@cache
 def find_uses(enum: str) -> set[str]:
     """The members that production code gives as a reason; lists that have to name all of them count for nothing."""
     lists = {"protocol/errors.py", "node/happenings.py", "node/conduct.py"}

@@ -179,6 +179,12 @@ async def test_work_that_is_not_finite_is_thrown_away_and_the_trainer_goes_back_
 # -- a trainer that dies ---------------------------------------------------------------------------------------------
 
 
+async def die_and_come_back(trainer: Trainer) -> None:
+    starts = trainer.starts
+    trainer.crash()
+    await wait_until(lambda: trainer.starts == starts + 1 and trainer.running)
+
+
 async def test_a_trainer_that_dies_is_started_again_from_the_certified_state(tmp_path: Path) -> None:
     async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
         await peer.compute.start()
@@ -205,9 +211,8 @@ async def test_a_trainer_that_dies_twice_at_once_is_started_once(tmp_path: Path)
 async def test_a_trainer_that_dies_and_dies_is_given_up_and_the_daemon_goes_on(tmp_path: Path) -> None:
     async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
         await peer.compute.start()
-        for number in range(RESTARTS_MAX):
-            trainer.crash()
-            await wait_until(lambda number=number: trainer.starts == number + 2 and trainer.running)  # type: ignore[misc]
+        for _ in range(RESTARTS_MAX):
+            await die_and_come_back(trainer)
         trainer.crash()
         await wait_until(lambda: peer.given_up)
         assert peer.given_up == ["killed by the test"]
@@ -221,9 +226,8 @@ async def test_deaths_that_are_far_apart_do_not_add_up(tmp_path: Path, monkeypat
     monkeypatch.setattr(compute, "RESTART_WINDOW_S", 0.0)
     async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
         await peer.compute.start()
-        for number in range(RESTARTS_MAX + 3):
-            trainer.crash()
-            await wait_until(lambda number=number: trainer.starts == number + 2 and trainer.running)  # type: ignore[misc]
+        for _ in range(RESTARTS_MAX + 3):
+            await die_and_come_back(trainer)
         assert peer.given_up == []
 
 

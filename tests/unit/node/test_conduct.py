@@ -127,7 +127,7 @@ def test_strangers_are_forgotten_before_those_that_are_refused() -> None:
     conduct = Conduct(ME)
     lie(conduct, ANN, 0.0, LIES_MAX)
     lie(conduct, BOB, 0.0, LIES_MAX - 1)
-    for number in range(3 * PEERS_MAX):
+    for number in range(PEERS_MAX + 100):
         lie(conduct, PeerId(number.to_bytes(32, "big")), 1.0)
         assert len(conduct) <= PEERS_MAX
     assert conduct.refusal(ANN, 1.0) is Refusal.BAD_SIGNATURE
