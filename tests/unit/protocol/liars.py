@@ -14,6 +14,7 @@ from shoal.protocol.messages import (
     Result,
     Vote,
     digest_record,
+    digest_roster,
     sign_message,
 )
 from shoal.protocol.proposer import make_evidence, make_result
@@ -50,7 +51,14 @@ def plan_anew(table: Table, liar: Seat, plan: Plan, attempt: int) -> Proposal:
     everybody = make_bitmap(frozenset(range(len(plan.roster))), len(plan.roster))
     done = {}
     for part, owner in enumerate(plan.owners):
-        word = PartDone(round=plan.round, attempt=attempt, part=part, digest=OTHER, contributors=everybody)
+        word = PartDone(
+            round=plan.round,
+            attempt=attempt,
+            roster_digest=digest_roster(plan.roster),
+            part=part,
+            digest=OTHER,
+            contributors=everybody,
+        )
         done[part] = sign_message(CROWD[CROWD_PEERS.index(plan.roster[owner].signed.peer)], SWARM, word)
     assert len(done) == PARTS
     result = make_result(own, done, table.head, frozenset(), table.rules.voters_max)

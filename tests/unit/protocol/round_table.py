@@ -216,10 +216,10 @@ class Table:
         self.reduces = True
         return self.plan()
 
-    def finish_reductions(self, *seats: Seat) -> None:
-        """These seats finish every reduction that they began."""
+    def finish_reductions(self, *seats: Seat, count: int = 1_000_000) -> None:
+        """These seats finish the reductions that they began, or the first few of the open round."""
         for seat in seats or tuple(self.up()):
-            for effect in seat.did(Reduce):
+            for effect in [one for one in seat.did(Reduce) if one.round == seat.core.round][:count]:
                 self._reduce(seat, effect)
         self.settle()
 

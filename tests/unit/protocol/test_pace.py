@@ -4,7 +4,7 @@ import pytest
 
 from shoal.protocol import pace as module
 from shoal.protocol.identity import PeerId
-from shoal.protocol.pace import ALLOWANCE_MIN, MARGIN_S, PATIENCE, PartPace, ReadyPace
+from shoal.protocol.pace import ALLOWANCE_MIN, FIRST_DEVIATION, MARGIN_S, PATIENCE, PartPace, ReadyPace
 from tests.unit.protocol.samples import PEERS
 
 A, B, C = PEERS[:3]
@@ -35,14 +35,14 @@ def usual_s(pace: ReadyPace, peer: PeerId) -> float:
 
 def test_mean_and_deviation_are_smoothed_as_in_rfc_6298() -> None:
     pace = PartPace()
-    samples = (1.0, 2.0, 1.5)
-    mean, deviation = samples[0], samples[0] / 8
+    samples = (1.0, 2.0, 1.5, *[1.7] * 20)
+    mean, deviation = samples[0], samples[0] * FIRST_DEVIATION
     for sample in samples:
         pace.note_part(A, sample)
-    for sample in samples[1:]:
-        deviation = 3 / 4 * deviation + 1 / 4 * abs(sample - mean)
-        mean = 7 / 8 * mean + 1 / 8 * sample
-    assert pace.allowance_s(A, 1e9) == pytest.approx(max(ALLOWANCE_MIN * 1e9, PATIENCE * (mean + 4 * deviation)))
+    for count, sample in enumerate(samples[1:], 2):
+        deviation_gain, mean_gain = max(1 / 4, 1 / count), max(1 / 8, 1 / count)
+        deviation += deviation_gain * (abs(sample - mean) - deviation)
+        mean += mean_gain * (sample - mean)
     assert pace.allowance_s(A, 20.0) == pytest.approx(PATIENCE * (mean + 4 * deviation))
 
 
@@ -58,6 +58,14 @@ def test_a_steady_peer_is_known_ever_more_exactly() -> None:
         bounds.append(latest - now)
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[-1] == pytest.approx(2.0 + MARGIN_S, abs=1e-3)
+
+
+def test_one_odd_first_sample_is_soon_forgotten() -> None:
+    pace = ReadyPace()
+    now = train(pace, A, 20.0, *[2.0] * 7)
+    assert usual_s(pace, A) - now < 2.0 + 20.0 / 8 + MARGIN_S, "the first samples count alike"
+    now = train(pace, B, 0.1, *[2.0] * 3)
+    assert usual_s(pace, B) - now > 1.5
 
 
 # -- ready ----------------------------------------------------------------------------------------------------------

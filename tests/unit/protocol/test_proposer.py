@@ -14,6 +14,7 @@ from shoal.protocol.messages import (
     Promise,
     Result,
     SignedReady,
+    digest_roster,
 )
 from shoal.protocol.proposer import (
     check_plan,

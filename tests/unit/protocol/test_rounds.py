@@ -239,7 +239,7 @@ def test_the_parts_of_a_slow_owner_go_to_another_and_its_late_word_does_nothing(
     plan = table.begin_exchange()
     lead, victim, *others = table.order()
     table.finish_reductions(lead, *others)
-    table.advance(RULES.owner_timeout_s + 0.1)
+    table.advance(RULES.sender_timeout_s + RULES.owner_timeout_s + 0.1)
     moved = lead.did(PartReassigned)
     assert {(effect.old_owner, effect.reason) for effect in moved} == {(victim.peer, Failure.OWNER_SLOW)}
     result = table.result()

@@ -18,6 +18,7 @@ from shoal.protocol.messages import (
     Proposal,
     Vote,
     digest_record,
+    digest_roster,
     sign_message,
 )
 from shoal.protocol.proposer import revise_plan
@@ -43,9 +44,12 @@ STRANGER = 5  # a peer that is at no table of four or five
 RESULT = make_sample_result(make_head(), members=4)
 
 
-def make_part_done(part: int, signer: Identity, members: int = 4, attempt: int = 0) -> PartDone:
+def make_part_done(
+    part: int, signer: Identity, plan: Plan | None = None, members: int = 4, attempt: int = 0
+) -> PartDone:
     bitmap = make_bitmap(frozenset({members - 1}), members)
-    done = PartDone(round=1, attempt=attempt, part=part, digest=b"d" * 32, contributors=bitmap)
+    roster = digest_roster(plan.roster) if plan else bytes(32)
+    done = PartDone(round=1, attempt=attempt, roster_digest=roster, part=part, digest=b"d" * 32, contributors=bitmap)
     return sign_message(signer, SWARM, done)
 
 
@@ -235,26 +239,20 @@ def test_strangers_have_no_say_in_a_prepare_phase() -> None:
     assert refusal_of(second, bad, table.order()[2].peer) is Refusal.NOT_PLANNED
 
 
-def test_a_voter_that_has_promised_more_ends_an_attempt() -> None:
-    table = Table()
-    lead, second, *_ = table.order()
-    assert effects_of(lead, Nack(round=1, attempt=0, promised=0), second.peer) == []
-    lead.core.receive(Nack(round=1, attempt=0, promised=3), second.peer, 0.0)
-    table.settle()
-    assert lead.core.attempt == 3
-    (failed,) = lead.did(AttemptFailed)
-    assert (failed.reason, failed.peer) == (Failure.SUPERSEDED, second.peer)
-
-
-def test_what_is_under_way_is_given_up_only_when_no_quorum_is_left_for_it() -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_attempt_is_given_up_when_no_quorum_is_left_for_it(begun: bool) -> None:
     table = Table()
     lead, second, third, _ = table.order()
-    table.begin_exchange()
-    assert effects_of(lead, Nack(round=1, attempt=0, promised=9), second.peer) == [], "three of four may still vote"
+    if begun:
+        table.begin_exchange()
+    for promised in (0, 9):
+        nack = Nack(round=1, attempt=0, promised=promised)
+        assert effects_of(lead, nack, second.peer) == [], "three of four may still vote"
     lead.core.receive(Nack(round=1, attempt=0, promised=3), third.peer, 0.0)
     table.settle()
-    assert lead.core.attempt == 3, "the attempt that both have promised at least"
-    assert [failed.reason for failed in lead.did(AttemptFailed)] == [Failure.SUPERSEDED]
+    assert lead.core.attempt == 9, "where both can be met"
+    (failed,) = lead.did(AttemptFailed)
+    assert (failed.reason, failed.peer) == (Failure.SUPERSEDED, third.peer)
 
 
 def test_an_owner_answers_for_its_own_parts_only() -> None:
@@ -262,16 +260,20 @@ def test_an_owner_answers_for_its_own_parts_only() -> None:
     lead, owner, other, _ = table.order()
     plan = table.begin_exchange()
     part = plan.owners.index(owner.number)
-    forged = make_part_done(part, other.identity)
+    forged = make_part_done(part, other.identity, plan)
     assert refusal_of(lead, forged, owner.peer) is Refusal.BAD_SIGNATURE
     for members in (5, 9):
-        misfit = make_part_done(part, owner.identity, members)
+        misfit = make_part_done(part, owner.identity, plan, members)
         assert refusal_of(lead, misfit, owner.peer) is Refusal.OUT_OF_RANGE
-    assert drop_of(lead, make_part_done(part, other.identity), other.peer) is Refusal.NOT_PLANNED
-    assert drop_of(lead, make_part_done(PARTS, owner.identity), owner.peer) is Refusal.NOT_PLANNED
-    assert drop_of(lead, make_part_done(part, owner.identity, attempt=4), owner.peer) is Refusal.WRONG_ATTEMPT
+    assert drop_of(lead, make_part_done(part, other.identity, plan), other.peer) is Refusal.NOT_PLANNED
+    assert drop_of(lead, make_part_done(PARTS, owner.identity, plan), owner.peer) is Refusal.NOT_PLANNED
+    assert drop_of(lead, make_part_done(part, owner.identity, plan, attempt=4), owner.peer) is Refusal.WRONG_ATTEMPT
+    of_another_roster = make_part_done(part, owner.identity)
+    assert drop_of(lead, of_another_roster, owner.peer) is Refusal.NOT_PLANNED, "its bitmap means others"
     assert owner.peer in lead.core.view().waiting_for
-    lead.core.receive(make_part_done(part, owner.identity), owner.peer, 0.0)
+    lead.core.receive(make_part_done(part, owner.identity, plan), owner.peer, 0.0)
+    assert owner.peer in lead.core.view().waiting_for, "its word alone is not the bytes"
+    table.hold(lead, b"d" * 32)
     assert owner.peer not in lead.core.view().waiting_for
 
 
