@@ -300,7 +300,8 @@ def _draw_machines(rng: random.Random, rates: Rates, people: Population) -> list
     for at_s in _times(rng, rates.clock_jump * people.first):
         jump_s = rng.uniform(-CLOCK_JUMP_MAX_S, CLOCK_JUMP_MAX_S)
         peer = rng.randrange(people.everybody)
-        faults.append(Fault(kind=FaultKind.CLOCK_JUMP, at_s=at_s, peers=(peer,), amount=jump_s))
+        if peer not in people.liars:  # a backup and a clock set back leave a peer that nobody takes for new
+            faults.append(Fault(kind=FaultKind.CLOCK_JUMP, at_s=at_s, peers=(peer,), amount=jump_s))
     for peer in range(people.everybody):
         if rng.random() < rates.drift:
             rate = 1.0 + rng.uniform(-DRIFT_MAX, DRIFT_MAX)

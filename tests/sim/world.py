@@ -88,12 +88,13 @@ def draw_cluster(rng: random.Random) -> Cluster:
     """Where members may lie, one of at least four founders does, or is restored from a backup: never a third."""
     may_lie = rng.random() < 0.3
     founders = rng.choice((4, 4, 5, 6, 7)) if may_lie else rng.choice((1, 1, 2, 3, 4))
+    peers_min = rng.choice((2, 2, 2, 3))
     return Cluster(
         founders=founders,
-        first=max(founders, rng.randint(2, 7)),
+        first=max(founders, peers_min, rng.randint(2, 7)),
         everybody=rng.randint(8, PEERS_MAX),
         elements=rng.choice((200, 500, 700, 900)),
-        peers_min=rng.choice((2, 2, 2, 3)),
+        peers_min=peers_min,
         voters_max=max(founders, rng.choice((31, 31, 5, 3))),
         quorum="two_thirds" if may_lie else "majority",
         liars=(rng.randrange(founders),) if may_lie and rng.random() < 0.8 else (),
