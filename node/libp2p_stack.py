@@ -540,6 +540,9 @@ def build_gossip(host: BoundedHost, topic: str, presences_per_s_max: float) -> t
         max_inbound_rpc_size=GOSSIP_RPC_BYTES_MAX,
         allowed_topics={topic},
     )
+    # Messages are told apart by source and number. The library's numbers begin at the time in seconds: a peer that
+    # publishes more often and starts again would repeat those of its life before, and not be heard for minutes.
+    pubsub.counter = time.time_ns()
     pubsub.seen_messages.stop()
     pubsub.seen_messages = SeenMessages()
     return router, pubsub

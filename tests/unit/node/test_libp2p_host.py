@@ -24,7 +24,7 @@ from shoal.node.libp2p_stack import STREAMS_PER_PEER_MAX, UNREAD_BYTES_PER_CONNE
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, format_peer_id
 from tests.e2e.shaping_proxy import ShapedNetwork
-from tests.unit.node.control_contract import PATIENCE_S, SWARM, ControlContract, Member, Members
+from tests.unit.node.control_contract import PATIENCE_S, SWARM, ControlContract, Member, Members, gossip_until_heard
 
 # A node of its own process, to be killed: prints its address and then does nothing.
 NODE_PROGRAM = """
@@ -181,6 +181,21 @@ async def test_a_peer_that_something_else_answers_for_is_lost(
         assert not await other.hears()
     finally:
         network.close()
+
+
+async def test_a_peer_that_starts_again_is_heard_at_once(members: Members) -> None:
+    (hearer,) = await members.start(1)
+    for life in (b"first", b"second"):
+        speaker = members.make(seed=7)
+        await speaker.plane.start()
+        await speaker.plane.connect(hearer.plane.addresses())
+        await hearer.find("connected")
+        await gossip_until_heard(speaker, hearer, life)
+        for number in range(200):  # more than seconds pass, and than are tried in PATIENCE_S
+            await speaker.plane.publish(b"%d" % number)
+            await hearer.find("presence")
+        await speaker.plane.stop()
+        await hearer.find("lost")
 
 
 async def test_stopping_leaves_no_thread(members: Members) -> None:
