@@ -22,7 +22,6 @@ from shoal.protocol.messages import (
     SCHEMA,
     Contribution,
     Lock,
-    PartDone,
     Plan,
     Prepare,
     Presence,
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
 HEARD_MAX = 200  # messages that a liar can replay or distort
 LIES_PER_BEAT = 3
 GREEDY_TOKENS = 2**62
-# An owner's word does not name the plan that it is about: a proposer with two plans can borrow it for the other one.
-KNOWN_OPEN = () if "roster_digest" in PartDone.__dataclass_fields__ else (Lie.TWO_PLANS,)
 EDGES = (0, 1, 2, 3, 7, 255, 2**16 - 1, 2**31, 2**32 - 2, 2**32 - 1)
 _NAN = np.array([np.nan], "<f4").tobytes()
 
@@ -122,7 +119,7 @@ class Liar(SimPeer):
         return message
 
     def _falsify_plan(self, plan: Plan) -> Plan:
-        if Lie.TWO_PLANS in self.lies.difference(KNOWN_OPEN) and len(plan.roster) > 1:
+        if Lie.TWO_PLANS in self.lies and len(plan.roster) > 1:
             signed = [entry.signed for entry in plan.roster]
             del signed[self.rng.randrange(len(signed))]
             weights = list_weights(tuple(signed))
