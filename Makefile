@@ -9,7 +9,7 @@ PACKAGES := protocol crdt dht node
 SHOAL := $(BIN)/shoal
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: demo test lint check sim sim-long setup bench clean
+.PHONY: demo test lint check sim sim-long chaos setup bench clean
 
 demo: setup  ## the main job: a local swarm that trains, loses a peer and gains one (REPORT=file, TEXT=path)
 	$(SHOAL) demo $(if $(TEXT),--text $(TEXT)) $(if $(REPORT),--report $(REPORT))
@@ -33,6 +33,10 @@ sim: setup  ## simulate rounds under faults: ROUNDS=n (5000), SECONDS=n; SEED=n 
 sim-long: setup  ## a night's run: 1,000,000 rounds on all cores, summed up in build/sim-long.json
 	@mkdir -p build
 	$(BIN)/python -m tests.sim.world --jobs $(JOBS) --rounds 1000000 --keep-going --json build/sim-long.json
+
+chaos: setup  ## kill, stop and cut real daemons and check what must hold: SECONDS=n (default 120), SEED=n, PEERS=n (8)
+	$(BIN)/python -m benchmarks.chaos --seconds $(or $(SECONDS),120) --peers $(or $(PEERS),8) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))
 
 bench: setup  ## the figures in benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.daemon

@@ -72,7 +72,7 @@ class Chaos:
 
     def _is_over(self) -> bool:
         """What cannot be mended any more need not be watched further."""
-        return bool(self.swarm.root_faults) or self.swarm.stuck_s > checks.STUCK_S_MAX
+        return self.swarm.parted or self.swarm.stuck_s > checks.STUCK_S_MAX
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -248,12 +248,11 @@ def run_chaos(*, folder: Path, seconds: float, seed: int, peers: int, mounts: bo
 
 def _report(chaos: Chaos, codes: dict[str, int | None], final: dict[str, int], left_over: list[str]) -> dict[str, Any]:
     swarm = chaos.swarm
-    log, agreed, log_faults = checks.merge_logs(swarm.members)
-    roots, root_faults = checks.check_roots(swarm, log)
-    progress, progress_faults = checks.check_progress(swarm)
-    growth, growth_faults = checks.check_growth(swarm.members)
-    faults = [*chaos.faults, *log_faults, *root_faults, *progress_faults, *growth_faults]
-    faults += checks.check_logs(swarm.members)
+    log, compared, log_faults = checks.merge_logs(swarm.folders())
+    roots, root_faults = checks.check_roots(swarm.roots, log)
+    growth, growth_faults = checks.check_growth(swarm.lives())
+    faults = [*chaos.faults, *log_faults, *root_faults, *growth_faults]
+    faults += [*checks.check_progress(swarm.stuck_s), *checks.check_logs(swarm.logs())]
     faults += [f"{name} left with {code}" for name, code in codes.items() if code != 0]
     faults += [f"still there: {line}" for line in left_over]
     failed: Counter[str] = Counter()
@@ -263,11 +262,14 @@ def _report(chaos: Chaos, codes: dict[str, int | None], final: dict[str, int], l
         "actions": dict(chaos.counts),
         "rounds": {
             **roots,
-            "certificates_compared": agreed,
+            "certificates_compared": compared,
             "members_mean": round(sum(len(one.members) for one in log.values()) / max(1, len(log)), 2),
             "between": checks.describe_gaps(swarm.round_seen_s),
         },
-        "progress": progress,
+        "progress": {
+            "longest_wait_s": round(swarm.stuck_s, 1),
+            "without_quorum_s": round(swarm.without_quorum_s, 1),
+        },
         "attempts_failed": dict(failed),
         "growth": growth,
         "last_rounds": final,

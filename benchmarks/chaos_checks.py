@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos_swarm import ChaosSwarm, Member, median_of
+from benchmarks.chaos_swarm import Sample, median_of
 from shoal.node.ledger_store import LedgerStore, StoreError
 from shoal.protocol.identity import format_peer_id
-from shoal.protocol.messages import Certificate
+from shoal.protocol.messages import Certificate, digest_record
 from shoal.protocol.quorum import list_members
 from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted
 
@@ -22,6 +22,7 @@ DESCRIPTORS_MORE_MAX = 32
 RSS_FACTOR_MAX = 1.15
 RSS_MIB_MORE_MAX = 24.0
 LIVES_JUDGED = 3
+SAMPLES_MIN = 10
 COMPARED_SHARE_MIN = 0.8
 
 
@@ -56,36 +57,40 @@ def _describe(certificate: Certificate) -> CertifiedRound:
     return CertifiedRound(
         round=result.round,
         base_root=result.base_root.hex(),
-        digest=certificate.votes[0].result_digest.hex(),
+        digest=digest_record(result).hex(),
         tokens=round(sum(member.tokens * share[name] for member, name in zip(result.members, names, strict=True))),
         members=tuple(name for name in names if share[name]),
         share=share,
     )
 
 
-def merge_logs(members: Iterable[Member]) -> tuple[dict[int, CertifiedRound], int, list[str]]:
-    """The log of all folders, how many (round, folder) pairs agreed, and where two folders differ."""
+def merge_logs(folders: Mapping[str, Path]) -> tuple[dict[int, CertifiedRound], int, list[str]]:
+    """The log of all peers' folders, how many (round, folder) pairs were compared, and where two differ."""
     merged: dict[int, CertifiedRound] = {}
-    agreed, faults = 0, []
-    for member in members:
+    compared, faults = 0, []
+    for name, folder in folders.items():
         try:
-            log = read_log(member.peer.folder)
+            log = read_log(folder)
         except StoreError as error:
-            faults.append(f"{member.name}: {error}")
+            faults.append(f"{name}: {error}")
             continue
         for number, one in log.items():
             known = merged.setdefault(number, one)
             if (known.digest, known.base_root) != (one.digest, one.base_root):
-                faults.append(f"round {number}: {member.name} holds another result than the peers before it")
-            agreed += known is not one
-    return merged, agreed, faults
+                faults.append(f"round {number}: {name} holds another result than the peers before it")
+            compared += known is not one
+    return merged, compared, faults
 
 
-def check_roots(swarm: ChaosSwarm, log: Mapping[int, CertifiedRound]) -> tuple[dict[str, Any], list[str]]:
-    """Whatever root two peers showed for a round is the same, and what the next certificate names."""
-    faults = list(swarm.root_faults)
-    shown = {number: roots for number, roots in swarm.roots.items() if number > 0}
+def check_roots(
+    seen: Mapping[int, Mapping[str, str]], log: Mapping[int, CertifiedRound]
+) -> tuple[dict[str, Any], list[str]]:
+    """Whatever roots peers showed for a round (by round and peer) are the same, and what the next certificate names."""
+    faults = []
+    shown = {number: roots for number, roots in seen.items() if number > 0}
     for number, roots in shown.items():
+        if len(set(roots.values())) > 1:
+            faults.append(f"round {number}: {', '.join(f'{name} {root}' for name, root in roots.items())}")
         following = log.get(number + 1)
         if following is not None and any(root != following.base_root for root in roots.values()):
             faults.append(f"round {number}: shown with another root than round {number + 1} was certified on")
@@ -98,17 +103,14 @@ def check_roots(swarm: ChaosSwarm, log: Mapping[int, CertifiedRound]) -> tuple[d
     return figures, faults
 
 
-def check_progress(swarm: ChaosSwarm) -> tuple[dict[str, Any], list[str]]:
-    """No standstill while a quorum was there."""
-    figures = {"longest_wait_s": round(swarm.stuck_s, 1), "without_quorum_s": round(swarm.without_quorum_s, 1)}
-    if swarm.stuck_s <= STUCK_S_MAX:
-        return figures, []
-    return figures, [f"no certified round for {swarm.stuck_s:.0f} s while a quorum was live"]
+def check_progress(stuck_s: float) -> list[str]:
+    """No standstill: `stuck_s` is the longest wait for a certified round while a quorum was there."""
+    return [] if stuck_s <= STUCK_S_MAX else [f"no certified round for {stuck_s:.0f} s while a quorum was live"]
 
 
-def check_growth(members: Iterable[Member]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Descriptors and memory of the daemons that lived longest."""
-    lives = [(member.name, life) for member in members for life in (*member.lives, member.samples) if len(life) >= 10]
+def check_growth(all_lives: Iterable[tuple[str, list[Sample]]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Descriptors and memory of the daemons that lived longest, of all incarnations."""
+    lives = [(name, life) for name, life in all_lives if len(life) >= SAMPLES_MIN]
     lives = [(name, life) for name, life in lives if life[-1].at_s - life[0].at_s >= LIFE_S_MIN]
     lives.sort(key=lambda one: one[1][0].at_s - one[1][-1].at_s)
     figures, faults = [], []
@@ -133,9 +135,9 @@ def check_growth(members: Iterable[Member]) -> tuple[list[dict[str, Any]], list[
     return figures, faults
 
 
-def check_logs(members: Iterable[Member]) -> list[str]:
+def check_logs(logs: Mapping[str, str]) -> list[str]:
     """No daemon met an exception that nobody expected."""
-    return [f"{member.name}: a traceback in its log" for member in members if "Traceback" in member.peer.log()]
+    return [f"{name}: a traceback in its log" for name, log in logs.items() if "Traceback" in log]
 
 
 def describe_gaps(seen_s: Mapping[int, float]) -> dict[str, float]:

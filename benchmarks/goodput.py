@@ -92,8 +92,9 @@ def measure(kind: str, peers: int, seconds: float, seed: int) -> dict[str, Any]:
             codes = swarm.leave(swarm.up())
         finally:
             swarm.end()
-        log, _, problems = checks.merge_logs(swarm.members)
-        problems += [*swarm.root_faults, *checks.check_logs(swarm.members), *checks.check_progress(swarm)[1]]
+        log, _, problems = checks.merge_logs(swarm.folders())
+        problems += checks.check_roots(swarm.roots, log)[1]
+        problems += [*checks.check_logs(swarm.logs()), *checks.check_progress(swarm.stuck_s)]
         problems += [f"{name} left with {code}" for name, code in codes.items() if code != 0]
         measured = [log[number] for number in range(first + 1, last + 1)]
         shares = [_share_of_live(one, swarm.round_seen_s, answering, ids) for one in measured]

@@ -135,11 +135,8 @@ class Recovery:
         exchange was over before."""
         victim = self.peers[-1]
         others = self.peers[:-1]
-        victim_round, phase = self.phase_of(victim)
-        if (victim_round, phase) != (number, Phase.EXCHANGE):
-            return None
         assert victim.process is not None
-        victim.process.send_signal(self.signal)
+        victim.process.send_signal(self.blow)
         died_s = time.monotonic()
         self.swarm.wait("the others go on", lambda: all(peer.round >= number for peer in others))
         took_s = time.monotonic() - died_s
@@ -147,12 +144,12 @@ class Recovery:
         hit = any(f"of round {number} " in text and "went from peer4" in text for text in texts)
         return took_s if hit else None
 
-    signal: signal.Signals = signal.SIGKILL
+    blow: signal.Signals = signal.SIGKILL  # what the victim gets
 
     def bring_back(self) -> None:
         victim = self.peers[-1]
         assert victim.process is not None
-        if self.signal is signal.SIGSTOP:
+        if self.blow is signal.SIGSTOP:
             victim.process.send_signal(signal.SIGCONT)
         else:
             victim.process.wait(10)
@@ -160,17 +157,20 @@ class Recovery:
         self.everybody_contributes()
 
 
-def measure_owner(number: signal.Signals, repeats: int) -> dict[str, Any]:
+def measure_owner(blow: signal.Signals, repeats: int) -> dict[str, Any]:
     """Deaths of an owner in the exchange."""
     times: list[float] = []
     with Recovery() as run:
-        run.signal = number
+        run.blow = blow
         run.everybody_contributes()
         transfer_s = run.transfer_s()
         for _ in range(repeats * TRIES_PER_REPEAT):
             if len(times) == repeats:
                 break
-            took_s = run.lose_owner(run.await_exchange())
+            number = run.await_exchange()
+            if run.phase_of(run.peers[-1]) != (number, Phase.EXCHANGE):
+                continue
+            took_s = run.lose_owner(number)
             if took_s is not None:
                 times.append(took_s)
             run.bring_back()

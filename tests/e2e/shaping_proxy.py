@@ -126,6 +126,8 @@ class _Flow:
         return 2 * self._queue.line.delay_s + waiting_s
 
     def take(self, data: bytes) -> None:
+        if self._sink.transport.is_closing():
+            return
         if self._queue is None:
             self._sink.transport.write(data)
             if not self._sink.writable:
@@ -191,6 +193,8 @@ class _Flow:
     def _deliver(self) -> None:
         assert self._queue is not None
         while self._next_delivered in self._arrived and self._sink.writable:
+            if self._sink.transport.is_closing():
+                return
             self._sink.transport.write(self._arrived.pop(self._next_delivered))
             self._next_delivered += 1
             self._loop.call_later(self._queue.line.delay_s, self._acknowledge)
