@@ -103,15 +103,22 @@ def test_only_the_first_ready_since_the_work_began_counts() -> None:
     assert usual_s(pace, A) == pytest.approx(11.0)
 
 
-def test_work_that_goes_on_is_counted_from_its_beginning() -> None:
+def test_who_was_waited_for_in_vain_is_expected_no_earlier_than_that() -> None:
     pace = ReadyPace()
-    train(pace, A, 3.0)
-    began = pace.expected_s(A)
-    pace.begin((A, B), 50.0)
-    assert pace.expected_s(A) == began, "it works on since an earlier round"
-    pace.note_ready(B, 52.0)
-    pace.begin((B,), 60.0)
-    assert pace.expected_s(B) is not None
+    pace.note_missing(A, 1.0, 4.0)
+    assert usual_s(pace, A) == pytest.approx(4.0), "it takes three seconds or more"
+    pace.note_missing(A, 4.0, 7.0)
+    assert usual_s(pace, A) <= 7.0, "it works since the first one, and is late already"
+    pace.note_ready(A, 9.0)
+    pace.include((A,), 10.0)
+    assert usual_s(pace, A) == pytest.approx(18.0), "what is measured takes the place of what was guessed"
+
+
+def test_a_measured_peer_that_is_missing_keeps_its_measure() -> None:
+    pace = ReadyPace()
+    now = train(pace, A, 3.0, 3.0)
+    pace.note_missing(A, 0.0, now + 50.0)
+    assert usual_s(pace, A) == pytest.approx(now + 3.0)
 
 
 def test_a_peer_that_was_gone_begins_anew() -> None:
@@ -160,7 +167,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ready, parts = ReadyPace(), PartPace()
     for number, peer in enumerate(PEERS):
         train(ready, peer, 1.0)
-        ready.begin(PEERS, float(number))
+        ready.note_missing(peer, 0.0, float(number))
         parts.note_part(peer, 0.1)
     assert len(ready._began_s) <= 3 and len(ready._durations) <= 3 and len(parts._durations) <= 3
     assert ready.expected_s(PEERS[-1]) is not None, "the newest are kept"

@@ -192,7 +192,7 @@ def test_a_restarted_proposer_never_leads_the_same_attempt_again(kind: type) -> 
     table.restart(lead)
     table.make_ready(lead, label="/after the restart")
     table.settle()
-    assert lead.said(Plan) == lead.said(Proposal) == lead.said(Locked) == []
+    assert (lead.said(Plan), lead.said(Proposal), lead.said(Locked)) == ([], [], [])
     table.run(1)
     table.result()
     assert min(table.attempts()) >= 1

@@ -1,0 +1,229 @@
+"""The round core, driven by hand: deadlines of parts by what their owners and senders have shown, and shares."""
+
+from dataclasses import replace
+
+from shoal.protocol.effects import AttemptFailed, PartReassigned, SenderMissing, SendPart
+from shoal.protocol.errors import Failure
+from shoal.protocol.messages import Contribution, Plan
+from shoal.protocol.round_state import OWNERS_WINDOW, SENDERS_WINDOW
+from shoal.protocol.shares import MISSES_TO_SHRINK, MISSES_TO_STOP, PROBATION_ROUNDS
+from tests.unit.protocol.round_table import Seat, Table, members_of
+from tests.unit.protocol.samples import PARTS, PEERS, RULES, make_digests
+
+# No part may be taken from an owner later than this after its last word.
+OWNER_S_MAX = RULES.sender_timeout_s + RULES.owner_timeout_s
+STEP_S = 0.25
+
+
+def sit_down(count: int) -> Table:
+    """A table that begins no exchange without everybody."""
+    return Table(count, rules=replace(RULES, peers_min=count))
+
+
+def begin(table: Table) -> tuple[Seat, Plan]:
+    """Everybody has the plan of the open round and every contribution; nobody has finished a reduction."""
+    table.reduces = False
+    table.make_ready()
+    table.settle()
+    table.reduces = True
+    lead = table.seat(table.seats[0].core.view().proposer)
+    return lead, lead.said(Plan)[-1]
+
+
+def play(table: Table, number: int, *slow: Seat, took_s: float = 0.1) -> tuple[Seat, Plan]:
+    """One round in which reductions take `took_s`, and those of the `slow` never end."""
+    lead, plan = begin(table)
+    end_s = table.now + RULES.exchange_timeout_s
+    while any(seat.core.head.round < number for seat in table.up()):
+        assert table.now < end_s, table.seats[0].core.view()
+        table.advance(took_s)
+        table.finish_reductions(*(seat for seat in table.up() if seat not in slow))
+    return lead, plan
+
+
+def owned(plan: Plan, seat: Seat) -> set[int]:
+    return {part for part, owner in enumerate(plan.owners) if plan.roster[owner].signed.peer == seat.peer}
+
+
+def wait_for_move(table: Table, lead: Seat, limit_s: float, count: int = 1) -> float:
+    """How long it takes until so many parts have been moved in all."""
+    began_s = table.now
+    while len(lead.did(PartReassigned)) < count:
+        assert table.now - began_s < limit_s, lead.core.view()
+        table.advance(STEP_S)
+    return table.now - began_s
+
+
+# -- owners ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_owner_that_hangs_loses_only_what_it_has_not_done() -> None:
+    table = sit_down(2)
+    lead, plan = begin(table)
+    victim = next(seat for seat in table.seats if seat is not lead)
+    table.finish_reductions(lead)
+    table.finish_reductions(victim, count=1)
+    wait_for_move(table, lead, OWNER_S_MAX + STEP_S)
+    first, second = sorted(owned(plan, victim))
+    (moved,) = lead.did(PartReassigned)
+    assert (moved.part, moved.old_owner, moved.reason) == (second, victim.peer, Failure.OWNER_SLOW)
+    assert first in owned(lead.said(Plan)[-1], victim)
+    table.finish_reductions(lead)
+    assert table.attempts() == {0}
+    assert [members_of(table.result(), part) for part in range(PARTS)] == [(0, 1)] * PARTS
+
+
+def test_an_owner_has_the_time_that_it_has_shown_to_need() -> None:
+    waits = {}
+    for took_s in (0.05, 1.0):
+        table = sit_down(2)
+        for number in range(1, 5):
+            play(table, number, took_s=took_s)
+        lead, _ = begin(table)
+        table.finish_reductions(lead)
+        before = len(lead.did(PartReassigned))
+        assert before == 0
+        waits[took_s] = wait_for_move(table, lead, OWNER_S_MAX + STEP_S)
+    assert waits[0.05] < 0.6 * OWNER_S_MAX, "a quick one is missed soon"
+    assert waits[0.05] < waits[1.0] <= OWNER_S_MAX + STEP_S
+
+
+def test_an_owner_that_goes_on_and_on_leaves_time_for_another_one() -> None:
+    table = sit_down(2)
+    lead, plan = begin(table)
+    victim = next(seat for seat in table.seats if seat is not lead)
+    table.finish_reductions(lead)
+    table.advance(OWNER_S_MAX - 1.0)
+    table.finish_reductions(victim, count=1)
+    wait_for_move(table, lead, OWNER_S_MAX)
+    rush_s = OWNERS_WINDOW * RULES.exchange_timeout_s
+    assert table.now <= rush_s + STEP_S, "although it was heard not long ago"
+    assert {effect.part for effect in lead.did(PartReassigned)} == {max(owned(plan, victim))}
+    table.finish_reductions(lead)
+    assert table.attempts() == {0}
+
+
+# -- senders --------------------------------------------------------------------------------------------------------
+
+
+def hold_parts(table: Table, sender: Seat) -> list[SendPart]:
+    """What this sender sends travels no further; the parts in the order in which they left."""
+    table.blocked = lambda effect, source, target: source is sender and isinstance(effect, SendPart)
+    begin(table)
+    return [effect for effect in sender.did(SendPart) if effect.round == sender.core.round]
+
+
+def test_a_sender_is_not_given_up_while_it_delivers() -> None:
+    table = sit_down(2)
+    sender = table.order()[1]
+    owner = table.order()[0]
+    for effect in hold_parts(table, sender):
+        table.advance(RULES.sender_timeout_s - 0.25)
+        table.deliver(sender, effect, owner)
+        table.settle()
+    table.finish_reductions()
+    assert owner.did(SenderMissing) == []
+    assert [members_of(table.result(), part) for part in range(PARTS)] == [(0, 1)] * PARTS
+    assert table.attempts() == {0}
+
+
+def test_a_sender_that_goes_on_and_on_is_cut_off() -> None:
+    table = sit_down(2)
+    owner, sender = table.order()
+    first, second = hold_parts(table, sender)
+    digests = make_digests(f"{sender.number}/0")
+    cut_s = SENDERS_WINDOW * RULES.exchange_timeout_s
+    table.advance(1.0)
+    table.deliver(sender, first, owner)
+    while table.now < cut_s - 0.5:
+        table.advance(0.5)
+        owner.core.receive(Contribution(round=1, digests=digests), sender.peer, table.now)
+    assert owner.did(SenderMissing) == [], "it was heard all the time"
+    table.advance(0.6)
+    assert [(one.part, one.peer, one.reason) for one in owner.did(SenderMissing)] == [
+        (second.part, sender.peer, Failure.SENDER_SLOW)
+    ]
+    table.finish_reductions()
+    result = table.result()
+    for part in range(PARTS):
+        assert (sender.number in members_of(result, part)) == (part != second.part)
+    assert table.attempts() == {0}
+
+
+def test_a_quick_sender_that_falls_silent_is_missed_soon() -> None:
+    table = sit_down(2)
+    for number in range(1, 5):
+        play(table, number)
+    began_s = table.now
+    lead = table.seat(table.seats[0].core.view().proposer)
+    owner, sender = lead, next(seat for seat in table.seats if seat is not lead)
+    hold_parts(table, sender)
+    table.advance(RULES.sender_timeout_s / 2)
+    assert {one.reason for one in owner.did(SenderMissing)} == {Failure.SENDER_SLOW}
+    assert table.now - began_s < RULES.sender_timeout_s
+
+
+def test_owners_that_wait_for_a_slow_sender_are_not_slow_themselves() -> None:
+    table = sit_down(4)
+    for number in range(1, 4):
+        play(table, number)
+    lead = table.seat(table.seats[0].core.view().proposer)
+    sender = next(seat for seat in table.seats if seat is not lead)
+    hold_parts(table, sender)
+    end_s = table.now + RULES.exchange_timeout_s
+    while any(seat.core.head.round < 4 for seat in table.seats):
+        assert table.now < end_s, lead.core.view()
+        table.advance(STEP_S)
+        table.finish_reductions()
+    assert all(seat.did(PartReassigned) == [] and seat.did(AttemptFailed) == [] for seat in table.seats)
+
+
+# -- shares ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_owner_that_misses_again_and_again_owns_less_and_then_nothing_and_still_contributes() -> None:
+    table = sit_down(2)
+    victim = table.seats[1]
+    counts = []
+    for number in range(1, MISSES_TO_STOP + 1):
+        _, plan = play(table, number, victim)
+        counts.append(len(owned(plan, victim)))
+    assert counts == [2] * MISSES_TO_SHRINK + [1]
+    stopped_at = MISSES_TO_STOP
+    for number in range(stopped_at + 1, stopped_at + PROBATION_ROUNDS + 1):
+        _, plan = play(table, number)
+        assert owned(plan, victim) == set()
+        assert all(victim.number in members_of(table.result(number), part) for part in range(PARTS))
+    _, plan = play(table, stopped_at + PROBATION_ROUNDS + 1)
+    assert len(owned(plan, victim)) == 1, "another chance, with a small share"
+    _, plan = play(table, stopped_at + PROBATION_ROUNDS + 2)
+    assert len(owned(plan, victim)) == 2
+
+
+def test_every_member_learns_of_misses_whoever_leads_next() -> None:
+    table = sit_down(4)
+    victim = table.seats[2]
+    leads = set()
+    for number in range(1, MISSES_TO_STOP + 1):
+        lead, plan = play(table, number, victim)
+        leads.add(lead.number)
+    assert {seat.core._shares.share(victim.peer) for seat in table.seats} == {0.0}
+    others = [seat.core._shares.share(peer) for seat in table.seats for peer in PEERS[:4] if peer != victim.peer]
+    assert set(others) == {1.0}
+    for number in range(MISSES_TO_STOP + 1, MISSES_TO_STOP + 6):
+        lead, plan = play(table, number)
+        leads.add(lead.number)
+        assert owned(plan, victim) == set()
+    assert len(leads) > 1
+
+
+def test_an_owner_that_dies_has_not_missed_a_deadline() -> None:
+    table = sit_down(4)
+    lead, _ = begin(table)
+    victim = next(seat for seat in table.seats if seat is not lead)
+    table.kill(victim)
+    table.finish_reductions()
+    table.settle()
+    table.result()
+    assert {effect.reason for effect in lead.did(PartReassigned)} == {Failure.OWNER_LOST}
+    assert all(seat.core._shares.share(victim.peer) == 1.0 for seat in table.up())
