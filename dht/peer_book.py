@@ -104,9 +104,11 @@ class PeerBook:
         if known is None:
             self._keep(KnownPeer(peer=peer, addresses=addresses, heard_s=int(now_s)))
             return
-        # The addresses that worked stay until others have been tried and have worked.
-        merged = addresses if known.standing is not Standing.MEASURED else known.addresses
-        self._keep(replace(known, addresses=merged or known.addresses, heard_s=max(known.heard_s, int(now_s))))
+        # The addresses that worked stay until others have been tried and have worked. A peer that dialled us has shown
+        # none: then what it says of itself is all there is.
+        stay = known.standing is Standing.MEASURED and known.addresses
+        merged = known.addresses if stay else addresses or known.addresses
+        self._keep(replace(known, addresses=merged, heard_s=max(known.heard_s, int(now_s))))
 
     def note_success(self, peer: PeerId, addresses: tuple[str, ...], now_s: float) -> None:
         """A connection to the peer stands; `addresses` are what it says of itself, and may be empty."""

@@ -56,6 +56,7 @@ class CatchUpPorts:
     address_of: Callable[[PeerId], Address | None]
     take_certificate: Callable[[Certificate, PeerId], None]  # to the round core, which checks and commits it
     wait_past: Callable[[int, float], Awaitable[bool]]  # whether the head got past a round within so many seconds
+    other_log: Callable[[PeerId], None]
     install: Callable[[Head, Float32s, Float32s], Awaitable[None]]  # take over a state that was checked
 
 
@@ -92,7 +93,11 @@ class CatchUp:
             far = target - self._state.head.round > REPLAY_ROUNDS_MAX
             if not far or await self._jump(peer, target):
                 await self._replay(peer, target)
-        except (PeerUnreachable, RequestRefused, ProtocolError) as error:
+        except ProtocolError as error:
+            log.info("catch-up stopped at round %d: %s", self._state.head.round, error)
+            if error.refusal is Refusal.OTHER_LOG:
+                self._ports.other_log(peer)
+        except (PeerUnreachable, RequestRefused) as error:
             log.info("catch-up stopped at round %d: %s", self._state.head.round, error)
         except (OSError, StoreError) as error:
             log.error("catch-up stopped at round %d, the disk fails: %s", self._state.head.round, error)
@@ -172,7 +177,7 @@ class CatchUp:
             for certificate in answered:
                 result = certificate.result
                 if result.round != head.round + len(chain) + 1 or result.previous != previous:
-                    raise ProtocolError(Refusal.WRONG_BASE, f"certificate of round {result.round} does not follow")
+                    raise ProtocolError(Refusal.OTHER_LOG, f"certificate of round {result.round} does not follow")
                 await asyncio.to_thread(check_votes, certificate, voters, self._manifest.authority(self._swarm))
                 previous, voters = digest_record(result), result.voters
                 chain.append(certificate)

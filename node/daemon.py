@@ -58,7 +58,7 @@ from shoal.protocol.manifest import Manifest, SwarmUri, read_manifest_untrusted
 from shoal.protocol.messages import Certificate, Certified, Presence, Ready, sign_ready
 from shoal.protocol.outer_step import rounds_as_specified
 from shoal.protocol.presence import PeerLost, PresenceTable
-from shoal.protocol.quorum import Head
+from shoal.protocol.quorum import Head, is_reroot
 from shoal.protocol.round_state import Offer, Setting
 from shoal.protocol.rounds import RoundCore
 
@@ -279,6 +279,7 @@ class Daemon:
                 address_of=self._address_of,
                 take_certificate=self._take_certificate,
                 wait_past=self.head_watch.wait_past,
+                other_log=lambda peer: self._spawn(self._part(peer)),
                 install=self._install,
             ),
         )
@@ -524,7 +525,7 @@ class Daemon:
         if self.config.node.role == TRAINER and not self.presence.leaving:
             await self.compute.committed(result, included)
         self.reporter.joined = True
-        self.reporter.committed(result, bool(included))
+        self.reporter.committed(result, bool(included), is_reroot(certificate))
         self._spawn(self._record(certificate))
         self.head_watch.moved()
         self.membership.table.expect(head.voters, asyncio.get_running_loop().time())
@@ -557,9 +558,9 @@ class Daemon:
         known = self.membership.table.newest(peer)
         return known.head_round if known else 0
 
-    async def _switch(self, first: int) -> None:
+    async def _switch(self, first: int, chosen: bytes) -> None:
         self.presence.ready = None
-        await self.driver.switch(first)
+        await self.driver.switch(first, chosen)
         if self.config.node.role == TRAINER:
             await self.compute.rebase()
         self.head_watch.moved()

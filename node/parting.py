@@ -29,11 +29,11 @@ log = logging.getLogger("shoal")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartingPorts:
     """`ask` gets certificates of consecutive rounds from a peer; `head_of` is the newest round that it has announced;
-    `switch` goes back to before a round."""
+    `switch` goes back to before a round, where the other log has the result with this digest."""
 
     ask: Callable[[PeerId, int, int], Awaitable[tuple[Certificate, ...]]]
     head_of: Callable[[PeerId], int]
-    switch: Callable[[int], Awaitable[None]]
+    switch: Callable[[int, bytes], Awaitable[None]]
     misbehaved: Callable[[PeerId, ProtocolError], None]
     happen: Callable[[str], None]
 
@@ -81,7 +81,7 @@ class Parting:
             log.debug("stays with its own log, which parts from that of %s at round %d", short_peer_id(peer), first)
             return False
         self._ports.happen(self._tell(peer, first, own, other))
-        await self._ports.switch(first)
+        await self._ports.switch(first, digest_record(theirs[0].result))
         return True
 
     def _tell(self, peer: PeerId, first: int, own: Weight, other: Weight) -> str:

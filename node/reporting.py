@@ -179,7 +179,7 @@ class Reporter:
         self.metrics.attempt.set(note.attempt)
         self.metrics.round.set(note.round)
 
-    def committed(self, result: Result, included: bool) -> None:
+    def committed(self, result: Result, included: bool, is_reroot: bool) -> None:
         """A round was certified and applied."""
         now = time.monotonic()
         self.rounds_certified += 1
@@ -195,7 +195,8 @@ class Reporter:
         if loss is not None:
             self.losses.add(result.round, loss)
         if not result.parts:
-            self.happen(HappeningKind.ROUND_CERTIFIED, f"round {result.round} changed the voters: a peer leaves")
+            why = f"re-root, {len(result.voters)} vote from now on" if is_reroot else "a peer leaves"
+            self.happen(HappeningKind.ROUND_CERTIFIED, f"round {result.round} changed the voters: {why}")
             return
         part = "" if included else ", without this peer"
         text = f"round {result.round} certified by {len(result.members)} peers{part}"

@@ -214,12 +214,13 @@ class RoundDriver:
             self.core.applied(head, self.now())
         self.pump()
 
-    async def switch(self, first: int) -> None:
-        """Go back to before round `first`: the log parts there, and the other one stays. Raises StoreError."""
+    async def switch(self, first: int, chosen: bytes) -> None:
+        """Go back to before round `first`: the log parts there, and the other one, with the result `chosen`, stays.
+        Raises StoreError."""
         async with self._working:
             head = await self._state.rewind(first)
             self.core.take_effects()
             self._effects.clear()
             self._exchange.finish_round()
-            self.core.switch(head, self.now())
+            self.core.switch(head, chosen, self.now())
         self.pump()

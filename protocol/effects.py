@@ -38,6 +38,7 @@ class VoteRecord:
     lock: LockCertificate | None = None
     locked_attempt: U32 = 0
     locked_digest: Bytes32 = bytes(32)
+    chosen: Bytes32 = bytes(32)  # the result at which this peer went over to another log, until it is applied
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

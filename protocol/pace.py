@@ -69,21 +69,15 @@ class ReadyPace:
                 del self._began_s[next(iter(self._began_s))]
             self._began_s[peer] = now
 
-    def begin(self, peers: tuple[PeerId, ...], now: float) -> None:
-        """A round begins for these peers; who works on since an earlier one goes on counting from there."""
-        for peer in peers:
-            if peer not in self._began_s and len(self._began_s) < PEERS_MAX:
-                self._began_s[peer] = now
-
     def note_ready(self, peer: PeerId, now: float) -> None:
-        """The peer's first READY since it was included, or since a round began for it."""
+        """The peer's first READY since it was included."""
         began_s = self._began_s.pop(peer, None)
         if began_s is not None:
             _learn(self._durations, peer, now - began_s)
 
     def note_missing(self, peer: PeerId, began_s: float, now: float) -> None:
         """A peer that has never been measured was waited for in vain: it takes longer than this. `began_s`: since when,
-        where no round has begun for it yet."""
+        where no round has its work in it yet."""
         began_s = self._began_s.setdefault(peer, began_s)
         if peer not in self._durations and len(self._durations) < PEERS_MAX:
             self._durations[peer] = _Duration(mean_s=now - began_s, deviation_s=0.0, samples=0)

@@ -404,6 +404,8 @@ class RoundBallot(RoundState):
         """A voter among a quorum of live ones stays with them, unless the owner has spoken."""
         if not is_reroot(certificate) or {vote.voter for vote in certificate.votes} == {self._authority.owner}:
             return True
+        if digest_record(certificate.result) == self._vote.chosen:
+            return True
         return not self._votes() or not self._has_quorum()
 
     def _apply_if_held(self, now: float) -> None:
@@ -461,7 +463,7 @@ class RoundBallot(RoundState):
             return
         self._declare_after_s = now + self._rules.commit_timeout_s
         remaining = self._remaining()
-        if remaining[0] != self._me:
+        if not remaining or remaining[0] != self._me:
             return
         result = make_voters_result(self.head, self._rules.codec, remaining)
         self._declaration = result
@@ -476,17 +478,19 @@ class RoundBallot(RoundState):
         return self._authority.may_declare and is_due and not self._decided and self.phase is not Phase.APPLY
 
     def _remaining(self) -> tuple[PeerId, ...]:
-        """Old voters first, then the other live trainers."""
-        live = {self._me, *(peer for peer, known in self._members.items() if known.trains and not known.leaving)}
-        old = [peer for peer in self._order if peer in live]
-        return tuple(dict.fromkeys((*old, *sorted(live))))[: self._rules.voters_max]
+        """The voters that are left; everybody else comes in by contributing."""
+        live = {self._me, *(peer for peer, known in self._members.items() if not known.leaving)}
+        return tuple(peer for peer in self._order if peer in live)
 
     def _take_declaration(self, message: Proposal, sender: PeerId, now: float) -> None:
         result = message.result
         check_result(result, self.head, self._parts, is_reroot=True)
         if result.parts or sender not in result.voters:
             raise ProtocolError(Refusal.NOT_PLANNED, "a declared re-root names its sender and changes nothing else")
-        if self._me in result.voters and self._may_declare(now):
+        # Whoever declares has waited for the whole time; who signs must have missed the quorum for long enough, too.
+        since_s = self._alone_since_s
+        is_alone = since_s is not None and now >= since_s + self._rules.presence_timeout_s
+        if self._me in result.voters and self._authority.may_declare and is_alone and not self._decided:
             self._send(sender, self._sign_vote(REROOT_ATTEMPT, result))
 
     def _take_declared_vote(self, vote: Vote, sender: PeerId, now: float) -> None:

@@ -70,16 +70,13 @@ class RoundCore(RoundExchange):
     def observe(self, presence: Presence, now: float) -> None:
         """A verified presence that is newer than what was known: this peer is alive."""
         peer = presence.peer
-        if peer not in self._members and presence.trains:
-            self._ready_pace.begin((peer,), now)
         if peer in self._lost and peer in self.head.voters:
             self._failures = 0  # what made attempts fail may be over
         self._members[peer] = presence
         self._lost.discard(peer)
         self._prepare_again(presence)
         self._sync_attempt(presence, now)
-        digest = self._log.get(presence.head_round)
-        if digest is not None and digest != presence.head_digest:
+        if self._is_elsewhere(peer):
             self._note_fork(peer, now)
         else:
             self._note_behind(peer, presence.head_round, now)
@@ -127,9 +124,9 @@ class RoundCore(RoundExchange):
         try:
             self._dispatch(message, sender, now)
         except ProtocolError as error:
-            if error.refusal is not Refusal.OTHER_LOG:
+            if error.refusal is not Refusal.OTHER_LOG and not self._is_elsewhere(sender):
                 raise
-            self._dropped = error.refusal
+            self._dropped = Refusal.OTHER_LOG
             self._note_fork(sender, now)
         dropped = self._dropped
         self._evaluate(now)
@@ -175,14 +172,14 @@ class RoundCore(RoundExchange):
         self._note_round(now)
         self._begin_round(head, now)
 
-    def switch(self, head: Head, now: float) -> None:
-        """Go over to another log, at the round before it parts from ours. Lawful after a re-root only; the shell has
-        compared the two."""
+    def switch(self, head: Head, chosen: bytes, now: float) -> None:
+        """Go over to another log, at the round before it parts from ours: `chosen` is the digest of its result there.
+        Lawful after a re-root only; the shell has compared the two."""
         self._log = {number: digest for number, digest in self._log.items() if number < head.round}
-        self._saved_vote = None
+        self._saved_vote = VoteRecord(round=head.round + 1, chosen=chosen)
         self._last_certificate = None
+        self._effects.append(Persist(vote=self._saved_vote))
         self._begin_round(head, now)
-        self._effects.append(Persist(vote=self._vote))
 
     def handle_deadline(self, now: float) -> None:
         """`next_deadline` has passed."""
@@ -229,6 +226,12 @@ class RoundCore(RoundExchange):
         if last and presence.head_round == self.head.round - 1 and last.result.round == self.head.round:
             self._send(presence.peer, Certified(certificate=last))
 
+    def _is_elsewhere(self, peer: PeerId) -> bool:
+        """Whether the peer's newest presence shows another log: its ballots may name other voters and proposers."""
+        known = self._members.get(peer)
+        digest = self._log.get(known.head_round) if known else None
+        return known is not None and digest is not None and digest != known.head_digest
+
     def _keep_early(self, message: ROUND_MESSAGES, number: int, sender: PeerId) -> bool:
         if number != self.round + 1 or len(self._early) >= EARLY_MESSAGES_MAX:
             return False
@@ -259,8 +262,6 @@ class RoundCore(RoundExchange):
 
     def _begin_round(self, head: Head, now: float) -> None:
         self._began_s = now
-        trainers = tuple(sorted(peer for peer, known in self._members.items() if known.trains))
-        self._ready_pace.begin((*trainers, self._me) if self._trains else trainers, now)
         self._clear_round(head)
         self._begin_attempt(now)
         early, self._early = self._early, []
@@ -349,8 +350,8 @@ class RoundCore(RoundExchange):
     def _worth_until_s(self, peer: PeerId, grace_ends_s: float) -> float:
         """Until when the round waits for a peer that is not ready: no longer than it ever takes, nor past the grace
         window, and not at all when it is not to be expected in there. A voter that has not been measured has the whole
-        window; a newcomer has none of it, it trains on and is measured (adaptive grace: Decoupled DiLoCo, arXiv
-        2604.21428)."""
+        window; a newcomer has none of it, it is ready when the next round begins (adaptive grace: Decoupled DiLoCo,
+        arXiv 2604.21428)."""
         expected = self._ready_pace.expected_s(peer)
         if expected is None:
             return grace_ends_s if peer in self.head.voters else 0.0

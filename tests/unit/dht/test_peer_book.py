@@ -156,3 +156,12 @@ def test_a_book_of_another_version_or_with_a_bad_address_is_refused() -> None:
     with pytest.raises(ProtocolError) as caught:
         decode_peer_book_untrusted(bad, ME)
     assert caught.value.refusal is Refusal.MALFORMED
+
+
+def test_a_peer_that_dialled_us_is_known_by_the_addresses_that_it_says_later() -> None:
+    book = PeerBook(ME)
+    book.note_success(peer(1), (), 10.0)
+    book.hear(peer(1), HERE, 11.0)
+    book.hear(peer(1), THERE, 12.0)
+    known = book.get(peer(1))
+    assert known is not None and known.addresses == HERE and known.standing is Standing.MEASURED

@@ -67,7 +67,7 @@ from shoal.protocol.messages import (
     sign_ready,
 )
 from shoal.protocol.presence import PeerLost, PresenceTable
-from shoal.protocol.quorum import Head
+from shoal.protocol.quorum import Head, is_reroot
 from shoal.protocol.replica import Replica
 from shoal.protocol.round_state import Offer, Setting
 from shoal.protocol.rounds import RoundCore
@@ -236,6 +236,7 @@ class Peer:
         self.commits: list[Head] = []
         self.behinds: list[Behind] = []
         self.forks: list[Forked] = []
+        self.other_logs: list[PeerId] = []
         self.disk_failures: list[tuple[Failure, str]] = []
         self.misbehaviours: list[tuple[PeerId, Refusal]] = []
         self.tensor_refusals: list[tuple[PeerId | None, Refusal]] = []
@@ -379,6 +380,7 @@ class Peer:
                 address_of=swarm.addresses.get,
                 take_certificate=lambda one, peer: self.driver.receive(Certified(certificate=one), peer),
                 wait_past=self._wait_past,
+                other_log=self.other_logs.append,
                 install=self.driver.install,
             ),
         )
@@ -509,7 +511,7 @@ class Peer:
         self.presence.ready = None
         if hasattr(self.compute, "trainer"):
             await self.compute.committed(result, included)
-        self.reporter.committed(result, bool(included))
+        self.reporter.committed(result, bool(included), is_reroot(certificate))
         self.commits.append(head)
         self.membership.announce()
 
