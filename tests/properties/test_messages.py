@@ -10,6 +10,7 @@ from shoal.protocol.identity import PROTOCOL_VERSION, Identity
 from shoal.protocol.messages import (
     SCHEMA,
     Envelope,
+    Lock,
     PartDone,
     Plan,
     Presence,
@@ -29,7 +30,7 @@ SWARM = b"s" * 32
 IDENTITY, OTHER = Identity(b"i" * 32), Identity(b"o" * 32)
 
 messages = st.one_of([records(cls) for cls in SCHEMA._classes.values()])
-signed_classes = st.sampled_from([Presence, Plan, PartDone, Vote])
+signed_classes = st.sampled_from([Presence, Plan, PartDone, Lock, Vote])
 
 
 def decodes_or_is_refused(raw: bytes) -> None:
@@ -72,7 +73,7 @@ def test_nearly_good_bodies_decode_or_are_refused(body: bytes) -> None:
     decodes_or_is_refused(encode_record(Envelope(version=PROTOCOL_VERSION, swarm=SWARM, body=body)))
 
 
-def is_signed(message: Presence | Plan | PartDone | Vote, by: Identity = IDENTITY, swarm: bytes = SWARM) -> bool:
+def is_signed(message: Presence | Plan | PartDone | Lock | Vote, by: Identity = IDENTITY, swarm: bytes = SWARM) -> bool:
     try:
         verify_message(by.peer, swarm, message)
     except ProtocolError as error:
