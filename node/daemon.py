@@ -395,12 +395,11 @@ class Daemon:
 
     def _is_needed(self) -> bool:
         """Whether a round in work, the next vote, or the certificate that only this peer may hold, counts on it."""
-        live = self.membership.table.live()
+        live, head = self.membership.table.live(), self.core.head
         if not live:
             return False
         busy = self.core.phase is not Phase.GATHER and self.me in self.core.view().roster
-        others_vote = any(voter in live and not live[voter].leaving for voter in self.core.head.voters)
-        head = self.core.head
+        others_vote = any(voter in live and not live[voter].leaving for voter in head.voters)
         known = any(live[voter].head_round >= head.round for voter in head.voters if voter in live)
         untold = others_vote and not known and self.me not in head.voters
         return busy or untold or (self.me in head.voters and others_vote)
