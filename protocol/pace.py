@@ -78,9 +78,10 @@ class ReadyPace:
     def note_missing(self, peer: PeerId, began_s: float, now: float) -> None:
         """A peer that has never been measured was waited for in vain: it takes longer than this. `began_s`: since when,
         where no round has its work in it yet."""
+        if peer in self._durations or len(self._durations) >= PEERS_MAX or len(self._began_s) >= PEERS_MAX:
+            return
         began_s = self._began_s.setdefault(peer, began_s)
-        if peer not in self._durations and len(self._durations) < PEERS_MAX:
-            self._durations[peer] = _Duration(mean_s=now - began_s, deviation_s=0.0, samples=0)
+        self._durations[peer] = _Duration(mean_s=now - began_s, deviation_s=0.0, samples=0)
 
     def forget(self, peer: PeerId) -> None:
         """The peer is gone; when it comes back its work starts anew."""
@@ -99,15 +100,19 @@ class PartPace:
 
     def __init__(self) -> None:
         self._durations: dict[PeerId, _Duration] = {}
+        self._middle_s: float | None = None  # of all means; None when it must be computed again
 
     def note_part(self, peer: PeerId, duration_s: float) -> None:
         """A part came `duration_s` after the one before, or after the exchange began."""
         _learn(self._durations, peer, duration_s)
+        self._middle_s = None
 
     def allowance_s(self, peer: PeerId, limit_s: float) -> float:
         """For how long the peer may be silent: several times what it, or the middle one of all, usually takes."""
-        if peer not in self._durations:
+        known = self._durations.get(peer)
+        if known is None:
             return limit_s
-        middle_s = statistics.median(known.mean_s for known in self._durations.values())
-        usual_s = max(self._durations[peer].upper_s(), middle_s)
+        if self._middle_s is None:
+            self._middle_s = statistics.median(one.mean_s for one in self._durations.values())
+        usual_s = max(known.upper_s(), self._middle_s)
         return min(limit_s, max(ALLOWANCE_MIN * limit_s, PATIENCE * usual_s))

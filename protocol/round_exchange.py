@@ -77,9 +77,12 @@ class RoundExchange(RoundBallot):
     def _announce_plan(self, plan: Plan, now: float) -> None:
         assert self._lead is not None
         signed = sign_message(self._identity, self._swarm, plan)
+        before = self._plan.owners if self._plan else ()
         self._follow_plan(signed, now)
-        for owner in {self._owner(part) for part in range(self._parts)}:
-            self._lead.heard_s[owner] = now
+        for part in range(self._parts):
+            # Whoever gets a part has its whole time for it; the clock of the others goes on.
+            if not before or plan.owners[part] != before[part]:
+                self._lead.heard_s[self._owner(part)] = now
         for peer in self._audience():
             self._send(peer, signed)
 
@@ -228,11 +231,12 @@ class RoundExchange(RoundBallot):
     def _watch_owners(self, now: float) -> None:
         assert self._lead is not None and self._plan is not None
         moves: dict[int, int] = {}
-        for part in self._open_parts():
+        deadlines = self._part_deadlines()
+        due = [part for part in deadlines if self._owner(part) in self._lost or now >= deadlines[part]]
+        unfit = self._unfit({self._owner(part) for part in due}) if due else frozenset()
+        for part in due:
             owner = self._owner(part)
-            if not (owner in self._lost or now >= self._part_deadline(part)):
-                continue
-            index = choose_owner(self._plan, part, self._lead.tried[part], self._unfit(owner))
+            index = choose_owner(self._plan, part, self._lead.tried[part], unfit)
             if index is None:
                 self._fail_attempt(Failure.EXCHANGE_TIMEOUT, owner, now)
                 return
@@ -254,10 +258,10 @@ class RoundExchange(RoundBallot):
             evidence = make_evidence(self._plan, self._lead.done) if self._needs_locks() else None
             self._propose(result, evidence, now)
 
-    def _unfit(self, owner: PeerId) -> frozenset[PeerId]:
-        """Who takes over no part: the lost ones and, while there are others, those that were slow before."""
+    def _unfit(self, due: set[PeerId]) -> frozenset[PeerId]:
+        """Who takes over no part: the lost ones and, while there are others, those that are or were slow."""
         assert self._plan is not None
-        slow = {*self._slow_owners, owner}
+        slow = self._slow_owners | due
         slow |= {peer for peer in self._roster_peers() if self._shares.share(peer) == 0.0}
         able = {entry.signed.peer for entry in self._plan.roster if entry.signed.ready.owns}
         return frozenset(self._lost | slow) if able - self._lost - slow else frozenset(self._lost)

@@ -166,7 +166,7 @@ class RoundState:
             times.append(self._lead.awaited_until_s)
         if self._plan and self.phase is Phase.EXCHANGE:
             if self._lead:
-                times += [self._part_deadline(part) for part in self._open_parts()]
+                times += self._part_deadlines().values()
             for collection in self._collections.values():
                 if not collection.reduced:
                     times += [self._sender_deadline(collection, index) for index in range(len(self._plan.roster))]
@@ -266,18 +266,27 @@ class RoundState:
         done = self._lead.done
         return [part for part in range(self._parts) if part not in done or done[part].digest not in self._held]
 
-    def _part_deadline(self, part: int) -> float:
-        """When the proposer takes a part from its owner, who was silent for too long or has had it for too long."""
+    def _part_deadlines(self) -> dict[int, float]:
+        """When the proposer takes each open part from its owner, who was silent for too long or has had it for too
+        long."""
         assert self._lead is not None
-        owner = self._owner(part)
-        own_s = self._owner_pace.allowance_s(owner, self._rules.owner_timeout_s)
         # An owner cannot be done before its slowest sender has delivered or is given up.
         limit_s = self._rules.sender_timeout_s
-        senders_s = max(self._sender_pace.allowance_s(peer, limit_s) for peer in self._roster_peers())
-        deadline_s = self._lead.heard_s[owner] + senders_s + own_s * self._backoff()
+        senders = [peer for peer in self._roster_peers() if peer != self._me]
+        senders_s = max((self._sender_pace.allowance_s(peer, limit_s) for peer in senders), default=0.0)
         # Time must be left for another owner, however steadily this one goes on.
         rush_s = self._exchange_began_s + OWNERS_WINDOW * self._exchange_window_s()
-        return min(deadline_s, rush_s) if self._lead.assigned_s[part] < rush_s else deadline_s
+        backoff, owner_limit_s = self._backoff(), self._rules.owner_timeout_s
+        owners: dict[PeerId, float] = {}
+        deadlines = {}
+        for part in self._open_parts():
+            owner = self._owner(part)
+            if owner not in owners:
+                own_s = self._owner_pace.allowance_s(owner, owner_limit_s)
+                owners[owner] = self._lead.heard_s[owner] + senders_s + own_s * backoff
+            is_old = self._lead.assigned_s[part] < rush_s
+            deadlines[part] = min(owners[owner], rush_s) if is_old else owners[owner]
+        return deadlines
 
     def _exchange_window_s(self) -> float:
         return self._rules.exchange_timeout_s * self._backoff()

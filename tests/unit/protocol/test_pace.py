@@ -167,7 +167,8 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ready, parts = ReadyPace(), PartPace()
     for number, peer in enumerate(PEERS):
         train(ready, peer, 1.0)
-        ready.note_missing(peer, 0.0, float(number))
+        for other in PEERS:
+            ready.note_missing(other, 0.0, float(number))
         parts.note_part(peer, 0.1)
     assert len(ready._began_s) <= 3 and len(ready._durations) <= 3 and len(parts._durations) <= 3
     assert ready.expected_s(PEERS[-1]) is not None, "the newest are kept"
