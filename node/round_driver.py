@@ -134,7 +134,8 @@ class RoundDriver:
                         await self._carry_out(self._effects.popleft())
                     except (OSError, StoreError) as error:
                         self.halt()
-                        self._ports.disk_failed(Failure.DISK_FULL, str(error))
+                        failure = error.failure if isinstance(error, StoreError) else Failure.DISK_FULL
+                        self._ports.disk_failed(failure, str(error))
                     continue
             self._wake.clear()
             await self._wake.wait()

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.sim import planted_exchange, planted_state, planted_votes
+from tests.sim import planted_exchange, planted_lies, planted_state, planted_votes
 from tests.sim.checkers import InvariantBroken, broken
 from tests.sim.planted import BUGS, Arena, Bug, planted
 from tests.sim.schedules import Schedule
@@ -24,7 +24,7 @@ from tests.sim.world import World
 
 ROUNDS_MAX = 20_000
 ROOT = Path(__file__).parents[2]
-PLANTED_IN = (planted_exchange, planted_state, planted_votes)  # importing them fills BUGS
+PLANTED_IN = (planted_exchange, planted_lies, planted_state, planted_votes)  # importing them fills BUGS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
