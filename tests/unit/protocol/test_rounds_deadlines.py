@@ -5,6 +5,7 @@ from dataclasses import replace
 from shoal.protocol.effects import AttemptFailed, PartReassigned, Phase, SenderMissing, SendPart
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
+from shoal.protocol.manifest import Rounds
 from shoal.protocol.messages import Contribution, Plan
 from shoal.protocol.round_state import OWNERS_WINDOW, SENDERS_WINDOW
 from shoal.protocol.shares import MISSES_TO_SHRINK, MISSES_TO_STOP, PROBATION_ROUNDS
@@ -16,9 +17,9 @@ OWNER_S_MAX = RULES.sender_timeout_s + RULES.owner_timeout_s
 STEP_S = 0.25
 
 
-def sit_down(count: int) -> Table:
+def sit_down(count: int, rules: Rounds = RULES) -> Table:
     """A table that begins no exchange without everybody."""
-    return Table(count, rules=replace(RULES, peers_min=count))
+    return Table(count, rules=replace(rules, peers_min=count))
 
 
 def begin(table: Table) -> tuple[Seat, Plan]:
@@ -116,13 +117,13 @@ def test_an_owner_whose_parts_stay_is_not_given_more_time_by_those_that_move() -
 
 
 def test_an_owner_that_goes_on_and_on_leaves_time_for_another_one() -> None:
-    table = sit_down(2)
+    table = sit_down(2, replace(RULES, owner_timeout_s=8.0))
     lead, plan = begin(table)
     victim = next(seat for seat in table.seats if seat is not lead)
     table.finish_reductions(lead)
-    table.advance(RULES.owner_timeout_s + 0.7)
+    table.advance(7.0)
     table.finish_reductions(victim, count=1)
-    wait_for_move(table, lead, OWNER_S_MAX)
+    wait_for_move(table, lead, 8.0)
     rush_s = OWNERS_WINDOW * RULES.exchange_timeout_s
     assert table.now <= rush_s + STEP_S, "although it was heard not long ago"
     assert {effect.part for effect in lead.did(PartReassigned)} == {max(owned(plan, victim))}
