@@ -23,6 +23,7 @@ from shoal.protocol.messages import (
     LockCertificate,
     Locked,
     Nack,
+    Plan,
     Prepare,
     Presence,
     Promise,
@@ -116,6 +117,11 @@ class RoundBallot(RoundState):
         needed = self._blocking_size()
         if len(ahead) >= needed and self.attempt < ahead[needed - 1] < REROOT_ATTEMPT:
             self._fail_attempt(Failure.SUPERSEDED, presence.peer, now, ahead[needed - 1])
+
+    def _check_roster_size(self, plan: Plan) -> None:
+        if len(plan.roster) < self._rules.peers_min:
+            problem = f"a roster of {len(plan.roster)}, rounds.peers_min is {self._rules.peers_min}"
+            raise ProtocolError(Refusal.NOT_PLANNED, problem)
 
     # -- phase 1: promises -----------------------------------------------------------------------------------------
 
@@ -251,6 +257,8 @@ class RoundBallot(RoundState):
                 problem = f"two results in attempt {message.attempt} of round {self.round}"
                 raise ProtocolError(Refusal.EQUIVOCATION, problem)
             if self._needs_locks():
+                if message.evidence is not None and message.evidence.plan is not None:
+                    self._check_roster_size(message.evidence.plan)
                 check_evidence(message, sender, self.head, self._rules.codec, self._authority)
             self._follow_proposal(message, now)
 

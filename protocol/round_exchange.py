@@ -50,7 +50,8 @@ class RoundExchange(RoundBallot):
     def _plan_attempt(self, ready: Mapping[PeerId, SignedReady], now: float) -> None:
         assert self._lead is not None
         known = frozenset({self._me, *self.head.voters, *self._contributed})
-        chosen = choose_roster(ready, known, self.head, self._rules.newcomers_max)
+        newcomers_max = max(self._rules.newcomers_max, self._rules.peers_min - len(known.intersection(ready)))
+        chosen = choose_roster(ready, known, self.head, newcomers_max)
         plan = make_plan(
             self.head,
             self.attempt,
@@ -107,6 +108,7 @@ class RoundExchange(RoundBallot):
             if plan.revision <= self._plan.revision:
                 self._dropped = Refusal.DUPLICATE
                 return
+        self._check_roster_size(plan)
         if plan.attempt != self.attempt:
             self._enter_attempt(plan.attempt, now)
         self._follow_plan(plan, now)

@@ -379,6 +379,20 @@ def test_an_owner_that_says_two_things_about_its_part_gains_nothing() -> None:
     assert drop_of(lead, sign_message(liar.identity, SWARM, second), liar.peer) is Refusal.WRONG_ATTEMPT
 
 
+def test_a_proposer_that_plans_with_itself_alone_gets_no_locks() -> None:
+    table = sit_down()
+    liar, others, proposal = reach_proposal(table)
+    assert proposal.evidence is not None and proposal.evidence.plan is not None
+    plan = proposal.evidence.plan
+    own = next(entry for entry in plan.roster if entry.signed.peer == liar.peer)
+    alone = replace(plan, roster=(replace(own, weight=1.0),), owners=(0,) * len(plan.owners))
+    forged = plan_anew(table, liar, sign_message(liar.identity, SWARM, alone), 0)
+    for seat in others:
+        assert refusal_of(seat, forged, liar.peer) in (Refusal.NOT_PLANNED, Refusal.EQUIVOCATION)
+    table.settle()
+    assert all(seat.said(Lock) == [] for seat in others)
+
+
 def test_a_certificate_of_a_third_is_none() -> None:
     table = sit_down()
     liar, others, proposal = reach_proposal(table)
