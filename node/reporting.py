@@ -40,7 +40,16 @@ from shoal.node.status import (
     clean_text,
     keep_peers,
 )
-from shoal.protocol.effects import AttemptFailed, Note, PartReassigned, Phase, PhaseEntered, Planned, SenderMissing
+from shoal.protocol.effects import (
+    AttemptFailed,
+    Note,
+    PartReassigned,
+    Phase,
+    PhaseEntered,
+    Planned,
+    QuorumSeen,
+    SenderMissing,
+)
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId, format_peer_id, short_peer_id
 from shoal.protocol.manifest import Manifest
@@ -137,6 +146,8 @@ class Reporter:
             case SenderMissing():
                 metrics.senders_missing[note.reason].add()
                 self._keep(HappeningKind.SENDER_MISSING, note, note.peer, self._attempt)
+            case QuorumSeen():
+                self._tell_quorum(note)
             case Planned():
                 log.debug("planned attempt %d of round %d for %d peers", note.attempt, note.round, len(note.roster))
         if isinstance(note, AttemptFailed | PartReassigned | SenderMissing):
@@ -144,6 +155,16 @@ class Reporter:
             if not self._notes:
                 asyncio.get_running_loop().call_later(NOTES_DELAY_S, self._tell_notes)
             self._notes.append(note)
+
+    def _tell_quorum(self, note: QuorumSeen) -> None:
+        metrics = self.metrics
+        metrics.last_failure.set(None if note.in_sight else Failure.NO_QUORUM)
+        if not note.in_sight:
+            counts = f"{note.live} of the {note.needed} voters that are needed are in sight"
+            text = f"{Failure.NO_QUORUM}: {counts}; this peer trains on and waits"
+            self.happen(HappeningKind.ATTEMPT_FAILED, text, Severity.WARNING)
+        elif self.rounds_certified:
+            self.happen(HappeningKind.NETWORK, f"a quorum is in sight: {note.live} voters, {note.needed} needed")
 
     def _tell_notes(self) -> None:
         notes, self._notes = self._notes, []

@@ -31,6 +31,7 @@ from shoal.protocol.effects import (
     Persist,
     PhaseEntered,
     Planned,
+    QuorumSeen,
     Reduce,
     Send,
     SenderMissing,
@@ -171,7 +172,7 @@ class RoundDriver:
                 self._ports.behind(effect)
             case Forked():
                 self._ports.forked(effect)
-            case PhaseEntered() | Planned() | AttemptFailed() | PartReassigned() | SenderMissing():
+            case PhaseEntered() | Planned() | AttemptFailed() | PartReassigned() | SenderMissing() | QuorumSeen():
                 self._ports.note(effect)
 
     def _send(self, effect: Send) -> None:

@@ -163,5 +163,15 @@ class SenderMissing:
     reason: Failure
 
 
-Note = PhaseEntered | Planned | AttemptFailed | PartReassigned | SenderMissing
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuorumSeen:
+    """Enough voters came into sight, or no longer are. Without them nothing can be certified, and no clock runs."""
+
+    round: int
+    in_sight: bool
+    live: int
+    needed: int
+
+
+Note = PhaseEntered | Planned | AttemptFailed | PartReassigned | SenderMissing | QuorumSeen
 Effect = Send | Persist | SendPart | Reduce | SendResult | FetchBlob | Commit | Behind | Forked | Note

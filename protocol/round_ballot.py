@@ -409,12 +409,13 @@ class RoundBallot(RoundState):
             self._set_phase(Phase.FETCH, None)
 
     def _follows_reroot(self, certificate: Certificate) -> bool:
-        """A voter among a quorum of live ones stays with them, unless the owner has spoken."""
+        """While a quorum stands in this round nobody leaves it, unless the owner has spoken."""
         if not is_reroot(certificate) or {vote.voter for vote in certificate.votes} == {self._authority.owner}:
             return True
         if digest_record(certificate.result) == self._vote.chosen:
             return True
-        return not self._votes() or not self._has_quorum()
+        here = [peer for peer, known in self._members.items() if known.head_round <= self.head.round]
+        return sum(peer == self._me or peer in here for peer in self.head.voters) < self._quorum_size()
 
     def _apply_if_held(self, now: float) -> None:
         assert self._decided is not None

@@ -104,6 +104,7 @@ class RoundState:
         self._began_s = now
         self._alone_since_s: float | None = None
         self._declare_after_s = 0.0
+        self._had_quorum = False
         self._members: dict[PeerId, Presence] = {}
         self._lost: set[PeerId] = set()
         self._leaving = False

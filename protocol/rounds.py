@@ -16,7 +16,7 @@ many a round; every list of messages that is kept has a bound.
 from collections import Counter
 from collections.abc import Mapping
 
-from shoal.protocol.effects import Effect, Persist, Phase, VoteRecord
+from shoal.protocol.effects import Effect, Persist, Phase, QuorumSeen, VoteRecord
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
@@ -50,6 +50,9 @@ from shoal.protocol.round_state import (
     Setting,
     round_of,
 )
+
+# Ballots name no base: of a peer that is not known to follow the same log they prove nothing.
+BASELESS = (Refusal.WRONG_PROPOSER, Refusal.NOT_A_MEMBER, Refusal.WRONG_DIGEST)
 
 
 class RoundCore(RoundExchange):
@@ -124,7 +127,9 @@ class RoundCore(RoundExchange):
         try:
             self._dispatch(message, sender, now)
         except ProtocolError as error:
-            if error.refusal is not Refusal.OTHER_LOG and not self._is_elsewhere(sender):
+            has_base = isinstance(message, Certified) or self._shares_head(sender)
+            baseless = error.refusal in BASELESS and not has_base
+            if error.refusal is not Refusal.OTHER_LOG and not baseless and not self._is_elsewhere(sender):
                 raise
             self._dropped = Refusal.OTHER_LOG
             self._note_fork(sender, now)
@@ -232,6 +237,10 @@ class RoundCore(RoundExchange):
         digest = self._log.get(known.head_round) if known else None
         return known is not None and digest is not None and digest != known.head_digest
 
+    def _shares_head(self, peer: PeerId) -> bool:
+        known = self._members.get(peer)
+        return known is not None and (known.head_round, known.head_digest) == (self.head.round, self.head.digest)
+
     def _keep_early(self, message: ROUND_MESSAGES, number: int, sender: PeerId) -> bool:
         if number != self.round + 1 or len(self._early) >= EARLY_MESSAGES_MAX:
             return False
@@ -277,6 +286,7 @@ class RoundCore(RoundExchange):
     def _evaluate(self, now: float) -> None:
         """The one place that acts on time and on who is there. Idempotent: called after every input."""
         self._now_s = now
+        self._note_quorum()
         if self.phase is Phase.APPLY:
             return
         if not self._decided:
@@ -302,6 +312,12 @@ class RoundCore(RoundExchange):
         if self.phase is Phase.COMMIT and self._proposal:
             self._fetch_missing(self._proposal.result, now)
             self._vote_if_held()
+
+    def _note_quorum(self) -> None:
+        live, needed = self._live_voters(), self._quorum_size()
+        if (live >= needed) is not self._had_quorum:
+            self._had_quorum = live >= needed
+            self._effects.append(QuorumSeen(round=self.round, in_sight=self._had_quorum, live=live, needed=needed))
 
     def _wait_for_quorum(self) -> None:
         """Without a quorum in sight nothing can be certified in any attempt: no clock runs, and none is given up."""

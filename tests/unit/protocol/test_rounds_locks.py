@@ -230,7 +230,7 @@ def test_a_lock_counts_for_its_voter_and_what_was_proposed() -> None:
     (lock,) = voter.said(Lock)
     foreign = sign_message(IDENTITIES[5], SWARM, replace(lock, voter=PEERS[5]))
     assert refusal_of(lead, lock, other.peer) is Refusal.WRONG_PEER
-    assert refusal_of(lead, foreign, PEERS[5]) is Refusal.NOT_A_MEMBER
+    assert drop_of(lead, foreign, PEERS[5]) is Refusal.OTHER_LOG
     assert refusal_of(lead, replace(lock, result_digest=OTHER), voter.peer) is Refusal.WRONG_DIGEST
     assert refusal_of(lead, replace(lock, signature=bytes(64)), voter.peer) is Refusal.BAD_SIGNATURE
     assert refusal_of(lead, sign_message(voter.identity, OTHER_SWARM, lock), voter.peer) is Refusal.BAD_SIGNATURE
