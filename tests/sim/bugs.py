@@ -13,17 +13,31 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.sim import planted_exchange, planted_lies, planted_state, planted_votes
 from tests.sim.checkers import InvariantBroken, broken
+from tests.sim.drills import Drill
+from tests.sim.faults import CALM, Lie, Rates
 from tests.sim.planted import BUGS, Arena, Bug, planted
 from tests.sim.schedules import Schedule
-from tests.sim.world import World
+from tests.sim.world import Cluster, World
 
 ROUNDS_MAX = 20_000
 ROOT = Path(__file__).parents[2]
+CLUSTER = Cluster(founders=4, first=5, everybody=8, elements=900)
+STORM = Rates(
+    loss=0.03,
+    duplicate=0.05,
+    delay_mean_s=0.1,
+    partition=0.01,
+    one_way=0.01,
+    crash=0.008,
+    crash_at_moment=0.1,
+    restart_s=3.0,
+    pause=0.002,
+)
 PLANTED_IN = (planted_exchange, planted_lies, planted_state, planted_votes)  # importing them fills BUGS
 
 
@@ -37,9 +51,23 @@ class Catch:
     detail: str
 
 
+def open_game(arena: Arena, seed: int) -> World | Schedule | Drill:
+    match arena:
+        case Arena.STORM:
+            return World(seed, STORM, cluster=CLUSTER)
+        case Arena.LIARS:
+            liars = replace(CLUSTER, quorum="two_thirds", liars=(seed % CLUSTER.founders,))
+            return World(seed, replace(CALM, lies=tuple(Lie)), cluster=liars)
+        case Arena.SCHEDULE:
+            return Schedule(seed)
+        case Arena.DRILL:
+            return Drill(seed)
+    return World(seed)
+
+
 def play(arena: Arena, seed: int) -> tuple[int, InvariantBroken | None]:
     """Simulate one seed: how many rounds were certified, and what broke, if anything."""
-    game = World(seed) if arena is Arena.WORLD else Schedule(seed)
+    game = open_game(arena, seed)
     problem = None
     try:
         game.run()

@@ -18,7 +18,10 @@ class Arena(StrEnum):
     """Where a bug is looked for."""
 
     WORLD = "world"  # tests.sim.world: machines and networks that fail
+    STORM = "storm"  # the world with every kind of fault at once
+    LIARS = "liars"  # the world with a member that lies in every way
     SCHEDULE = "schedule"  # tests.sim.schedules: any order of events
+    DRILL = "drill"  # tests.sim.drills: one death in a world without chance
     HASH_SEEDS = "hash seeds"  # one seed of the world in two processes: their traces must be one
 
 

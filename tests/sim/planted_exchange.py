@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from shoal.protocol import aggregators, exchange, messages, proposer
-from shoal.protocol.codecs import Codec, Float32s
+from shoal.protocol.codecs import CODECS, Codec, Float32s
 from shoal.protocol.effects import Phase, Reduce
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.exchange import Inbox
@@ -38,7 +38,7 @@ def summed_in_order_of_arrival(patches: Patches) -> None:
     _add_otherwise(patches, as_they_came)
 
 
-@bug(seed=37, by=AGGREGATE)
+@bug(arena=Arena.STORM, seed=4, by=AGGREGATE)
 def duplicate_part_added_again(patches: Patches) -> None:
     """An owner takes a part that comes twice, and adds it twice."""
     twice: set[tuple[int, PeerId, bytes]] = set()
@@ -59,7 +59,7 @@ def duplicate_part_added_again(patches: Patches) -> None:
     _add_otherwise(patches, with_duplicates)
 
 
-@bug(seed=17, by=AGGREGATE)
+@bug(arena=Arena.STORM, seed=1, by=AGGREGATE)
 def two_contributions_of_one_sender(patches: Patches) -> None:
     """An owner adds both contributions of a sender that restarted between them."""
 
@@ -131,7 +131,7 @@ def weights_of_the_proposer(patches: Patches) -> None:
     patches.everywhere(old, lambda *args: plan(old, *args))
 
 
-@bug(seed=1, by="weights as planned")
+@bug(seed=4, by="weights as planned")
 def weights_not_from_readies(patches: Patches) -> None:
     """All agree on weights that do not follow from the tokens and steps of the READYs."""
 
@@ -160,7 +160,7 @@ def bitmap_names_everybody(patches: Patches) -> None:
     patches.wrap(RoundState, "_send", send)
 
 
-@bug(arena=Arena.SCHEDULE, seed=30, by=AGGREGATE)
+@bug(arena=Arena.SCHEDULE, seed=27, by=AGGREGATE)
 def part_of_another_roster(patches: Patches) -> None:
     """A reduction that was begun under another attempt's roster is reported under this one's."""
 
@@ -174,7 +174,7 @@ def part_of_another_roster(patches: Patches) -> None:
     patches.wrap(RoundCore, "part_reduced", reduced)
 
 
-@bug(seed=2, by=ACCUSED)
+@bug(seed=1, by=ACCUSED)
 def stale_ready_planned(patches: Patches) -> None:
     """A proposer plans with a READY of a round that is over."""
 
@@ -195,7 +195,9 @@ def local_value_for_missing_part(patches: Patches) -> None:
     def commit(old: Any, self: SimPeer, certificate: Any) -> None:
         for number, part in enumerate(certificate.result.parts):
             if part.digest not in self.blobs:
-                own = self.frozen.encoded[number] if self.frozen else next(iter(self.blobs.values()), b"")
+                first, end = self.manifest.part_range(number)
+                nothing = bytes(CODECS[certificate.result.codec].encode(np.zeros(end - first, np.float32)))
+                own = self.frozen.encoded[number] if self.frozen else nothing
                 self.blobs[part.digest] = own
         old(self, certificate)
 
@@ -203,25 +205,25 @@ def local_value_for_missing_part(patches: Patches) -> None:
     patches.wrap(SimPeer, "_begin_commit", commit)
 
 
-@bug(seed=6, by="every attempt ends in bounded time")
+@bug(arena=Arena.STORM, seed=1, by="every attempt ends in bounded time")
 def no_deadline_in_exchange(patches: Patches) -> None:
     """Nothing ends an exchange in which nothing moves."""
     _forget_deadline(patches, Phase.EXCHANGE)
 
 
-@bug(seed=1, by="every attempt ends in bounded time")
+@bug(arena=Arena.STORM, seed=1, by="every attempt ends in bounded time")
 def no_deadline_in_commit(patches: Patches) -> None:
     """Nothing ends an attempt whose votes do not come."""
     _forget_deadline(patches, Phase.COMMIT)
 
 
-@bug(seed=1, by="every attempt ends in bounded time")
+@bug(arena=Arena.STORM, seed=7, by="every attempt ends in bounded time")
 def no_deadline_in_prepare(patches: Patches) -> None:
     """Nothing ends an attempt whose promises do not come."""
     _forget_deadline(patches, Phase.PREPARE)
 
 
-@bug(seed=4, by=LIVENESS)
+@bug(arena=Arena.STORM, seed=2, by=LIVENESS)
 def no_deadline_in_gather(patches: Patches) -> None:
     """Nobody replaces a proposer that makes no plan."""
 
@@ -235,12 +237,12 @@ def no_deadline_in_gather(patches: Patches) -> None:
 
 def _forget_deadline(patches: Patches, forgotten: Phase) -> None:
     def set_phase(old: Any, self: RoundState, phase: Phase, deadline_s: float | None) -> None:
-        old(self, phase, None if phase is forgotten else deadline_s)
+        old(self, phase, float("inf") if phase is forgotten else deadline_s)
 
     patches.wrap(RoundState, "_set_phase", set_phase)
 
 
-@bug(seed=1, by=LIVENESS)
+@bug(arena=Arena.STORM, seed=9, by=LIVENESS)
 def silent_sender_waited_for(patches: Patches) -> None:
     """An owner waits for every member of the roster, lost or not."""
     old = exchange.list_missing
@@ -251,13 +253,13 @@ def silent_sender_waited_for(patches: Patches) -> None:
     patches.everywhere(old, list_missing)
 
 
-@bug(seed=1, by=LIVENESS)
+@bug(arena=Arena.STORM, seed=1, by=LIVENESS)
 def parts_never_fetched(patches: Patches) -> None:
     """Who misses a part of a certified update does not ask for it."""
     patches.set(RoundCore, "_fetch_missing", lambda self, *args: None)
 
 
-@bug(seed=1, by=ACCUSED)
+@bug(arena=Arena.STORM, seed=1, by=ACCUSED)
 def plan_refused_after_own_deadline(patches: Patches) -> None:
     """A peer that gave up too early accuses the proposer whose plan comes then."""
 
@@ -267,3 +269,35 @@ def plan_refused_after_own_deadline(patches: Patches) -> None:
         old(self, plan, *args)
 
     patches.wrap(RoundCore, "_take_plan", take_plan)
+
+
+@bug(arena=Arena.DRILL, seed=2, by="a death costs one time-out")
+def dead_owner_never_replaced(patches: Patches) -> None:
+    """The parts of an owner that dies are given to nobody: the attempt ends instead."""
+    patches.everywhere(proposer.choose_owner, lambda *args: None)
+
+
+@bug(arena=Arena.DRILL, seed=2, by="only what a dead peer owned is sent again")
+def everything_sent_again(patches: Patches) -> None:
+    """When a part is given to another owner, everybody sends all of its parts once more."""
+
+    def follow(old: Any, self: RoundCore, plan: Plan, *args: Any) -> None:
+        if plan.revision:
+            self._sent.clear()
+        old(self, plan, *args)
+
+    patches.wrap(RoundCore, "_follow_plan", follow)
+
+
+@bug(arena=Arena.DRILL, seed=2, by="a death costs one time-out")
+def loss_not_believed(patches: Patches) -> None:
+    """A connection that ends tells nothing: whoever is gone is waited for until a deadline passes."""
+    patches.set(SimPeer, "connection_reset", lambda self, peer: None)
+
+
+@bug(arena=Arena.DRILL, seed=17, by="a death costs one time-out")
+def part_done_without_bytes(patches: Patches) -> None:
+    """A proposer takes an owner's word for the bytes, which may be gone with the owner."""
+    patches.set(
+        RoundState, "_open_parts", lambda self: [part for part in range(self._parts) if part not in self._lead.done]
+    )

@@ -12,13 +12,13 @@ from shoal.protocol.presence import PresenceTable
 from shoal.protocol.quorum import Head
 from shoal.protocol.rounds import RoundCore
 from tests.sim.peer import SimPeer
-from tests.sim.planted import Patches, bug
+from tests.sim.planted import Arena, Patches, bug
 
 FEEDBACK = "error feedback is exact"
 LIVENESS = "rounds commit after faults stop"
 
 
-@bug(seed=1, by=FEEDBACK)
+@bug(seed=2, by=FEEDBACK)
 def residual_of_all_parts_settled(patches: Patches) -> None:
     """A peer settles the residual of parts that were certified without it, too."""
 
@@ -85,7 +85,7 @@ def old_base(patches: Patches) -> None:
     patches.wrap(Contributor, "settle", settle)
 
 
-@bug(seed=1, by="bit parity")
+@bug(arena=Arena.STORM, seed=1, by="bit parity")
 def update_applied_twice(patches: Patches) -> None:
     """A restart applies the newest update once more: the crash came between the disk and the outer step."""
 
@@ -108,7 +108,7 @@ def update_applied_twice(patches: Patches) -> None:
     patches.wrap(SimPeer, "boot", boot)
 
 
-@bug(seed=3, by="bit parity")
+@bug(arena=Arena.STORM, seed=1, by="bit parity")
 def update_skipped_in_replay(patches: Patches) -> None:
     """A restart leaves out the first of two and more updates."""
 
@@ -132,7 +132,7 @@ def update_skipped_in_replay(patches: Patches) -> None:
     patches.wrap(SimPeer, "boot", boot)
 
 
-@bug(seed=1, by="bit parity")
+@bug(arena=Arena.STORM, seed=1, by="bit parity")
 def momentum_lost_in_restart(patches: Patches) -> None:
     """A restart brings back the parameters and forgets the outer momentum."""
 
@@ -164,7 +164,7 @@ def exact_value_applied_by_owner(patches: Patches) -> None:
     patches.wrap(SimPeer, "_apply", apply)
 
 
-@bug(seed=1, by="rounds are never undone")
+@bug(arena=Arena.STORM, seed=1, by="rounds are never undone")
 def certificate_not_persisted(patches: Patches) -> None:
     """A certificate is applied and not written, so that a crash undoes the round."""
 
@@ -176,7 +176,7 @@ def certificate_not_persisted(patches: Patches) -> None:
     patches.wrap(SimPeer, "crash", crash)
 
 
-@bug(seed=1, by=LIVENESS)
+@bug(arena=Arena.STORM, seed=1, by=LIVENESS)
 def never_catch_up(patches: Patches) -> None:
     """A peer that hears of later rounds asks nobody for them."""
     patches.set(RoundCore, "_note_behind", lambda self, *args: None)
@@ -184,7 +184,7 @@ def never_catch_up(patches: Patches) -> None:
     patches.set(RoundCore, "_answer_late", lambda self, *args: None)
 
 
-@bug(seed=3, by="memory is bounded")
+@bug(seed=23, by="memory is bounded")
 def received_parts_never_dropped(patches: Patches) -> None:
     """The bytes that an owner received are kept when the round is over."""
 
@@ -199,7 +199,7 @@ def received_parts_never_dropped(patches: Patches) -> None:
     patches.wrap(SimPeer, "boot", boot)
 
 
-@bug(seed=1, by=LIVENESS)
+@bug(seed=1, by="every attempt ends in bounded time")
 def lost_peer_never_found(patches: Patches) -> None:
     """A peer that was lost once stays lost, whatever is heard of it."""
     lost: set[tuple[int, bytes]] = set()
@@ -216,7 +216,7 @@ def lost_peer_never_found(patches: Patches) -> None:
     patches.wrap(RoundCore, "observe", observe)
 
 
-@bug(seed=49, by=LIVENESS)
+@bug(arena=Arena.STORM, seed=1, by="two attempts in calm")
 def old_presence_of_restarted_peer_wins(patches: Patches) -> None:
     """The incarnation is ignored: who restarts is not heard until its sequence has caught up."""
 

@@ -165,7 +165,7 @@ class Stage(World):
         """The newest plan."""
         return self.said(Plan)[-1]
 
-    def owner(self, part: int, plan: Plan | None = None) -> str:
+    def owner_of(self, part: int, plan: Plan | None = None) -> str:
         plan = plan or self.plan()
         return self.name(plan.roster[plan.owners[part]].signed.peer)
 
@@ -417,7 +417,7 @@ class Stage(World):
         match message:
             case Plan():
                 roster = self.list_names(entry.signed.peer for entry in message.roster)
-                owners = " ".join(f"{part}>{self.owner(part, message)}" for part in range(len(message.owners)))
+                owners = " ".join(f"{part}>{self.owner_of(part, message)}" for part in range(len(message.owners)))
                 again = f", revision {message.revision}" if message.revision else f" with {roster}"
                 return f"plans attempt {message.attempt} of round {message.round}{again}: parts {owners}; tells", target
             case Prepare():
