@@ -22,6 +22,7 @@ from shoal.protocol.effects import (
     Phase,
     PhaseEntered,
     Planned,
+    QuorumSeen,
     Reduce,
     Send,
     SenderMissing,
@@ -407,6 +408,10 @@ class Stage(World):
                 return f"gives part {effect.part} of {old} to {new}: {effect.reason.value}", ""
             case SenderMissing():
                 return f"goes on without part {effect.part} of {self.name(effect.peer)}: {effect.reason.value}", ""
+            case QuorumSeen(in_sight=True):
+                return "sees a quorum", ""
+            case QuorumSeen():
+                return f"sees no quorum, {effect.live} of {effect.needed}", ""
             case PhaseEntered(phase=Phase.FETCH):
                 return f"has the certificate of round {effect.round}, not all of its bytes", ""
             case Planned() | PhaseEntered() | Persist() | Commit():

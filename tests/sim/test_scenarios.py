@@ -264,7 +264,7 @@ def everybody_dies_at_once(stage: Stage) -> None:
 @scenario(peers=5)
 def three_way_partition(stage: Stage) -> None:
     """Five voters in three groups: no group is a quorum, nobody certifies anything. When the network heals, a round is
-    certified within two attempts of each other's."""
+    certified within seconds, and then one with all five in it."""
     stage.run_to_round(1)
     stage.split("ann bob", "cid dan", "eve")
     stage.run_for(30.0)
