@@ -35,6 +35,7 @@ class Tally:
     attempts_failed: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
+    reroots: Counter[str] = field(default_factory=Counter)  # and how often a peer went over to another log
     rates: Counter[str] = field(default_factory=Counter)  # summed over seeds
     rates_on: Counter[str] = field(default_factory=Counter)  # seeds in which a rate was not 0
     broken: list[tuple[int, str, str]] = field(default_factory=list)  # seed, name, detail
@@ -61,6 +62,7 @@ class Tally:
             "participants_per_round": round(self.participants / rounds, 3),
             "attempts_failed": dict(sorted(self.attempts_failed.items())),
             "faults": dict(sorted(self.faults.items())),
+            "reroots": dict(sorted(self.reroots.items())),
             "refused_of_liars": dict(sorted(self.refusals.items())),
             "rates_mean": {name: float(f"{total / seeds:.4g}") for name, total in sorted(self.rates.items())},
             "rates_on_share": {name: round(count / seeds, 3) for name, count in sorted(self.rates_on.items())},
@@ -77,6 +79,7 @@ def run_seeds(first: int, count: int) -> Tally:
         tally.faults += world.struck
         tally.attempts_failed += world.failures
         tally.refusals += world.checker.refusals
+        tally.reroots += world.checker.reroots
         tally.rounds += len(world.checker.results)
         tally.participants += sum(world.checker.participants.values())
         tally.virtual_s += world.now
@@ -211,4 +214,5 @@ def main() -> int:
         f"{summary['participants_per_round']} participants a round"
     )
     print(f"failed attempts: {dict(tally.attempts_failed)}\nfaults: {dict(tally.faults)}", file=sys.stderr)
+    print(f"re-roots: {dict(tally.reroots)}", file=sys.stderr)
     return 1 if tally.broken else 0

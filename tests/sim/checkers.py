@@ -17,10 +17,13 @@ from shoal.protocol.exchange import CONTRIBUTIONS_MAX
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Certificate, Ready, Result, Vote, digest_record, verify_message
-from shoal.protocol.quorum import Head
+from shoal.protocol.quorum import REROOT_ATTEMPT, Head
 from shoal.protocol.round_state import BACKOFF_MAX, EARLY_MESSAGES_MAX
 from tests.sim import oracle
 from tests.sim.faults import DRIFT_MAX
+from tests.sim.logs import InvariantBroken as InvariantBroken
+from tests.sim.logs import Logs
+from tests.sim.logs import broken as broken
 from tests.sim.oracle import Vector
 
 if TYPE_CHECKING:
@@ -29,18 +32,6 @@ if TYPE_CHECKING:
 # What a paused or busy peer may be late by in ending a phase, in its own seconds.
 PHASE_SLACK_S = 5.0
 RESULTS_PER_PART_MAX = 8  # as the daemon's: results of one part that a member may push in a round
-
-
-class InvariantBroken(AssertionError):
-    """Which invariant, where, and what was seen."""
-
-    def __init__(self, name: str, detail: str) -> None:
-        super().__init__(f"{name}: {detail}")
-        self.name = name
-
-
-def broken(name: str, detail: str) -> InvariantBroken:
-    return InvariantBroken(name, detail)
 
 
 @dataclass(slots=True)
@@ -63,27 +54,28 @@ class Reduction:
 class Checker:
     """Sees everything; independent of the cores' own bookkeeping."""
 
-    def __init__(self, manifest: Manifest, swarm: bytes, genesis: Head) -> None:
+    def __init__(self, manifest: Manifest, swarm: bytes, genesis: Head, *, may_part: bool = False) -> None:
         self.manifest = manifest
         self.swarm = swarm
-        self.results: dict[int, bytes] = {}
-        self.heads: dict[int, Head] = {0: genesis}
-        self.attempts: dict[int, int] = {}
-        self.participants: dict[int, int] = {}
-        self.votes: dict[tuple[PeerId, int, int], bytes] = {}
-        self.committed_round: dict[PeerId, int] = {}
+        self.logs = Logs(genesis, may_part=may_part)
+        self.results: dict[bytes, int] = {}  # the attempt of each certified result, by its digest
+        self.participants: dict[bytes, int] = {}
+        self.votes: dict[tuple[PeerId, bytes, int, int], bytes] = {}
+        self.committed_head: dict[PeerId, Head] = {}
+        self.reroots: Counter[str] = Counter()
         self.suspects: set[PeerId] = set()  # who lies, or was restored from a backup: no word of theirs is binding
         self.lies: set[bytes] = set()  # digests of results that an owner made up
         self.refusals: Counter[str] = Counter()  # of liars' messages, by reason
-        self._contributed: dict[bytes, tuple[PeerId, int, int, Vector]] = {}
+        self._contributed: dict[tuple[bytes, int], tuple[PeerId, int, Vector]] = {}  # by digest and round
         self._readies: dict[tuple[PeerId, int], set[tuple[int, int]]] = {}
         self._reductions: dict[tuple[int, int, bytes], list[Reduction]] = {}
         self._books: dict[PeerId, Books] = {}
         self._phases: dict[PeerId, tuple[Phase, float, float]] = {}
+        self._quorum_seen_s: dict[PeerId, float] = {}
 
     def newest_head(self) -> Head:
         """The head that the certificates lead to, whoever holds them."""
-        return self.heads[max(self.heads)]
+        return self.logs.newest()
 
     # -- a peer's own work ---------------------------------------------------------------------------------------
 
@@ -91,16 +83,21 @@ class Checker:
         """What was committed is still there, whatever a crash did, and nothing else; the residual begins empty. `found`
         are the heads that the peer's disk leads to, one after the other."""
         me, head = peer.identity.peer, found[-1]
-        if head.round < self.committed_round.get(me, 0) and me not in self.suspects:
+        self._restored(peer, found)
+        before = self.committed_head.get(me)
+        if before is not None and me not in self.suspects and not self.logs.leads_to(before, head):
             raise broken("rounds are never undone", f"peer {peer.number} woke up at {head.round}")
-        for one in found:
-            if one.round not in self.heads:  # it died while it committed what nobody else has yet
-                self._certified(peer, peer.disk.certificates[one.round], one)
-            if self.heads[one.round] != one:
-                raise broken("bit parity", f"peer {peer.number} restored another state of round {one.round}")
-        self.committed_round[me] = head.round
+        self.committed_head[me] = head
+        self._quorum_seen_s[me] = peer.clock()
         self._books[me] = Books(residual=np.zeros(self.manifest.layout.elements, np.float32))
         self._phases.pop(me, None)
+
+    def _restored(self, peer: "SimPeer", found: list[Head]) -> None:
+        for one in found:
+            if one.digest not in self.logs.heads:  # it died while it committed what nobody else has yet
+                self._certified(peer, peer.disk.certificates[one.round], one)
+            if self.logs.heads[one.digest] != one:
+                raise broken("bit parity", f"peer {peer.number} restored another state of round {one.round}")
 
     def froze(self, peer: "SimPeer", frozen: Frozen) -> None:
         """Error feedback is exact: encoded + residual = produced, to the bit."""
@@ -123,7 +120,7 @@ class Checker:
         for part, raw in enumerate(frozen.encoded):
             first, end = self.manifest.part_range(part)
             vectors.append(oracle.decode(codec, raw, end - first))
-            self._contributed[frozen.digests[part]] = (peer, frozen.round, part, vectors[-1])
+            self._contributed[frozen.digests[part], frozen.round] = (peer, part, vectors[-1])
         return np.concatenate(vectors)
 
     def announced(self, peer: PeerId, ready: Ready) -> None:
@@ -165,9 +162,9 @@ class Checker:
 
     def voted(self, peer: "SimPeer", vote: Vote) -> None:
         """An honest peer never signs two votes for one (round, attempt), and votes only for what its disk holds."""
-        if vote.voter in self.suspects:
+        if vote.voter in self.suspects or vote.attempt == REROOT_ATTEMPT:
             return
-        key = (vote.voter, vote.round, vote.attempt)
+        key = (vote.voter, peer.core.head.digest, vote.round, vote.attempt)
         if self.votes.setdefault(key, vote.result_digest) != vote.result_digest:
             raise broken("one vote per attempt", f"peer {peer.number} voted twice in {vote.round}/{vote.attempt}")
         record = peer.disk.vote
@@ -179,53 +176,97 @@ class Checker:
 
     def committed(self, peer: "SimPeer", certificate: Certificate, head: Head) -> None:
         """One result per round, the same bytes and the same state everywhere, in order, and never undone."""
-        me, number = peer.identity.peer, head.round
-        before = self.committed_round.get(me, 0)
-        if number != before + 1 or number != certificate.result.round:
-            raise broken("rounds are never undone", f"peer {peer.number} went from {before} to {number}")
-        self.committed_round[me] = number
+        me, number, result = peer.identity.peer, head.round, certificate.result
+        before = self.committed_head[me]
+        if number != before.round + 1 or number != result.round or result.previous != before.digest:
+            raise broken("rounds are never undone", f"peer {peer.number} went from {before.round} to {number}")
+        self.committed_head[me] = head
         self._certified(peer, certificate, head)
 
     def installed(self, peer: "SimPeer", head: Head) -> None:
         """A snapshot leads forward, to a state that was certified."""
-        before = self.committed_round.get(peer.identity.peer, 0)
-        if head.round <= before:
-            raise broken("rounds are never undone", f"peer {peer.number} went from {before} to {head.round}")
-        if self.heads.get(head.round) != head:
+        before = self.committed_head[peer.identity.peer]
+        if head.round <= before.round:
+            raise broken("rounds are never undone", f"peer {peer.number} went from {before.round} to {head.round}")
+        if self.logs.heads.get(head.digest) != head:
             raise broken("bit parity", f"peer {peer.number} installed another state of round {head.round}")
-        self.committed_round[peer.identity.peer] = head.round
+        if not self.logs.leads_to(before, head):
+            raise broken("rounds are never undone", f"peer {peer.number} installed another log")
+        self.committed_head[peer.identity.peer] = head
+
+    def rewound(self, peer: "SimPeer", first: int, theirs: bytes, found: list[Head]) -> None:
+        """What was certified is undone only for a heavier log, `theirs`, which parts from the own one lawfully."""
+        me, head = peer.identity.peer, found[-1]
+        self._restored(peer, found)
+        before = self.committed_head[me]
+        self.logs.check_switch(peer.number, before, theirs, first)
+        if head.round >= first or not self.logs.leads_to(head, before):
+            raise broken("rounds are never undone", f"peer {peer.number} went back to {head.round}, not before {first}")
+        self.committed_head[me] = head
+        self.reroots["went over"] += 1
 
     def _certified(self, peer: "SimPeer", certificate: Certificate, head: Head) -> None:
-        result = certificate.result
-        number = result.round
-        digest = digest_record(result)
-        if self.results.setdefault(number, digest) != digest:
-            raise broken("one result per round", f"round {number} at peer {peer.number}")
-        if self.heads.setdefault(number, head) != head:
-            raise broken("bit parity", f"round {number}: peer {peer.number} has another state root")
+        result, digest = certificate.result, head.digest
+        if digest != digest_record(result):
+            raise broken("bit parity", f"peer {peer.number} calls round {result.round} by another name")
+        if not self.logs.add(certificate, head):
+            raise broken("bit parity", f"round {result.round}: peer {peer.number} has another state root")
         self._check_votes(certificate)
-        if number in self.attempts:
-            self.attempts[number] = min(self.attempts[number], certificate.attempt)
+        if digest in self.results:
+            self.results[digest] = min(self.results[digest], certificate.attempt)
             return
-        self.attempts[number] = certificate.attempt
-        self.participants[number] = len(result.members)
+        self.results[digest] = certificate.attempt
+        self.participants[digest] = len(result.members)
+        if certificate.attempt == REROOT_ATTEMPT:
+            by_owner = certificate.votes[0].voter == self.manifest.owner
+            self.reroots["signed by the owner" if by_owner else "declared"] += 1
         self._check_members(result)
         for part in range(len(result.parts)):
             self._check_part(result, part, peer)
 
     def _check_votes(self, certificate: Certificate) -> None:
-        """A quorum of distinct voters of the round before signed this result in one attempt."""
+        """A quorum of distinct voters of the round before signed this result in one attempt; or it is a re-root."""
         result = certificate.result
-        voters = self.heads[result.round - 1].voters
+        voters = self.logs.heads[result.previous].voters
         digest = digest_record(result)
         seen = set()
         for vote in certificate.votes:
             verify_message(vote.voter, self.swarm, vote)
             if (vote.round, vote.attempt, vote.result_digest) == (result.round, certificate.attempt, digest):
                 seen.add(vote.voter)
+        if certificate.attempt == REROOT_ATTEMPT:
+            self._check_reroot(result, seen, voters)
+            return
         count = len(seen & set(voters))
         if not oracle.is_quorum(count, len(voters), self.manifest.rounds.quorum):
             raise broken("a quorum certifies", f"round {result.round}: {count} votes of {len(voters)}")
+
+    def _check_reroot(self, result: Result, signers: set[PeerId], voters: tuple[PeerId, ...]) -> None:
+        """The owner signed it; or everybody whom it names, one of the old voters among them. Nothing was trained."""
+        by_owner = signers == {self.manifest.owner}
+        named = (
+            signers == set(result.voters) and bool(signers & set(voters)) and self.manifest.rounds.reroot_after_s > 0
+        )
+        if result.parts or result.members or not (by_owner or named):
+            raise broken("a quorum certifies", f"round {result.round} is a re-root that nobody may sign")
+
+    def sees(self, peer: "SimPeer") -> None:
+        """Remember when the peer last had a quorum of its voters in sight."""
+        voters = peer.core.head.voters
+        in_sight = len({peer.identity.peer, *peer.table.live()}.intersection(voters))
+        if oracle.is_quorum(in_sight, len(voters), self.manifest.rounds.quorum):
+            self._quorum_seen_s[peer.identity.peer] = peer.clock()
+
+    def declared_alone(self, peer: "SimPeer", result: Result) -> None:
+        """Nobody else has signed: it is its declarer's, or was, when it declared in an earlier life."""
+        if digest_record(result) not in self.results:
+            self.declared(peer, self.manifest.rounds.reroot_after_s)
+
+    def declared(self, peer: "SimPeer", wait_s: float) -> None:
+        """This peer has a part in a declared re-root: it must have missed the quorum for so long."""
+        missed_s = peer.clock() - self._quorum_seen_s[peer.identity.peer]
+        if missed_s < wait_s:
+            raise broken("a declaration comes after its timer", f"peer {peer.number} missed a quorum for {missed_s} s")
 
     def _check_members(self, result: Result) -> None:
         """Each contributor counts once, with the weight that follows from what it announced, and no more."""
@@ -252,8 +293,8 @@ class Checker:
                 continue
             vectors = []
             for index, digest in zip(indices, reduction.digests, strict=True):
-                source, of_round, of_part, vector = self._contributed[digest]
-                if (source, of_round, of_part) == (result.members[index].peer, number, part):
+                source, of_part, vector = self._contributed.get((digest, number), (b"", part, None))
+                if vector is not None and (source, of_part) == (result.members[index].peer, part):
                     vectors.append(vector)
             weights = [result.members[index].weight for index in indices]
             if len(vectors) == len(indices):

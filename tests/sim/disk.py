@@ -83,6 +83,15 @@ class Disk:
             snapshots=dict(self.snapshots),
         )
 
+    def put_aside(self, first: int) -> None:
+        """The certificates from round `first` on are those of another log."""
+        self.certificates = {number: one for number, one in self.certificates.items() if number < first}
+
+    def abandon(self, first: int) -> None:
+        """Another log goes on from round `first`: what was certified since is put aside, durably."""
+        self.put_aside(first)
+        self.snapshots = {number: one for number, one in self.snapshots.items() if number < first}
+
     def keep_snapshot(self, snapshot: Snapshot) -> None:
         self.snapshots[snapshot.round] = snapshot
         for number in sorted(self.snapshots)[:-SNAPSHOTS_KEPT]:

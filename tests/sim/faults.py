@@ -15,6 +15,7 @@ PAUSE_MAX_S = 60.0
 DRIFT_MAX = 0.05
 CLOCK_JUMP_MAX_S = 3600.0
 CPU_SLOWER_MAX = 10.0
+OWNER_ACTS_AFTER_S = 30.0
 BRIDGE = -1  # the side of a peer that both sides of a partition can reach
 
 
@@ -33,6 +34,10 @@ class FaultKind(StrEnum):
     JOIN = "join"
     LEAVE = "leave"
     LIE = "lie"  # `detail` is a Lie
+    QUORUM_LOST = (
+        "quorum_lost"  # more than half of the voters die, in the order of `peers`; without a duration for good
+    )
+    REROOT = "reroot"  # the owner names those of `peers` who are there as voters
 
 
 class DelayShape(StrEnum):
@@ -179,11 +184,12 @@ def draw_rates(rng: random.Random, may_lie: bool = False) -> Rates:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Population:
     """Who can be struck: peers 0 .. first-1 are there from the start, the others may join; `liars` may lie, or be
-    restored from a backup."""
+    restored from a backup. `reroot_after_s`: how long a quorum must be gone, None where it always comes back."""
 
     first: int
     everybody: int
     liars: tuple[int, ...] = ()
+    reroot_after_s: float | None = None
 
 
 def draw_faults(rng: random.Random, rates: Rates, people: Population) -> tuple[Fault, ...]:
@@ -194,6 +200,7 @@ def draw_faults(rng: random.Random, rates: Rates, people: Population) -> tuple[F
         *_draw_comings_and_goings(rng, rates, people),
         *_draw_machines(rng, rates, people),
         *_draw_lies(rng, rates, people),
+        *_draw_reroots(rng, people),
     ]
     return tuple(sorted(faults, key=lambda fault: fault.at_s))
 
@@ -317,4 +324,27 @@ def _draw_lies(rng: random.Random, rates: Rates, people: Population) -> list[Fau
                 at_s = rng.uniform(0.0, FAULT_PHASE_S / 2)
                 lasts_s = rng.uniform(10.0, FAULT_PHASE_S)
                 faults.append(Fault(kind=FaultKind.LIE, at_s=at_s, duration_s=lasts_s, peers=(peer,), detail=lie.value))
+    return faults
+
+
+def _draw_reroots(rng: random.Random, people: Population) -> list[Fault]:
+    """What lets logs part: a quorum that is gone for longer than the timer, or for good, and the owner's word."""
+    if people.reroot_after_s is None:
+        return []
+    wait_s = people.reroot_after_s or OWNER_ACTS_AFTER_S
+    faults = []
+    at_s = rng.uniform(5.0, 60.0)
+    if rng.random() < 0.6:
+        groups = rng.choice((2, 2, 3))
+        sides = tuple(rng.randrange(groups) for _ in range(people.everybody))
+        lasts_s = wait_s * rng.uniform(0.7, 2.5)
+        faults.append(Fault(kind=FaultKind.PARTITION, at_s=at_s, duration_s=lasts_s, sides=sides))
+    if rng.random() < 0.5:
+        order = tuple(rng.sample(range(people.everybody), people.everybody))
+        lasts_s = rng.choice((0.0, wait_s * rng.uniform(0.7, 2.5)))
+        lost_s = rng.uniform(5.0, FAULT_PHASE_S / 2)
+        faults.append(Fault(kind=FaultKind.QUORUM_LOST, at_s=lost_s, duration_s=lasts_s, peers=order))
+    if rng.random() < (0.3 if people.reroot_after_s else 0.8):
+        named = tuple(rng.sample(range(people.everybody), rng.randint(1, people.everybody)))
+        faults.append(Fault(kind=FaultKind.REROOT, at_s=at_s + wait_s * rng.uniform(0.2, 1.5), peers=named))
     return faults

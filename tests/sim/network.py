@@ -39,6 +39,11 @@ class Network:
         self._control_free_s: dict[int, float] = {}
         self._bulk_free_s: dict[int, float] = {}
 
+    def empty_queues(self) -> None:
+        """What waits at slow uplinks leaves at once: they are fast again."""
+        self._control_free_s.clear()
+        self._bulk_free_s.clear()
+
     def connected(self, source: int, target: int) -> bool:
         if (source, target) in self.cut:
             return False

@@ -26,6 +26,7 @@ from shoal.protocol.effects import (
     Phase,
     PhaseEntered,
     Planned,
+    QuorumSeen,
     Reduce,
     Send,
     SenderMissing,
@@ -34,7 +35,7 @@ from shoal.protocol.effects import (
 )
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId
-from shoal.protocol.manifest import Manifest, genesis_head
+from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import (
     ROUND_MESSAGES,
     Certificate,
@@ -49,15 +50,15 @@ from shoal.protocol.messages import (
     sign_ready,
 )
 from shoal.protocol.presence import PresenceTable
-from shoal.protocol.quorum import Head
+from shoal.protocol.quorum import REROOT_ATTEMPT, Head
 from shoal.protocol.replica import Replica
 from shoal.protocol.round_state import RESEND_AFTER, RESENDS_MAX, Offer, Setting
 from shoal.protocol.rounds import RoundCore
-from tests.sim.catchup import ask_for_log, write_snapshot
+from tests.sim.catchup import ask_for_log, is_catching_up, write_snapshot
 from tests.sim.checkers import RESULTS_PER_PART_MAX
-from tests.sim.disk import Snapshot
 from tests.sim.faults import Moment
 from tests.sim.machine import SimMachine
+from tests.sim.parting import ask_where_parted, restore
 from tests.sim.trace import describe
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class SimPeer(SimMachine):
         self.manifest = manifest
         self.swarm = swarm
         self.left = False
+        self.gone = False  # for good
         self.leaving = False
         self.training_s = self.rng.uniform(0.5, 3.0)
 
@@ -88,7 +90,9 @@ class SimPeer(SimMachine):
         self.sequence = self.beats = 0
         elements = self.manifest.layout.elements
         self.replica = Replica(self.manifest, np.zeros(elements, np.float32), np.zeros(elements, np.float32))
-        head = self._restore()
+        found = restore(self)
+        self.world.checker.booted(self, found)
+        head = found[-1]
         self.local = self.replica.params.copy()
         self.contributor = Contributor(self.manifest)
         self.frozen: Frozen | None = None
@@ -102,6 +106,8 @@ class SimPeer(SimMachine):
         self.pushed: Counter[tuple[PeerId, int]] = Counter()
         self.inbox: dict[tuple[PeerId, int, bytes], bytes] = {}
         self.replay: dict[int, Certificate] = {}
+        self.target = 0  # the round that catch-up goes to, while it is not given up
+        self.target_until_s = 0.0
         self.queue: deque[Effect] = deque()
         self.busy = False
         self.armed_s: float | None = None
@@ -117,25 +123,6 @@ class SimPeer(SimMachine):
         authority = self.manifest.authority(self.swarm)
         return Setting(identity=self.identity, rules=self.manifest.rounds, authority=authority)
 
-    def _restore(self) -> Head:
-        head = genesis_head(self.manifest, self.swarm, self.replica.reset())
-        usable = [one for one in self.disk.snapshots.values() if one.round in self.disk.certificates]
-        if usable:
-            newest = max(usable, key=lambda one: one.round)
-            self.replica.params[:], self.replica.momentum[:] = newest.params, newest.momentum
-            self.replica.round = newest.round
-            own = self.disk.certificates[newest.round].result
-            head = Head(round=own.round, digest=digest_record(own), state_root=self.replica.root(), voters=own.voters)
-        found = [head]
-        while (certificate := self.disk.certificates.get(head.round + 1)) is not None:
-            encoded = {part.digest: self.disk.read(part.digest) for part in certificate.result.parts}
-            if None in encoded.values():
-                break  # the rest comes from peers
-            head = self._apply(certificate)
-            found.append(head)
-        self.world.checker.booted(self, found)
-        return head
-
     def leave(self) -> None:
         self.leaving = True
         self.core.leave(self.clock())
@@ -150,7 +137,7 @@ class SimPeer(SimMachine):
         self._announce()
         self.up = False
         # Who goes for good while the swarm counts on its vote takes the quorum along; such a peer counts as crashed.
-        self.left = self.identity.peer not in self.world.checker.newest_head().voters
+        self.left = not self.world.counts_on(self)
 
     def _is_needed(self) -> bool:
         me, live = self.identity.peer, self.table.live()
@@ -180,7 +167,7 @@ class SimPeer(SimMachine):
 
     def _offer(self) -> None:
         """Freeze what was handed over, and become ready with it unless the round is over already."""
-        if self.core.phase is Phase.APPLY or self.leaving:
+        if self.core.phase is Phase.APPLY or self.leaving or self.replica.round != self.core.head.round:
             return  # the next round begins with another try
         frozen = self.contributor.freeze(self.core.head.round + 1, self.replica.params, self.local)
         self.world.checker.froze(self, frozen)
@@ -218,6 +205,8 @@ class SimPeer(SimMachine):
         """A beat: publish the presence, find peers that are lost. The next one comes a period later at the latest."""
         self.sequence += 1
         self.world.gossip(self, sign_message(self.identity, self.swarm, self._presence()))
+        if self.world.cluster.may_part:
+            self.world.checker.sees(self)
         for lost in self.table.handle_deadline(self.clock()):
             self.core.lose(lost.peer, self.clock())
         self.beats += 1
@@ -255,9 +244,11 @@ class SimPeer(SimMachine):
         if seen is None:
             return
         self.core.observe(presence, now)
+        if self.world.cluster.may_part:
+            self.world.checker.sees(self)
         self._drain()
         head = self.core.head
-        if presence.head_round == head.round and presence.state_root != head.state_root:
+        if presence.head_digest == head.digest and presence.state_root != head.state_root:
             forked = ProtocolError(Refusal.WRONG_BASE, f"round {head.round} has another root there")
             self.world.checker.accused(self, presence.peer, presence, forked)
 
@@ -320,8 +311,9 @@ class SimPeer(SimMachine):
             case Behind():
                 self._catch_up(effect)
             case Forked():
-                pass  # nothing is re-rooted here, so whoever has another log lies, or is about to be refused
-            case PhaseEntered() | Planned() | AttemptFailed() | PartReassigned() | SenderMissing():
+                if self.world.cluster.may_part and not is_catching_up(self):
+                    ask_where_parted(self, self.world.by_id[effect.peer])
+            case PhaseEntered() | Planned() | AttemptFailed() | PartReassigned() | SenderMissing() | QuorumSeen():
                 self.world.note(self, effect)
                 if isinstance(effect, Planned):
                     self._may_crash(Moment.PLANNED)
@@ -336,6 +328,10 @@ class SimPeer(SimMachine):
         message = effect.message
         if isinstance(message, Vote):
             self.world.checker.voted(self, message)
+            if message.attempt == REROOT_ATTEMPT:
+                self.world.checker.declared(self, self.manifest.rounds.presence_timeout_s)
+        elif isinstance(message, Proposal) and message.attempt == REROOT_ATTEMPT:
+            self.world.checker.declared(self, self.manifest.rounds.reroot_after_s)
         self._say(effect.peer, message)
         if isinstance(message, Vote):
             self._may_crash(Moment.VOTED)
@@ -500,22 +496,6 @@ class SimPeer(SimMachine):
     def _catch_up(self, effect: Behind) -> None:
         ask_for_log(self, self.world.by_id[effect.peer], effect.round)
 
-    def install(self, head: Head, snapshot: Snapshot) -> None:
-        """A snapshot is on the disk: go on from there. What was trained is dropped, its base is gone."""
-        self.disk.finish()
-        self.replica.params[:], self.replica.momentum[:] = snapshot.params, snapshot.momentum
-        self.replica.round = snapshot.round
-        self.world.checker.installed(self, head)
-        self.contributor.clear()
-        self.world.checker.restarted_from_base(self)
-        self.local = self.replica.params.copy()
-        self.steps = self.missed = 0
-        self.core.take_effects()
-        self.queue.clear()
-        self._begin_round(head)
-        self._train()
-        self._drain()
-
     def replay_next(self, sender: PeerId) -> None:
         following = self.replay.pop(self.core.round, None)
         if following is not None:
@@ -532,7 +512,12 @@ class SimPeer(SimMachine):
 
     def _begin_commit(self, certificate: Certificate) -> None:
         self.busy = True
-        digests = tuple(part.digest for part in certificate.result.parts)
+        digests, number = tuple(part.digest for part in certificate.result.parts), certificate.result.round
+        stored = self.disk.certificates.get(number)
+        if stored is not None and stored.result != certificate.result:
+            self.disk.put_aside(number)  # of another log, ahead of the state: a snapshot that was not installed
+        if certificate.attempt == REROOT_ATTEMPT and [one.voter for one in certificate.votes] == [self.identity.peer]:
+            self.world.checker.declared_alone(self, certificate.result)
         self.disk.begin(self._held(digests), certificate)
         self.later(self.work_s(0.002, 0.05), self._commit, certificate)
 
@@ -542,18 +527,22 @@ class SimPeer(SimMachine):
         self.world.checker.committed(self, certificate, head)
         waiting = self._merge(certificate)
         write_snapshot(self)
-        self._begin_round(head)
+        self.begin_round(head)
         if waiting:
             self.later(self.work_s(0.01, 0.05), self._offer_again, self.training)
         self._drain()
         self.replay_next(self.identity.peer)
 
-    def _begin_round(self, head: Head) -> None:
+    def finish_round(self) -> None:
+        """Let go of what was for this round alone."""
         self.frozen, self.ready = None, None
         self.inbox.clear()
         self.blobs.clear()
         self.fetching.clear()
         self.pushed.clear()
+
+    def begin_round(self, head: Head) -> None:
+        self.finish_round()
         self.table.expect(head.voters, self.clock())
         self.core.applied(head, self.clock())
         self.busy = False

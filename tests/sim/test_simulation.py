@@ -17,12 +17,56 @@ from tests.sim.shrink import RUNS_MAX, shrink
 from tests.sim.world import Cluster, World
 
 SEEDS = range(702, 710)
+SEEDS_THAT_PART = (15, 24, 71, 125, 154, 169, 186, 187, 220, 266, 303, 314)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_seed_breaks_no_invariant(seed: int) -> None:
     outcome = World(seed).run()
     assert outcome.rounds >= 3
+
+
+@pytest.mark.parametrize("seed", SEEDS_THAT_PART)
+def test_seed_in_which_logs_may_part_ends_on_one_log(seed: int) -> None:
+    world = World(seed)
+    assert world.cluster.may_part
+    assert world.run().rounds >= 3
+
+
+def test_two_sides_declare_and_meet_and_the_heavier_one_stays() -> None:
+    """`World.run` raises when somebody leaves the heavier log, or is refused, or loses a bit of its residual."""
+    cluster = Cluster(founders=5, first=5, everybody=5, reroot_after_s=40.0)
+    split = Fault(kind=FaultKind.PARTITION, at_s=10.0, duration_s=110.0, sides=(0, 0, 1, 1, 2))
+    world = World(21, faults=[split], cluster=cluster)
+    world.run()
+    logs = world.checker.logs
+    assert world.checker.reroots["declared"] == 3 and world.checker.reroots["went over"] >= 3
+    assert len(logs.ends()) == 3
+    heads = [peer.core.head for peer in world.peers]
+    newest = max(heads, key=lambda head: head.round)
+    assert logs.is_one(heads) and logs.heaviest(logs.ends()) == newest
+    trained = [head for head in logs.back_from(newest) if world.checker.participants.get(head.digest) == 5]
+    assert len(trained) >= 3, "the others contribute again"
+    assert set(newest.voters) == set(world.by_id)
+
+
+@pytest.mark.parametrize("reroot_after_s", [0.0, 20.0])
+def test_a_quorum_that_is_gone_for_good_is_replaced(reroot_after_s: float) -> None:
+    cluster = Cluster(founders=5, first=5, everybody=5, reroot_after_s=reroot_after_s)
+    lost = Fault(kind=FaultKind.QUORUM_LOST, at_s=15.0, peers=(4, 3, 2, 1, 0))
+    named = Fault(kind=FaultKind.REROOT, at_s=60.0, peers=(0, 1))
+    world = World(22, faults=[lost] if reroot_after_s else [lost, named], cluster=cluster)
+    world.run()
+    assert world.checker.reroots == {"declared" if reroot_after_s else "signed by the owner": 1}
+    assert [peer.number for peer in world.peers if peer.up] == [0, 1]
+
+
+def test_without_a_reroot_a_second_log_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(founders=5, first=5, everybody=5, reroot_after_s=20.0)
+    monkeypatch.setattr(Cluster, "may_part", property(lambda self: False))
+    split = Fault(kind=FaultKind.PARTITION, at_s=10.0, duration_s=60.0, sides=(0, 0, 1, 1, 2))
+    with pytest.raises(InvariantBroken, match="one result per round"):
+        World(21, faults=[split], cluster=cluster).run()
 
 
 def test_same_seed_same_trace_whatever_the_hash_seed() -> None:

@@ -13,19 +13,20 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from shoal.protocol.aggregators import WeightedPart
 from shoal.protocol.effects import AttemptFailed, Note, PhaseEntered, Reduce
-from shoal.protocol.identity import Identity
+from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import Draft, Manifest, Rounds, Task, genesis_head, make_manifest
 from shoal.protocol.messages import SCHEMA, Presence, digest_record
+from shoal.protocol.quorum import Head
 from shoal.protocol.replica import Replica, make_reduction
-from tests.sim import shortcuts, signatures
+from tests.sim import oracle, shortcuts, signatures
 from tests.sim.checkers import Checker, broken
 from tests.sim.faults import (
     FAULT_PHASE_S,
@@ -42,6 +43,7 @@ from tests.sim.faults import (
 )
 from tests.sim.liars import Liar
 from tests.sim.network import Network
+from tests.sim.parting import sign_reroot
 from tests.sim.peer import CONTROL_BYTES, SimPeer
 from tests.sim.signatures import SimIdentity
 from tests.sim.trace import Trace
@@ -53,6 +55,7 @@ CALM_LIMIT_S = 400.0
 CALM_ROUNDS = 3
 ATTEMPTS_IN_CALM = 2
 TEND_PERIOD_S = 5.0
+OWNER_LOOKS_S = 60.0
 RULES: dict[str, Any] = {
     "grace_s": 2.0,
     "part_elements": 256,
@@ -79,9 +82,16 @@ class Cluster:
     voters_max: int = 31
     liars: tuple[int, ...] = ()
     on_the_wire: bool = False  # every message is encoded and decoded on its way, which takes its time
+    reroot_after_s: float | None = None  # 0: by the owner only; None: quorums come back, and a second log is a failure
+
+    @property
+    def may_part(self) -> bool:
+        return self.reroot_after_s is not None
 
     def population(self) -> Population:
-        return Population(first=self.first, everybody=self.everybody, liars=self.liars)
+        return Population(
+            first=self.first, everybody=self.everybody, liars=self.liars, reroot_after_s=self.reroot_after_s
+        )
 
 
 def draw_cluster(rng: random.Random) -> Cluster:
@@ -102,13 +112,29 @@ def draw_cluster(rng: random.Random) -> Cluster:
     )
 
 
-def make_world_manifest(cluster: Cluster, founders: tuple[Identity, ...]) -> Manifest:
+def let_part(cluster: Cluster, rng: random.Random) -> Cluster:
+    """In some swarms whose members do not lie, a quorum may be gone for good."""
+    if cluster.quorum != "majority" or rng.random() >= 0.2:
+        return cluster
+    founders = rng.choice((2, 3, 4, 5, 5, 6))
+    return replace(
+        cluster,
+        founders=founders,
+        first=max(cluster.first, founders),
+        voters_max=max(cluster.voters_max, founders),
+        reroot_after_s=rng.choice((0.0, 20.0, 30.0, 30.0, 40.0)),
+    )
+
+
+def make_world_manifest(cluster: Cluster, owner: Identity, founders: tuple[Identity, ...]) -> Manifest:
     layout = Layout(tensors=(TensorSpec(name="w", shape=(cluster.elements,), init="uniform", std=0.02),))
     known = {field.name for field in fields(Rounds)}
     drawn = {"peers_min": cluster.peers_min, "quorum": cluster.quorum, "voters_max": cluster.voters_max}
+    if cluster.reroot_after_s is not None:
+        drawn["reroot_after_s"] = cluster.reroot_after_s
     rules = {name: value for name, value in (RULES | drawn).items() if name in known}
     draft = Draft(name="sim", task=Task(kind="sim"), seed=1, rounds=Rounds(**rules))
-    return make_manifest(draft, layout, founders[0].peer, tuple(one.peer for one in founders))
+    return make_manifest(draft, layout, owner.peer, tuple(one.peer for one in founders))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +164,7 @@ class World:
         self.seed = seed
         self.now = 0.0
         rng = random.Random(f"{seed}/cluster")
-        self.cluster = cluster or draw_cluster(rng)
+        self.cluster = cluster or let_part(draw_cluster(rng), random.Random(f"{seed}/reroot"))
         self.rates = rates or draw_rates(rng, may_lie=bool(self.cluster.liars))
         drawn = draw_faults(random.Random(f"{seed}/faults"), self.rates, self.cluster.population())
         self.faults = drawn if faults is None else tuple(faults)
@@ -152,16 +178,20 @@ class World:
         self._sequence = itertools.count()
         self._active: dict[int, Fault] = {}  # what lasts, by index
         self._calm = False
+        self._lived: list[Head] = []  # on which logs peers were when faults stopped
         self._populate(rng)
 
     def _populate(self, rng: random.Random) -> None:
         cluster = self.cluster
         identities = [SimIdentity(rng.randbytes(32)) for _ in range(cluster.everybody)]
-        self.manifest = make_world_manifest(cluster, tuple(identities[: cluster.founders]))
+        self.owner = SimIdentity(random.Random(f"{self.seed}/owner").randbytes(32))
+        owner = self.owner if cluster.may_part else identities[0]
+        self.manifest = make_world_manifest(cluster, owner, tuple(identities[: cluster.founders]))
         swarm = digest_record(self.manifest)
         self._reduction = make_reduction(self.manifest)
         blank = Replica(self.manifest, np.zeros(cluster.elements, np.float32), np.zeros(cluster.elements, np.float32))
-        self.checker = Checker(self.manifest, swarm, genesis_head(self.manifest, swarm, blank.reset()))
+        genesis = genesis_head(self.manifest, swarm, blank.reset())
+        self.checker = Checker(self.manifest, swarm, genesis, may_part=cluster.may_part)
         self.everybody: list[SimPeer] = [
             (Liar if number in cluster.liars else SimPeer)(self, number, one, self.manifest, swarm)
             for number, one in enumerate(identities)
@@ -234,6 +264,8 @@ class World:
             self.schedule(fault.at_s, self._strike, index, fault)
         self._run_until(FAULT_PHASE_S, None)
         self._begin_calm()
+        if self.cluster.may_part:
+            self._come_together()
         # Once presences have told everybody who is there; then, rounds in which nobody has made an attempt yet.
         self._run_until(self.now + self.manifest.rounds.presence_timeout_s, None)
         first_calm = max(peer.core.round for peer in self.peers if peer.up) + 1
@@ -245,6 +277,8 @@ class World:
             states = [f"{peer.number}: {peer.core.view()}" for peer in self.peers if peer.up]
             raise broken("rounds commit after faults stop", f"peers {late} short of round {goal}\n" + "\n".join(states))
         self._check_calm(first_calm, goal)
+        if self.cluster.may_part:
+            self.checker.logs.check_chosen(max(self._heads(), key=lambda head: head.round), self._lived)
         counts = [count for count in self.checker.participants.values() if count]
         return Outcome(
             seed=self.seed,
@@ -276,12 +310,19 @@ class World:
         if fault.kind is FaultKind.CRASH and fault.after:
             self.armed.setdefault(Moment(fault.after), []).append(fault)
             return
-        if fault.duration_s and fault.kind not in (FaultKind.CRASH, FaultKind.PAUSE):
+        if fault.duration_s and fault.kind not in (FaultKind.CRASH, FaultKind.PAUSE, FaultKind.QUORUM_LOST):
             self._active[index] = fault
             self.schedule(fault.duration_s, self._end, index)
             self.happen(str(fault))
             self.struck[fault.kind.value] += 1
             self._set_conditions()
+            return
+        if fault.kind is FaultKind.QUORUM_LOST:
+            self._lose_quorum(fault)
+            return
+        if fault.kind is FaultKind.REROOT:
+            self.struck[fault.kind.value] += 1
+            self.reroot([self.everybody[number] for number in fault.peers])
             return
         for number in fault.peers:
             self._strike_peer(fault, self.everybody[number])
@@ -379,14 +420,18 @@ class World:
         self.schedule(fault.duration_s, self._restart, peer)
 
     def _restart(self, peer: SimPeer) -> None:
-        if peer.left and peer.identity.peer in self.checker.newest_head().voters:
+        if peer.left and self.counts_on(peer):
             peer.left = False  # a round that it took part in was certified after it went
-        if not peer.up and not peer.left:
+        if not peer.up and not peer.left and not peer.gone:
             self.happen(f"restart {peer.number}")
             peer.boot()
 
     def _count_staying(self) -> int:
-        return len([peer for peer in self.peers if not peer.left and not peer.leaving])
+        return len([peer for peer in self.peers if not peer.left and not peer.leaving and not peer.gone])
+
+    def counts_on(self, peer: SimPeer) -> bool:
+        """Whether any log has this peer among its voters."""
+        return any(peer.identity.peer in head.voters for head in self.checker.logs.ends())
 
     def _may_leave(self, peer: SimPeer) -> bool:
         if peer.leaving or self._count_staying() + len(self.waiting) <= self.cluster.peers_min:
@@ -412,6 +457,7 @@ class World:
         self._active.clear()
         self.armed.clear()
         self._set_conditions()
+        self.network.empty_queues()
         while self._count_staying() < self.cluster.peers_min and self.waiting:
             self._join(self.waiting[0])
         for peer in self.peers:
@@ -427,9 +473,75 @@ class World:
 
     def _check_calm(self, first: int, last: int) -> None:
         """After faults stop, a round needs at most two attempts."""
-        for number in range(first, last + 1):
-            if self.checker.attempts[number] >= ATTEMPTS_IN_CALM:
-                raise broken("two attempts in calm", f"round {number} took attempt {self.checker.attempts[number]}")
+        newest = max(self._heads(), key=lambda head: head.round)
+        for head in self.checker.logs.back_from(newest):
+            if first <= head.round <= last and self.checker.results[head.digest] >= ATTEMPTS_IN_CALM:
+                attempt = self.checker.results[head.digest]
+                raise broken("two attempts in calm", f"round {head.round} took attempt {attempt}")
+            if head.round < first:
+                break
+
+    # -- more than one log -----------------------------------------------------------------------------------------
+
+    def _lose_quorum(self, fault: Fault) -> None:
+        """So many voters die that the others are no quorum. One voter is left, or only the owner could help."""
+        voters = self.checker.newest_head().voters
+        doomed = [peer for peer in (self.everybody[number] for number in fault.peers) if peer.identity.peer in voters]
+        doomed = doomed[: min(len(voters) // 2 + 1, len(voters) - 1)]
+        for_good = not fault.duration_s
+        if for_good and self._count_staying() - len(doomed) + len(self.waiting) < self.cluster.peers_min:
+            return
+        self.struck[fault.kind.value] += 1
+        for peer in doomed:
+            peer.gone = peer.gone or for_good
+            if peer.up:
+                self._crash(peer, fault)
+
+    def reroot(self, named: list[SimPeer]) -> None:
+        """The owner stops a peer that holds the newest round, signs there who votes, and starts it again."""
+        there = [peer for peer in self.peers if peer.up and not peer.leaving and peer.world.now >= peer.paused_until_s]
+        if not there:
+            return
+        holder = max(there, key=lambda peer: (peer.core.head.round, -peer.number))
+        voters = [peer for peer in there if peer in named] or [holder]
+        self.happen(f"the owner names {','.join(str(peer.number) for peer in voters)} at {holder.number}")
+        holder.crash()
+        self.schedule(1.0, self._sign_reroot, holder, tuple(peer.identity.peer for peer in voters))
+
+    def _sign_reroot(self, holder: SimPeer, voters: tuple[PeerId, ...]) -> None:
+        if not holder.up:
+            sign_reroot(holder, self.owner, voters)
+            self._restart(holder)
+
+    def _heads(self) -> list[Head]:
+        """Where everybody is who is up."""
+        return [peer.core.head for peer in self.peers if peer.up]
+
+    def _come_together(self) -> None:
+        """Everybody comes to one log, and it has a quorum. What lived is compared with it in the end."""
+        self._lived = [self.checker.logs.heads[head.digest] for head in self._heads()]
+        self._tend_owner()
+        self._run_until(self.now + CALM_LIMIT_S, self._is_together)
+        if not self._is_together():
+            states = [f"{peer.number}: {peer.core.head.round} {peer.core.view()}" for peer in self.peers if peer.up]
+            raise broken("all peers come to one log", "\n".join(states))
+
+    def _is_together(self) -> bool:
+        heads = self._heads()
+        newest = max(heads, key=lambda head: head.round)
+        return self.checker.logs.is_one(heads) and self._has_quorum(newest)
+
+    def _has_quorum(self, head: Head) -> bool:
+        staying = [peer for peer in head.voters if self.by_id[peer].up]
+        return oracle.is_quorum(len(staying), len(head.voters), self.cluster.quorum)
+
+    def _tend_owner(self) -> None:
+        """Where the peers that are left cannot go on by themselves, the owner speaks."""
+        heaviest = self.checker.logs.heaviest(self._heads())
+        remain = any(self.by_id[peer].up for peer in heaviest.voters) and bool(self.cluster.reroot_after_s)
+        if not remain and not self._has_quorum(heaviest):
+            self.reroot([peer for peer in self.peers if peer.up])
+        self.schedule(OWNER_LOOKS_S, self._tend_owner)
 
 
 if __name__ == "__main__":
