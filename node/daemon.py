@@ -51,7 +51,7 @@ from shoal.node.training.messages import Ready as TrainerReady
 from shoal.node.web import WebServer, WebSources
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Frozen
-from shoal.protocol.effects import Behind, Phase
+from shoal.protocol.effects import Behind, Phase, Pledge
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId, short_peer_id
 from shoal.protocol.manifest import Manifest, SwarmUri, read_manifest_untrusted
@@ -290,6 +290,7 @@ class Daemon:
                 ask=self.catch_up.ask_certificates,
                 head_of=self._head_of,
                 switch=self._switch,
+                pledge=self.core.pledge,
                 misbehaved=self.intake.misbehaved,
                 happen=lambda text: self.reporter.happen(HappeningKind.CATCH_UP, text, Severity.WARNING),
             ),
@@ -557,9 +558,9 @@ class Daemon:
         known = self.membership.table.newest(peer)
         return known.head_round if known else 0
 
-    async def _switch(self, first: int, chosen: bytes) -> None:
+    async def _switch(self, pledge: Pledge) -> None:
         self.presence.ready = None
-        await self.driver.switch(first, chosen)
+        await self.driver.switch(pledge)
         if self.config.node.role == TRAINER:
             await self.compute.rebase()
         self.head_watch.moved()

@@ -10,11 +10,12 @@ one comparison at a time; at most ROUNDS_MAX rounds are asked for.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.node.control import PeerUnreachable, RequestRefused
 from shoal.node.ledger_store import StoreError
 from shoal.node.local_state import LocalState
+from shoal.protocol.effects import Pledge
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.lineage import Weight, check_stretch, find_parting, is_lawful, weigh
@@ -29,11 +30,12 @@ log = logging.getLogger("shoal")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartingPorts:
     """`ask` gets certificates of consecutive rounds from a peer; `head_of` is the newest round that it has announced;
-    `switch` goes back to before a round, where the other log has the result with this digest."""
+    `switch` goes over to another log; `pledge` is the one that this peer is still on the way to."""
 
     ask: Callable[[PeerId, int, int], Awaitable[tuple[Certificate, ...]]]
     head_of: Callable[[PeerId], int]
-    switch: Callable[[int, bytes], Awaitable[None]]
+    switch: Callable[[Pledge], Awaitable[None]]
+    pledge: Callable[[], Pledge | None]
     misbehaved: Callable[[PeerId, ProtocolError], None]
     happen: Callable[[str], None]
 
@@ -76,13 +78,22 @@ class Parting:
         previous = digest_record(before[0].result) if before else genesis.digest
         voters = before[0].result.voters if before else genesis.voters
         await asyncio.to_thread(check_stretch, previous, voters, theirs, self._authority)
-        own, other = weigh(mine), weigh(theirs)
+        own, other = self._weigh_own(mine), weigh(theirs)
         if own >= other:
             log.debug("stays with its own log, which parts from that of %s at round %d", short_peer_id(peer), first)
             return False
         self._ports.happen(self._tell(peer, first, own, other))
-        await self._ports.switch(first, digest_record(theirs[0].result))
+        chosen, end = digest_record(theirs[0].result), theirs[-1].result.round
+        await self._ports.switch(Pledge(first=first, digest=chosen, end=end, tokens=other.tokens))
         return True
+
+    def _weigh_own(self, mine: list[Certificate]) -> Weight:
+        """Half of a log that is being caught up on weighs as much as the whole of it did when it was chosen; otherwise
+        this peer would go back and forth."""
+        own, pledge = weigh(mine), self._ports.pledge()
+        if pledge is None or own.tokens >= pledge.tokens:
+            return own
+        return replace(own, tokens=pledge.tokens)
 
     def _tell(self, peer: PeerId, first: int, own: Weight, other: Weight) -> str:
         return (

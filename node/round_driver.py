@@ -31,6 +31,7 @@ from shoal.protocol.effects import (
     Persist,
     PhaseEntered,
     Planned,
+    Pledge,
     QuorumSeen,
     Reduce,
     Send,
@@ -216,13 +217,15 @@ class RoundDriver:
             self.core.applied(head, self.now())
         self.pump()
 
-    async def switch(self, first: int, chosen: bytes) -> None:
-        """Go back to before round `first`: the log parts there, and the other one, with the result `chosen`, stays.
-        Raises StoreError."""
+    async def switch(self, pledge: Pledge) -> None:
+        """Go over to the log of the pledge, from where it parts from ours. Raises StoreError."""
         async with self._working:
-            head = await self._state.rewind(first)
+            # Durable first: after a crash in between, the peer still knows what it signed and where it goes.
+            record = self.core.leave_log(pledge)
+            await asyncio.to_thread(self._state.save_vote, record)
+            head = await self._state.rewind(pledge.first)
             self.core.take_effects()
             self._effects.clear()
             self._exchange.finish_round()
-            self.core.switch(head, chosen, self.now())
+            self.core.switch(head, self.now())
         self.pump()

@@ -6,11 +6,14 @@ complete before any later effect of the same core starts. Everything else may ru
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import ROUND_MESSAGES, Certificate, LockCertificate, Result, RosterEntry
-from shoal.protocol.wire import U32, U63, Bytes32
+from shoal.protocol.wire import U32, U63, Bound, Bytes32
+
+LEFT_RECORDS_MAX = 4  # of logs that were left; more than one is the work of somebody who re-roots again and again
 
 
 class Phase(StrEnum):
@@ -25,11 +28,37 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VoteRecord:
-    """A voter's durable memory of a round: Paxos acceptor state, and `led`, one past the last attempt in which this
-    peer planned or proposed, so that a restart never makes it do so a second time in the same attempt."""
+class Pledge:
+    """The log that this peer goes over to: its result in round `first`, and what it weighed up to round `end`."""
+
+    first: U63
+    digest: Bytes32
+    end: U63
+    tokens: U63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftRecord:
+    """What a voter promised, led and voted for in the round after `base`, on a log that it has left."""
 
     round: U63
+    base: Bytes32
+    promised: U32
+    led: U32
+    accepted_attempt: U32
+    accepted: Result | None
+    lock: LockCertificate | None
+    locked_attempt: U32
+    locked_digest: Bytes32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VoteRecord:
+    """A voter's durable memory of the round after `base`: Paxos acceptor state, and `led`, one past the last attempt in
+    which this peer planned or proposed, so that a restart never makes it do so a second time in the same attempt."""
+
+    round: U63
+    base: Bytes32 = bytes(32)
     promised: U32 = 0
     led: U32 = 0
     accepted_attempt: U32 = 0
@@ -38,7 +67,9 @@ class VoteRecord:
     lock: LockCertificate | None = None
     locked_attempt: U32 = 0
     locked_digest: Bytes32 = bytes(32)
-    chosen: Bytes32 = bytes(32)  # the result at which this peer went over to another log, until it is applied
+    # Of logs that parted: where this peer is going, and what it must not forget where it was.
+    pledge: Pledge | None = None
+    left: Annotated[tuple[LeftRecord, ...], Bound(0, LEFT_RECORDS_MAX)] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

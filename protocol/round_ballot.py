@@ -412,7 +412,8 @@ class RoundBallot(RoundState):
         """While a quorum stands in this round nobody leaves it, unless the owner has spoken."""
         if not is_reroot(certificate) or {vote.voter for vote in certificate.votes} == {self._authority.owner}:
             return True
-        if digest_record(certificate.result) == self._vote.chosen:
+        pledge = self._vote.pledge
+        if pledge is not None and (pledge.first, pledge.digest) == (self.round, digest_record(certificate.result)):
             return True
         here = [peer for peer, known in self._members.items() if known.head_round <= self.head.round]
         return sum(peer == self._me or peer in here for peer in self.head.voters) < self._quorum_size()
@@ -468,7 +469,7 @@ class RoundBallot(RoundState):
             return
         if self._alone_since_s is None:
             self._alone_since_s = now
-        if not self._may_declare(now) or now < self._declare_after_s or self._leaving:
+        if not self._may_declare(now) or now < self._declare_after_s or self._leaving or self._is_going_over():
             return
         self._declare_after_s = now + self._rules.commit_timeout_s
         remaining = self._remaining()
@@ -499,7 +500,8 @@ class RoundBallot(RoundState):
         # Whoever declares has waited for the whole time; who signs must have missed the quorum for long enough, too.
         since_s = self._alone_since_s
         is_alone = since_s is not None and now >= since_s + self._rules.presence_timeout_s
-        if self._me in result.voters and self._authority.may_declare and is_alone and not self._decided:
+        may_sign = self._authority.may_declare and not self._decided and not self._is_going_over()
+        if self._me in result.voters and is_alone and may_sign:
             self._send(sender, self._sign_vote(REROOT_ATTEMPT, result))
 
     def _take_declared_vote(self, vote: Vote, sender: PeerId, now: float) -> None:

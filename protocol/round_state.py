@@ -4,9 +4,9 @@
 begins, everything of one attempt when the next attempt is entered, so nothing stale is ever mixed in.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shoal.protocol.effects import Effect, Phase, PhaseEntered, Send, VoteRecord
+from shoal.protocol.effects import Effect, LeftRecord, Phase, PhaseEntered, Send, VoteRecord
 from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.exchange import Collection, Inbox
 from shoal.protocol.identity import Identity, PeerId
@@ -121,9 +121,7 @@ class RoundState:
     def _clear_round(self, head: Head) -> None:
         self.head = head
         self.round = head.round + 1
-        # The record may be of a round that is still ahead: the disk lost part of the log, but not what was signed.
-        saved = self._saved_vote
-        self._vote = saved if saved and saved.round == self.round else VoteRecord(round=self.round)
+        self._vote = self._take_up_vote(head)
         self._order = proposer_order(head.digest, head.voters)
         self._offer: Offer | None = None
         self._inbox = Inbox(parts=self._parts)
@@ -144,6 +142,27 @@ class RoundState:
         self._decided: Certificate | None = None
         self._clear_attempt(self._vote.promised)
 
+    def _take_up_vote(self, head: Head) -> VoteRecord:
+        """What this peer has signed in the round after `head`, on this log and on no other."""
+        # The record may be of a round that is still ahead: the disk lost part of the log, but not what was signed.
+        saved = self._saved_vote
+        newest = self._vote if hasattr(self, "_vote") else saved
+        pledge = newest.pledge if newest and newest.pledge and head.round < newest.pledge.end else None
+        left = newest.left if newest else ()
+        if saved and (saved.round, saved.base) == (head.round + 1, head.digest):
+            return replace(saved, pledge=pledge, left=left)
+        fresh = VoteRecord(round=head.round + 1, base=head.digest, pledge=pledge, left=left)
+        for one in left:
+            if (one.round, one.base) == (fresh.round, fresh.base):
+                fields = {name: getattr(one, name) for name in LeftRecord.__slots__}
+                return replace(fresh, **fields)
+        return fresh
+
+    def _is_going_over(self) -> bool:
+        """Whether this peer is on its way into the log that it has chosen. Those rounds are certified, and what it has
+        signed in them is put away, so it signs nothing there."""
+        return self._vote.pledge is not None
+
     def _clear_attempt(self, attempt: int) -> None:
         self.attempt = attempt
         self._plan: Plan | None = None
@@ -154,7 +173,7 @@ class RoundState:
         self._exchange_began_s = 0.0
         self._collections: dict[int, Collection] = {}
         self._fetch_s: float | None = None
-        may_lead = self._proposer() == self._me and attempt >= self._vote.led
+        may_lead = self._proposer() == self._me and attempt >= self._vote.led and not self._is_going_over()
         self._lead: Lead | None = Lead(attempt=attempt) if may_lead else None
         self._set_phase(Phase.GATHER, None)
 
@@ -216,7 +235,7 @@ class RoundState:
         return self._lead is not None and self._lead.attempt == attempt
 
     def _votes(self) -> bool:
-        return self._me in self.head.voters
+        return self._me in self.head.voters and not self._is_going_over()
 
     def _needs_locks(self) -> bool:
         """Where members may lie, a vote takes two phases."""

@@ -16,7 +16,15 @@ many a round; every list of messages that is kept has a bound.
 from collections import Counter
 from collections.abc import Mapping
 
-from shoal.protocol.effects import Effect, Persist, Phase, QuorumSeen, VoteRecord
+from shoal.protocol.effects import (
+    LEFT_RECORDS_MAX,
+    Effect,
+    LeftRecord,
+    Phase,
+    Pledge,
+    QuorumSeen,
+    VoteRecord,
+)
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
@@ -177,14 +185,27 @@ class RoundCore(RoundExchange):
         self._note_round(now)
         self._begin_round(head, now)
 
-    def switch(self, head: Head, chosen: bytes, now: float) -> None:
-        """Go over to another log, at the round before it parts from ours: `chosen` is the digest of its result there.
-        Lawful after a re-root only; the shell has compared the two."""
+    def leave_log(self, pledge: Pledge) -> VoteRecord:
+        """Begin to go over to another log: lawful after a re-root only; the shell has compared the two. The record must
+        be durable before anything of the own log is given up; then comes `switch`, and no other call before it."""
+        vote = self._vote
+        fields = {name: getattr(vote, name) for name in LeftRecord.__slots__}
+        left = vote.left
+        if vote.promised or vote.led or vote.accepted is not None or vote.locked_digest != bytes(32):
+            kept = (one for one in left if (one.round, one.base) != (vote.round, vote.base))
+            left = (*kept, LeftRecord(**fields))[-LEFT_RECORDS_MAX:]
+        self._vote = self._saved_vote = VoteRecord(round=pledge.first, pledge=pledge, left=left)
+        return self._vote
+
+    def switch(self, head: Head, now: float) -> None:
+        """Go on from `head`, the newest common round whose state is here."""
         self._log = {number: digest for number, digest in self._log.items() if number < head.round}
-        self._saved_vote = VoteRecord(round=head.round + 1, chosen=chosen)
         self._last_certificate = None
-        self._effects.append(Persist(vote=self._saved_vote))
         self._begin_round(head, now)
+
+    def pledge(self) -> Pledge | None:
+        """The log that this peer goes over to, until it has applied as much of it as it had compared."""
+        return self._vote.pledge
 
     def handle_deadline(self, now: float) -> None:
         """`next_deadline` has passed."""

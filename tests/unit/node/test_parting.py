@@ -13,8 +13,10 @@ from shoal.node.local_state import LocalState
 from shoal.node.parting import Parting, PartingPorts
 from shoal.node.reroot import sign_reroot
 from shoal.protocol.contribution import Contributor
+from shoal.protocol.effects import Pledge
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId
+from shoal.protocol.lineage import weigh
 from shoal.protocol.manifest import genesis_head
 from shoal.protocol.messages import Certificate, Vote, digest_record, sign_message
 from shoal.protocol.proposer import make_voters_result
@@ -67,7 +69,8 @@ class Other:
     """The peer of the other log, and what the comparing one made of it."""
 
     chain: Chain
-    switched: list[tuple[int, bytes]] = field(default_factory=list)
+    switched: list[Pledge] = field(default_factory=list)
+    pledge: Pledge | None = None  # of the one that compares
     accused: list[ProtocolError] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     asked: int = 0
@@ -79,8 +82,8 @@ class Other:
         self.asked += 1
         return self.chain.certificates[first - 1 : first - 1 + min(count, 16)]
 
-    async def switch(self, first: int, chosen: bytes) -> None:
-        self.switched.append((first, chosen))
+    async def switch(self, pledge: Pledge) -> None:
+        self.switched.append(pledge)
 
 
 async def compare(swarm: Swarm, folder: Path, mine: Chain, other: Other) -> LocalState:
@@ -92,6 +95,7 @@ async def compare(swarm: Swarm, folder: Path, mine: Chain, other: Other) -> Loca
         ask=other.ask,
         head_of=lambda peer: other.chain.heads[-1].round,
         switch=other.switch,
+        pledge=lambda: other.pledge,
         misbehaved=lambda peer, error: other.accused.append(error),
         happen=other.told.append,
     )
@@ -107,7 +111,10 @@ async def test_the_lighter_log_is_left_at_the_round_where_they_part(
     other = Other(chain=make_log(swarm, theirs, seed=1))
     state = await compare(swarm, tmp_path, make_log(swarm, mine, reroots_after=COMMON), other)
     state.stores.ledger.close()
-    assert other.switched == [(COMMON + 1, digest_record(other.chain.certificates[COMMON].result))]
+    (pledge,) = other.switched
+    assert (pledge.first, pledge.end) == (COMMON + 1, theirs)
+    assert pledge.digest == digest_record(other.chain.certificates[COMMON].result)
+    assert pledge.tokens == weigh(other.chain.certificates[COMMON:]).tokens
     assert other.accused == []
     assert len(other.told) == 1 and "local work is kept" in other.told[0]
 
@@ -119,6 +126,20 @@ async def test_the_heavier_log_is_kept(swarm: Swarm, tmp_path: Path, mine: int, 
     state.stores.ledger.close()
     assert (other.switched, other.accused, other.told) == ([], [], [])
     assert other.asked > 0
+
+
+async def test_half_of_a_log_that_was_gone_over_to_weighs_as_much_as_all_of_it(swarm: Swarm, tmp_path: Path) -> None:
+    other = Other(chain=make_log(swarm, 12, seed=1, reroots_after=COMMON))
+    whole = make_log(swarm, 40)
+    other.pledge = Pledge(
+        first=COMMON + 1,
+        digest=digest_record(whole.certificates[COMMON].result),
+        end=40,
+        tokens=weigh(whole.certificates[COMMON:]).tokens,
+    )
+    state = await compare(swarm, tmp_path, make_log(swarm, 8), other)
+    state.stores.ledger.close()
+    assert (other.switched, other.accused) == ([], [])
 
 
 async def test_one_log_that_is_longer_is_no_other_log(swarm: Swarm, tmp_path: Path) -> None:

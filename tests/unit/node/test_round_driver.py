@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
     Certified,
+    Contribution,
     Prepare,
     Presence,
-    Promise,
     Proposal,
     Ready,
     SignedReady,
@@ -169,11 +170,16 @@ async def test_a_message_that_no_honest_peer_sends_is_reported_and_one_that_is_l
     swarm = make_samples(founders=3)
     chain = make_chain(swarm, 1)
     async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 5, peer) as puppet:
-        await puppet.tell(peer, Promise(round=1, attempt=1, accepted_attempt=0, accepted=None))
+        digests = tuple(bytes(32) for _ in range(swarm.manifest.parts + 1))
+        await puppet.tell(peer, Contribution(round=1, digests=digests))
         await wait_until(lambda: peer.misbehaviours)
-        assert peer.misbehaviours == [(puppet.me, Refusal.NOT_A_MEMBER)]
-        await puppet.tell(peer, Proposal(attempt=3, result=chain.certificates[0].result))
+        assert peer.misbehaviours == [(puppet.me, Refusal.WRONG_LENGTH)]
+        unsigned = replace(chain.certificates[0], votes=chain.certificates[0].votes[:1])
+        await puppet.tell(peer, Certified(certificate=unsigned))
         await wait_until(lambda: len(peer.misbehaviours) == 2)
+        # Of a peer on a log that nobody knows, a ballot out of turn proves nothing.
+        await puppet.tell(peer, Proposal(attempt=3, result=chain.certificates[0].result))
+        await wait_until(lambda: read(peer, "refusals_total", reason="other_log", plane="control") == 1)
         await puppet.tell(peer, Prepare(round=9, attempt=0))
         await wait_until(lambda: read(peer, "refusals_total", reason="wrong_round", plane="control") == 1)
         assert len(peer.misbehaviours) == 2

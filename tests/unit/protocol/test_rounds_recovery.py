@@ -161,7 +161,7 @@ def test_a_restarted_voter_keeps_its_promise() -> None:
     lead, second, voter, _ = table.order()
     voter.core.receive(Prepare(round=1, attempt=1), second.peer, 0.0)
     table.settle()
-    assert voter.vote == VoteRecord(round=1, promised=1)
+    assert voter.vote == VoteRecord(round=1, base=table.head.digest, promised=1)
     table.restart(voter)
     assert voter.core.attempt == 1
     voter.core.receive(Proposal(attempt=0, result=make_sample_result(table.head, members=4)), lead.peer, 0.0)
@@ -200,11 +200,16 @@ def test_a_restarted_proposer_never_leads_the_same_attempt_again(kind: type) -> 
 def test_a_record_of_a_round_ahead_binds_when_that_round_comes() -> None:
     # The disk lost the end of the log but not what was signed.
     table = Table(4)
-    ahead = VoteRecord(round=2, promised=3, led=3)
+    head = replace(table.head, round=1, digest=b"1" * 32)
+    ahead = VoteRecord(round=2, base=head.digest, promised=3, led=3)
     core = table.make_core(0, table.head, ahead)
     assert (core.round, core.attempt) == (1, 0)
-    core.applied(replace(table.head, round=1), 0.0)
+    core.applied(head, 0.0)
     assert (core.round, core.attempt) == (2, 3)
+    # What was signed after another result of that round says nothing here.
+    core = table.make_core(0, table.head, ahead)
+    core.applied(replace(head, digest=b"2" * 32), 0.0)
+    assert (core.round, core.attempt) == (2, 0)
 
 
 # -- leaving --------------------------------------------------------------------------------------------------------

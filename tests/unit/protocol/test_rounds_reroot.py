@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.protocol.effects import Behind, Forked, Persist, VoteRecord
+from shoal.protocol.effects import Behind, Forked, Pledge, Send
 from shoal.protocol.errors import Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.lineage import is_lawful, weigh
@@ -12,7 +12,7 @@ from shoal.protocol.manifest import Rounds
 from shoal.protocol.messages import Certificate, Certified, Nack, Prepare, Promise, Proposal, Vote, digest_record
 from shoal.protocol.proposer import make_voters_result
 from shoal.protocol.quorum import REROOT_ATTEMPT, Head, proposer_order
-from tests.unit.protocol.round_table import Seat, Table, drop_of, effects_of, refusal_of
+from tests.unit.protocol.round_table import Seat, Table, drop_of, effects_of, refusal_of, withhold
 from tests.unit.protocol.samples import (
     IDENTITIES,
     OTHER_SWARM,
@@ -242,7 +242,7 @@ def go_over(table: Table, loser: Seat, winner: Seat) -> None:
     assert is_lawful(loser.committed[first], winner.committed[first])
     assert first == 0, "in these tests logs part at the first round"
     loser.committed, loser.ready = [], None
-    loser.core.switch(table.head, digest_record(winner.committed[0].result), table.now)
+    leave_for(loser, table, winner.committed[0], end=winner.core.head.round)
     table.carry_out(loser)
     for certificate in winner.committed:
         table.hear(loser, certificate)
@@ -345,20 +345,55 @@ def test_a_peer_of_another_log_is_not_accused_of_leading_out_of_turn() -> None:
                 assert few[0].core.receive(message, peer, table.now) in (Refusal.OTHER_LOG, Refusal.WRONG_ATTEMPT)
 
 
-def test_who_goes_over_forgets_what_it_voted_for_and_makes_that_durable() -> None:
+def leave_for(seat: Seat, table: Table, certificate: Certificate, end: int) -> None:
+    """What the shell does when it has compared two logs that part in round 1."""
+    digest = digest_record(certificate.result)
+    seat.vote = seat.core.leave_log(Pledge(first=1, digest=digest, end=end, tokens=0))
+    seat.core.take_effects()
+    seat.core.switch(table.head, table.now)
+
+
+def test_who_goes_over_puts_away_what_it_voted_for_and_knows_where_it_goes() -> None:
     table = Table(5, rules=replace(TIMED, peers_min=1))
     table.part(tuple(table.seats[:4]), tuple(table.seats[4:]))
     seat = table.seats[4]
     table.advance(AFTER_S + MARGIN_S)
     go_on(table, 2, seat)
     assert seat.core.head.round == 2 and seat.vote is not None and seat.vote.round == 2
+    table.make_ready(seat, label="/open")
+    seat.core.take_effects()
+    seat.vote = before = seat.core._vote
+    assert before.round == 3 and before.led == 1
     seat.core.take_effects()
     certified = sign_reroot(table.head, PEERS[:2], OWNER)
     chosen = digest_record(certified.result)
-    seat.core.switch(table.head, chosen, table.now)
-    records = [effect.vote for effect in seat.core.take_effects() if isinstance(effect, Persist)]
-    assert records[0] == VoteRecord(round=1, chosen=chosen)
+    leave_for(seat, table, certified, end=1)
+    assert seat.vote is not None and seat.vote.pledge is not None and seat.vote.pledge.digest == chosen
+    assert [(one.round, one.base) for one in seat.vote.left] == [(before.round, before.base)]
     assert (seat.core.round, seat.core.attempt, seat.core.head) == (1, 0, table.head)
-    seat.vote = records[-1]
+    seat.core = table.make_core(4, table.head, seat.vote)
     table.hear(seat, certified)
-    assert seat.core.head.digest == chosen
+    assert seat.core.head.digest == chosen, "and it knows where it goes after a restart, too"
+
+
+def test_who_goes_over_signs_nothing_until_it_is_there_and_takes_up_its_record_when_it_comes_back() -> None:
+    table = Table(3)
+    lead, voter, _ = table.order()
+    table.blocked = withhold(Certified)
+    table.make_ready()
+    table.settle()
+    assert voter.vote is not None and voter.vote.accepted is not None
+    signed = voter.vote
+    certified = sign_reroot(table.head, PEERS[:2], OWNER)
+    leave_for(voter, table, certified, end=1)
+    voter.core.take_effects()
+    voter.core.receive(Prepare(round=1, attempt=1), table.order()[1].peer, table.now)
+    said = [effect for effect in voter.core.take_effects() if isinstance(effect, Send)]
+    assert said == [], "its promises for this very round are put away"
+    # The log that it left has grown heavier after all.
+    certificate = lead.committed[0]
+    leave_for(voter, table, certificate, end=1)
+    assert voter.core.take_effects() is not None
+    voter.core = table.make_core(voter.number, table.head, replace(voter.vote, pledge=None))
+    core_vote = voter.core._vote
+    assert (core_vote.accepted, core_vote.promised, core_vote.led) == (signed.accepted, signed.promised, signed.led)
