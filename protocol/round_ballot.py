@@ -246,9 +246,9 @@ class RoundBallot(RoundState):
         if message.attempt == REROOT_ATTEMPT:
             self._take_declaration(message, sender, now)
             return
+        self._check_result(message.result)
         self._check_proposer(message.attempt, sender)
         self._check_jump(message.attempt)
-        self._check_result(message.result)
         if message.attempt < self._vote.promised:
             self._send(sender, Nack(round=self.round, attempt=message.attempt, promised=self._vote.promised))
         elif not self._decided:

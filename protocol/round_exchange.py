@@ -88,6 +88,8 @@ class RoundExchange(RoundBallot):
             self._send(peer, signed)
 
     def _take_plan(self, plan: Plan, sender: PeerId, now: float) -> None:
+        if plan.previous != self.head.digest:
+            raise ProtocolError(Refusal.OTHER_LOG, f"plan of round {plan.round} builds on another state than ours")
         self._check_proposer(plan.attempt, sender)
         self._check_jump(plan.attempt)
         verify_message(sender, self._swarm, plan)

@@ -59,7 +59,7 @@ from shoal.protocol.round_state import (
     round_of,
 )
 
-# Ballots name no base: of a peer that is not known to follow the same log they prove nothing.
+# Ballots name no base, and after a re-root there may be another log in which they are right: they prove nothing.
 BASELESS = (Refusal.WRONG_PROPOSER, Refusal.NOT_A_MEMBER, Refusal.WRONG_DIGEST)
 
 
@@ -135,12 +135,13 @@ class RoundCore(RoundExchange):
         try:
             self._dispatch(message, sender, now)
         except ProtocolError as error:
-            has_base = isinstance(message, Certified) or self._shares_head(sender)
-            baseless = error.refusal in BASELESS and not has_base
-            if error.refusal is not Refusal.OTHER_LOG and not baseless and not self._is_elsewhere(sender):
+            is_elsewhere = error.refusal is Refusal.OTHER_LOG or self._is_elsewhere(sender)
+            is_ballot = error.refusal in BASELESS and not isinstance(message, Plan | Proposal | Certified)
+            if not is_elsewhere and not is_ballot:
                 raise
-            self._dropped = Refusal.OTHER_LOG
-            self._note_fork(sender, now)
+            self._dropped = Refusal.OTHER_LOG if is_elsewhere else error.refusal
+            if is_elsewhere or not self._shares_head(sender):
+                self._note_fork(sender, now)
         dropped = self._dropped
         self._evaluate(now)
         return dropped

@@ -388,6 +388,19 @@ def effects_of(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> list[Effe
     return seat.core.take_effects()
 
 
+def turned_down(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> Refusal | None:
+    """Why the seat takes no notice of a message, whether or not it blames the sender."""
+    seat.core.take_effects()
+    before = look(seat)
+    try:
+        refusal = seat.core.receive(message, sender, 0.0)
+    except ProtocolError as error:
+        refusal = error.refusal
+    assert look(seat) == before
+    assert all(isinstance(effect, Forked) for effect in seat.core.take_effects())
+    return refusal
+
+
 def drop_of(seat: Seat, message: ROUND_MESSAGES, sender: PeerId) -> Refusal | None:
     """Why the seat drops a message that changes nothing for it, and for which nobody is to blame."""
     seat.core.take_effects()

@@ -21,7 +21,16 @@ from shoal.protocol.messages import (
 )
 from shoal.protocol.quorum import QuorumRule, quorum_size
 from tests.unit.protocol.liars import OTHER, sign_lock, sit_down, speak_otherwise
-from tests.unit.protocol.round_table import Seat, drop_of, effects_of, nothing, only_to, refusal_of, withhold
+from tests.unit.protocol.round_table import (
+    Seat,
+    drop_of,
+    effects_of,
+    nothing,
+    only_to,
+    refusal_of,
+    turned_down,
+    withhold,
+)
 from tests.unit.protocol.samples import IDENTITIES, OTHER_SWARM, PEERS, SWARM
 
 
@@ -230,8 +239,8 @@ def test_a_lock_counts_for_its_voter_and_what_was_proposed() -> None:
     (lock,) = voter.said(Lock)
     foreign = sign_message(IDENTITIES[5], SWARM, replace(lock, voter=PEERS[5]))
     assert refusal_of(lead, lock, other.peer) is Refusal.WRONG_PEER
-    assert drop_of(lead, foreign, PEERS[5]) is Refusal.OTHER_LOG
-    assert refusal_of(lead, replace(lock, result_digest=OTHER), voter.peer) is Refusal.WRONG_DIGEST
+    assert drop_of(lead, foreign, PEERS[5]) is Refusal.NOT_A_MEMBER
+    assert turned_down(lead, replace(lock, result_digest=OTHER), voter.peer) is Refusal.WRONG_DIGEST
     assert refusal_of(lead, replace(lock, signature=bytes(64)), voter.peer) is Refusal.BAD_SIGNATURE
     assert refusal_of(lead, sign_message(voter.identity, OTHER_SWARM, lock), voter.peer) is Refusal.BAD_SIGNATURE
     assert drop_of(lead, replace(lock, attempt=4), voter.peer) is Refusal.WRONG_ATTEMPT
@@ -260,8 +269,8 @@ def test_only_a_quorums_locks_on_what_was_proposed_are_voted_for() -> None:
         (replace(locked.certificate, locks=elsewhere), Refusal.WRONG_ATTEMPT),
         (replace(locked.certificate, locks=(*locks[:2], unsigned)), Refusal.BAD_SIGNATURE),
     ):
-        assert refusal_of(voter, replace(locked, certificate=certificate), lead.peer) is expected
-    assert refusal_of(voter, locked, other.peer) is Refusal.WRONG_PROPOSER
+        assert turned_down(voter, replace(locked, certificate=certificate), lead.peer) is expected
+    assert drop_of(voter, locked, other.peer) is Refusal.WRONG_PROPOSER
     later = LockCertificate(attempt=4, locks=tuple(sign_lock(lock, attempt=4) for lock in locks))
     assert drop_of(voter, Locked(round=1, certificate=later), lead.peer) is Refusal.WRONG_ATTEMPT
     assert voter.said(Vote) == []

@@ -24,7 +24,7 @@ from shoal.protocol.messages import (
 from shoal.protocol.proposer import revise_plan
 from shoal.protocol.quorum import make_bitmap, proposer_order
 from shoal.protocol.round_state import BEHIND_RETRY_S, EARLY_MESSAGES_MAX, EARLY_PER_SENDER_MAX
-from tests.unit.protocol.round_table import Table, drop_of, effects_of, look, refusal_of, withhold
+from tests.unit.protocol.round_table import Table, drop_of, effects_of, look, refusal_of, turned_down, withhold
 from tests.unit.protocol.samples import (
     IDENTITIES,
     OTHER_SWARM,
@@ -68,10 +68,9 @@ def test_only_the_proposer_of_an_attempt_leads_it() -> None:
     plan = table.begin_exchange()
     own = sign_message(second.identity, SWARM, replace(plan, revision=1))
     for message in (Prepare(round=1, attempt=4), own, result_for(table)):
-        assert refusal_of(follower, message, second.peer) is Refusal.WRONG_PROPOSER
-        # Nobody knows what log a stranger follows, and who leads there.
-        assert drop_of(follower, message, PEERS[STRANGER]) is Refusal.OTHER_LOG
-    assert refusal_of(follower, Prepare(round=1, attempt=5), lead.peer) is Refusal.WRONG_PROPOSER
+        assert turned_down(follower, message, second.peer) is Refusal.WRONG_PROPOSER
+        assert turned_down(follower, message, PEERS[STRANGER]) is Refusal.WRONG_PROPOSER
+    assert drop_of(follower, Prepare(round=1, attempt=5), lead.peer) is Refusal.WRONG_PROPOSER
 
 
 def test_a_plan_that_its_proposer_did_not_sign_is_refused() -> None:
@@ -232,10 +231,10 @@ def test_strangers_have_no_say_in_a_prepare_phase() -> None:
     second = table.order()[1]
     assert second.core.phase is Phase.PREPARE
     promise = Promise(round=1, attempt=1, accepted_attempt=0, accepted=None)
-    assert refusal_of(second, promise, PEERS[4]) is Refusal.NOT_A_MEMBER
+    assert drop_of(second, promise, PEERS[4]) is Refusal.NOT_A_MEMBER
     # One that could end any attempt, and run the attempt numbers out.
     nack = Nack(round=1, attempt=1, promised=2**32 - 1)
-    assert refusal_of(second, nack, PEERS[4]) is Refusal.NOT_A_MEMBER
+    assert drop_of(second, nack, PEERS[4]) is Refusal.NOT_A_MEMBER
     bad = replace(promise, accepted=replace(result_for(table).result, codec="fp32"))
     assert refusal_of(second, bad, table.order()[2].peer) is Refusal.NOT_PLANNED
 
@@ -288,8 +287,8 @@ def test_a_vote_counts_for_its_voter_and_what_was_proposed() -> None:
     result = lead.said(Proposal)[0].result
     vote = make_vote(voter.identity, result)
     assert refusal_of(lead, vote, other.peer) is Refusal.WRONG_PEER
-    assert refusal_of(lead, make_vote(IDENTITIES[4], result), PEERS[4]) is Refusal.NOT_A_MEMBER
-    assert refusal_of(lead, make_vote(voter.identity, RESULT), voter.peer) is Refusal.WRONG_DIGEST
+    assert drop_of(lead, make_vote(IDENTITIES[4], result), PEERS[4]) is Refusal.NOT_A_MEMBER
+    assert drop_of(lead, make_vote(voter.identity, RESULT), voter.peer) is Refusal.WRONG_DIGEST
     assert refusal_of(lead, replace(vote, signature=bytes(64)), voter.peer) is Refusal.BAD_SIGNATURE
     assert effects_of(lead, make_vote(voter.identity, result, attempt=4), voter.peer) == []
     lead.core.receive(vote, voter.peer, 0.0)
