@@ -18,7 +18,6 @@ from shoal.protocol.messages import (
     Contribution,
     Prepare,
     Presence,
-    Proposal,
     Ready,
     SignedReady,
     Vote,
@@ -177,9 +176,9 @@ async def test_a_message_that_no_honest_peer_sends_is_reported_and_one_that_is_l
         unsigned = replace(chain.certificates[0], votes=chain.certificates[0].votes[:1])
         await puppet.tell(peer, Certified(certificate=unsigned))
         await wait_until(lambda: len(peer.misbehaviours) == 2)
-        # Of a peer on a log that nobody knows, a ballot out of turn proves nothing.
-        await puppet.tell(peer, Proposal(attempt=3, result=chain.certificates[0].result))
-        await wait_until(lambda: read(peer, "refusals_total", reason="other_log", plane="control") == 1)
+        # A ballot out of turn proves nothing: there may be another log.
+        await puppet.tell(peer, Prepare(round=1, attempt=3))
+        await wait_until(lambda: read(peer, "refusals_total", reason="wrong_proposer", plane="control") == 1)
         await puppet.tell(peer, Prepare(round=9, attempt=0))
         await wait_until(lambda: read(peer, "refusals_total", reason="wrong_round", plane="control") == 1)
         assert len(peer.misbehaviours) == 2
