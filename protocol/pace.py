@@ -19,6 +19,9 @@ DEVIATIONS = 4.0
 FIRST_DEVIATION = 1 / 8  # of the first sample
 MARGIN_S = 0.25  # presences are gossiped: a READY is heard a little after it was said
 PATIENCE = 4.0  # a part may take this many times the usual
+SLOWER = 2.0  # times the middle one's duration: less is noise
+SPEED_MIN = 0.05
+RELAXATION = 0.9  # a round
 ALLOWANCE_MIN = 0.25  # of the limit; a machine that is busy for a moment is not slow
 
 
@@ -112,7 +115,23 @@ class PartPace:
         known = self._durations.get(peer)
         if known is None:
             return limit_s
+        usual_s = max(known.upper_s(), self._find_middle_s())
+        return min(limit_s, max(ALLOWANCE_MIN * limit_s, PATIENCE * usual_s))
+
+    def speed(self, peer: PeerId) -> float:
+        """1 for a peer that keeps up with the middle one; for a much slower one the ratio of their rates."""
+        known = self._durations.get(peer)
+        if known is None or known.mean_s <= SLOWER * self._find_middle_s():
+            return 1.0
+        return max(SPEED_MIN, self._find_middle_s() / known.mean_s)
+
+    def relax(self, peer: PeerId) -> None:
+        """A slow peer was given nothing to do: what is known of it grows old, so that it is tried again."""
+        if self.speed(peer) < 1.0:
+            self._durations[peer].mean_s *= RELAXATION
+            self._middle_s = None
+
+    def _find_middle_s(self) -> float:
         if self._middle_s is None:
             self._middle_s = statistics.median(one.mean_s for one in self._durations.values())
-        usual_s = max(known.upper_s(), self._middle_s)
-        return min(limit_s, max(ALLOWANCE_MIN * limit_s, PATIENCE * usual_s))
+        return self._middle_s

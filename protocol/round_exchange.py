@@ -58,7 +58,7 @@ class RoundExchange(RoundBallot):
             self._rules.codec,
             {peer: ready[peer] for peer in chosen},
             self._parts,
-            {peer: self._shares.share(peer) for peer in chosen},
+            {peer: self._shares.share(peer) * self._owner_pace.speed(peer) for peer in chosen},
         )
         if plan is None:
             return

@@ -277,6 +277,9 @@ class RoundCore(RoundExchange):
         """What this round told about its members' pace."""
         if self._plan:
             owners = frozenset(self._owner(part) for part in range(self._parts))
+            for peer in self._roster_peers():
+                if peer not in owners:
+                    self._owner_pace.relax(peer)
             self._shares.note_round(self.round, owners | self._slow_owners, frozenset(self._slow_owners))
         if self._decided:
             result = self._decided.result

@@ -4,7 +4,15 @@ import pytest
 
 from shoal.protocol import pace as module
 from shoal.protocol.identity import PeerId
-from shoal.protocol.pace import ALLOWANCE_MIN, FIRST_DEVIATION, MARGIN_S, PATIENCE, PartPace, ReadyPace
+from shoal.protocol.pace import (
+    ALLOWANCE_MIN,
+    FIRST_DEVIATION,
+    MARGIN_S,
+    PATIENCE,
+    SPEED_MIN,
+    PartPace,
+    ReadyPace,
+)
 from tests.unit.protocol.samples import PEERS
 
 A, B, C = PEERS[:3]
@@ -174,3 +182,17 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ready.expected_s(PEERS[-1]) is not None, "the newest are kept"
     assert parts.allowance_s(PEERS[0], LIMIT_S) == LIMIT_S
     assert parts.allowance_s(PEERS[-1], LIMIT_S) == ALLOWANCE_MIN * LIMIT_S
+
+
+def test_a_much_slower_owner_counts_by_its_rate_until_what_is_known_grows_old() -> None:
+    pace = PartPace()
+    for number, duration_s in enumerate((0.1, 0.1, 0.15, 1.0)):
+        pace.note_part(PEERS[number], duration_s)
+    assert [pace.speed(peer) for peer in PEERS[:3]] == [1.0, 1.0, 1.0], "a little slower is noise"
+    assert pace.speed(PEERS[3]) == pytest.approx(0.125)
+    assert pace.speed(PEERS[5]) == 1.0, "nothing is known of it"
+    for _ in range(20):
+        pace.relax(PEERS[3])
+    assert pace.speed(PEERS[3]) == 1.0
+    pace.note_part(PEERS[4], 100.0)
+    assert pace.speed(PEERS[4]) == SPEED_MIN

@@ -95,9 +95,9 @@ def test_an_owner_whose_parts_stay_is_not_given_more_time_by_those_that_move() -
     for number in range(1, 7):
         begin(table)
         slowest = table.seats[3]
-        table.advance(0.05)
+        table.advance(0.55)
         table.finish_reductions(*table.seats[:3])
-        table.advance(0.95)
+        table.advance(0.45)
         table.finish_reductions(slowest)
         assert slowest.core.head.round == number
     lead, _ = begin(table)
@@ -113,7 +113,8 @@ def test_an_owner_whose_parts_stay_is_not_given_more_time_by_those_that_move() -
         for effect in lead.did(PartReassigned):
             moved_s.setdefault(effect.old_owner, table.now - began_s)
     assert moved_s[quick.peer] < OWNER_S_MAX / 2
-    assert max(moved_s.values()) <= OWNER_S_MAX + STEP_S
+    # The slower one may have been given a part of the quick one's then, and has its time for that.
+    assert max(moved_s.values()) <= moved_s[quick.peer] + OWNER_S_MAX - RULES.sender_timeout_s + 1.0
 
 
 def test_an_owner_that_goes_on_and_on_leaves_time_for_another_one() -> None:
