@@ -265,7 +265,7 @@ class Checker:
     def declared(self, peer: "SimPeer", wait_s: float) -> None:
         """This peer has a part in a declared re-root: it must have missed the quorum for so long."""
         missed_s = peer.clock() - self._quorum_seen_s[peer.identity.peer]
-        if missed_s < wait_s:
+        if missed_s < wait_s - 1e-6:
             raise broken("a declaration comes after its timer", f"peer {peer.number} missed a quorum for {missed_s} s")
 
     def _check_members(self, result: Result) -> None:

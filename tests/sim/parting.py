@@ -12,7 +12,7 @@ from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.lineage import check_stretch, find_parting, is_lawful, weigh
 from shoal.protocol.manifest import genesis_head
-from shoal.protocol.messages import Certificate, Vote, digest_record, sign_message
+from shoal.protocol.messages import Certificate, Result, Vote, digest_record, sign_message
 from shoal.protocol.proposer import make_voters_result
 from shoal.protocol.quorum import REROOT_ATTEMPT, Head
 from tests.sim.catchup import CERTIFICATE_BYTES, QUESTION_BYTES, ask_for_log
@@ -89,12 +89,10 @@ def _compare(peer: "SimPeer", donor: "SimPeer", theirs: tuple[Certificate, ...])
     except ProtocolError as error:
         peer.world.checker.accused(peer, donor.identity.peer, other[0], error)
         return
-    pledge = peer.core.pledge()
-    weight = weigh(own)
+    pledge, weight = peer.core.pledge(), weigh(own)
     if pledge is not None and weight.tokens < pledge.tokens:
-        weight = replace(
-            weight, tokens=pledge.tokens
-        )  # half of a log that is being replayed weighs as much as all of it
+        # Half of a log that is being replayed weighs as much as all of it.
+        weight = replace(weight, tokens=pledge.tokens)
     if weight < weigh(other):
         _go_over(peer, donor, first, theirs)
 
@@ -109,13 +107,17 @@ def _check_log(peer: "SimPeer", own: Certificate, other: tuple[Certificate, ...]
 
 
 def _go_over(peer: "SimPeer", donor: "SimPeer", first: int, theirs: tuple[Certificate, ...]) -> None:
-    """What was certified since is put aside at once; the state is back a while later."""
+    """First it is durable where the peer goes; then what was certified since is put aside, and the state goes back."""
     last = theirs[-1].result
     peer.world.happen(f"goes over {peer.number}, to the log of {donor.number} from round {first} to {last.round}")
     peer.busy = True
     chosen = digest_record(theirs[first - 1].result)
     tokens = weigh(theirs[first - 1 :]).tokens
     peer.disk.vote = peer.core.leave_log(Pledge(first=first, digest=chosen, end=last.round, tokens=tokens))
+    peer.later(peer.work_s(0.002, 0.02), _rewind, peer, donor, first, last)
+
+
+def _rewind(peer: "SimPeer", donor: "SimPeer", first: int, last: Result) -> None:
     peer.disk.abandon(first)
     found = restore(peer)
     peer.world.checker.rewound(peer, first, digest_record(last), found)
