@@ -400,7 +400,7 @@ class RoundBallot(RoundState):
 
     def _decide(self, certificate: Certificate, now: float) -> None:
         check_certificate(certificate, self.head, self._authority)
-        if self._decided or not self._follows_reroot(certificate):
+        if self._decided or not self._follows_reroot(certificate, now):
             return
         self._decided = certificate
         if self._missing(certificate.result):
@@ -408,12 +408,15 @@ class RoundBallot(RoundState):
             self._fetch_s = now + FETCH_DELAY_S if self._plan else now
             self._set_phase(Phase.FETCH, None)
 
-    def _follows_reroot(self, certificate: Certificate) -> bool:
-        """While a quorum stands in this round nobody leaves it, unless the owner has spoken."""
+    def _follows_reroot(self, certificate: Certificate, now: float) -> bool:
+        """While a quorum stands in this round and gets on, nobody leaves it, unless the owner has spoken. A quorum that
+        has certified nothing in the declared time lacks something else, such as peers that have followed the others."""
         if not is_reroot(certificate) or {vote.voter for vote in certificate.votes} == {self._authority.owner}:
             return True
         pledge = self._vote.pledge
         if pledge is not None and (pledge.first, pledge.digest) == (self.round, digest_record(certificate.result)):
+            return True
+        if now >= self._began_s + self._rules.reroot_after_s:
             return True
         here = [peer for peer, known in self._members.items() if known.head_round <= self.head.round]
         return sum(peer == self._me or peer in here for peer in self.head.voters) < self._quorum_size()

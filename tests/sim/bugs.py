@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shoal.protocol.errors import ProtocolError
 from tests.sim import planted_exchange, planted_lies, planted_state, planted_votes
 from tests.sim.checkers import InvariantBroken, broken
 from tests.sim.drills import Drill
@@ -73,6 +74,8 @@ def play(arena: Arena, seed: int) -> tuple[int, InvariantBroken | None]:
         game.run()
     except InvariantBroken as error:
         problem = error
+    except ProtocolError as error:
+        problem = broken("a core refuses others, not itself", str(error))
     return len(game.checker.results if isinstance(game, World) else game.results), problem
 
 

@@ -304,6 +304,23 @@ def test_a_majority_goes_on_and_the_others_come_back_to_it() -> None:
     assert table.refusals == []
 
 
+def test_a_quorum_that_certifies_nothing_follows_those_who_have_gone_on() -> None:
+    # Three of three must be ready, and the third has declared a log of its own: neither side can go on alone.
+    table = Table(3, rules=replace(TIMED, peers_min=3))
+    table.beats = True
+    many, few = table.seats[:2], table.seats[2:]
+    table.part(tuple(many), tuple(few))
+    table.advance(AFTER_S + MARGIN_S)
+    assert [seat.core.head.round for seat in table.seats] == [0, 0, 1]
+    table.heal()
+    table.hear(many[0], few[0].committed[0])
+    table.hear(many[1], few[0].committed[0])
+    assert {seat.core.head.digest for seat in table.seats} == {few[0].core.head.digest}
+    table.make_ready()
+    table.run(2)
+    assert table.result(2).round == 2
+
+
 def test_nobody_is_accused_while_two_logs_meet() -> None:
     # The many have named the few voters again before they knew that these follow a log of their own.
     table = Table(5, rules=TIMED)
@@ -313,6 +330,8 @@ def test_nobody_is_accused_while_two_logs_meet() -> None:
     table.advance(AFTER_S + MARGIN_S)
     assert [set(seat.core.head.voters) for seat in few] == [set(PEERS[3:5])] * 2
     assert all(seat.core.head.round == 0 for seat in many)
+    for seat in many:
+        table.restart(seat)  # so that the round has not been open for long
     table.heal()
     for number in (1, 2, 3):
         table.make_ready(*few)
