@@ -145,7 +145,7 @@ def accepted_ignored(patches: Patches) -> None:
     patches.everywhere(proposer.choose_accepted, lambda promises: None)
 
 
-@bug(arena=Arena.SCHEDULE, seed=11, by="what may be certified is proposed again")
+@bug(arena=Arena.SCHEDULE, seed=37, by="what may be certified is proposed again")
 def accepted_of_lowest_attempt(patches: Patches) -> None:
     """Of several accepted results a new proposer takes the oldest."""
 
@@ -178,7 +178,7 @@ def promises_not_waited_for(patches: Patches) -> None:
     patches.wrap(RoundCore, "_prepare", prepare)
 
 
-@bug(arena=Arena.SCHEDULE, seed=80, by="no honest peer is accused")
+@bug(arena=Arena.SCHEDULE, seed=231, by="no honest peer is accused")
 def attempt_led_twice(patches: Patches) -> None:
     """A proposer that restarts leads the same attempt a second time."""
     patches.set(RoundCore, "_mark_led", lambda self: None)
