@@ -15,6 +15,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -209,7 +210,8 @@ class _Flow:
     def _pass_end(self) -> None:
         idle = not self._unsent and self._next_delivered == self._next_sent
         if self._ended and idle and not self.frozen and not self._sink.transport.is_closing():
-            self._sink.transport.write_eof()
+            with suppress(OSError):  # the other end has gone without waiting for this one
+                self._sink.transport.write_eof()
             self.finished = True
             self._source.connection.close_when_finished()
 
