@@ -288,7 +288,7 @@ class Daemon:
             self.manifest.authority(swarm),
             PartingPorts(
                 ask=self.catch_up.ask_certificates,
-                head_of=self._head_of,
+                head_of=self.membership.head_of,
                 switch=self._switch,
                 pledge=self.core.pledge,
                 misbehaved=self.intake.misbehaved,
@@ -552,11 +552,7 @@ class Daemon:
     async def _part(self, peer: PeerId) -> None:
         """The peer follows another log: compare, and go over to it where it is the heavier one."""
         if not self.catch_up.active and await self.parting.run(peer):
-            await self.catch_up.run(peer, self._head_of(peer))
-
-    def _head_of(self, peer: PeerId) -> int:
-        known = self.membership.table.newest(peer)
-        return known.head_round if known else 0
+            await self.catch_up.run(peer, self.membership.head_of(peer))
 
     async def _switch(self, pledge: Pledge) -> None:
         self.presence.ready = None

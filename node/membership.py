@@ -191,6 +191,11 @@ class Membership:
 
     # -- discovery -------------------------------------------------------------------------------------------------
 
+    def head_of(self, peer: PeerId) -> int:
+        """The newest round that this peer has announced."""
+        known = self.table.newest(peer)
+        return known.head_round if known else 0
+
     async def discover(self) -> None:
         """Announce in the DHT, look up others there, and keep dialling peers from the book."""
         while True:
