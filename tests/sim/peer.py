@@ -144,8 +144,12 @@ class SimPeer(SimMachine):
         if not live:
             return False
         busy = self.core.phase is not Phase.GATHER and me in self.core.view().roster
-        voters = self.core.head.voters
-        return busy or (me in voters and any(voter in live and not live[voter].leaving for voter in voters))
+        head = self.core.head
+        others_vote = any(voter in live and not live[voter].leaving for voter in head.voters)
+        # The certificate that drops this peer may be here only.
+        known = any(live[voter].head_round >= head.round for voter in head.voters if voter in live)
+        untold = others_vote and not known and me not in head.voters
+        return busy or untold or (me in head.voters and others_vote)
 
     # -- training ------------------------------------------------------------------------------------------------
 

@@ -430,8 +430,9 @@ class World:
         return len([peer for peer in self.peers if not peer.left and not peer.leaving and not peer.gone])
 
     def counts_on(self, peer: SimPeer) -> bool:
-        """Whether any log has this peer among its voters."""
-        return any(peer.identity.peer in head.voters for head in self.checker.logs.ends())
+        """Whether any log has this peer among its voters, or somebody waits for it who does not know the log's end."""
+        heads = [*self.checker.logs.ends(), *self._heads()]
+        return any(peer.identity.peer in head.voters for head in heads)
 
     def _may_leave(self, peer: SimPeer) -> bool:
         if peer.leaving or self._count_staying() + len(self.waiting) <= self.cluster.peers_min:
