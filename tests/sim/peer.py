@@ -136,6 +136,7 @@ class SimPeer(SimMachine):
             return
         self._announce()
         self.up = False
+        self.world.unsettle()
         # Who goes for good while the swarm counts on its vote takes the quorum along; such a peer counts as crashed.
         self.left = not self.world.counts_on(self)
 

@@ -16,7 +16,7 @@ from tests.sim.faults import DiskFate, Fault, FaultKind, Lie, Moment
 from tests.sim.shrink import RUNS_MAX, shrink
 from tests.sim.world import Cluster, World
 
-SEEDS = range(702, 710)
+SEEDS = (*range(702, 710), 2310198129)  # in the last one a peer comes back in the calm and a round starts over
 SEEDS_THAT_PART = (15, 24, 71, 125, 154, 169, 186, 187, 220, 266, 303, 314)
 
 

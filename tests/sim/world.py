@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -178,6 +179,7 @@ class World:
         self._sequence = itertools.count()
         self._active: dict[int, Fault] = {}  # what lasts, by index
         self._calm = False
+        self._settled_s = 0.0  # until then peers come, go, or have not heard of each other
         self._lived: list[Head] = []  # on which logs peers were when faults stopped
         self._populate(rng)
 
@@ -266,17 +268,7 @@ class World:
         self._begin_calm()
         if self.cluster.may_part:
             self._come_together()
-        # Once presences have told everybody who is there; then, rounds in which nobody has made an attempt yet.
-        self._run_until(self.now + self.manifest.rounds.presence_timeout_s, None)
-        first_calm = max(peer.core.round for peer in self.peers if peer.up) + 1
-        goal = first_calm + CALM_ROUNDS - 1
-        limit = self.now + CALM_LIMIT_S
-        self._run_until(limit, lambda: all(peer.core.head.round >= goal for peer in self.peers if peer.up))
-        late = [peer.number for peer in self.peers if peer.up and peer.core.head.round < goal]
-        if late:
-            states = [f"{peer.number}: {peer.core.view()}" for peer in self.peers if peer.up]
-            raise broken("rounds commit after faults stop", f"peers {late} short of round {goal}\n" + "\n".join(states))
-        self._check_calm(first_calm, goal)
+        self._run_calm_rounds()
         if self.cluster.may_part:
             self.checker.logs.check_chosen(max(self._heads(), key=lambda head: head.round), self._lived)
         counts = [count for count in self.checker.participants.values() if count]
@@ -424,6 +416,7 @@ class World:
             peer.left = False  # a round that it took part in was certified after it went
         if not peer.up and not peer.left and not peer.gone:
             self.happen(f"restart {peer.number}")
+            self.unsettle()
             peer.boot()
 
     def _count_staying(self) -> int:
@@ -464,6 +457,7 @@ class World:
         for peer in self.peers:
             peer.paused_until_s = 0.0
             peer.wake()
+        self.unsettle()
         self._tend_calm()
 
     def _tend_calm(self) -> None:
@@ -471,6 +465,34 @@ class World:
         for peer in self.peers:
             self._restart(peer)
         self.schedule(TEND_PERIOD_S, self._tend_calm)
+
+    def unsettle(self) -> None:
+        """Somebody came or went: presences must tell everybody before it counts how many attempts a round takes."""
+        self._settled_s = max(self._settled_s, self.now + self.manifest.rounds.presence_timeout_s)
+
+    def _run_calm_rounds(self) -> None:
+        limit = self.now + CALM_LIMIT_S
+        while True:
+            # Rounds in which nobody has made an attempt before all was settled.
+            while self.now < self._settled_s:
+                self._run_until(self._settled_s, None)
+            settled_s = self._settled_s
+            first = max(peer.core.round for peer in self.peers if peer.up) + 1
+            goal = first + CALM_ROUNDS - 1
+            self._run_until(limit, partial(self._is_done, goal, settled_s))
+            if self._settled_s == settled_s:
+                break
+        if self._late(goal):
+            states = [f"{peer.number}: {peer.core.view()}" for peer in self.peers if peer.up]
+            detail = f"peers {self._late(goal)} short of round {goal}\n" + "\n".join(states)
+            raise broken("rounds commit after faults stop", detail)
+        self._check_calm(first, goal)
+
+    def _is_done(self, goal: int, settled_s: float) -> bool:
+        return self._settled_s > settled_s or not self._late(goal)
+
+    def _late(self, goal: int) -> list[int]:
+        return [peer.number for peer in self.peers if peer.up and peer.core.head.round < goal]
 
     def _check_calm(self, first: int, last: int) -> None:
         """After faults stop, a round needs at most two attempts."""
