@@ -103,27 +103,26 @@ class Parting:
 
     async def _find(self, peer: PeerId) -> tuple[list[Certificate], list[Certificate]] | None:
         """Both logs from the round where they part to their ends; None when they do not part."""
-        last = min(self._state.head.round, self._ports.head_of(peer))
-        first = last
-        while first > max(0, last - ROUNDS_MAX):
-            start = max(1, first - CERTIFICATES_PER_ANSWER + 1)
-            theirs = await self._ports.ask(peer, start, first - start + 1)
-            mine = await asyncio.to_thread(self._state.load_certificates, start, first - start + 1)
-            parts_at = find_parting(mine, theirs)
-            if parts_at is None:
-                return None
-            if parts_at > start or start == 1:
-                return await self._read_both(peer, parts_at)
-            first = start - 1
-            # The page before this one may agree to its end: then this page's first round is where they part.
-            if await self._agrees(peer, first):
-                return await self._read_both(peer, start)
-        return None
+        parts_at = await self._find_parting(peer)
+        return None if parts_at is None else await self._read_both(peer, parts_at)
 
-    async def _agrees(self, peer: PeerId, number: int) -> bool:
-        theirs = await self._ports.ask(peer, number, 1)
-        mine = await asyncio.to_thread(self._state.load_certificates, number, 1)
-        return bool(mine and theirs) and mine[0].result == theirs[0].result
+    async def _find_parting(self, peer: PeerId) -> int | None:
+        """Go back page by page, until one begins with what both hold."""
+        last = min(self._state.head.round, self._ports.head_of(peer))
+        parts_at: int | None = None
+        for end in range(last, max(0, last - ROUNDS_MAX), -CERTIFICATES_PER_ANSWER):
+            start = max(1, end - CERTIFICATES_PER_ANSWER + 1)
+            count = end - start + 1
+            theirs = await self._ports.ask(peer, start, count)
+            mine = await asyncio.to_thread(self._state.load_certificates, start, count)
+            found = find_parting(mine, theirs)
+            if found is None:
+                # They agree to the end of this page, so they part where the later one begins. A gap says nothing.
+                return parts_at if len(mine) == len(theirs) == count else None
+            if found > start or start == 1:
+                return found
+            parts_at = found
+        return None
 
     async def _read_both(self, peer: PeerId, first: int) -> tuple[list[Certificate], list[Certificate]]:
         theirs: list[Certificate] = []

@@ -75,12 +75,14 @@ class Other:
     told: list[str] = field(default_factory=list)
     asked: int = 0
     is_gone: bool = False
+    kept_from: int = 1  # earlier certificates are not handed out
 
     async def ask(self, peer: PeerId, first: int, count: int) -> tuple[Certificate, ...]:
         if self.is_gone:
             raise PeerUnreachable(peer, Failure.PEER_LOST, "it is gone")
         self.asked += 1
-        return self.chain.certificates[first - 1 : first - 1 + min(count, 16)]
+        certificates = self.chain.certificates[first - 1 : first - 1 + min(count, 16)]
+        return certificates if first >= self.kept_from else ()
 
     async def switch(self, pledge: Pledge) -> None:
         self.switched.append(pledge)
@@ -104,7 +106,7 @@ async def compare(swarm: Swarm, folder: Path, mine: Chain, other: Other) -> Loca
     return state
 
 
-@pytest.mark.parametrize(("mine", "theirs"), [(8, 12), (7, 60), (40, 45), (6, 30)])
+@pytest.mark.parametrize(("mine", "theirs"), [(8, 12), (7, 60), (40, 45), (6, 30), (21, 30)])
 async def test_the_lighter_log_is_left_at_the_round_where_they_part(
     swarm: Swarm, tmp_path: Path, mine: int, theirs: int
 ) -> None:
@@ -173,6 +175,15 @@ async def test_a_peer_that_is_gone_changes_nothing(swarm: Swarm, tmp_path: Path)
     state = await compare(swarm, tmp_path, make_log(swarm, 8, reroots_after=COMMON), other)
     state.stores.ledger.close()
     assert (other.switched, other.accused) == ([], [])
+
+
+async def test_a_gap_where_the_logs_may_part_accuses_nobody(swarm: Swarm, tmp_path: Path) -> None:
+    # Round 6 is the first of a page, and the first that differs of those that are there: round 5 may differ, too.
+    other = Other(chain=make_log(swarm, 30, seed=1), kept_from=COMMON + 1)
+    state = await compare(swarm, tmp_path, make_log(swarm, 21, reroots_after=COMMON), other)
+    state.stores.ledger.close()
+    assert (other.switched, other.accused, other.told) == ([], [], [])
+    assert other.asked == 2
 
 
 async def test_going_back_keeps_the_common_rounds_the_residual_and_what_is_given_up(
