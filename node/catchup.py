@@ -24,6 +24,7 @@ from shoal.node.local_state import LocalState
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
+from shoal.protocol.lineage import check_stretch
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import (
     CERTIFICATES_PER_ANSWER,
@@ -36,7 +37,7 @@ from shoal.protocol.messages import (
     digest_record,
     encode_message,
 )
-from shoal.protocol.quorum import Head, check_certificate, check_votes
+from shoal.protocol.quorum import Head, check_certificate
 from shoal.protocol.state import SnapshotIndex, StateVector, decode_index_untrusted
 
 REPLAY_ROUNDS_MAX = 24  # behind by more, a snapshot is asked for first
@@ -167,6 +168,7 @@ class CatchUp:
         """The certificates from the own head to `last`, each signed by the voters that the one before it names."""
         head = self._state.head
         previous, voters = head.digest, head.voters
+        authority = self._manifest.authority(self._swarm)
         chain: list[Certificate] = []
         while head.round + len(chain) < last:
             self.detail = f"checking certificate {head.round + len(chain) + 1} of {last}"
@@ -174,13 +176,9 @@ class CatchUp:
             answered = await self.ask_certificates(peer, head.round + len(chain) + 1, count)
             if not answered:
                 break
-            for certificate in answered:
-                result = certificate.result
-                if result.round != head.round + len(chain) + 1 or result.previous != previous:
-                    raise ProtocolError(Refusal.OTHER_LOG, f"certificate of round {result.round} does not follow")
-                await asyncio.to_thread(check_votes, certificate, voters, self._manifest.authority(self._swarm))
-                previous, voters = digest_record(result), result.voters
-                chain.append(certificate)
+            await asyncio.to_thread(check_stretch, previous, voters, answered, authority)
+            previous, voters = digest_record(answered[-1].result), answered[-1].result.voters
+            chain += answered
         return chain
 
     async def _fetch_chunks(self, index: SnapshotIndex, donors: Sequence[PeerId]) -> tuple[Float32s, Float32s] | None:
