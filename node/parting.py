@@ -104,7 +104,11 @@ class Parting:
     async def _find(self, peer: PeerId) -> tuple[list[Certificate], list[Certificate]] | None:
         """Both logs from the round where they part to their ends; None when they do not part."""
         parts_at = await self._find_parting(peer)
-        return None if parts_at is None else await self._read_both(peer, parts_at)
+        if parts_at is None:
+            return None
+        mine, theirs = await self._read_both(peer, parts_at)
+        # Either peer may have left its log since: then the next sight of the other one begins anew.
+        return (mine, theirs) if find_parting(mine, theirs) == parts_at else None
 
     async def _find_parting(self, peer: PeerId) -> int | None:
         """Go back page by page, until one begins with what both hold."""
@@ -113,7 +117,7 @@ class Parting:
         for end in range(last, max(0, last - ROUNDS_MAX), -CERTIFICATES_PER_ANSWER):
             start = max(1, end - CERTIFICATES_PER_ANSWER + 1)
             count = end - start + 1
-            theirs = await self._ports.ask(peer, start, count)
+            theirs = await self._ask(peer, start, count)
             mine = await asyncio.to_thread(self._state.load_certificates, start, count)
             found = find_parting(mine, theirs)
             if found is None:
@@ -125,12 +129,18 @@ class Parting:
         return None
 
     async def _read_both(self, peer: PeerId, first: int) -> tuple[list[Certificate], list[Certificate]]:
-        theirs: list[Certificate] = []
-        while len(theirs) < ROUNDS_MAX:
-            page = await self._ports.ask(peer, first + len(theirs), CERTIFICATES_PER_ANSWER)
-            theirs += page
-            if len(page) < CERTIFICATES_PER_ANSWER:
-                break
+        theirs = await self._ask(peer, first, ROUNDS_MAX)
         count = self._state.head.round - first + 1
         mine = await asyncio.to_thread(self._state.load_certificates, first, count)
         return list(mine), theirs
+
+    async def _ask(self, peer: PeerId, first: int, count: int) -> list[Certificate]:
+        """The peer's certificates from round `first` on, `count` at most. Large ones do not all fit into one answer."""
+        found: list[Certificate] = []
+        while len(found) < count:
+            wanted = min(CERTIFICATES_PER_ANSWER, count - len(found))
+            answered = await self._ports.ask(peer, first + len(found), wanted)
+            if not answered:
+                break
+            found += answered
+        return found

@@ -18,7 +18,7 @@ from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.lineage import weigh
 from shoal.protocol.manifest import genesis_head
-from shoal.protocol.messages import Certificate, Vote, digest_record, sign_message
+from shoal.protocol.messages import CERTIFICATES_PER_ANSWER, Certificate, Vote, digest_record, sign_message
 from shoal.protocol.proposer import make_voters_result
 from shoal.protocol.quorum import REROOT_ATTEMPT, Head
 from shoal.protocol.replica import Replica
@@ -74,14 +74,17 @@ class Other:
     accused: list[ProtocolError] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     asked: int = 0
+    follows: Chain | None = None  # the log that it goes over to once it has been asked
     is_gone: bool = False
     kept_from: int = 1  # earlier certificates are not handed out
+    page: int = CERTIFICATES_PER_ANSWER  # so many fit into an answer
 
     async def ask(self, peer: PeerId, first: int, count: int) -> tuple[Certificate, ...]:
         if self.is_gone:
             raise PeerUnreachable(peer, Failure.PEER_LOST, "it is gone")
         self.asked += 1
-        certificates = self.chain.certificates[first - 1 : first - 1 + min(count, 16)]
+        certificates = self.chain.certificates[first - 1 : first - 1 + min(count, self.page)]
+        self.chain = self.follows or self.chain
         return certificates if first >= self.kept_from else ()
 
     async def switch(self, pledge: Pledge) -> None:
@@ -177,6 +180,18 @@ async def test_a_peer_that_is_gone_changes_nothing(swarm: Swarm, tmp_path: Path)
     assert (other.switched, other.accused) == ([], [])
 
 
+@pytest.mark.parametrize("page", [1, 7])
+async def test_certificates_that_are_too_large_for_a_whole_page_are_all_weighed(
+    swarm: Swarm, tmp_path: Path, page: int
+) -> None:
+    other = Other(chain=make_log(swarm, 45, seed=1), page=page)
+    state = await compare(swarm, tmp_path, make_log(swarm, 40, reroots_after=COMMON), other)
+    state.stores.ledger.close()
+    (pledge,) = other.switched
+    assert (pledge.first, pledge.end) == (COMMON + 1, 45)
+    assert pledge.tokens == weigh(other.chain.certificates[COMMON:]).tokens
+
+
 async def test_a_gap_where_the_logs_may_part_accuses_nobody(swarm: Swarm, tmp_path: Path) -> None:
     # Round 6 is the first of a page, and the first that differs of those that are there: round 5 may differ, too.
     other = Other(chain=make_log(swarm, 30, seed=1), kept_from=COMMON + 1)
@@ -184,6 +199,16 @@ async def test_a_gap_where_the_logs_may_part_accuses_nobody(swarm: Swarm, tmp_pa
     state.stores.ledger.close()
     assert (other.switched, other.accused, other.told) == ([], [], [])
     assert other.asked == 2
+
+
+@pytest.mark.parametrize("rounds", [8, COMMON], ids=["over here", "no further than the parting"])
+async def test_a_peer_that_has_left_its_log_meanwhile_is_not_accused(swarm: Swarm, tmp_path: Path, rounds: int) -> None:
+    mine = make_log(swarm, 8)
+    other = Other(chain=make_log(swarm, 12, seed=1), follows=replace(mine, certificates=mine.certificates[:rounds]))
+    state = await compare(swarm, tmp_path, mine, other)
+    state.stores.ledger.close()
+    assert (other.switched, other.accused, other.told) == ([], [], [])
+    assert other.asked > 1
 
 
 async def test_going_back_keeps_the_common_rounds_the_residual_and_what_is_given_up(
