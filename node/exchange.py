@@ -72,6 +72,7 @@ class PartExchange:
         self._results: dict[bytes, memoryview] = {}
         self._pushed: Counter[tuple[PeerId, int]] = Counter()  # results, by who sent them
         self._resends: Counter[tuple[PeerId, int]] = Counter()
+        self._donors_failed: set[PeerId] = set()  # of this round, and among the core's candidates
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self.frozen: Frozen | None = None
         self.ports: ExchangePorts
@@ -84,6 +85,7 @@ class PartExchange:
         self._results.clear()
         self._pushed.clear()
         self._resends.clear()
+        self._donors_failed.clear()
         self.frozen = None
 
     def part_bytes(self, part: int) -> int:
@@ -281,7 +283,7 @@ class PartExchange:
                     address = self.ports.address_of(peer)
                     await self.links.fetch(peer, address, effect.digest, buffer, FETCH_TIMEOUT_S)
                 except (LinkLost, FetchFailed) as error:
-                    log.info("%s: part %d of round %d: %s", Failure.DONOR_FAILED, effect.part, effect.round, error)
+                    self._tell_donor_failed(peer, effect, error)
                     continue
                 try:
                     await self._check(effect.part, buffer)
@@ -291,6 +293,13 @@ class PartExchange:
                     return  # other candidates have the same bytes
                 self._hold(effect, buffer)
                 return
+
+    def _tell_donor_failed(self, peer: PeerId, effect: FetchBlob, error: LinkLost | FetchFailed) -> None:
+        """A joiner asks for many parts at once, and a donor that gives none of them is one piece of news a round."""
+        level = logging.DEBUG if peer in self._donors_failed else logging.INFO
+        self._donors_failed.add(peer)
+        reason, donor = Failure.DONOR_FAILED, short_peer_id(peer)
+        log.log(level, "%s: %s, part %d of round %d: %s", reason, donor, effect.part, effect.round, error)
 
     def _hold(self, effect: FetchBlob, buffer: memoryview) -> None:
         if effect.round == self.core.round:

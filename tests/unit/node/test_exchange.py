@@ -1,6 +1,8 @@
 """The data plane of a round: what may arrive, what becomes of it, and where missing bytes come from."""
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +18,7 @@ from shoal.node.link_port import LinkEnd, LinkLost
 from shoal.protocol.effects import FetchBlob, SendPart
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
-from shoal.protocol.identity import PeerId
+from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import Certified, Proposal
 from shoal.protocol.round_state import RESENDS_MAX
 from tests.unit.node.exposition import count_refused
@@ -308,6 +310,29 @@ async def test_what_nobody_has_is_asked_for_again_when_the_core_says_so(tmp_path
         one.sink.blobs[fetch.digest] = memoryview(chain.blobs[fetch.digest])
         peer.exchange.fetch(fetch)
         await wait_until(lambda: peer.exchange.result(fetch.digest) is not None)
+
+
+async def test_a_donor_that_gives_nothing_is_told_once_a_round(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(level: int) -> list[PeerId]:
+        """Which donors were named at this level, message by message."""
+        texts = [one.getMessage() for one in caplog.records if one.levelno == level]
+        return [one.me for text in texts for one in (first, second) if f"donor_failed: {short_peer_id(one.me)}" in text]
+
+    async with open_fetcher(tmp_path) as (peer, first, second, chain):
+        both = [first.me, second.me]
+        for puppet in (first, second):
+            puppet.sink.blobs.clear()
+        with caplog.at_level(logging.DEBUG, logger="shoal.node.exchange"):
+            for part in range(3):
+                peer.exchange.fetch(make_fetch(chain, part, first, second))
+            await wait_until(lambda: len(told(logging.INFO) + told(logging.DEBUG)) == 6)
+            assert Counter(told(logging.INFO)) == dict.fromkeys(both, 1)
+            assert Counter(told(logging.DEBUG)) == dict.fromkeys(both, 2)
+            peer.exchange.finish_round()
+            peer.exchange.fetch(make_fetch(chain, 0, first, second))
+            await wait_until(lambda: Counter(told(logging.INFO)) == dict.fromkeys(both, 2))
 
 
 async def test_bytes_that_were_certified_and_do_not_decode_are_not_held(tmp_path: Path) -> None:
