@@ -23,7 +23,8 @@ lint: setup  ## ruff, mypy --strict, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test sim  ## what CI runs
+check:  ## what CI runs
+	.ci/run
 
 sim: setup  ## simulate rounds under faults: ROUNDS=n (5000), SECONDS=n; SEED=n replays one, FAULTS=3,7 with these, TRACE=1
 	$(BIN)/python -m tests.sim.world --jobs $(JOBS) $(if $(SEED),--seed $(SEED) $(if $(FAULTS),--faults $(FAULTS)) \
