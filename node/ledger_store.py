@@ -9,11 +9,16 @@ everything that was stored with full durability is there, together with all that
 log, `synchronous=FULL`). Other peers' batches are stored without waiting for the disk: what a power cut takes of them
 comes back by reconciliation. Batches are to be appended in the order in which the ledger accepted or wrote them.
 
+What must not be forgotten is guarded twice. Every row carries a checksum, and opening the file checks them all: SQLite
+notices torn pages, not flipped bytes within a value, and of a damaged write-ahead log it silently drops the end. So a
+small file beside it, the *mark*, counts the fully durable transactions: a database that has fewer has forgotten some.
+
 Invariants: the file belongs to one process at a time, so that two daemons cannot sign with one chain; no own batch is
 stored whose sequence numbers are not above all own ones before; a round's certified result never changes, unless a
 re-root has parted the log: then what is given up is put aside and kept.
 """
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,6 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+
+from blake3 import blake3
 
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.protocol.errors import Failure, ProtocolError, Refusal, ShoalError
@@ -62,9 +69,31 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (round, result_digest)
         ) STRICT""",
     ),
+    (
+        "ALTER TABLE batches ADD COLUMN checksum BLOB",
+        "UPDATE batches SET checksum = checksum(author, last_seq, is_own, encoded)",
+        "ALTER TABLE certificates ADD COLUMN checksum BLOB",
+        "UPDATE certificates SET checksum = checksum(round, result_digest, body)",
+        "ALTER TABLE abandoned ADD COLUMN checksum BLOB",
+        "UPDATE abandoned SET checksum = checksum(round, result_digest, body)",
+        "ALTER TABLE records ADD COLUMN checksum BLOB",
+        "UPDATE records SET checksum = checksum(namespace, key, value)",
+    ),
 )
+# What each table's checksum covers.
+CHECKSUMS = {
+    "batches": "author, last_seq, is_own, encoded",
+    "certificates": "round, result_digest, body",
+    "abandoned": "round, result_digest, body",
+    "records": "namespace, key, value",
+}
+CHECKSUM_BYTES = 16
+STORE_NAMESPACE = "store"
+GENERATION_KEY = b"generation"
+MARK_SUFFIX = ".mark"
+MARK_UNKNOWN = 2**63 - 1  # more than any database has: whatever is found beside it has forgotten something
 
-_REFETCH = "move the file away and start again; the ledger is then fetched from other peers"
+_REFETCH = "start the peer: it puts the file aside, keeps what is whole, and fetches the rest from other peers"
 
 
 class StoreError(ShoalError):
@@ -94,6 +123,9 @@ class LedgerStore:
         self._connection = connection
         self._lock = threading.Lock()
         self._is_full_durability: bool | None = None
+        self._generation = _read_generation(connection)
+        # Whether transactions that had reached the disk are missing: a backup was put back, or the disk lost them.
+        self.has_forgotten = read_mark(path) > self._generation
 
     @classmethod
     def open(cls, path: Path) -> "LedgerStore":
@@ -106,14 +138,13 @@ class LedgerStore:
                 connection.execute("PRAGMA locking_mode=EXCLUSIVE")
                 version = _read_version(path, connection)
                 connection.execute("PRAGMA journal_mode=WAL")
+                connection.create_function("checksum", -1, compute_checksum, deterministic=True)
                 _migrate(connection, version)
-                faults = connection.execute("PRAGMA quick_check(1)").fetchone()
-            if faults != ("ok",):
-                raise StoreError(path, Failure.STORE_DAMAGED, f"the database is damaged ({faults[0]})", _REFETCH)
+                _check_rows(path, connection)
+                return cls(path, connection)
         except StoreError:
             connection.close()
             raise
-        return cls(path, connection)
 
     def __enter__(self) -> "LedgerStore":
         return self
@@ -146,14 +177,16 @@ class LedgerStore:
                 if own:
                     self._assert_goes_on(batch)
                 self._connection.execute(
-                    "INSERT INTO batches (author, last_seq, is_own, encoded) VALUES (?, ?, ?, ?)", row
+                    "INSERT INTO batches (author, last_seq, is_own, encoded, checksum) "
+                    "VALUES (?1, ?2, ?3, ?4, checksum(?1, ?2, ?3, ?4))",
+                    row,
                 )
 
     def put_record(self, namespace: str, key: bytes, value: bytes) -> None:
         """Store `value` under `key` with full durability, in place of what stood there."""
         assert len(value) <= RECORD_BYTES_MAX, "records are small"
         with self._transaction(is_full=True):
-            self._connection.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", (namespace, key, value))
+            self._connection.execute(_PUT_RECORD, (namespace, key, value))
 
     def get_record(self, namespace: str, key: bytes) -> bytes | None:
         """The value under `key`, or None."""
@@ -178,7 +211,7 @@ class LedgerStore:
             ).fetchone()
             if row is None:
                 values = certificate.round, certificate.result_digest, certificate.body
-                self._connection.execute("INSERT INTO certificates VALUES (?, ?, ?)", values)
+                self._connection.execute("INSERT INTO certificates VALUES (?1, ?2, ?3, checksum(?1, ?2, ?3))", values)
             elif row != (certificate.result_digest,):
                 raise ProtocolError(Refusal.EQUIVOCATION, f"round {certificate.round} is certified with another result")
 
@@ -186,7 +219,8 @@ class LedgerStore:
         """Put the certificates from round `first` on aside, with full durability: another log goes on from there."""
         with self._transaction(is_full=True):
             self._connection.execute(
-                "INSERT OR IGNORE INTO abandoned SELECT round, result_digest, body FROM certificates WHERE round >= ?",
+                "INSERT OR IGNORE INTO abandoned "
+                "SELECT round, result_digest, body, checksum FROM certificates WHERE round >= ?",
                 (first,),
             )
             self._connection.execute("DELETE FROM certificates WHERE round >= ?", (first,))
@@ -227,13 +261,27 @@ class LedgerStore:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                counts = is_full and not self.has_forgotten  # a database that is behind must not catch up by going on
+                if counts:
+                    number = (self._generation + 1).to_bytes(8, "big")
+                    self._connection.execute(_PUT_RECORD, (STORE_NAMESPACE, GENERATION_KEY, number))
                 self._connection.execute("COMMIT")
             finally:
                 # After an error SQLite may or may not have rolled back by itself.
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
+            if counts:
+                self._generation += 1
+                write_mark(self._path, self._generation)
+
+    def accept_loss(self) -> None:
+        """What was forgotten is known and provided for, durably: from now on the mark follows this database."""
+        with self._lock:
+            write_mark(self._path, self._generation, durable=True)
+            self.has_forgotten = False
 
 
+_PUT_RECORD = "INSERT OR REPLACE INTO records VALUES (?1, ?2, ?3, checksum(?1, ?2, ?3))"
 _SELECT_CERTIFICATES = "SELECT round, result_digest, body FROM certificates"
 
 
@@ -267,6 +315,59 @@ def _migrate(connection: sqlite3.Connection, version: int) -> None:
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version={target}")
         connection.execute("COMMIT")
+
+
+def compute_checksum(*values: object) -> bytes:
+    """Of one row's values: enough against accidents. Nobody else writes here."""
+    hashed = blake3()
+    for value in values:
+        raw = value if isinstance(value, bytes) else str(value).encode()
+        hashed.update(len(raw).to_bytes(8, "big") + raw)
+    return hashed.digest(CHECKSUM_BYTES)
+
+
+def _check_rows(path: Path, connection: sqlite3.Connection) -> None:
+    """Raise StoreError where a page or a row is not what was written."""
+    faults = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if faults != ("ok",):
+        raise StoreError(path, Failure.STORE_DAMAGED, f"the database is damaged ({faults[0]})", _REFETCH)
+    for table, columns in CHECKSUMS.items():
+        query = f"SELECT COUNT(*) FROM {table} WHERE checksum IS NOT checksum({columns})"
+        (damaged,) = connection.execute(query).fetchone()
+        if damaged:
+            problem = f"{damaged} damaged {'row' if damaged == 1 else 'rows'} in the table {table}"
+            raise StoreError(path, Failure.STORE_DAMAGED, problem, _REFETCH)
+
+
+def _read_generation(connection: sqlite3.Connection) -> int:
+    query = "SELECT value FROM records WHERE namespace = ? AND key = ?"
+    row = connection.execute(query, (STORE_NAMESPACE, GENERATION_KEY)).fetchone()
+    return 0 if row is None else int.from_bytes(row[0], "big")
+
+
+def read_mark(path: Path) -> int:
+    """How many fully durable transactions the database at `path` must have; 0 where no mark says so."""
+    try:
+        raw = path.with_suffix(MARK_SUFFIX).read_bytes()
+    except OSError:
+        return 0
+    return int.from_bytes(raw[:8], "big") if raw[8:] == compute_checksum(raw[:8]) else 0
+
+
+def write_mark(path: Path, generation: int, *, durable: bool = False) -> None:
+    """In place, and as a rule without waiting for the disk: after a power cut the mark may be behind, never ahead."""
+    number = generation.to_bytes(8, "big")
+    try:
+        descriptor = os.open(path.with_suffix(MARK_SUFFIX), os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            os.pwrite(descriptor, number + compute_checksum(number), 0)
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        problem = f"the mark beside it cannot be written: {error.strerror}"
+        raise StoreError(path, Failure.STORE_UNUSABLE, problem, "check that the directory is writable") from error
 
 
 @contextmanager

@@ -217,6 +217,79 @@ def test_an_older_file_is_brought_up_to_date_and_a_newer_one_is_left_alone(
     assert "newer release" in error.fix
 
 
+def flip(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 0x40
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("piece", [b"what was voted", b"votes of round 5", b"the last lease"])
+def test_a_flipped_byte_in_any_row_is_found_when_the_store_is_opened(tmp_path: Path, piece: bytes) -> None:
+    path = tmp_path / "ledger.db"
+    with LedgerStore.open(path) as store:
+        store.append([write(make_ledger(2), b"the last lease")], own=False)
+        store.put_certificate(certificate(5, body=b"votes of round 5"))
+        store.put_record("round", b"vote", b"what was voted")
+    flip(path, path.read_bytes().index(piece) + 2)
+    with sqlite3.connect(path) as other:
+        assert other.execute("PRAGMA quick_check").fetchone() == ("ok",)  # SQLite itself sees nothing
+    other.close()
+    error = error_of(path)
+    assert error.failure is Failure.STORE_DAMAGED
+    assert "1 damaged row" in str(error)
+
+
+def test_a_database_that_lost_what_was_durable_says_so_until_that_is_provided_for(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    with LedgerStore.open(path) as store:
+        store.put_record("round", b"vote", b"the first")
+    backup = path.read_bytes()
+    with LedgerStore.open(path) as store:
+        assert not store.has_forgotten
+        store.put_record("round", b"vote", b"the second")
+    path.write_bytes(backup)
+    for _ in range(2):
+        with LedgerStore.open(path) as store:
+            assert store.has_forgotten
+            store.put_certificate(certificate(1))  # further work does not cover it up
+    with LedgerStore.open(path) as store:
+        store.accept_loss()
+    with LedgerStore.open(path) as store:
+        assert not store.has_forgotten
+    path.unlink()
+    with LedgerStore.open(path) as store:
+        assert store.has_forgotten
+
+
+def test_the_end_of_a_damaged_write_ahead_log_is_missed(tmp_path: Path) -> None:
+    path, copy = tmp_path / "ledger.db", tmp_path / "copy" / "ledger.db"
+    copy.parent.mkdir()
+    with LedgerStore.open(path) as store:
+        for number in range(20):
+            store.put_record("round", b"vote", b"vote %d" % number)
+        # As kill -9 leaves them.
+        for file in tmp_path.glob("ledger.*"):
+            (copy.parent / file.name).write_bytes(file.read_bytes())
+    log = copy.with_name("ledger.db-wal")
+    flip(log, len(log.read_bytes()) - 100)
+    with LedgerStore.open(copy) as store:
+        assert store.get_record("round", b"vote") == b"vote 18"
+        assert store.has_forgotten
+
+
+def test_a_mark_that_is_damaged_or_behind_says_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    with LedgerStore.open(path) as store:
+        store.put_record("round", b"vote", b"yes")
+    flip(tmp_path / "ledger.mark", 0)
+    with LedgerStore.open(path) as store:
+        assert not store.has_forgotten
+        store.put_record("round", b"vote", b"no")
+    ledger_store.write_mark(path, 1)
+    with LedgerStore.open(path) as store:
+        assert not store.has_forgotten
+
+
 # Writes entries for ever and reports each one after it is stored, as a daemon sends after it has persisted.
 WRITER = """
 import sys
