@@ -77,10 +77,17 @@ class Answers:
             kept.append(certificate)
         return CertificatesAnswer(certificates=tuple(kept))
 
+    async def list_certificates(self, first: int) -> bytes:
+        """For the local web port: a page of the log, as many certificates from round `first` on as fit an answer."""
+        question = GetCertificates(first_round=first, count=CERTIFICATES_PER_ANSWER)
+        return encode_record(await self._answer_certificates(question))
+
     def _answer_snapshot(self, question: GetSnapshot) -> SnapshotAnswer:
         snapshots = self.state.stores.snapshots
         usable = [number for number in snapshots.rounds() if number <= question.round_max]
         snapshot = snapshots.get(usable[-1]) if usable else None
+        if snapshot is not None:
+            snapshots.lend(snapshot.index.round)  # whoever asks is about to fetch it
         return SnapshotAnswer(index=b"" if snapshot is None else encode_record(snapshot.index))
 
     async def _check_reach(self, peer: PeerId) -> ReachAnswer:

@@ -3,11 +3,18 @@
 The file holds two flat float32 tensors, `params` and `momentum`, and in its metadata the round. Its index (chunk
 digests) lies beside it. Blocking calls: the daemon runs them in threads.
 
-Invariant: a snapshot is used only when its index hashes to the state root that a certificate vouches for, and every
-chunk that is read for use matches the index.
+A snapshot that somebody fetches is lent: it stays until LEASE_S after the last chunk was asked for, however many newer
+ones are written meanwhile, so that a joiner does not lose the race against a fast swarm. The updates after it stay
+with it.
+
+Invariants: a snapshot is used only when its index hashes to the state root that a certificate vouches for, and every
+chunk that is read for use matches the index; at most LEASES_MAX lent snapshots stay on the disk besides the newest,
+and none for longer than LEASE_S_MAX.
 """
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +30,9 @@ from shoal.protocol.wire import encode_record
 _STATE_SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".index"
 _TEMPORARY = ".partial"
+LEASE_S = 60.0
+LEASE_S_MAX = 4 * 3600.0
+LEASES_MAX = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +45,10 @@ class Snapshot:
 class SnapshotStore:
     """The folder of snapshots, newest last."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
+        self._clock = clock
+        self._leases: dict[int, tuple[float, float]] = {}  # by round: when it was first lent, and until when
         self._folder.mkdir(parents=True, exist_ok=True)
         self._snapshots: dict[int, Snapshot] = {}
         for path in sorted(self._folder.glob(f"*{_INDEX_SUFFIX}")):
@@ -66,8 +78,13 @@ class SnapshotStore:
             save_file({"params": params, "momentum": momentum}, temporary, metadata={"round": str(index.round)})
         except SafetensorError as error:  # what this library makes of every failed write
             raise OSError(f"{temporary} cannot be written: {error}") from error
-        _sync_file(temporary)
-        temporary.replace(path)
+        self.adopt(index, temporary)
+
+    def adopt(self, index: SnapshotIndex, file: Path) -> None:
+        """Make a file that holds all of this snapshot a part of the store. Raises OSError."""
+        path = self._path(index.round)
+        _sync_file(file)
+        file.replace(path)
         path.with_suffix(_INDEX_SUFFIX).write_bytes(encode_record(index))
         _sync_file(path.with_suffix(_INDEX_SUFFIX))
         _sync_file(self._folder)
@@ -77,37 +94,49 @@ class SnapshotStore:
 
     def read(self, number: int, params: Float32s, momentum: Float32s) -> bool:
         """Fill the vectors from a snapshot; False when the file is damaged: it is then removed."""
-        snapshot = self._snapshots[number]
-        try:
-            with safe_open(snapshot.path, framework="numpy") as file:
-                np.copyto(params, file.get_tensor("params"))
-                np.copyto(momentum, file.get_tensor("momentum"))
-            whole = chunk_digests(params) + chunk_digests(momentum) == snapshot.index.digests
-        except (OSError, SafetensorError, ValueError):
-            whole = False
+        whole = load_snapshot(self._snapshots[number], params, momentum)
         if not whole:
             self.remove(number)
         return whole
 
     def find_chunk(self, digest: bytes) -> tuple[Snapshot, int] | None:
-        """The newest snapshot that has a chunk with this digest, and the chunk's number."""
+        """The newest snapshot that has a chunk with this digest, and the chunk's number. It is lent from now on."""
         for number in reversed(self.rounds()):
             digests = self._snapshots[number].index.digests
             at = digests.find(digest)
             while at >= 0 and at % 32:
                 at = digests.find(digest, at + 1)
             if at >= 0:
+                self.lend(number)
                 return self._snapshots[number], at // 32
         return None
 
+    def lend(self, number: int) -> None:
+        """Somebody is fetching this snapshot: keep it for a while."""
+        if number in self._snapshots:
+            now = self._clock()
+            began_s = self._leases.get(number, (now, now))[0]
+            self._leases[number] = began_s, min(now + LEASE_S, began_s + LEASE_S_MAX)
+
+    def lent(self) -> list[int]:
+        """The snapshots that are being fetched, those first that have been for longest."""
+        now = self._clock()
+        leases = sorted((began_s, number) for number, (began_s, until_s) in list(self._leases.items()) if now < until_s)
+        return [number for _, number in leases]
+
     def remove(self, number: int) -> None:
         self._snapshots.pop(number, None)
+        self._leases.pop(number, None)
         self._path(number).with_suffix(_INDEX_SUFFIX).unlink(missing_ok=True)
         self._path(number).unlink(missing_ok=True)
 
     def keep_newest(self, count: int) -> None:
-        for number in self.rounds()[:-count]:
-            self.remove(number)
+        """Remove all but the newest `count` and those that are lent."""
+        old = self.rounds()[:-count]
+        kept = [number for number in self.lent() if number in old][:LEASES_MAX]
+        for number in old:
+            if number not in kept:
+                self.remove(number)
 
     def _path(self, number: int) -> Path:
         return self._folder / (_stem(number) + _STATE_SUFFIX)
@@ -117,12 +146,28 @@ def _stem(number: int) -> str:
     return f"{number:08d}"
 
 
+def load_snapshot(snapshot: Snapshot, params: Float32s, momentum: Float32s) -> bool:
+    """Fill the vectors; False when the file is not what its index says."""
+    try:
+        with safe_open(snapshot.path, framework="numpy") as file:
+            np.copyto(params, file.get_tensor("params"))
+            np.copyto(momentum, file.get_tensor("momentum"))
+        return chunk_digests(params) + chunk_digests(momentum) == snapshot.index.digests
+    except (OSError, SafetensorError, ValueError):
+        return False
+
+
+def chunk_offset(index: SnapshotIndex, number: int) -> int:
+    """Where a chunk stands among the tensor bytes of a snapshot file."""
+    span = index.span(number)
+    # safetensors lays tensors out by alignment, then by name: momentum stands before params.
+    return (4 * index.elements if span.vector is StateVector.PARAMS else 0) + span.start
+
+
 def read_chunk(snapshot: Snapshot, number: int) -> bytes | None:
     """A chunk's bytes, or None when the file no longer holds what the index says."""
     span = snapshot.index.span(number)
-    # safetensors lays tensors out by alignment, then by name: momentum stands before params.
-    vector_bytes = snapshot.index.elements * 4
-    start = snapshot.data_start + (vector_bytes if span.vector is StateVector.PARAMS else 0) + span.start
+    start = snapshot.data_start + chunk_offset(snapshot.index, number)
     try:
         with snapshot.path.open("rb") as file:
             file.seek(start)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from shoal.node.snapshots import SnapshotStore, read_chunk
+from shoal.node.snapshots import LEASE_S, LEASE_S_MAX, LEASES_MAX, SnapshotStore, read_chunk
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.state import CHUNK_BYTES, SnapshotIndex, StateVector, chunk_digests
 
@@ -210,3 +210,60 @@ def test_a_chunk_is_found_by_its_digest_in_the_newest_snapshot(tmp_path: Path) -
     assert store.find_chunk(b"d" * 32) is None
     straddling = index.digests[16:48]
     assert store.find_chunk(straddling) is None, "half of two digests is none"
+
+
+# -- lent snapshots --------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_snapshot_that_is_fetched_stays_until_some_time_after_its_last_chunk(tmp_path: Path) -> None:
+    clock = Clock()
+    store = SnapshotStore(tmp_path, clock)
+    index = write(store, 4)
+    write(store, 8)
+    for number in (12, 16, 20):
+        assert store.find_chunk(index.digest(1)) is not None
+        write(store, number)
+        store.keep_newest(2)
+        assert store.rounds() == [4, number - 4, number]
+        clock.now += LEASE_S - 1
+    clock.now += 1
+    store.keep_newest(2)
+    assert store.rounds() == [16, 20]
+    assert store.lent() == []
+
+
+def test_nobody_is_lent_a_snapshot_for_ever(tmp_path: Path) -> None:
+    clock = Clock()
+    store = SnapshotStore(tmp_path, clock)
+    write(store, 4)
+    write(store, 8)
+    ends_s = clock.now + LEASE_S_MAX
+    while clock.now < ends_s:
+        store.lend(4)
+        store.keep_newest(1)
+        assert store.rounds() == [4, 8]
+        clock.now += LEASE_S / 2
+    store.lend(4)
+    store.keep_newest(1)
+    assert store.rounds() == [8]
+
+
+def test_so_many_are_lent_and_who_came_first_keeps_them(tmp_path: Path) -> None:
+    clock = Clock()
+    store = SnapshotStore(tmp_path, clock)
+    numbers = [4 * one for one in range(1, LEASES_MAX + 4)]
+    for number in numbers:
+        write(store, number)
+        store.lend(number)
+        clock.now += 1
+    store.keep_newest(1)
+    assert store.rounds() == [*numbers[:LEASES_MAX], numbers[-1]]
+    store.lend(999)
+    assert 999 not in store.lent()
