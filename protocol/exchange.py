@@ -8,7 +8,7 @@ root; every part is reduced at most once an attempt.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
@@ -37,6 +37,29 @@ class Collection:
 
 
 @dataclass(slots=True)
+class Waits:
+    """Parts, each filed under one peer that it waits for and the time since when. What follows from these two is looked
+    at once for all parts that are filed there, so that an event costs a look at peers and not at every part."""
+
+    entries: dict[tuple[PeerId, float], set[int]] = field(default_factory=dict)
+    _entry: dict[int, tuple[PeerId, float]] = field(default_factory=dict)
+
+    def file(self, part: int, peer: PeerId, since_s: float) -> None:
+        """The part waits for this peer, and for no other one any longer."""
+        self.drop(part)
+        self._entry[part] = (peer, since_s)
+        self.entries.setdefault((peer, since_s), set()).add(part)
+
+    def drop(self, part: int) -> None:
+        """The part waits for nobody."""
+        entry = self._entry.pop(part, None)
+        if entry is not None:
+            self.entries[entry].discard(part)
+            if not self.entries[entry]:
+                del self.entries[entry]
+
+
+@dataclass(slots=True)
 class Inbox:
     """Everything that members delivered in this round, by sender. Survives attempts, cleared between rounds."""
 
@@ -46,6 +69,7 @@ class Inbox:
     received: dict[PeerId, dict[int, bytes]] = field(default_factory=dict)
     replaced: Counter[tuple[PeerId, int]] = field(default_factory=Counter)
     heard_s: dict[PeerId, float] = field(default_factory=dict)
+    touched: set[int] = field(default_factory=set)  # parts that may be complete now: they are to be looked at again
 
     def take_digests(
         self, sender: PeerId, digests: tuple[bytes, ...], now: float, expected: frozenset[PeerId] = frozenset()
@@ -59,6 +83,7 @@ class Inbox:
         self.digests[sender] = digests
         self.roots[sender] = contribution_root(digests)
         self.heard_s[sender] = now
+        self.touched.update(self.received.get(sender, ()))
 
     def _make_room(self, expected: frozenset[PeerId]) -> None:
         strangers = [peer for peer in self.digests if peer not in expected]
@@ -87,6 +112,7 @@ class Inbox:
             self.replaced[sender, part] += 1
         held[part] = digest
         self.heard_s[sender] = now
+        self.touched.add(part)
 
     def has_part(self, sender: PeerId, part: int, root: bytes) -> bool:
         """Whether the sender's part is here and belongs to the contribution with this root."""
@@ -95,28 +121,25 @@ class Inbox:
         return self.received.get(sender, {}).get(part) == self.digests[sender][part]
 
 
-def list_delivered(plan: Plan, part: int, inbox: Inbox) -> tuple[int, ...]:
-    """Roster indices whose part is here, in roster order."""
+def list_undelivered(plan: Plan, part: int, inbox: Inbox) -> tuple[int, ...]:
+    """Roster indices whose part is not here, in roster order."""
     return tuple(
         index
         for index, entry in enumerate(plan.roster)
-        if inbox.has_part(entry.signed.peer, part, entry.signed.ready.contribution_root)
+        if not inbox.has_part(entry.signed.peer, part, entry.signed.ready.contribution_root)
     )
 
 
 def list_missing(
-    plan: Plan, part: int, inbox: Inbox, lost: frozenset[PeerId], deadlines: Mapping[int, float], now: float
+    plan: Plan, lost: Container[PeerId], deadlines: Mapping[int, float], now: float
 ) -> tuple[list[Missing], list[int]]:
     """Members whose part is given up, with the reason, and members that are still waited for. `deadlines` by roster
-    index, for those that have not delivered."""
-    delivered = set(list_delivered(plan, part, inbox))
+    index, of those that have not delivered."""
     missing, pending = [], []
-    for index, entry in enumerate(plan.roster):
-        if index in delivered:
-            continue
-        if entry.signed.peer in lost:
+    for index, deadline_s in deadlines.items():
+        if plan.roster[index].signed.peer in lost:
             missing.append(Missing(index=index, reason=Failure.SENDER_LOST))
-        elif now >= deadlines[index]:
+        elif now >= deadline_s:
             missing.append(Missing(index=index, reason=Failure.SENDER_SLOW))
         else:
             pending.append(index)

@@ -12,6 +12,7 @@ import numpy as np
 
 from shoal.protocol.aggregators import planned_weights
 from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.exchange import Waits
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
     ROSTER_MAX,
@@ -45,7 +46,9 @@ class Lead:
     awaited_until_s: float | None = None
     done: dict[int, PartDone] = field(default_factory=dict)
     tried: dict[int, list[PeerId]] = field(default_factory=dict)
-    assigned_s: dict[int, float] = field(default_factory=dict)
+    # Parts that cannot be proposed yet, by owner: not reduced, or reduced by an owner that may take the bytes along.
+    open: Waits = field(default_factory=Waits)
+    unheld: dict[bytes, set[int]] = field(default_factory=dict)  # the latter, by the digest of those bytes
     heard_s: dict[PeerId, float] = field(default_factory=dict)
     nacks: dict[PeerId, int] = field(default_factory=dict)
     locks: dict[PeerId, Lock] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from shoal.protocol.effects import (
     SendResult,
 )
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
-from shoal.protocol.exchange import Collection, list_delivered, list_missing
+from shoal.protocol.exchange import Collection, list_missing, list_undelivered
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
     Contribution,
@@ -71,8 +71,9 @@ class RoundExchange(RoundBallot):
             )
         )
         for part in range(self._parts):
-            self._lead.tried[part] = [plan.roster[plan.owners[part]].signed.peer]
-            self._lead.assigned_s[part] = now
+            owner = plan.roster[plan.owners[part]].signed.peer
+            self._lead.tried[part] = [owner]
+            self._lead.open.file(part, owner, now)
         self._announce_plan(plan, now)
 
     def _announce_plan(self, plan: Plan, now: float) -> None:
@@ -129,6 +130,8 @@ class RoundExchange(RoundBallot):
                 self._collections.setdefault(part, Collection(part=part, started_s=now))
             else:
                 self._collections.pop(part, None)
+                self._senders.drop(part)
+        self._inbox.touched.update(self._collections)
         entry = plan.roster[mine] if mine is not None else None
         root = entry.signed.ready.contribution_root if entry else None
         if self._offer and self._offer.signed.ready.contribution_root == root:
@@ -165,42 +168,52 @@ class RoundExchange(RoundBallot):
         self._inbox.take_part(sender, part, digest, now)
 
     def _collect(self, now: float) -> None:
-        plan = self._plan
+        """Look at the own parts that something has come for, and at those whose sender is given up."""
+        touched, self._inbox.touched = self._inbox.touched, set()
+        for (peer, started_s), parts in self._senders.entries.items():
+            if peer in self._lost or now >= self._sender_deadline(peer, started_s):
+                touched |= parts
+        for part in sorted(touched):
+            collection = self._collections.get(part)
+            if collection and not collection.reduced:
+                self._collect_part(collection, now)
+
+    def _collect_part(self, collection: Collection, now: float) -> None:
+        plan, part = self._plan, collection.part
         assert plan is not None
-        for collection in self._collections.values():
-            if collection.reduced:
-                continue
-            late = {index: self._sender_deadline(collection, index) for index in range(len(plan.roster))}
-            deadlines = {index: deadline_s for index, deadline_s in late.items() if deadline_s is not None}
-            lost = frozenset(self._lost)
-            missing, pending = list_missing(plan, collection.part, self._inbox, lost, deadlines, now)
-            indices = list_delivered(plan, collection.part, self._inbox)
-            if pending or not indices:
-                continue
-            collection.reduced = True
-            for one in missing:
-                peer = plan.roster[one.index].signed.peer
-                self._effects.append(
-                    SenderMissing(round=self.round, part=collection.part, peer=peer, reason=one.reason)
-                )
-            members = tuple(plan.roster[index] for index in indices)
-            self._effects.append(
-                Reduce(
-                    round=self.round,
-                    attempt=self.attempt,
-                    part=collection.part,
-                    indices=indices,
-                    members=members,
-                    digests=tuple(self._inbox.digests[entry.signed.peer][collection.part] for entry in members),
-                    norms=tuple(entry.signed.ready.norm for entry in plan.roster),
-                )
+        peers = self._roster_peers()
+        late = list_undelivered(plan, part, self._inbox)
+        deadlines = {index: self._sender_deadline(peers[index], collection.started_s) for index in late}
+        missing, pending = list_missing(plan, self._lost, deadlines, now)
+        indices = tuple(index for index in range(len(plan.roster)) if index not in deadlines)
+        if pending:
+            self._senders.file(part, peers[pending[0]], collection.started_s)
+            return
+        self._senders.drop(part)
+        if not indices:
+            return
+        collection.reduced = True
+        for one in missing:
+            peer = peers[one.index]
+            self._effects.append(SenderMissing(round=self.round, part=part, peer=peer, reason=one.reason))
+        members = tuple(plan.roster[index] for index in indices)
+        self._effects.append(
+            Reduce(
+                round=self.round,
+                attempt=self.attempt,
+                part=part,
+                indices=indices,
+                members=members,
+                digests=tuple(self._inbox.digests[entry.signed.peer][part] for entry in members),
+                norms=tuple(entry.signed.ready.norm for entry in plan.roster),
             )
+        )
 
     def part_reduced(self, round_number: int, attempt: int, part: int, digest: bytes, members: frozenset[int]) -> None:
         """A `Reduce` is done; `members` are the roster indices that went in. The result's bytes are held."""
         if round_number != self.round or self._plan is None or self.attempt != attempt:
             return
-        self._held.add(digest)
+        self._hold(digest)
         done = PartDone(
             round=self.round,
             attempt=attempt,
@@ -230,25 +243,44 @@ class RoundExchange(RoundBallot):
         if message.part not in self._lead.done:
             self._lead.done[message.part] = message
             self._owner_pace.note_part(sender, now - self._lead.heard_s[sender])
+            if message.digest in self._held:
+                self._lead.open.drop(message.part)
+            else:
+                self._lead.unheld.setdefault(message.digest, set()).add(message.part)
         self._lead.heard_s[sender] = now
+
+    def _hold(self, digest: bytes) -> set[int]:
+        """The bytes of a result part are here. Returns the parts of the own attempt that were waiting for them."""
+        self._held.add(digest)
+        parts: set[int] = set()
+        if self._lead:
+            parts = self._lead.unheld.pop(digest, parts)
+            for part in parts:
+                self._lead.open.drop(part)
+        return parts
 
     def _watch_owners(self, now: float) -> None:
         assert self._lead is not None and self._plan is not None
+        lead = self._lead
         moves: dict[int, int] = {}
-        deadlines = self._part_deadlines()
-        due = [part for part in deadlines if self._owner(part) in self._lost or now >= deadlines[part]]
+        due: list[int] = []
+        for (owner, since_s), deadline_s in self._owner_deadlines(lead).items():
+            if owner in self._lost or now >= deadline_s:
+                due += lead.open.entries[owner, since_s]
         unfit = self._unfit({self._owner(part) for part in due}) if due else frozenset()
-        for part in due:
+        for part in sorted(due):
             owner = self._owner(part)
-            index = choose_owner(self._plan, part, self._lead.tried[part], unfit)
+            index = choose_owner(self._plan, part, lead.tried[part], unfit)
             if index is None:
                 self._fail_attempt(Failure.EXCHANGE_TIMEOUT, owner, now)
                 return
             moves[part] = index
-            self._lead.done.pop(part, None)
+            done = lead.done.pop(part, None)
+            if done is not None:
+                lead.unheld[done.digest].discard(part)
             new_owner = self._plan.roster[index].signed.peer
-            self._lead.tried[part].append(new_owner)
-            self._lead.assigned_s[part] = now
+            lead.tried[part].append(new_owner)
+            lead.open.file(part, new_owner, now)
             reason = Failure.OWNER_LOST if owner in self._lost else Failure.OWNER_SLOW
             self._last_failure, self._last_failure_peer = reason, owner
             self._effects.append(
@@ -257,9 +289,9 @@ class RoundExchange(RoundBallot):
         if moves:
             self._announce_plan(revise_plan(self._plan, moves), now)
             self._collect(now)
-        if not self._open_parts():
-            result = make_result(self._plan, self._lead.done, self.head, self._absent(), self._rules.voters_max)
-            evidence = make_evidence(self._plan, self._lead.done) if self._needs_locks() else None
+        if not lead.open.entries:
+            result = make_result(self._plan, lead.done, self.head, self._absent(), self._rules.voters_max)
+            evidence = make_evidence(self._plan, lead.done) if self._needs_locks() else None
             self._propose(result, evidence, now)
 
     def _unfit(self, due: set[PeerId]) -> frozenset[PeerId]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from shoal.protocol.effects import Effect, LeftRecord, Phase, PhaseEntered, Send, VoteRecord
 from shoal.protocol.errors import Failure, Refusal
-from shoal.protocol.exchange import Collection, Inbox
+from shoal.protocol.exchange import Collection, Inbox, Waits
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Rounds
 from shoal.protocol.messages import (
@@ -172,6 +172,7 @@ class RoundState:
         self._locked: Locked | None = None
         self._exchange_began_s = 0.0
         self._collections: dict[int, Collection] = {}
+        self._senders = Waits()  # the collections that are not complete, each under one sender that it lacks
         self._fetch_s: float | None = None
         may_lead = self._proposer() == self._me and attempt >= self._vote.led and not self._is_going_over()
         self._lead: Lead | None = Lead(attempt=attempt) if may_lead else None
@@ -186,10 +187,8 @@ class RoundState:
             times.append(self._lead.awaited_until_s)
         if self._plan and self.phase is Phase.EXCHANGE:
             if self._lead:
-                times += self._part_deadlines().values()
-            for collection in self._collections.values():
-                if not collection.reduced:
-                    times += [self._sender_deadline(collection, index) for index in range(len(self._plan.roster))]
+                times += self._owner_deadlines(self._lead).values()
+            times += [self._sender_deadline(peer, started_s) for peer, started_s in self._senders.entries]
         # What is past has been acted on; it is looked at again when something arrives.
         return min((time for time in times if time is not None and time > self._now_s), default=None)
 
@@ -276,20 +275,9 @@ class RoundState:
         assert self._plan is not None
         return self._plan.roster[self._plan.owners[part]].signed.peer
 
-    def _pending_owners(self) -> set[PeerId]:
-        assert self._lead is not None
-        return {self._owner(part) for part in self._open_parts()}
-
-    def _open_parts(self) -> list[int]:
-        """Parts that cannot be proposed yet: not reduced, or reduced by an owner that may take the bytes along."""
-        assert self._lead is not None
-        done = self._lead.done
-        return [part for part in range(self._parts) if part not in done or done[part].digest not in self._held]
-
-    def _part_deadlines(self) -> dict[int, float]:
+    def _owner_deadlines(self, lead: Lead) -> dict[tuple[PeerId, float], float]:
         """When the proposer takes each open part from its owner, who was silent for too long or has had it for too
-        long."""
-        assert self._lead is not None
+        long; by the owner and the time since when it has the part."""
         # An owner cannot be done before its slowest sender has delivered or is given up.
         limit_s = self._rules.sender_timeout_s
         senders = [peer for peer in self._roster_peers() if peer != self._me]
@@ -297,31 +285,23 @@ class RoundState:
         # Time must be left for another owner, however steadily this one goes on.
         rush_s = self._exchange_began_s + OWNERS_WINDOW * self._exchange_window_s()
         backoff, owner_limit_s = self._backoff(), self._rules.owner_timeout_s
-        owners: dict[PeerId, float] = {}
         deadlines = {}
-        for part in self._open_parts():
-            owner = self._owner(part)
-            if owner not in owners:
-                own_s = self._owner_pace.allowance_s(owner, owner_limit_s)
-                owners[owner] = self._lead.heard_s[owner] + senders_s + own_s * backoff
-            is_old = self._lead.assigned_s[part] < rush_s
-            deadlines[part] = min(owners[owner], rush_s) if is_old else owners[owner]
+        for owner, since_s in lead.open.entries:
+            own_s = self._owner_pace.allowance_s(owner, owner_limit_s)
+            deadline_s = lead.heard_s[owner] + senders_s + own_s * backoff
+            deadlines[owner, since_s] = min(deadline_s, rush_s) if since_s < rush_s else deadline_s
         return deadlines
 
     def _exchange_window_s(self) -> float:
         return self._rules.exchange_timeout_s * self._backoff()
 
-    def _sender_deadline(self, collection: Collection, index: int) -> float | None:
-        """When an owner goes on without a sender's part; None when it is here."""
-        assert self._plan is not None
-        entry = self._plan.roster[index].signed
-        if self._inbox.has_part(entry.peer, collection.part, entry.ready.contribution_root):
-            return None
-        allowance_s = self._sender_pace.allowance_s(entry.peer, self._rules.sender_timeout_s)
-        heard_s = max(collection.started_s, self._inbox.heard_s.get(entry.peer, collection.started_s))
+    def _sender_deadline(self, peer: PeerId, started_s: float) -> float:
+        """When an owner goes on without this sender's part of a collection that began at `started_s`."""
+        allowance_s = self._sender_pace.allowance_s(peer, self._rules.sender_timeout_s)
+        heard_s = max(started_s, self._inbox.heard_s.get(peer, started_s))
         # A sender that goes on and on must leave time to reduce what the others have sent.
         rush_s = self._exchange_began_s + SENDERS_WINDOW * self._exchange_window_s()
-        return min(heard_s + allowance_s, max(rush_s, collection.started_s + allowance_s))
+        return min(heard_s + allowance_s, max(rush_s, started_s + allowance_s))
 
     def _audience(self) -> list[PeerId]:
         """Who follows this attempt: the roster and the voters, without this peer and the lost ones."""
@@ -347,7 +327,7 @@ class RoundState:
 
     def _waiting_for(self) -> tuple[PeerId, ...]:
         if self.phase is Phase.EXCHANGE and self._lead:
-            return tuple(sorted(self._pending_owners()))
+            return tuple(sorted({owner for owner, _ in self._lead.open.entries}))
         if self.phase is Phase.EXCHANGE and self._plan:
             open_parts = [part for part, one in self._collections.items() if not one.reduced]
             held = self._inbox.received

@@ -173,11 +173,9 @@ class RoundCore(RoundExchange):
 
     def blob_held(self, digest: bytes, now: float) -> None:
         """The bytes of a result part are here, checked against their digest."""
-        self._held.add(digest)
-        if self._lead and self._plan:
-            for part, done in self._lead.done.items():
-                if done.digest == digest:
-                    self._lead.heard_s[self._owner(part)] = now
+        for part in self._hold(digest):
+            assert self._lead is not None
+            self._lead.heard_s[self._owner(part)] = now
         self._evaluate(now)
 
     def applied(self, head: Head, now: float) -> None:

@@ -247,8 +247,8 @@ def silent_sender_waited_for(patches: Patches) -> None:
     """An owner waits for every member of the roster, lost or not."""
     old = exchange.list_missing
 
-    def list_missing(plan: Plan, part: int, inbox: Inbox, lost: Any, deadlines: Mapping[int, float], now: float) -> Any:
-        return old(plan, part, inbox, frozenset(), dict.fromkeys(deadlines, float("inf")), now)
+    def list_missing(plan: Plan, lost: Any, deadlines: Mapping[int, float], now: float) -> Any:
+        return old(plan, frozenset(), dict.fromkeys(deadlines, float("inf")), now)
 
     patches.everywhere(old, list_missing)
 
@@ -298,6 +298,10 @@ def loss_not_believed(patches: Patches) -> None:
 @bug(arena=Arena.DRILL, seed=17, by="a death costs one time-out")
 def part_done_without_bytes(patches: Patches) -> None:
     """A proposer takes an owner's word for the bytes, which may be gone with the owner."""
-    patches.set(
-        RoundState, "_open_parts", lambda self: [part for part in range(self._parts) if part not in self._lead.done]
-    )
+
+    def take(old: Any, self: RoundCore, message: PartDone, *args: Any) -> None:
+        old(self, message, *args)
+        if self._lead and message.part in self._lead.done:
+            self._lead.open.drop(message.part)
+
+    patches.wrap(RoundCore, "_take_part_done", take)

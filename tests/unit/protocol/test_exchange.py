@@ -8,8 +8,9 @@ from shoal.protocol.exchange import (
     CONTRIBUTIONS_MAX,
     Inbox,
     Missing,
-    list_delivered,
+    Waits,
     list_missing,
+    list_undelivered,
 )
 from shoal.protocol.messages import Plan, contribution_root
 from shoal.protocol.proposer import make_plan
@@ -111,34 +112,51 @@ def test_a_second_contribution_replaces_the_first(inbox: Inbox) -> None:
     assert inbox.has_part(PEERS[1], 0, contribution_root(OTHER))
 
 
-def test_parts_are_listed_in_roster_order_however_they_came(inbox: Inbox, plan: Plan) -> None:
-    for number in (3, 0, 2):
+def test_who_has_not_delivered_is_listed_in_roster_order_however_parts_came(inbox: Inbox, plan: Plan) -> None:
+    for number in (3, 0):
         deliver(inbox, number, 1)
-    assert list_delivered(plan, 1, inbox) == (0, 2, 3)
-    assert list_delivered(plan, 0, inbox) == ()
+    assert list_undelivered(plan, 1, inbox) == (1, 2)
+    assert list_undelivered(plan, 0, inbox) == (0, 1, 2, 3)
 
 
 def test_a_contribution_that_the_plan_does_not_know_is_not_delivered(inbox: Inbox, plan: Plan) -> None:
     inbox.take_digests(PEERS[1], OTHER, 0.0)
     inbox.take_part(PEERS[1], 0, OTHER[0], 0.0)
-    assert list_delivered(plan, 0, inbox) == ()
+    assert list_undelivered(plan, 0, inbox) == (0, 1, 2, 3)
 
 
-def test_lost_and_silent_senders_are_given_up_and_others_waited_for(inbox: Inbox, plan: Plan) -> None:
-    deliver(inbox, 0, 0, 10.0)
+def test_parts_are_to_be_looked_at_again_when_bytes_or_digests_came(inbox: Inbox) -> None:
+    assert inbox.touched == set()
+    inbox.take_part(PEERS[1], 2, DIGESTS[1][2], 0.0)
+    inbox.take_part(PEERS[2], 0, DIGESTS[2][0], 0.0)
+    assert inbox.touched == {0, 2}
+    inbox.touched.clear()
+    inbox.take_digests(PEERS[1], DIGESTS[1], 0.0)
+    assert inbox.touched == {2}, "what has not come is not complete by its digest"
+
+
+def test_lost_and_silent_senders_are_given_up_and_others_waited_for(plan: Plan) -> None:
     lost = frozenset({PEERS[1]})
     deadlines = {1: 13.0, 2: 13.0, 3: 14.0}
-    assert list_missing(plan, 0, inbox, lost, deadlines, 12.9) == (
+    assert list_missing(plan, lost, deadlines, 12.9) == (
         [Missing(index=1, reason=Failure.SENDER_LOST)],
         [2, 3],
     )
-    missing, pending = list_missing(plan, 0, inbox, lost, deadlines, 13.0)
+    missing, pending = list_missing(plan, lost, deadlines, 13.0)
     assert [(one.index, one.reason) for one in missing] == [(1, Failure.SENDER_LOST), (2, Failure.SENDER_SLOW)]
     assert pending == [3]
+    assert list_missing(plan, frozenset(PEERS), {}, 0.0) == ([], []), "what a lost sender delivered before counts"
 
 
-def test_what_a_lost_sender_delivered_before_counts(inbox: Inbox, plan: Plan) -> None:
-    deliver(inbox, 1, 0)
-    missing, pending = list_missing(plan, 0, inbox, frozenset(PEERS), {}, 0.0)
-    assert [one.index for one in missing] == [0, 2, 3]
-    assert pending == []
+def test_a_part_waits_for_one_peer_at_a_time() -> None:
+    waits = Waits()
+    for part in range(3):
+        waits.file(part, PEERS[part % 2], 1.0)
+    waits.file(0, PEERS[0], 2.0)
+    waits.file(2, PEERS[1], 1.0)
+    assert waits.entries == {(PEERS[1], 1.0): {1, 2}, (PEERS[0], 2.0): {0}}
+    waits.drop(0)
+    waits.drop(0)
+    waits.drop(7)
+    waits.drop(1)
+    assert waits.entries == {(PEERS[1], 1.0): {2}}
