@@ -429,8 +429,12 @@ class RoundBallot(RoundState):
             self._set_phase(Phase.APPLY, None)
             self._effects.append(Commit(certificate=self._decided))
 
-    def _missing(self, result: Result) -> list[int]:
-        return [number for number, part in enumerate(result.parts) if part.digest not in self._held]
+    def _missing(self, result: Result) -> set[bytes]:
+        """The digests of the result's parts whose bytes are not here."""
+        if self._wanted is not result:
+            self._wanted = result
+            self._unheld = {part.digest for part in result.parts} - self._held
+        return self._unheld
 
     def _fetch_missing(self, result: Result, now: float) -> None:
         missing = self._missing(result)
@@ -442,11 +446,12 @@ class RoundBallot(RoundState):
         self._fetch_s = now + FETCH_RETRY_S
         known = [self._proposer(), *self._roster_peers(), *self._members]
         live = tuple(dict.fromkeys(peer for peer in known if peer != self._me and peer not in self._lost))
-        for part in missing:
-            owner = (self._owner(part),) if self._plan else ()
-            candidates = tuple(dict.fromkeys(peer for peer in (*owner, *live) if peer in live))
-            digest = result.parts[part].digest
-            self._effects.append(FetchBlob(round=self.round, part=part, digest=digest, candidates=candidates))
+        for number, part in enumerate(result.parts):
+            if part.digest in missing:
+                owner = (self._owner(number),) if self._plan else ()
+                candidates = tuple(dict.fromkeys(peer for peer in (*owner, *live) if peer in live))
+                effect = FetchBlob(round=self.round, part=number, digest=part.digest, candidates=candidates)
+                self._effects.append(effect)
 
     # -- other logs ---------------------------------------------------------------------------------------------------
 

@@ -252,6 +252,7 @@ class RoundExchange(RoundBallot):
     def _hold(self, digest: bytes) -> set[int]:
         """The bytes of a result part are here. Returns the parts of the own attempt that were waiting for them."""
         self._held.add(digest)
+        self._unheld.discard(digest)
         parts: set[int] = set()
         if self._lead:
             parts = self._lead.unheld.pop(digest, parts)

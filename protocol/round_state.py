@@ -126,6 +126,8 @@ class RoundState:
         self._offer: Offer | None = None
         self._inbox = Inbox(parts=self._parts)
         self._held: set[bytes] = set()
+        self._wanted: Result | None = None  # and which of its digests are not held
+        self._unheld: set[bytes] = set()
         self._sent: set[tuple[PeerId, int]] = set()
         self._declaration: Result | None = None
         self._declared: Lead | None = None

@@ -189,8 +189,8 @@ def stale_ready_planned(patches: Patches) -> None:
 def local_value_for_missing_part(patches: Patches) -> None:
     """Where a part of the update has not come in time, a peer takes its own contribution for it."""
 
-    def missing(old: Any, self: RoundCore, result: Any) -> list[int]:
-        return [] if self._decided else old(self, result)
+    def missing(old: Any, self: RoundCore, result: Any) -> set[bytes]:
+        return set() if self._decided else old(self, result)
 
     def commit(old: Any, self: SimPeer, certificate: Any) -> None:
         for number, part in enumerate(certificate.result.parts):

@@ -41,7 +41,7 @@ def vote_without_bytes(patches: Patches) -> None:
     def vote_anyway(old: Any, self: RoundCore, *args: Any) -> None:
         first = len(self._effects)
         missing = self._missing
-        self._missing = lambda result: []  # type: ignore[method-assign]
+        self._missing = lambda result: set()  # type: ignore[method-assign]
         try:
             old(self, *args)
         finally:
