@@ -23,6 +23,7 @@ class BlobStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.stored_bytes = 0
         self._whole: set[bytes] = set()  # what this process wrote or read; any other file may be torn
+        self._unsynced: set[bytes] = set()  # what the disk refused to make durable, though it reads well from memory
         for path in self._folder.glob("??/*"):
             if path.suffix == _TEMPORARY:
                 path.unlink()  # a write that a crash cut short
@@ -31,27 +32,34 @@ class BlobStore:
 
     def write(self, digest: bytes, raw: bytes | memoryview) -> None:
         """Store a blob whose digest the caller has checked. Durable only after `sync`. Raises OSError (disk full)."""
-        if self.has(digest) and (digest in self._whole or self.read(digest) is not None):
+        is_there = self.has(digest) and (digest in self._whole or self.read(digest) is not None)
+        if is_there and digest not in self._unsynced:
             return
         path = self._path(digest)
         path.parent.mkdir(exist_ok=True)
         # Two threads may write the same blob at once; each has its own temporary file and either rename is right.
         temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{_TEMPORARY}")
-        temporary.write_bytes(raw)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(raw)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # on a full disk, space is what the next try needs
+            raise
         self._whole.add(digest)
-        self.stored_bytes += len(raw)
+        self.stored_bytes += 0 if is_there else len(raw)
 
     def sync(self, digests: Iterable[bytes]) -> None:
-        """Force these blobs, and their names, to the disk."""
-        folders = set()
-        for digest in digests:
-            path = self._path(digest)
+        """Force these blobs, and their names, to the disk. Raises OSError; they must be written again then, because a
+        system reports a write that it lost once and calls the next sync a success."""
+        wanted = tuple(digests)
+        self._unsynced.update(wanted)
+        paths = [self._path(digest) for digest in wanted]
+        for path in paths:
             _sync_path(path)
-            folders.add(path.parent)
-        for folder in sorted(folders):
+        for folder in sorted({path.parent for path in paths}):
             _sync_path(folder)
         _sync_path(self._folder)
+        self._unsynced.difference_update(wanted)
 
     def has(self, digest: bytes) -> bool:
         return self._path(digest).exists()
@@ -71,6 +79,7 @@ class BlobStore:
     def remove(self, digest: bytes) -> None:
         path = self._path(digest)
         self._whole.discard(digest)
+        self._unsynced.discard(digest)
         try:
             size = path.stat().st_size
             path.unlink()
@@ -79,8 +88,13 @@ class BlobStore:
         self.stored_bytes -= size
 
     def _path(self, digest: bytes) -> Path:
-        name = digest.hex()
-        return self._folder / name[:2] / name
+        return blob_path(self._folder, digest)
+
+
+def blob_path(folder: Path, digest: bytes) -> Path:
+    """Where a blob lies in a store's folder."""
+    name = digest.hex()
+    return folder / name[:2] / name
 
 
 def _sync_path(path: Path) -> None:

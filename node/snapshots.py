@@ -76,18 +76,24 @@ class SnapshotStore:
         temporary = path.with_suffix(_TEMPORARY)
         try:
             save_file({"params": params, "momentum": momentum}, temporary, metadata={"round": str(index.round)})
+            self.adopt(index, temporary)
         except SafetensorError as error:  # what this library makes of every failed write
             raise OSError(f"{temporary} cannot be written: {error}") from error
-        self.adopt(index, temporary)
+        finally:
+            temporary.unlink(missing_ok=True)  # on a full disk, space is what everything else needs
 
     def adopt(self, index: SnapshotIndex, file: Path) -> None:
         """Make a file that holds all of this snapshot a part of the store. Raises OSError."""
         path = self._path(index.round)
         _sync_file(file)
         file.replace(path)
-        path.with_suffix(_INDEX_SUFFIX).write_bytes(encode_record(index))
-        _sync_file(path.with_suffix(_INDEX_SUFFIX))
-        _sync_file(self._folder)
+        try:
+            path.with_suffix(_INDEX_SUFFIX).write_bytes(encode_record(index))
+            _sync_file(path.with_suffix(_INDEX_SUFFIX))
+            _sync_file(self._folder)
+        except OSError:
+            self.remove(index.round)
+            raise
         snapshot = _open_snapshot(path)
         assert snapshot is not None, "a snapshot that was just written can be read"
         self._snapshots[index.round] = snapshot

@@ -1,11 +1,13 @@
 """The blob store on a real disk: what is read is what was named, whatever a power cut left."""
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
 
+from shoal.node import blobs
 from shoal.node.blobs import BlobStore
 
 RAW = b"an encoded part" * 100
@@ -94,6 +96,44 @@ def test_a_write_that_was_cut_short_leaves_nothing(tmp_path: Path) -> None:
     assert store.read(name(RAW)) == RAW
 
 
+def test_a_write_that_a_full_disk_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_up(path: Path, raw: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(raw[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = BlobStore(tmp_path)
+    with monkeypatch.context() as patches:
+        patches.setattr(Path, "write_bytes", fill_up)
+        with pytest.raises(OSError, match="No space left"):
+            store.write(name(RAW), RAW)
+    assert files(tmp_path) == [] and store.stored_bytes == 0
+    store.write(name(RAW), RAW)
+    assert store.read(name(RAW)) == RAW
+
+
+def test_what_was_not_made_durable_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # After a sync that failed, the file reads well from memory and the next sync succeeds; the disk may lack it.
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = BlobStore(tmp_path)
+    store.write(name(RAW), RAW)
+    with monkeypatch.context() as patches:
+        patches.setattr(blobs, "_sync_path", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            store.sync([name(RAW)])
+    before = path_of(tmp_path, name(RAW)).stat().st_ino
+    assert store.read(name(RAW)) == RAW
+    store.write(name(RAW), RAW)
+    again = path_of(tmp_path, name(RAW)).stat().st_ino
+    assert again != before
+    store.sync([name(RAW)])
+    store.write(name(RAW), RAW)
+    assert path_of(tmp_path, name(RAW)).stat().st_ino == again, "now it is there"
+    assert store.stored_bytes == len(RAW)
+
+
 def test_removing_a_blob_frees_its_bytes_once(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     for raw in (RAW, b"other"):
@@ -109,19 +149,19 @@ def test_removing_a_blob_frees_its_bytes_once(tmp_path: Path) -> None:
 
 def test_threads_may_write_the_same_blob(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
-    blobs = [bytes([number]) * 5000 for number in range(8)] * 4
+    raws = [bytes([number]) * 5000 for number in range(8)] * 4
     with ThreadPoolExecutor(4) as threads:
-        for done in [threads.submit(store.write, name(raw), raw) for raw in blobs]:
+        for done in [threads.submit(store.write, name(raw), raw) for raw in raws]:
             done.result()
-    assert all(store.read(name(raw)) == raw for raw in blobs)
+    assert all(store.read(name(raw)) == raw for raw in raws)
     assert len(files(tmp_path)) == 8
     assert BlobStore(tmp_path).stored_bytes == 8 * 5000
 
 
 def test_many_blobs_are_spread_over_folders(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
-    blobs = [bytes([number]) for number in range(50)]
-    for raw in blobs:
+    raws = [bytes([number]) for number in range(50)]
+    for raw in raws:
         store.write(name(raw), raw)
-    store.sync(name(raw) for raw in blobs)
-    assert {path.parent.name for path in files(tmp_path)} == {name(raw).hex()[:2] for raw in blobs}
+    store.sync(name(raw) for raw in raws)
+    assert {path.parent.name for path in files(tmp_path)} == {name(raw).hex()[:2] for raw in raws}

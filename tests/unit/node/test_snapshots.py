@@ -1,11 +1,14 @@
 """Snapshots on a real disk: whole or refused, chunk by chunk, and nothing left behind by a crash."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from shoal.node import snapshots
 from shoal.node.snapshots import LEASE_S, LEASE_S_MAX, LEASES_MAX, SnapshotStore, read_chunk
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.state import CHUNK_BYTES, SnapshotIndex, StateVector, chunk_digests
@@ -148,6 +151,26 @@ def test_a_crash_between_state_and_index_leaves_no_snapshot(tmp_path: Path) -> N
     store.remove_leftovers()
     assert names(tmp_path) == {"00000004.safetensors", "00000004.index"}
     assert read(store, 4)
+
+
+@pytest.mark.parametrize("place", ["save_file", "_sync_file", "encode_record"])
+def test_a_full_disk_is_left_nothing_to_carry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def fail(*arguments: object, **_: object) -> None:
+        if place == "save_file":
+            Path(str(arguments[1])).write_bytes(b"half")
+            raise SafetensorError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = SnapshotStore(tmp_path)
+    write(store, 4)
+    before = names(tmp_path)
+    with monkeypatch.context() as patches:
+        patches.setattr(snapshots, place, fail)
+        with pytest.raises(OSError, match="No space left"):
+            write(store, 8)
+    assert names(tmp_path) == before and store.rounds() == [4]
+    write(store, 8)
+    assert read(store, 4) and read(store, 8)
 
 
 def test_writing_a_round_again_replaces_it(tmp_path: Path) -> None:
