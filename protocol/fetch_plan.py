@@ -70,6 +70,7 @@ class _Donor:
     failures: int = 0
     benched_until_s: float = 0.0
     is_out: bool = False
+    has_lied: bool = False
 
     @property
     def bytes_per_s(self) -> float:
@@ -127,13 +128,17 @@ class FetchPlan:
     def readmit(self, donor: PeerId) -> None:
         """A peer that was given up for anything but wrong bytes is here again."""
         known = self._donors.get(donor)
-        if known is not None:
+        if known is not None and not known.has_lied:
             known.is_out, known.failures, known.misses, known.benched_until_s = False, 0, 0, 0.0
 
     @property
     def is_done(self) -> bool:
         """Whether every piece that was added is here."""
         return not self._waiting and self._done.issuperset(self._asked)
+
+    def is_here(self, digest: bytes) -> bool:
+        """Whether this piece was delivered, or was here before."""
+        return digest in self._done
 
     @property
     def open_asks(self) -> int:
@@ -207,7 +212,7 @@ class FetchPlan:
         self._close(ask)
         match failure:
             case AskFailure.WRONG:
-                one.is_out = True
+                one.is_out = one.has_lied = True
             case AskFailure.MISSING:
                 one.missing.add(ask.piece.digest)
                 one.misses += 1

@@ -32,6 +32,7 @@ ROSTER_MAX = 64
 VOTERS_MAX = 31
 PARTS_MAX = 1024
 ADDRESSES_MAX = 8
+SNAPSHOTS_TOLD_MAX = 4
 CERTIFICATES_PER_ANSWER = 16
 PEERS_PER_ANSWER = 64
 
@@ -81,6 +82,9 @@ class Presence:
     control_addresses: Annotated[tuple[Text, ...], Bound(0, ADDRESSES_MAX)]
     tokens_per_s: float
     ready: SignedReady | None
+    # What others can fetch here: every update from this round on to the head (0: not known yet), and these snapshots.
+    updates_from: U63 = 0
+    snapshots: Annotated[tuple[U63, ...], Bound(0, SNAPSHOTS_TOLD_MAX)] = ()
     signature: Bytes64 = _NO_SIGNATURE
 
 
