@@ -120,6 +120,7 @@ class RoundExchange(RoundBallot):
         previous = self._plan
         self._plan = plan
         if previous is None:
+            self._roster_digest = digest_roster(plan.roster)
             self._exchange_began_s = now
             self._set_phase(Phase.EXCHANGE, now + self._exchange_window_s())
         else:
@@ -217,7 +218,7 @@ class RoundExchange(RoundBallot):
         done = PartDone(
             round=self.round,
             attempt=attempt,
-            roster_digest=digest_roster(self._plan.roster),
+            roster_digest=self._roster_digest,
             part=part,
             digest=digest,
             contributors=make_bitmap(members, len(self._plan.roster)),
@@ -235,7 +236,7 @@ class RoundExchange(RoundBallot):
             return
         assert self._lead is not None
         verify_message(sender, self._swarm, message)
-        another = message.roster_digest != digest_roster(self._plan.roster)
+        another = message.roster_digest != self._roster_digest
         if another or message.part >= self._parts or sender != self._owner(message.part):
             self._dropped = Refusal.NOT_PLANNED
             return  # the part has been given to another owner since

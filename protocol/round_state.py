@@ -168,6 +168,7 @@ class RoundState:
     def _clear_attempt(self, attempt: int) -> None:
         self.attempt = attempt
         self._plan: Plan | None = None
+        self._roster_digest = bytes(32)  # the plan's roster is the same in all of its revisions
         self._proposal: Proposal | None = None
         self._voted = False
         self._locks_sent = False
