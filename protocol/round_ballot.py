@@ -477,7 +477,7 @@ class RoundBallot(RoundState):
             return
         if self._alone_since_s is None:
             self._alone_since_s = now
-        if not self._may_declare(now) or now < self._declare_after_s or self._leaving or self._is_going_over():
+        if not self._may_declare(now) or now < self._declare_after_s or self._leaving or self._signs_nothing():
             return
         self._declare_after_s = now + self._rules.commit_timeout_s
         remaining = self._remaining()
@@ -508,7 +508,7 @@ class RoundBallot(RoundState):
         # Whoever declares has waited for the whole time; who signs must have missed the quorum for long enough, too.
         since_s = self._alone_since_s
         is_alone = since_s is not None and now >= since_s + self._rules.presence_timeout_s
-        may_sign = self._authority.may_declare and not self._decided and not self._is_going_over()
+        may_sign = self._authority.may_declare and not self._decided and not self._signs_nothing()
         if self._me in result.voters and is_alone and may_sign:
             self._send(sender, self._sign_vote(REROOT_ATTEMPT, result))
 

@@ -6,6 +6,7 @@ begins, everything of one attempt when the next attempt is entered, so nothing s
 
 from dataclasses import dataclass, replace
 
+from shoal.protocol.abstention import FRESH_ATTEMPT, Abstention
 from shoal.protocol.effects import Effect, LeftRecord, Phase, PhaseEntered, Send, VoteRecord
 from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.exchange import Collection, Inbox, Waits
@@ -116,12 +117,15 @@ class RoundState:
         self._now_s = now
         self._dropped: Refusal | None = None
         self._saved_vote = vote
+        self._abstention: Abstention | None = None
         self._clear_round(head)
 
     def _clear_round(self, head: Head) -> None:
         self.head = head
         self.round = head.round + 1
         self._vote = self._take_up_vote(head)
+        if self._abstention is not None:
+            self._abstain_in_round(self._abstention, self._began_s)
         self._order = proposer_order(head.digest, head.voters)
         self._offer: Offer | None = None
         self._inbox = Inbox(parts=self._parts)
@@ -165,6 +169,17 @@ class RoundState:
         signed in them is put away, so it signs nothing there."""
         return self._vote.pledge is not None
 
+    def _abstain_in_round(self, abstention: Abstention, now: float) -> None:
+        """Where no quorum is possible without this peer it goes on all the same, in attempts that are new to it."""
+        abstention.goes_on = abstention.may_go_on(self.head.voters, self._authority.rule, now)
+        if abstention.goes_on:
+            vote = self._vote
+            self._vote = replace(vote, promised=max(FRESH_ATTEMPT, vote.promised), led=max(FRESH_ATTEMPT, vote.led))
+
+    def _signs_nothing(self) -> bool:
+        """On the way to another log, or because the disk has forgotten what was signed."""
+        return self._is_going_over() or (self._abstention is not None and not self._abstention.goes_on)
+
     def _clear_attempt(self, attempt: int) -> None:
         self.attempt = attempt
         self._plan: Plan | None = None
@@ -177,7 +192,7 @@ class RoundState:
         self._collections: dict[int, Collection] = {}
         self._senders = Waits()  # the collections that are not complete, each under one sender that it lacks
         self._fetch_s: float | None = None
-        may_lead = self._proposer() == self._me and attempt >= self._vote.led and not self._is_going_over()
+        may_lead = self._proposer() == self._me and attempt >= self._vote.led and not self._signs_nothing()
         self._lead: Lead | None = Lead(attempt=attempt) if may_lead else None
         self._set_phase(Phase.GATHER, None)
 
@@ -237,7 +252,7 @@ class RoundState:
         return self._lead is not None and self._lead.attempt == attempt
 
     def _votes(self) -> bool:
-        return self._me in self.head.voters and not self._is_going_over()
+        return self._me in self.head.voters and not self._signs_nothing()
 
     def _needs_locks(self) -> bool:
         """Where members may lie, a vote takes two phases."""

@@ -16,6 +16,7 @@ many a round; every list of messages that is kept has a bound.
 from collections import Counter
 from collections.abc import Mapping
 
+from shoal.protocol.abstention import Abstention
 from shoal.protocol.effects import (
     LEFT_RECORDS_MAX,
     Effect,
@@ -29,6 +30,7 @@ from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
     ROUND_MESSAGES,
+    Certificate,
     Certified,
     Contribution,
     Lock,
@@ -45,7 +47,7 @@ from shoal.protocol.messages import (
 )
 from shoal.protocol.pace import MARGIN_S
 from shoal.protocol.proposer import make_empty_result
-from shoal.protocol.quorum import Head, has_member
+from shoal.protocol.quorum import Head, has_member, is_reroot
 from shoal.protocol.round_exchange import RoundExchange
 from shoal.protocol.round_state import (
     CONTRIBUTED_MAX,
@@ -85,6 +87,7 @@ class RoundCore(RoundExchange):
             self._failures = 0  # what made attempts fail may be over
         self._members[peer] = presence
         self._lost.discard(peer)
+        self._observe_forgetful(presence, now)
         self._prepare_again(presence)
         self._sync_attempt(presence, now)
         if self._is_elsewhere(peer):
@@ -182,7 +185,34 @@ class RoundCore(RoundExchange):
         """The committed round is applied, or the state was fetched at a later round: `head` is the new base."""
         assert head.round >= self.round, "rounds only go forward"
         self._note_round(now)
+        if self._decided is not None:
+            self._note_certificate(self._decided, now)
         self._begin_round(head, now)
+
+    def abstain(self, now: float) -> None:
+        """The disk has forgotten what this peer signed: sign nothing until that can do no harm (protocol.abstention)."""
+        self._abstention = Abstention(self._me, now, self._rules.presence_timeout_s)
+        for presence in self._members.values():
+            self._abstention.observe(presence, now)
+        if self._decided is None:
+            self._enter_attempt(self.attempt, now)
+
+    @property
+    def abstention(self) -> Abstention | None:
+        """While this peer abstains."""
+        return self._abstention
+
+    def has_forgotten(self, certificate: Certificate) -> bool:
+        """Whether this peer's vote is in a certificate and its record does not know of it: the disk is older than what
+        was signed. A record of a later round, or of another log, says nothing about this one."""
+        result, vote, saved = certificate.result, self._vote, self._saved_vote
+        if is_reroot(certificate) or all(one.voter != self._me for one in certificate.votes):
+            return False
+        if self._abstention is not None or vote.left or vote.pledge is not None:
+            return False
+        if (vote.round, vote.base) == (result.round, result.previous) and vote.accepted is not None:
+            return vote.accepted != result
+        return saved is None or saved.round < result.round or (saved.round, saved.base) == (vote.round, vote.base)
 
     def leave_log(self, pledge: Pledge) -> VoteRecord:
         """Begin to go over to another log: lawful after a re-root only; the shell has compared the two. The record must
@@ -209,6 +239,21 @@ class RoundCore(RoundExchange):
     def handle_deadline(self, now: float) -> None:
         """`next_deadline` has passed."""
         self._evaluate(now)
+
+    def _observe_forgetful(self, presence: Presence, now: float) -> None:
+        if self._abstention is None:
+            return
+        self._abstention.observe(presence, now)
+        is_open = self._decided is None and not self._abstention.goes_on
+        if is_open and self._abstention.may_go_on(self.head.voters, self._authority.rule, now):
+            self._abstain_in_round(self._abstention, now)
+            self._enter_attempt(self._vote.promised, now)
+
+    def _note_certificate(self, certificate: Certificate, now: float) -> None:
+        if self.has_forgotten(certificate):
+            self.abstain(now)
+        elif self._abstention and self._abstention.is_over(certificate, self.head.voters, self._authority.rule):
+            self._abstention = None
 
     # -- messages ------------------------------------------------------------------------------------------------
 
