@@ -232,6 +232,18 @@ class RoundCore(RoundExchange):
         self._last_certificate = None
         self._begin_round(head, now)
 
+    def resume(self, vote: VoteRecord, now: float) -> None:
+        """Go on as after a restart, because the shell could not make durable what it was asked to: `vote` is what is.
+        What was wanted after that was never done, so nobody has heard of it. What others have sent stays: they would
+        not send it again."""
+        inbox, held, offer = self._inbox, self._held, self._offer
+        self._saved_vote = self._vote = vote
+        self._began_s = now
+        self._clear_round(self.head)
+        self._inbox, self._held, self._offer = inbox, held, offer
+        self._begin_attempt(now)
+        self._evaluate(now)
+
     def pledge(self) -> Pledge | None:
         """The log that this peer goes over to, until it has applied as much of it as it had compared."""
         return self._vote.pledge

@@ -1,13 +1,14 @@
 """The round core, driven by hand: proposers that fail, peers that restart with their vote record, peers that leave."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from shoal.protocol.effects import AttemptFailed, Persist, Planned, Send, VoteRecord
+from shoal.protocol.effects import AttemptFailed, Persist, Phase, Planned, Reduce, Send, SendPart, VoteRecord
 from shoal.protocol.errors import Failure
 from shoal.protocol.messages import Nack, Plan, Prepare, Promise, Proposal, Vote
-from tests.unit.protocol.round_table import Table, cut_off, members_of, nothing, withhold
+from tests.unit.protocol.round_table import Seat, Table, cut_off, members_of, nothing, withhold
 from tests.unit.protocol.samples import PEERS, RULES, make_sample_result
 
 # -- proposers that fail --------------------------------------------------------------------------------------------
@@ -120,7 +121,19 @@ def test_two_thirds_is_more_than_a_majority(dead: int, certifies: bool) -> None:
 # -- restarts -------------------------------------------------------------------------------------------------------
 
 
-def test_a_restarted_voter_never_votes_for_something_else_in_the_same_attempt() -> None:
+def resume(table: Table, seat: Seat) -> None:
+    """The peer's disk was full: it goes on from what is durable, and nothing of what it wanted since was done."""
+    seat.effects = []
+    seat.core.take_effects()
+    seat.core.resume(seat.vote or VoteRecord(round=0), table.now)
+
+
+ComeBack = Callable[[Table, Seat], None]
+come_backs = pytest.mark.parametrize("come_back", [Table.restart, resume], ids=["restart", "resume"])
+
+
+@come_backs
+def test_a_restarted_voter_never_votes_for_something_else_in_the_same_attempt(come_back: ComeBack) -> None:
     table = Table()
     lead, voter, *_ = table.order()
     table.blocked = withhold(Vote)
@@ -128,14 +141,14 @@ def test_a_restarted_voter_never_votes_for_something_else_in_the_same_attempt() 
     table.settle()
     (vote,) = voter.said(Vote)
     proposal = lead.said(Proposal)[0]
-    table.restart(voter)
+    come_back(table, voter)
     other = replace(proposal.result, voters=proposal.result.voters[:3])
     for digest in {part.digest for part in other.parts}:
         table.hold(voter, digest)
     voter.core.receive(Proposal(attempt=0, result=other), lead.peer, 0.0)
     table.settle()
     assert voter.said(Vote) == []
-    table.restart(voter)
+    come_back(table, voter)
     for digest in {part.digest for part in other.parts}:
         table.hold(voter, digest)
     voter.core.receive(proposal, lead.peer, 0.0)
@@ -143,31 +156,79 @@ def test_a_restarted_voter_never_votes_for_something_else_in_the_same_attempt() 
     assert voter.said(Vote) == [vote], "the same vote may be said again"
 
 
-def test_a_restarted_voter_tells_the_next_proposer_what_it_voted_for() -> None:
+@come_backs
+def test_a_restarted_voter_tells_the_next_proposer_what_it_voted_for(come_back: ComeBack) -> None:
     table = Table()
     lead, second, voter, _ = table.order()
     table.blocked = withhold(Vote)
     table.make_ready()
     table.settle()
     proposal = lead.said(Proposal)[0]
-    table.restart(voter)
+    come_back(table, voter)
     voter.core.receive(Prepare(round=1, attempt=1), second.peer, 0.0)
     table.settle()
     assert voter.said(Promise) == [Promise(round=1, attempt=1, accepted_attempt=0, accepted=proposal.result)]
 
 
-def test_a_restarted_voter_keeps_its_promise() -> None:
+@come_backs
+def test_a_restarted_voter_keeps_its_promise(come_back: ComeBack) -> None:
     table = Table()
     lead, second, voter, _ = table.order()
     voter.core.receive(Prepare(round=1, attempt=1), second.peer, 0.0)
     table.settle()
     assert voter.vote == VoteRecord(round=1, base=table.head.digest, promised=1)
-    table.restart(voter)
+    come_back(table, voter)
     assert voter.core.attempt == 1
     voter.core.receive(Proposal(attempt=0, result=make_sample_result(table.head, members=4)), lead.peer, 0.0)
     table.settle()
     assert voter.said(Vote) == []
     assert voter.said(Nack) == [Nack(round=1, attempt=0, promised=1)]
+
+
+def test_what_a_full_disk_did_not_take_was_never_promised() -> None:
+    table = Table()
+    _, second, voter, _ = table.order()
+    voter.core.receive(Prepare(round=1, attempt=1), second.peer, table.now)
+    lost = voter.core.take_effects()
+    assert any(isinstance(effect, Persist) for effect in lost) and voter.core.attempt == 1
+    resume(table, voter)
+    assert voter.core.attempt == 0
+    voter.core.receive(Prepare(round=1, attempt=1), second.peer, table.now)
+    table.carry_out(voter)
+    assert [effect.vote.promised for effect in voter.did(Persist)] == [1], "it is durable before it is said again"
+    assert len(voter.said(Promise)) == 1
+
+
+def test_a_peer_whose_disk_was_full_takes_part_again() -> None:
+    table = Table()
+    ill = table.order()[2]
+    table.applies_slowly.add(ill.number)
+    table.make_ready()
+    table.settle()
+    assert ill.core.phase is Phase.APPLY and ill.committed == []
+    resume(table, ill)
+    table.applies_slowly.clear()
+    table.advance(RULES.presence_timeout_s)
+    table.run(1)
+    table.make_ready()
+    table.run(2)
+    assert ill.number in members_of(table.result(2), 0)
+
+
+def test_an_owner_whose_disk_was_full_need_not_be_sent_anything_again() -> None:
+    table = Table()
+    plan = table.begin_exchange()
+    ill = table.order()[1]
+    owned = [part for part, index in enumerate(plan.owners) if plan.roster[index].signed.peer == ill.peer]
+    assert owned
+    resume(table, ill)
+    table.blocked = withhold(SendPart)
+    ill.core.receive(plan, table.order()[0].peer, table.now)
+    table.carry_out(ill)
+    assert sorted(effect.part for effect in ill.did(Reduce)) == owned
+    assert {len(effect.indices) for effect in ill.did(Reduce)} == {4}
+    table.finish_reductions()
+    assert members_of(table.result(), owned[0]) == (0, 1, 2, 3)
 
 
 def test_a_promise_is_durable_before_it_is_given() -> None:
