@@ -1,6 +1,7 @@
 """The command line: parse, run, print. The only module besides terminal.py that writes to the terminal.
 
-Exit codes: 0 done, 1 a person must mend something (the message says what), 130 interrupted twice.
+Exit codes: 0 done, 1 a person must mend something (the message says what), 2 no such command or option, 130 interrupted
+twice; of `shoal verify` 3 where a round does not hold, 4 where none fails and one cannot be told.
 """
 
 import argparse
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from shoal.protocol.identity import Identity
 
 EXIT_INPUT = 1
+EXIT_FAILS = 3
+EXIT_UNKNOWN = 4
 EXIT_INTERRUPTED = 130
 
 
@@ -95,10 +98,7 @@ def _make_parser() -> argparse.ArgumentParser:
     identity.add_argument("--data-dir", type=Path)
     identity.set_defaults(run=_run_identity)
 
-    export = commands.add_parser("export", help="write the certified model as safetensors")
-    export.add_argument("--out", type=Path, required=True)
-    export.add_argument("--data-dir", type=Path)
-    export.set_defaults(run=_run_export)
+    _add_model_commands(commands)
 
     demo = commands.add_parser("demo", help="train with a local swarm, kill a peer, let one join, show the result")
     demo.add_argument("--text", type=Path, help="train on this file or folder; default: Python's own source")
@@ -107,6 +107,29 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--report", type=Path, help="write the summary as JSON here, too")
     demo.set_defaults(run=_run_demo)
     return parser
+
+
+def _add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """What reads a peer's folder and changes nothing."""
+    export = commands.add_parser("export", help="write the certified model: safetensors, or a folder for transformers")
+    export.add_argument("--out", type=Path, required=True, help="a file; with --format hf a folder")
+    export.add_argument("--format", choices=("safetensors", "hf"), default="safetensors")
+    export.add_argument("--round", type=int, help="an older round that this peer retains; default: the newest")
+    export.add_argument("--data-dir", type=Path)
+    export.set_defaults(run=_run_export)
+
+    checkout = commands.add_parser("checkout", help="rebuild a retained round from its snapshot and certified updates")
+    checkout.add_argument("--round", type=int, required=True)
+    checkout.add_argument("--out", type=Path, help="a folder; default: checkout-ROUND")
+    checkout.add_argument("--data-dir", type=Path, help="of a peer that runs or not")
+    checkout.set_defaults(run=_run_checkout)
+
+    verify = commands.add_parser("verify", help="compute certified rounds anew from their parts and say what holds")
+    chosen = verify.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--round", type=int, action="append", default=[], help="may be given again")
+    chosen.add_argument("--all", action="store_true", help="every round that this peer has a certificate of")
+    verify.add_argument("--data-dir", type=Path, help="of a peer that runs or not")
+    verify.set_defaults(run=_run_verify)
 
 
 def _data_dir(given: Path | None) -> Path:
@@ -261,15 +284,59 @@ def _run_identity(options: argparse.Namespace) -> int:
 
 
 def _run_export(options: argparse.Namespace) -> int:
-    from shoal.node.export import read_certified_model, write_model
+    from shoal.node.export import read_certified_model, read_retained_model, write_model
+    from shoal.node.hf_folder import write_hf_folder
 
-    model = read_certified_model(_data_dir(options.data_dir))
-    write_model(model, options.out)
+    folder = _data_dir(options.data_dir)
+    model = read_certified_model(folder) if options.round is None else read_retained_model(folder, options.round)
+    write = write_hf_folder if options.format == "hf" else write_model
+    write(model, options.out)
     if model.is_snapshot:
         print("the peer is running: this is its newest snapshot; stop it to export its newest round")
     print(f"{options.out}: {model.params.size:,} parameters at round {model.round}")
     print(f"state root {model.state_root.hex()}")
     return 0
+
+
+def _run_checkout(options: argparse.Namespace) -> int:
+    from shoal.node.archive import open_archive, write_checkout
+
+    out = options.out or Path(f"checkout-{options.round}")
+    with open_archive(_data_dir(options.data_dir)) as archive:
+        state = write_checkout(archive, options.round, out)
+    begun = f"the snapshot of round {state.start}" if state.start else "round 0"
+    print(f"{out}: round {state.head.round}, from {begun} and {state.head.round - state.start} certified updates")
+    print(f"state root {state.head.state_root.hex()}")
+    return 0
+
+
+def _run_verify(options: argparse.Namespace) -> int:
+    from shoal.node.archive import open_archive
+    from shoal.node.audit import Finding, audit_round, audit_rounds
+
+    with open_archive(_data_dir(options.data_dir)) as archive:
+        newest = archive.certificates.newest
+        beyond = [number for number in options.round if not 1 <= number <= newest]
+        if beyond or not newest:
+            fix = f"give a round from 1 to {newest}" if newest else "wait until the first round is certified"
+            raise ConfigError("--round", f"{(*beyond, 1)[0]} is not certified here", fix)
+        if options.all:
+            audits = audit_rounds(archive, 1, newest)
+        else:
+            audits = (audit_round(archive, number) for number in options.round)
+        counts = dict.fromkeys(Finding, 0)
+        for audit in audits:
+            counts[audit.finding] += 1
+            print(f"round {audit.round} {audit.finding}", flush=True)
+            for check in audit.checks:
+                # Of many rounds that hold one line each is enough.
+                if not options.all or check.finding is not Finding.HOLDS:
+                    print(f"  {check.name:<13} {check.finding}: {check.detail}")
+    if options.all:
+        print(", ".join(f"{count} rounds: {finding}" for finding, count in counts.items() if count))
+    if counts[Finding.FAILS]:
+        return EXIT_FAILS
+    return EXIT_UNKNOWN if counts[Finding.UNKNOWN] else 0
 
 
 def _run_demo(options: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ from shoal.node.snapshots import SnapshotStore
 from shoal.node.task_set import TaskSet
 from shoal.node.trainer import SharedParameters, TrainerProcess
 from shoal.node.training.messages import Ready as TrainerReady
-from shoal.node.web import WebServer, WebSources
+from shoal.node.web import WebServer
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import Behind, Phase, Pledge
@@ -336,9 +336,7 @@ class Daemon:
         )
         self.reach = Reach(self.swarm, self.control, self.links, lambda: tuple(self.membership.table.live()))
         self._begin_reports()
-        sources = WebSources(
-            status=self.reporter.build_status, metrics=self.reporter.render_metrics, feed=self.reporter.feed
-        )
+        sources = self.reporter.make_sources(answers.list_certificates)
         self.web = WebServer(config.web.host, config.web.port, sources)
         self.web_port = await self.web.start()
         for work in (

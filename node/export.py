@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from shoal.node.archive import open_archive
 from shoal.node.blobs import BlobStore
 from shoal.node.config import MANIFEST_FILE
 from shoal.node.ledger_store import LedgerStore, StoreError
@@ -30,6 +31,14 @@ class CertifiedModel:
     state_root: bytes
     params: Float32s
     is_snapshot: bool = False  # the peer is running, and this is what it last wrote down
+
+
+def read_retained_model(data_dir: Path, number: int) -> CertifiedModel:
+    """The state after an older round, rebuilt; raises ConfigError, StoreError or ArchiveError."""
+    with open_archive(data_dir) as archive:
+        state = archive.rebuild(number)
+        root = state.head.state_root
+        return CertifiedModel(manifest=archive.manifest, round=number, state_root=root, params=state.replica.params)
 
 
 def read_certified_model(data_dir: Path) -> CertifiedModel:
@@ -74,16 +83,20 @@ def split_tensors(layout: Layout, params: Float32s) -> dict[str, Float32s]:
     return tensors
 
 
-def write_model(model: CertifiedModel, out: Path) -> None:
-    """Write the safetensors file; its metadata names the swarm's task, the round and the state root."""
-    metadata = {
+def describe_model(model: CertifiedModel) -> dict[str, str]:
+    """A file's metadata: the swarm's task, the round and the state root."""
+    return {
         "format": "pt",
         "task": model.manifest.task.kind,
         "task_options": model.manifest.task.options,
         "round": str(model.round),
         "state_root": model.state_root.hex(),
     }
+
+
+def write_model(model: CertifiedModel, out: Path) -> None:
+    """Write the safetensors file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".partial")
-    save_file(split_tensors(model.manifest.layout, model.params), temporary, metadata=metadata)
+    save_file(split_tensors(model.manifest.layout, model.params), temporary, metadata=describe_model(model))
     temporary.replace(out)

@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -40,6 +40,8 @@ from shoal.node.status import (
     clean_text,
     keep_peers,
 )
+from shoal.node.web import WebSources
+from shoal.protocol.abstention import Abstention
 from shoal.protocol.effects import (
     AttemptFailed,
     Note,
@@ -458,6 +460,12 @@ class Reporter:
         metrics.waiting_for.set(len(status.waiting_for))
         metrics.phase_age_s.set(status.phase_s)
         for deadline, gauge in metrics.deadline_s.items():
+    def make_sources(self, certificates: Callable[[int], Awaitable[bytes]]) -> WebSources:
+        """What the web port shows."""
+        return WebSources(
+            status=self.build_status, metrics=self.render_metrics, feed=self.feed, certificates=certificates
+        )
+
             running = status.deadline == deadline and status.deadline_s is not None
             gauge.set(status.deadline_s if running and status.deadline_s is not None else math.nan)
         metrics.voters.set(status.voters)

@@ -3,6 +3,7 @@
     /             the live page            /metrics      Prometheus text
     /status.json  one Status               /healthz      200 or 503 with reasons: does the daemon work
     /events       server-sent events       /readyz       200 or 503 with reasons: can it take part now
+    /certificates?first=N   certificates from round N on, a bounded number: for `shoal checkout` and `verify`
 
 What answers come from are callables; nothing here knows the daemon.
 
@@ -38,6 +39,7 @@ CLIENTS_MAX = 16
 CONNECTIONS_MAX = 64
 WRITE_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 1.0
+ROUND_DIGITS_MAX = 18
 
 _PAGE = {
     "/": ("index.html", "text/html"),
@@ -67,6 +69,7 @@ class WebSources:
     status: Callable[[], Status]
     metrics: Callable[[], bytes]
     feed: HappeningFeed
+    certificates: Callable[[int], Awaitable[bytes]] | None = None  # a bounded page of the log, from a round on
 
 
 class WebServer:
@@ -79,6 +82,8 @@ class WebServer:
         self._snapshot = _Cache(lambda: _Snapshot(sources.status()), STATUS_CACHE_S, clock)
         self._metrics = _Cache(sources.metrics, METRICS_CACHE_S, clock)
         self._is_local = ipaddress.ip_address(host).is_loopback
+        self._certificates = sources.certificates
+        self._reading = asyncio.Lock()  # of the disk, for one asker at a time
         self._streams: set[asyncio.Task[object]] = set()
         self._server: asyncio.Server | None = None
         app = web.Application(middlewares=[self._check])
@@ -88,6 +93,7 @@ class WebServer:
         routes["/healthz"] = self._serve_health
         routes["/readyz"] = self._serve_readiness
         routes["/events"] = self._serve_events
+        routes["/certificates"] = self._serve_certificates
         app.on_response_prepare.append(_add_headers)
         app.add_routes([web.get(path, handler, allow_head=path != "/events") for path, handler in routes.items()])
         self._files = {path: ((STATIC / name).read_bytes(), kind) for path, (name, kind) in _PAGE.items()}
@@ -145,6 +151,13 @@ class WebServer:
 
     async def _serve_readiness(self, request: web.Request) -> web.Response:
         return _answer(judge_readiness(self._snapshot.get().status))
+
+    async def _serve_certificates(self, request: web.Request) -> web.Response:
+        first = request.query.get("first", "")
+        if self._certificates is None or not (first.isascii() and first.isdigit() and len(first) <= ROUND_DIGITS_MAX):
+            raise web.HTTPNotFound(text="Ask for /certificates?first=ROUND.\n")
+        async with self._reading:
+            return web.Response(body=await self._certificates(int(first)), content_type="application/octet-stream")
 
     async def _serve_events(self, request: web.Request) -> web.StreamResponse:
         if len(self._streams) >= CLIENTS_MAX:

@@ -5,32 +5,20 @@ gains, also on queries and keys; ReLU squared in the MLP; untied embedding and h
 therefore a matrix. Residual projections and the head start at zero, so that the untrained model predicts all bytes
 alike (ln 256 = 5.55 nats) and its blocks start as the identity.
 
+The transformers library knows the same function as NanoChat (node/hf_folder.py maps the tensors); whoever changes the
+architecture here changes or gives up that mapping.
+
 Shapes: B sequences, T positions, C width, N heads, D = C / N head width.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoal.node.training.gpt_config import MLP_RATIO, ROTARY_PERIOD, VOCABULARY, GptConfig
 from shoal.protocol.layout import UNIFORM, ZEROS, TensorSpec
-from shoal.protocol.wire import Bound
-
-VOCABULARY = 256
-ROTARY_PERIOD = 10_000.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GptConfig:
-    """The defaults make 1.0 M parameters: what one shared CPU core trains in minutes."""
-
-    layers: Annotated[int, Bound(1, 64)] = 2
-    heads: Annotated[int, Bound(1, 64)] = 4
-    width: Annotated[int, Bound(8, 8192)] = 192
-    context: Annotated[int, Bound(8, 2048)] = 128
 
 
 class Gpt(nn.Module):
@@ -61,8 +49,8 @@ class Block(nn.Module):
         self.heads = config.heads
         self.attention_in = Linear(config.width, 3 * config.width)
         self.attention_out = Linear(config.width, config.width)
-        self.mlp_in = Linear(config.width, 4 * config.width)
-        self.mlp_out = Linear(4 * config.width, config.width)
+        self.mlp_in = Linear(config.width, MLP_RATIO * config.width)
+        self.mlp_out = Linear(MLP_RATIO * config.width, config.width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.attend(norm(x), rotary)

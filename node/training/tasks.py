@@ -7,7 +7,6 @@ output, for a daemon that has no torch in its process.
 Invariant: options are validated once, here, with errors that name the field.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,14 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shoal.node.training.data import ByteWindows, read_corpus
+from shoal.node.training.gpt_config import KIND, SAMPLE_TEMPERATURE, VOCABULARY, parse_options, read_gpt_config
 from shoal.node.training.messages import Described, Undescribed, Work, encode_frame, trim_detail
-from shoal.node.training.model import VOCABULARY, Gpt, GptConfig, tensor_specs
+from shoal.node.training.model import Gpt, tensor_specs
 from shoal.protocol.errors import ManifestError
 from shoal.protocol.layout import Layout, make_layout
 from shoal.protocol.manifest import Task as TaskChoice
-from shoal.protocol.tables import read_table
-
-SAMPLE_TEMPERATURE = 0.8
 
 
 class Batches(Protocol):
@@ -113,34 +110,19 @@ class ByteGpt:
         return bytes(text[first:])
 
 
-TASKS: Mapping[str, Callable[[Mapping[str, Any]], Task]] = MappingProxyType({"byte_gpt": ByteGpt})
+TASKS: Mapping[str, Callable[[Mapping[str, Any]], Task]] = MappingProxyType({KIND: ByteGpt})
 
 
 def make_task(choice: TaskChoice) -> Task:
     """The task that a manifest chose; raises ManifestError naming the field."""
     if choice.kind not in TASKS:
         raise ManifestError("task.kind", f"{choice.kind!r} is no known task", f"use one of: {', '.join(TASKS)}")
-    try:
-        options = json.loads(choice.options)
-    except ValueError as error:
-        raise ManifestError("task.options", f"is not JSON: {error}", "write a JSON object") from error
-    if not isinstance(options, dict):
-        raise ManifestError("task.options", "is not a JSON object", "write {} or {…}")
-    return TASKS[choice.kind](options)
+    return TASKS[choice.kind](parse_options(choice.options))
 
 
 def describe(choice: TaskChoice) -> Layout:
     """The layout that `shoal swarm create` puts into the manifest; raises ManifestError naming the field."""
     return make_task(choice).layout()
-
-
-def read_gpt_config(options: Mapping[str, Any]) -> GptConfig:
-    """The options over the defaults; raises ManifestError naming the field."""
-    config = read_table(GptConfig, options, "task", "", ManifestError)
-    if config.width % (2 * config.heads):
-        fix = f"use a multiple of {2 * config.heads}: every head needs an even width"
-        raise ManifestError("task.width", f"{config.width} does not divide into {config.heads} heads", fix)
-    return config
 
 
 def main(arguments: list[str]) -> None:

@@ -27,7 +27,7 @@ from shoal.node.control import ControlConfig, ControlHandlers, ControlStopped
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed
 from shoal.node.intake import Intake, IntakePorts
-from shoal.node.ledger_store import LedgerStore
+from shoal.node.ledger_store import LedgerStore, compute_checksum
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
@@ -211,6 +211,7 @@ def fill_folder(swarm: Swarm, folder: Path, chain: Chain) -> None:
     # One transaction for all rounds: the disk is waited for once.
     rows = [(one.result.round, digest_record(one.result), encode_record(one)) for one in chain.certificates]
     with closing(sqlite3.connect(folder / LEDGER)) as connection, connection:
+    checked = [(*row, compute_checksum(*row)) for row in rows]
         connection.executemany("INSERT INTO certificates VALUES (?, ?, ?)", rows)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,7 @@ class Daemon:
         self.rendered = 0
         self.feed = Feed()
         self.metrics = Metrics()
+        self.certificates: Callable[[int], Awaitable[bytes]] | None = None
 
     def make_status(self) -> Status:
         self.built += 1
@@ -59,7 +60,9 @@ class Daemon:
         return self.metrics.render()
 
     def make_server(self, port: int = 0) -> WebServer:
-        sources = WebSources(status=self.make_status, metrics=self.render, feed=self.feed)
+        sources = WebSources(
+            status=self.make_status, metrics=self.render, feed=self.feed, certificates=self.certificates
+        )
         return WebServer("127.0.0.1", port, sources, clock=lambda: self.now)
 
 
@@ -83,6 +86,38 @@ async def read_event(answer: aiohttp.ClientResponse) -> tuple[str, object]:
 
 def make_happening(text: str) -> Happening:
     return Happening(at_s=1.0, severity=Severity.WARNING, kind=HappeningKind.PEER_LOST, text=text)
+
+
+async def test_a_page_of_certificates_is_given_from_a_round_on(status: Status) -> None:
+    daemon = Daemon(status)
+    asked: list[int] = []
+    reading = 0
+
+    async def certificates(first: int) -> bytes:
+        nonlocal reading
+        reading += 1
+        assert reading == 1, "one at a time"
+        asked.append(first)
+        await asyncio.sleep(0)
+        reading -= 1
+        return b"page" * first
+
+    async with served(daemon) as session, session.get("/certificates?first=1") as answer:
+        assert answer.status == 404, "a server without a log"
+    daemon.certificates = certificates
+    async with served(daemon) as session:
+        for query in ("", "?first=", "?first=-1", "?first=1e3", "?first=" + "9" * 19, "?first=%C2%B2"):
+            async with session.get("/certificates" + query) as answer:
+                assert answer.status == 404, query
+        assert asked == []
+
+        async def ask(first: int) -> bytes:
+            async with session.get(f"/certificates?first={first}") as answer:
+                assert (answer.status, answer.content_type) == (200, "application/octet-stream")
+                return await answer.read()
+
+        assert await asyncio.gather(*(ask(first) for first in (3, 1, 2))) == [b"page" * 3, b"page", b"page" * 2]
+        assert sorted(asked) == [1, 2, 3]
 
 
 async def test_the_page_is_served_and_may_load_nothing_from_elsewhere(status: Status) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.node.training.model import VOCABULARY, Gpt, GptConfig
+from shoal.node.training.gpt_config import VOCABULARY, GptConfig
+from shoal.node.training.model import Gpt
 from shoal.node.training.strategy import DiLoCo, load_parameters
 from shoal.node.training.tasks import describe, make_task
 from shoal.protocol.errors import ManifestError
