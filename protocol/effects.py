@@ -144,10 +144,9 @@ class Behind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forked:
-    """`peer` follows a log that parts from ours, at `round` or before: compare, and go over to the heavier one."""
+    """`peer` follows a log that parts from ours, at our head or before: compare, and go over to the heavier one."""
 
     peer: PeerId
-    round: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

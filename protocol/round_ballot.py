@@ -466,7 +466,7 @@ class RoundBallot(RoundState):
         """After a re-root there may be two logs, so a stranger's word on another base is no lie: it is compared."""
         if now >= self._forked_after_s:
             self._forked_after_s = now + BEHIND_RETRY_S
-            self._effects.append(Forked(peer=peer, round=self.head.round))
+            self._effects.append(Forked(peer=peer))
 
     # -- a quorum that is gone for good -----------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ from shoal.protocol.messages import (
     ROUND_MESSAGES,
     Certificate,
     Certified,
-    Contribution,
     Locked,
     Plan,
     Presence,
@@ -72,7 +71,6 @@ class RoundView:
     roster: tuple[PeerId, ...]
     last_failure: Failure | None
     last_failure_peer: PeerId | None
-    has_quorum: bool  # whether enough voters are in sight; without them everybody trains on and waits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +100,7 @@ class RoundState:
         self._shares = Shares()
         self._contributed: dict[PeerId, None] = {}  # who is no newcomer, the latest last
         self._log: dict[int, bytes] = {}  # digests of the last rounds, to notice a log that parts from this one
+        self._vote = vote or VoteRecord(round=head.round + 1)
         self._began_s = now
         self._alone_since_s: float | None = None
         self._declare_after_s = 0.0
@@ -151,10 +150,9 @@ class RoundState:
     def _take_up_vote(self, head: Head) -> VoteRecord:
         """What this peer has signed in the round after `head`, on this log and on no other."""
         # The record may be of a round that is still ahead: the disk lost part of the log, but not what was signed.
-        saved = self._saved_vote
-        newest = self._vote if hasattr(self, "_vote") else saved
-        pledge = newest.pledge if newest and newest.pledge and head.round < newest.pledge.end else None
-        left = newest.left if newest else ()
+        saved, pledge, left = self._saved_vote, self._vote.pledge, self._vote.left
+        if pledge and head.round >= pledge.end:
+            pledge = None
         if saved and (saved.round, saved.base) == (head.round + 1, head.digest):
             return replace(saved, pledge=pledge, left=left)
         fresh = VoteRecord(round=head.round + 1, base=head.digest, pledge=pledge, left=left)
@@ -226,7 +224,6 @@ class RoundState:
             roster=self._roster_peers(),
             last_failure=Failure.NO_QUORUM if is_waiting else self._last_failure,
             last_failure_peer=None if is_waiting else self._last_failure_peer,
-            has_quorum=self._has_quorum(),
         )
 
     def _deadline(self) -> tuple[float | None, str | None]:
@@ -334,7 +331,6 @@ class RoundState:
 
     def _ready_members(self) -> dict[PeerId, SignedReady]:
         signed = {peer: known.ready for peer, known in self._members.items() if known.ready and not known.leaving}
-        signed.pop(self._me, None)
         if self._offer and not self._leaving:
             signed[self._me] = self._offer.signed
         return {
@@ -380,10 +376,3 @@ def round_of(message: ROUND_MESSAGES) -> int:
     if isinstance(message, Certified):
         return message.certificate.result.round
     return message.result.round if isinstance(message, Proposal) else message.round
-
-
-def attempt_of(message: ROUND_MESSAGES) -> int | None:
-    """The attempt that a message is about; None for what is of the whole round."""
-    if isinstance(message, Certified | Contribution):
-        return None
-    return message.certificate.attempt if isinstance(message, Locked) else message.attempt

@@ -84,7 +84,7 @@ def _meets_other_log(peer: "SimPeer", donor: "SimPeer", certificates: tuple[Cert
     if first.round != head.round + 1 or first.previous == head.digest or not peer.world.cluster.may_part:
         return False
     peer.target = 0
-    peer._execute(Forked(peer=donor.identity.peer, round=head.round))
+    peer._execute(Forked(peer=donor.identity.peer))
     return True
 
 

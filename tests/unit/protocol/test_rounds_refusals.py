@@ -110,7 +110,7 @@ def test_what_builds_on_another_log_is_dropped_without_blame_and_compared(field:
     for message in (other_plan, Proposal(attempt=0, result=result), Certified(certificate=certify(result))):
         assert drop_of(follower, message, lead.peer) is Refusal.OTHER_LOG
     follower.core.receive(other_plan, lead.peer, BEHIND_RETRY_S)
-    assert follower.core.take_effects() == [Forked(peer=lead.peer, round=0)]
+    assert follower.core.take_effects() == [Forked(peer=lead.peer)]
     follower.core.receive(other_plan, lead.peer, 2 * BEHIND_RETRY_S - 0.01)
     assert follower.core.take_effects() == [], "but not all the time"
 
@@ -122,7 +122,7 @@ def test_a_presence_that_shows_another_log_is_compared(known_round: int, forked:
     core.take_effects()
     core.observe(make_presence(1, 2, head_round=known_round, head_digest=b"x" * 32), 0.0)
     effects = core.take_effects()
-    assert (effects == [Forked(peer=PEERS[1], round=0)]) is forked
+    assert (effects == [Forked(peer=PEERS[1])]) is forked
     assert (effects == [Behind(peer=PEERS[1], round=1)]) is not forked
 
 
