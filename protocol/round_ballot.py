@@ -296,9 +296,13 @@ class RoundBallot(RoundState):
         )
         self._persist_and_vote(proposal)
 
-    def _persist_and_vote(self, proposal: Proposal) -> None:
-        digests = tuple(dict.fromkeys(part.digest for part in proposal.result.parts))
+    def _persist_vote(self, result: Result) -> None:
+        """The record, after the bytes that it speaks for."""
+        digests = tuple(dict.fromkeys(part.digest for part in result.parts))
         self._effects.append(Persist(vote=self._vote, digests=digests))
+
+    def _persist_and_vote(self, proposal: Proposal) -> None:
+        self._persist_vote(proposal.result)
         self._send(self._proposer(proposal.attempt), self._sign_vote(proposal.attempt, proposal.result))
 
     def _sign_vote(self, attempt: int, result: Result) -> Vote:
@@ -317,8 +321,7 @@ class RoundBallot(RoundState):
             return
         self._voted = True
         self._vote = replace(vote, promised=proposal.attempt, locked_attempt=proposal.attempt, locked_digest=digest)
-        digests = tuple(dict.fromkeys(part.digest for part in proposal.result.parts))
-        self._effects.append(Persist(vote=self._vote, digests=digests))
+        self._persist_vote(proposal.result)
         lock = Lock(voter=self._me, round=self.round, attempt=proposal.attempt, result_digest=digest)
         self._send(self._proposer(proposal.attempt), sign_message(self._identity, self._swarm, lock))
 
