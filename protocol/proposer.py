@@ -32,7 +32,7 @@ from shoal.protocol.messages import (
     verify_message,
     verify_ready,
 )
-from shoal.protocol.quorum import Authority, Head, check_lock, choose_voters, list_members, owner_order
+from shoal.protocol.quorum import Authority, Head, check_base, check_lock, choose_voters, list_members, owner_order
 from shoal.protocol.shares import assign_parts
 
 
@@ -128,8 +128,7 @@ def revise_plan(plan: Plan, owners: Mapping[int, int]) -> Plan:
 
 def check_plan(plan: Plan, head: Head, codec: str, parts: int, swarm: bytes) -> None:
     """Raise ProtocolError unless a member can follow this plan."""
-    if plan.previous != head.digest or plan.base_root != head.state_root:
-        raise ProtocolError(Refusal.OTHER_LOG, f"plan of round {plan.round} builds on another state than ours")
+    check_base(plan, head)
     if plan.codec != codec:
         raise ProtocolError(Refusal.NOT_PLANNED, f"plan wants codec {plan.codec}, the manifest {codec}")
     if len(plan.owners) != parts:

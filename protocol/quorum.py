@@ -19,6 +19,7 @@ from shoal.protocol.messages import (
     VOTERS_MAX,
     Certificate,
     LockCertificate,
+    Plan,
     Result,
     digest_record,
     verify_message,
@@ -109,12 +110,18 @@ def check_bitmap(bitmap: bytes, count: int) -> None:
         raise ProtocolError(Refusal.OUT_OF_RANGE, f"contributor bitmap does not fit a roster of {count}")
 
 
+def check_base(value: Plan | Result, head: Head) -> None:
+    """Raise ProtocolError unless the value builds on `head`, on this log and on this state."""
+    if value.previous != head.digest or value.base_root != head.state_root:
+        problem = f"{type(value).__name__.lower()} of round {value.round} builds on another state than ours"
+        raise ProtocolError(Refusal.OTHER_LOG, problem)
+
+
 def check_result(result: Result, head: Head, parts: int, *, is_reroot: bool = False) -> None:
     """Raise ProtocolError unless `result` can follow `head`. A re-root may name any voters."""
     if result.round != head.round + 1:
         raise ProtocolError(Refusal.WRONG_ROUND, f"result of round {result.round}, we are after {head.round}")
-    if result.previous != head.digest or result.base_root != head.state_root:
-        raise ProtocolError(Refusal.OTHER_LOG, f"round {result.round} builds on another state than ours")
+    check_base(result, head)
     if len(result.parts) not in (0, parts) or bool(result.parts) != bool(result.members):
         raise ProtocolError(Refusal.WRONG_LENGTH, f"{len(result.parts)} parts, expected {parts} or none")
     if not result.parts and not is_reroot and result.voters == head.voters:

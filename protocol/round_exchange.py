@@ -37,7 +37,7 @@ from shoal.protocol.proposer import (
     make_result,
     revise_plan,
 )
-from shoal.protocol.quorum import check_bitmap, make_bitmap
+from shoal.protocol.quorum import check_base, check_bitmap, make_bitmap
 from shoal.protocol.round_ballot import RoundBallot
 from shoal.protocol.round_state import Offer
 
@@ -89,8 +89,7 @@ class RoundExchange(RoundBallot):
             self._send(peer, signed)
 
     def _take_plan(self, plan: Plan, sender: PeerId, now: float) -> None:
-        if plan.previous != self.head.digest:
-            raise ProtocolError(Refusal.OTHER_LOG, f"plan of round {plan.round} builds on another state than ours")
+        check_base(plan, self.head)  # who leads and what is promised is another matter on another log
         self._check_proposer(plan.attempt, sender)
         self._check_jump(plan.attempt)
         verify_message(sender, self._swarm, plan)
