@@ -1,14 +1,14 @@
 """Entries of the ledger and the signed batches in which they travel and are stored.
 
 An entry's id is the BLAKE3 hash of its canonical bytes, and an entry names its author's previous entry and the entries
-of others that its author had seen, all by id: the ledger is a hash DAG (Kleppmann, PaPoC 2022).
+of others that its author had seen, all by id and all of its own era: the ledger is a hash DAG (Kleppmann, PaPoC 2022).
 
 A batch is a run of consecutive entries of one author with one signature, over the id of the *last* of them. As each
 entry's id covers `prev`, that signature vouches for every earlier entry as well. Hence whoever holds an entry and the
 rest of its batch can prove it to anybody, and the end of a batch is a batch again: a replica that knows the first
 entries already keeps the others under the same signature.
 
-Invariant: a Batch, however it came to be, has entries that are consecutive, of one author and of one swarm, because the
+Invariant: a Batch, however it came to be, has entries that are consecutive, of one author, era and swarm, because the
 wire form states these once and the decoder derives the rest. Only its signature and its ancestors remain to be checked.
 """
 
@@ -20,16 +20,20 @@ from typing import Annotated
 from blake3 import blake3
 
 from shoal.crdt.clock import HLC_MAX, Hlc
-from shoal.crdt.kinds import BODY_BYTES_MAX, ENTRY_ID_BYTES, EntryId, decode_body_untrusted
+from shoal.crdt.eras import FIRST_ERA, PERMANENT_ERA
+from shoal.crdt.kinds import CERTIFICATE_BYTES_MAX, ENTRY_ID_BYTES, KIND_RULES, EntryId, decode_body_untrusted
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PEER_ID_BYTES, Identity, PeerId, verify_signature
-from shoal.protocol.wire import U16, U63, Bound, Bytes32, Bytes64, decode_record_untrusted, encode_record
+from shoal.protocol.wire import U16, U32, U63, Bound, Bytes32, Bytes64, decode_record_untrusted, encode_record
 
-ENTRY_VERSION = 1
+ENTRY_VERSION = 2  # 1 had no eras
 ENTRIES_PER_BATCH_MAX = 64
 DEPS_MAX = 8
-# Leaves room for an envelope in a control message of 64 KiB.
-BATCH_BYTES_MAX = 60 * 1024
+# Room for the largest certificate.
+BATCH_BYTES_MAX = 68 * 1024
+# A peer enters at most one lease and every certificate of an era, each once; an owner has few decrees.
+ENTRIES_PER_ERA_MAX = 65_536
+DECREES_MAX = 1024
 NO_ENTRY = EntryId(bytes(ENTRY_ID_BYTES))
 SIGNATURE_DOMAIN = "ledger"
 # An entry with its ids and its places in the indices.
@@ -40,16 +44,18 @@ _PeerIdField = Annotated[PeerId, Bound(PEER_ID_BYTES, PEER_ID_BYTES)]
 _DepsField = Annotated[tuple[_EntryIdField, ...], Bound(0, DEPS_MAX)]
 _HlcField = Annotated[Hlc, Bound(0, HLC_MAX)]
 _KindField = Annotated[str, Bound(1, 16)]
-_BodyField = Annotated[bytes, Bound(0, BODY_BYTES_MAX)]
+_BodyField = Annotated[bytes, Bound(0, CERTIFICATE_BYTES_MAX)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One operation of one author. `seq` is dense from 0, `prev` is the author's entry before it or NO_ENTRY."""
+    """One operation of one author. `seq` is dense from 0 in each era, `prev` is the author's entry before it in the era
+    or NO_ENTRY."""
 
     version: U16
     swarm: Bytes32
     author: _PeerIdField
+    era: U32
     seq: U63
     prev: _EntryIdField
     deps: _DepsField
@@ -73,6 +79,7 @@ class _WireBatch:
     version: U16
     swarm: Bytes32
     author: _PeerIdField
+    era: U32
     seq: U63
     prev: _EntryIdField
     contents: Annotated[tuple[EntryContent, ...], Bound(1, ENTRIES_PER_BATCH_MAX)]
@@ -99,6 +106,10 @@ class Batch:
         return self.entries[0].author
 
     @property
+    def era(self) -> int:
+        return self.entries[0].era
+
+    @property
     def tip(self) -> EntryId:
         return self.ids[-1]
 
@@ -110,11 +121,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainPosition:
-    """Where an author's chain goes on: the next sequence number, the id and the time of the entry before it."""
+    """Where an author's chain of one era goes on: the next sequence number, the id and the time of the entry before."""
 
     seq: int
     prev: EntryId
     hlc: Hlc
+    era: int = FIRST_ERA
 
 
 def compute_entry_id(entry: Entry) -> EntryId:
@@ -149,6 +161,7 @@ def encode_batch(batch: Batch) -> bytes:
             version=first.version,
             swarm=first.swarm,
             author=first.author,
+            era=first.era,
             seq=first.seq,
             prev=first.prev,
             contents=tuple(
@@ -167,8 +180,10 @@ def decode_batch_untrusted(raw: bytes | memoryview) -> Batch:
         raise ProtocolError(Refusal.WRONG_VERSION, f"entry version {wire.version}, this is {ENTRY_VERSION}")
     if (wire.seq == 0) != (wire.prev == NO_ENTRY):
         raise ProtocolError(Refusal.MALFORMED, "only an author's first entry has no previous one")
-    if wire.seq + len(wire.contents) > 2**63:
-        raise ProtocolError(Refusal.OUT_OF_RANGE, "sequence numbers end at 2^63")
+    is_permanent = wire.era == PERMANENT_ERA
+    entries_max = DECREES_MAX if is_permanent else ENTRIES_PER_ERA_MAX
+    if wire.seq + len(wire.contents) > entries_max:
+        raise ProtocolError(Refusal.OUT_OF_RANGE, f"an author writes at most {entries_max} entries an era")
     hlc = -1
     for content in wire.contents:
         if content.hlc <= hlc:
@@ -177,15 +192,22 @@ def decode_batch_untrusted(raw: bytes | memoryview) -> Batch:
         if any(left >= right for left, right in pairwise((NO_ENTRY, *content.deps))):
             raise ProtocolError(Refusal.NON_CANONICAL, "dependencies are not ids in ascending order")
         decode_body_untrusted(content.kind, content.body)
+        if KIND_RULES[content.kind].is_owners is not is_permanent:
+            raise ProtocolError(Refusal.MALFORMED, f"an entry of kind {content.kind} in era {wire.era}")
         hlc = content.hlc
-    start = ChainPosition(seq=wire.seq, prev=wire.prev, hlc=wire.contents[0].hlc)
+    start = ChainPosition(seq=wire.seq, prev=wire.prev, hlc=wire.contents[0].hlc, era=wire.era)
     entries, ids = _chain(wire.swarm, wire.author, start, wire.contents)
     return Batch(entries=entries, ids=ids, signature=wire.signature)
 
 
+def measure_entry_bytes(entry: Entry) -> int:
+    """About what an entry occupies in memory, in bytes."""
+    return _ENTRY_OVERHEAD_BYTES + ENTRY_ID_BYTES * len(entry.deps) + len(entry.body)
+
+
 def measure_batch_bytes(batch: Batch) -> int:
     """About what the batch occupies in memory, in bytes: what limits count."""
-    return sum(_ENTRY_OVERHEAD_BYTES + ENTRY_ID_BYTES * len(entry.deps) + len(entry.body) for entry in batch.entries)
+    return sum(map(measure_entry_bytes, batch.entries))
 
 
 def _chain(
@@ -198,6 +220,7 @@ def _chain(
             version=ENTRY_VERSION,
             swarm=swarm,
             author=author,
+            era=start.era,
             seq=seq,
             prev=ids[-1],
             deps=content.deps,

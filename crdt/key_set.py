@@ -69,6 +69,17 @@ class KeySet:
         if len(chunk) > CHUNK_KEYS_MAX:
             self._split(index)
 
+    def remove(self, key: bytes) -> None:
+        """Take out a key that is in the set."""
+        index = bisect_left(self._lasts, key)
+        chunk = self._chunks[index]
+        del chunk[bisect_left(chunk, key)]
+        if not chunk:
+            del self._chunks[index], self._sums[index], self._lasts[index]
+            return
+        self._sums[index] = (self._sums[index] - _number_of(key)) % _SUM_MODULUS
+        self._lasts[index] = chunk[-1]
+
     def rank(self, bound: bytes) -> int:
         """How many keys lie below `bound`."""
         index = bisect_left(self._lasts, bound)

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, NewType
 
+from shoal.crdt.eras import ERA_MAX, FIRST_ERA
 from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.identity import PEER_ID_BYTES, PeerId
 from shoal.protocol.wire import U63, Bound, decode_record_untrusted, encode_record
 
 EntryId = NewType("EntryId", bytes)
 
 ENTRY_ID_BYTES = 32
 BODY_BYTES_MAX = 48 * 1024
+# The largest certificate that the protocol knows, 64 members, 1024 parts and 31 votes, takes some 59 KiB.
+CERTIFICATE_BYTES_MAX = 64 * 1024
+BAN_REASON_BYTES_MAX = 256
 TAG_NAME_BYTES_MAX = 64
 TAG_VALUE_BYTES_MAX = 512
 TAG_REMOVALS_MAX = 24
@@ -31,6 +36,8 @@ class Kind(StrEnum):
     TAG = "tag"
     MANIFEST = "manifest"
     REROOT = "reroot"
+    BAN = "ban"
+    READMISSION = "readmission"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +52,7 @@ class RoundBody:
     """Of a certificate or snapshot: something about one round. Opaque to the ledger but for the round."""
 
     round: U63
-    value: Annotated[bytes, Bound(0, BODY_BYTES_MAX)]
+    value: Annotated[bytes, Bound(0, CERTIFICATE_BYTES_MAX)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +78,38 @@ class VersionedBody:
     value: Annotated[bytes, Bound(0, BODY_BYTES_MAX)]
 
 
-Body = RegisterBody | RoundBody | TagBody | VersionedBody
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BanBody:
+    """Of a ban: from now on nothing counts of what `peer` writes, or, where `removes` is not empty, the bans with these
+    entry ids are lifted; one that was signed meanwhile stands."""
+
+    peer: Annotated[bytes, Bound(0, PEER_ID_BYTES)]
+    reason: Annotated[str, Bound(0, BAN_REASON_BYTES_MAX)]
+    removes: Annotated[
+        tuple[Annotated[EntryId, Bound(ENTRY_ID_BYTES, ENTRY_ID_BYTES)], ...], Bound(0, TAG_REMOVALS_MAX)
+    ]
+
+    def __post_init__(self) -> None:
+        if len(self.peer) != (0 if self.removes else PEER_ID_BYTES) or (self.removes and self.reason):
+            raise ValueError("a ban body has either a peer or removals")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadmissionBody:
+    """Of a readmission: of what `author`, who equivocated, has signed in `era`, the chain that ends in `stands`
+    counts; what it has contradicted itself in up to that era is forgiven; it goes on in the era after it."""
+
+    author: Annotated[PeerId, Bound(PEER_ID_BYTES, PEER_ID_BYTES)]
+    era: Annotated[int, Bound(FIRST_ERA, ERA_MAX - 1)]
+    stands: Annotated[EntryId, Bound(ENTRY_ID_BYTES, ENTRY_ID_BYTES)]
+
+
+Body = RegisterBody | RoundBody | TagBody | VersionedBody | BanBody | ReadmissionBody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindRule:
-    """What one kind allows. `is_owners`: only the swarm's owner key may write it."""
+    """What one kind allows. `is_owners`: only the swarm's owner key may write it, in the permanent era."""
 
     body_bytes_max: int
     decode: Callable[[bytes], Body]
@@ -99,14 +132,24 @@ def _decode_versioned(body: bytes) -> VersionedBody:
     return decode_record_untrusted(VersionedBody, body)
 
 
+def _decode_ban(body: bytes) -> BanBody:
+    return decode_record_untrusted(BanBody, body)
+
+
+def _decode_readmission(body: bytes) -> ReadmissionBody:
+    return decode_record_untrusted(ReadmissionBody, body)
+
+
 KIND_RULES: Mapping[str, KindRule] = {
     Kind.LEASE: KindRule(body_bytes_max=1024, decode=_decode_register),
     Kind.ADDRESSES: KindRule(body_bytes_max=1024, decode=_decode_register),
-    Kind.CERTIFICATE: KindRule(body_bytes_max=BODY_BYTES_MAX, decode=_decode_round),
+    Kind.CERTIFICATE: KindRule(body_bytes_max=CERTIFICATE_BYTES_MAX, decode=_decode_round),
     Kind.SNAPSHOT: KindRule(body_bytes_max=16 * 1024, decode=_decode_round),
     Kind.TAG: KindRule(body_bytes_max=1024, decode=_decode_tag),
     Kind.MANIFEST: KindRule(body_bytes_max=BODY_BYTES_MAX, decode=_decode_versioned, is_owners=True),
     Kind.REROOT: KindRule(body_bytes_max=BODY_BYTES_MAX, decode=_decode_versioned, is_owners=True),
+    Kind.BAN: KindRule(body_bytes_max=1024, decode=_decode_ban, is_owners=True),
+    Kind.READMISSION: KindRule(body_bytes_max=128, decode=_decode_readmission, is_owners=True),
 }
 
 

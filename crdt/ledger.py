@@ -6,18 +6,29 @@ arrival or load, so that replicas which hear of the same entries come to hold th
 - an entry whose ancestors are missing waits (`pending.py`);
 - an entry from the future is held and counts in the fold once its time has come; as times increase along the DAG,
   what is due at any time is closed under ancestors;
-- an author that signed two different entries with one sequence number has equivocated. All of its entries are kept, for
-  they prove it and honest entries may depend on them, but from that number on none counts, at any replica.
+- an author that signed two different entries for one slot has equivocated. All of its entries are kept, for they prove
+  it and honest entries may depend on them, but from that slot on none counts, at any replica, until the swarm's owner
+  re-admits the author (`standing.py`);
+- a certificate counts by the votes in it, whoever wrote it (`certified.py`).
+
+The ledger is cut in eras (`eras.py`), which follow from the certified rounds. What counts is what is of the current
+era, the one before, the one after and the permanent one, whether or not older eras have been dropped: `truncate`
+changes no fold. Of dropped eras stay the sum of their rounds (`ChainBase`) and the proofs of equivocation
+(`evidence.py`). An entry of a dropped era is left out, and one from beyond the next era comes again when its time has
+come; so replicas that are in one era and have heard of the same entries are equal, whenever each of them dropped what.
+
+A joiner begins with `settle`: it hands over the sum of the rounds that its own log, checked by catch-up, has certified.
 
 Invariants: the set of entries is closed under `prev` and `deps`; the fold is a function of that set and of `wall_ms`;
-`write` never signs two entries with one sequence number as long as its caller persists as told.
+`write` never signs two entries for one slot as long as its caller persists as told.
 """
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from shoal.crdt.certified import CertifiedChain, ChainBase
 from shoal.crdt.clock import HLC_ZERO, Hlc, is_due, merge
 from shoal.crdt.entries import (
     DEPS_MAX,
@@ -27,16 +38,40 @@ from shoal.crdt.entries import (
     Entry,
     EntryContent,
     measure_batch_bytes,
+    measure_entry_bytes,
     sign_batch,
     verify_batch,
 )
-from shoal.crdt.fold import Fold, LedgerState
+from shoal.crdt.eras import (
+    ERAS_AHEAD,
+    ERAS_BEHIND,
+    FIRST_ERA,
+    PERMANENT_ERA,
+    ROUNDS_PER_ERA_MIN,
+    era_of_round,
+    last_settled_round,
+    oldest_kept,
+)
+from shoal.crdt.evidence import Evidence, EvidenceShelf, Slot
+from shoal.crdt.fold import Fold, LedgerState, Verdicts
 from shoal.crdt.key_set import KeySet, make_key
-from shoal.crdt.kinds import KIND_RULES, Body, EntryId, Kind, encode_body
+from shoal.crdt.kinds import (
+    KIND_RULES,
+    BanBody,
+    Body,
+    EntryId,
+    Kind,
+    ReadmissionBody,
+    RoundBody,
+    decode_body_untrusted,
+    encode_body,
+)
 from shoal.crdt.merge import RememberedPredicate, RoundPredicate
 from shoal.crdt.pending import PendingBatches
+from shoal.crdt.standing import Standing
 from shoal.protocol.errors import ProtocolError, Refusal, ShoalError
 from shoal.protocol.identity import Identity, PeerId, short_peer_id
+from shoal.protocol.quorum import Authority
 
 LEDGER_BYTES_MAX = 256 * 1024 * 1024
 
@@ -49,14 +84,21 @@ class ChainForkedError(ShoalError):
 class LedgerRules:
     """What every replica of a swarm must agree on.
 
-    The predicates get a round and the value written for it, must return a bool whatever the bytes are, and must be
-    pure: one that looks at local state or time makes replicas diverge. They are asked once for each distinct value.
+    `authority`: by whose word rounds are decided; without it no certificate counts. `founders` vote in round 1.
+    `is_valid_snapshot` gets a round and the value written for it, must return a bool whatever the bytes are, and must
+    be pure: one that looks at local state or time makes replicas diverge. It is asked once for each distinct value.
     """
 
     swarm: bytes
     owner: PeerId | None
-    is_valid_certificate: RoundPredicate
     is_valid_snapshot: RoundPredicate
+    authority: Authority | None = None
+    founders: tuple[PeerId, ...] = ()
+    rounds_per_era: int = ROUNDS_PER_ERA_MIN
+
+    def begin_chain(self) -> ChainBase:
+        """Round 0, the manifest itself."""
+        return ChainBase(round=0, digest=self.swarm, voters=self.founders)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,39 +115,27 @@ class Outcome:
 
     `accepted`: what is new in the ledger, this batch and those that had waited for it, in an order in which each
     follows its ancestors; the caller persists them in that order and may pass them on. `wanted`: ids that this batch
-    waits for, to be asked of the sender. `is_known`: the ledger had all of it. `is_full`: it was left out because the
-    ledger has reached its size limit, which is no fault of the sender.
+    waits for, to be asked of the sender. `is_known`: the ledger had all of it. Left out, by no fault of the sender:
+    `is_full`, because the ledger has reached its size limit; `is_expired`, because its era has been dropped;
+    `is_early`, because its era is so far ahead that this replica must learn of newer rounds first.
     """
 
     accepted: tuple[Batch, ...] = ()
     wanted: tuple[EntryId, ...] = ()
     is_known: bool = False
     is_full: bool = False
+    is_expired: bool = False
+    is_early: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """Proof that an author equivocated: two batches whose first entries differ but have one sequence number."""
+class Truncation:
+    """What a store has to do in one step: drop the batches of the eras below `oldest_era`, but for the permanent one,
+    and keep `evidence` and `base` in their place."""
 
-    first: Batch
-    second: Batch
-
-    @property
-    def author(self) -> PeerId:
-        return self.first.author
-
-    @property
-    def seq(self) -> int:
-        return self.first.entries[0].seq
-
-
-def check_evidence(evidence: Evidence) -> None:
-    """Raise ProtocolError unless the two batches prove equivocation to anybody who knows neither side."""
-    slots = [(batch.swarm, batch.author, batch.entries[0].seq) for batch in (evidence.first, evidence.second)]
-    if slots[0] != slots[1] or evidence.first.ids[0] == evidence.second.ids[0]:
-        raise ProtocolError(Refusal.MALFORMED, "the two batches do not contradict each other")
-    verify_batch(evidence.first)
-    verify_batch(evidence.second)
+    oldest_era: int
+    evidence: tuple[Batch, ...]
+    base: ChainBase
 
 
 class Ledger:
@@ -130,22 +160,26 @@ class Ledger:
         # The last entry of the batch with which an entry came, and its signature: the proof to pass on.
         self._tips: dict[EntryId, EntryId] = {}
         self._signatures: dict[EntryId, bytes] = {}
-        self._slots: dict[tuple[PeerId, int], list[EntryId]] = {}
-        self._forks: dict[PeerId, int] = {}
-        self._own = ChainPosition(seq=0, prev=NO_ENTRY, hlc=HLC_ZERO)
-        self._is_valid_certificate = RememberedPredicate(rules.is_valid_certificate)
+        self._slots: dict[tuple[PeerId, Slot], list[EntryId]] = {}
+        self._shelf = EvidenceShelf()
+        self._standing = Standing(rules.owner, self._list_branch)
+        self._chain = self._begin_chain(rules.begin_chain())
+        self._era = FIRST_ERA
+        self._oldest_era = FIRST_ERA
+        self._own: dict[int, ChainPosition] = {}
         self._is_valid_snapshot = RememberedPredicate(rules.is_valid_snapshot)
         self._fold = self._make_fold()
+        self._fold_mark: tuple[int, int] | None = None
         self._unfolded: list[tuple[Hlc, EntryId]] = []
         self._folded_until = HLC_ZERO
-        self._is_fold_stale = False
         self._state: LedgerState | None = None
+        self._state_mark = self._chain.revision
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries) + len(self._shelf.batches)
 
     def __contains__(self, entry_id: EntryId) -> bool:
-        return entry_id in self._entries
+        return entry_id in self._entries or entry_id in self._shelf.batches
 
     @property
     def keys(self) -> KeySet:
@@ -158,29 +192,49 @@ class Ledger:
         return self._heads
 
     @property
-    def own_seq(self) -> int:
-        """The sequence number that the next entry of this peer will have."""
-        return self._own.seq
+    def era(self) -> int:
+        """The era of the newest certified round that the ledger knows; it never falls."""
+        return self._era
 
     @property
-    def forks(self) -> Mapping[PeerId, int]:
-        """The authors that equivocated, and the sequence number from which on each does not count."""
-        return self._forks
+    def base(self) -> ChainBase:
+        """The rounds that are summed up, because their eras were dropped."""
+        return self._chain.base
+
+    @property
+    def own_slot(self) -> Slot:
+        """The slot of this peer's next lease."""
+        era = self._choose_era(())
+        return Slot(era, self._position(era).seq)
+
+    @property
+    def own_seq(self) -> int:
+        """The sequence number in it."""
+        return self.own_slot.seq
+
+    @property
+    def forks(self) -> Mapping[PeerId, Slot]:
+        """The authors that equivocated and were not re-admitted, and the slot from which on each does not count."""
+        return self._standing.forks
 
     def get(self, entry_id: EntryId) -> Entry | None:
         """The entry with this id, if the ledger holds it."""
-        return self._entries.get(entry_id)
+        shelved = self._shelf.batches.get(entry_id)
+        return self._entries.get(entry_id) or (shelved.entries[0] if shelved else None)
 
     def list_wanted(self) -> tuple[EntryId, ...]:
         """All ids that waiting batches need and that have not arrived, in ascending order."""
         return self._pending.list_wanted()
 
-    def restore(self, batches: Iterable[Batch]) -> None:
+    def restore(self, batches: Iterable[Batch], base: ChainBase | None = None) -> None:
         """Take in what this replica stored earlier, without checking signatures again.
 
-        Of its own entries it remembers the last even where an ancestor was lost, so that it does not sign that sequence
-        number again. Raises ProtocolError for a batch that could never have been accepted: the store is damaged.
+        Of its own entries it remembers the last even where an ancestor was lost, so that it does not sign that slot
+        again. Raises ProtocolError for a batch that could never have been accepted: the store is damaged.
         """
+        if base is not None:
+            self.settle(base)
+            self._oldest_era = oldest_kept(self._era)
         for batch in batches:
             self._check_constants(batch)
             if batch.author == self._identity.peer:
@@ -189,23 +243,56 @@ class Ledger:
             if fresh is not None:
                 self._admit(fresh)
 
+    def settle(self, base: ChainBase) -> None:
+        """Begin the certified chain behind these rounds, to the end of an era, which the caller has checked: when this
+        peer's own log is an era ahead of the ledger, or is another log since a re-root."""
+        assert base.round % self._rules.rounds_per_era == 0, "rounds are settled by eras"
+        self._chain = self._begin_chain(base)
+        for entry in self._entries.values():
+            if entry.kind == Kind.CERTIFICATE:
+                self._add_certificate(entry)
+        self._note_era()
+        self._fold_mark = None
+
+    def truncate(self) -> Truncation | None:
+        """Drop the eras that do not count any more; None where there are none. The caller stores what comes of it."""
+        oldest_era = oldest_kept(self._era)
+        if oldest_era <= self._oldest_era:
+            return None
+        for (_, slot), siblings in self._slots.items():
+            if PERMANENT_ERA < slot.era < oldest_era and len(siblings) > 1:
+                for entry_id in siblings:
+                    self._shelve(self.prove(entry_id))
+        self._oldest_era = oldest_era
+        self._pending.drop_older(oldest_era)
+        self._forget_entries()
+        settled = last_settled_round(self._era, self._rules.rounds_per_era)
+        self._chain.truncate(settled, oldest_era)
+        self._is_valid_snapshot = RememberedPredicate(self._rules.is_valid_snapshot)
+        self._rebuild_keys()
+        self._fold_mark = None
+        return Truncation(oldest_era=oldest_era, evidence=tuple(self._shelf.batches.values()), base=self._chain.base)
+
     def write(self, drafts: Sequence[Draft], wall_ms: int) -> Batch:
-        """Sign the next entries of the own chain, at most ENTRIES_PER_BATCH_MAX and BATCH_BYTES_MAX of them.
+        """Sign the next entries of the own chain, at most ENTRIES_PER_BATCH_MAX and BATCH_BYTES_MAX of them; decrees of
+        the owner are not to be mixed with anything else.
 
         The batch is not in the ledger yet. The caller persists it durably, then hands it to `accept`, and only then
-        sends it: what has left this peer must never be signed anew after a crash. Before the first write with a store
-        that was empty, the caller fetches this peer's own chain from others for the same reason.
+        sends it: what has left this peer must never be signed anew after a crash. Before the first write after each
+        start the caller fetches this peer's own chain from others for the same reason.
 
         Raises ChainForkedError if this peer has equivocated, and ProtocolError, without using up sequence numbers, if
         others would refuse the entries.
         """
-        if self._identity.peer in self._forks:
+        if self._identity.peer in self.forks:
             raise ChainForkedError(
                 f"two different histories are signed by {short_peer_id(self._identity.peer)}; "
-                "its entries no longer count. Fix: start this peer with a new identity"
+                f"its entries no longer count. Fix: {self._explain_way_back()}"
             )
-        deps = self._choose_deps(wall_ms)
-        hlc = merge(self._own.hlc, max((self._entries[dep].hlc for dep in deps), default=HLC_ZERO), wall_ms)
+        era = self._choose_era(drafts)
+        own = self._position(era)
+        deps = self._choose_deps(era, wall_ms)
+        hlc = merge(self._newest_own_time(), max((self._entries[dep].hlc for dep in deps), default=HLC_ZERO), wall_ms)
         contents = [
             EntryContent(
                 deps=deps if index == 0 else (),
@@ -215,7 +302,7 @@ class Ledger:
             )
             for index, draft in enumerate(drafts)
         ]
-        batch = sign_batch(self._identity, self._rules.swarm, self._own, contents)
+        batch = sign_batch(self._identity, self._rules.swarm, own, contents)
         self._check_constants(batch)
         self._advance_own_chain(batch)
         return batch
@@ -226,14 +313,18 @@ class Ledger:
         fresh = self._drop_known(batch)
         if fresh is None:
             return Outcome(is_known=True)
-        verify_batch(fresh)
         is_own = batch.author == self._identity.peer
+        if batch.era > self._era + ERAS_AHEAD and not is_own:
+            return Outcome(is_early=True)
+        verify_batch(fresh)
         if not is_own and self._bytes + measure_batch_bytes(fresh) > self._bytes_max:
             return Outcome(is_full=True)
         return self._admit(fresh)
 
     def prove(self, entry_id: EntryId) -> Batch:
         """The entry and those after it that its signature needs: a batch that any peer can check."""
+        if entry_id in self._shelf.batches:
+            return self._shelf.batches[entry_id]
         ids = [self._tips[entry_id]]
         while ids[-1] != entry_id:
             ids.append(self._entries[ids[-1]].prev)
@@ -243,62 +334,107 @@ class Ledger:
         )
 
     def list_evidence(self) -> tuple[Evidence, ...]:
-        """One proof for each author that equivocated, the same at every replica up to the signatures, by author."""
-        return tuple(
-            Evidence(first=self.prove(first), second=self.prove(second))
-            for first, second, *_ in (sorted(self._slots[slot]) for slot in sorted(self._forks.items()))
-        )
+        """One proof for each author that equivocated and was not re-admitted, the same at every replica up to the
+        signatures, by author."""
+        found = []
+        for author, slot in sorted(self.forks.items()):
+            shelved = [entry_id for entry_id, batch in self._shelf.batches.items() if batch.author == author]
+            first, second, *_ = sorted(self._slots.get((author, slot), shelved))
+            found.append(Evidence(first=self.prove(first), second=self.prove(second)))
+        return tuple(found)
 
     def fold(self, wall_ms: int) -> LedgerState:
         """The state at this time: of all entries that are due and count. Equal sets of entries give equal states."""
-        if self._is_fold_stale or not is_due(self._folded_until, wall_ms):
+        if self._fold_mark != self._mark_fold() or not is_due(self._folded_until, wall_ms):
             self._forget_fold()
         while self._unfolded and is_due(self._unfolded[0][0], wall_ms):
             hlc, entry_id = heapq.heappop(self._unfolded)
             self._folded_until = max(self._folded_until, hlc)
             entry = self._entries[entry_id]
-            if not self._is_excluded(entry):
+            if self._is_current(entry.era) and self._standing.is_counting(entry_id, entry):
                 self._fold.apply(entry_id, entry)
                 self._state = None
-        if self._state is None:
-            self._state = self._fold.read(self._forks)
+        if self._state is None or self._state_mark != self._chain.revision:
+            self._state_mark = self._chain.revision
+            self._state = self._fold.read(self._judge())
         return self._state
 
+    # -- the fold ------------------------------------------------------------------------------------------------------
+
     def _make_fold(self) -> Fold:
-        return Fold(
-            owner=self._rules.owner,
-            is_valid_certificate=self._is_valid_certificate,
-            is_valid_snapshot=self._is_valid_snapshot,
-        )
+        return Fold(owner=self._rules.owner, is_valid_snapshot=self._is_valid_snapshot)
+
+    def _mark_fold(self) -> tuple[int, int]:
+        return self._era, self._standing.revision
 
     def _forget_fold(self) -> None:
         self._fold = self._make_fold()
+        self._fold_mark = self._mark_fold()
         self._folded_until = HLC_ZERO
-        self._is_fold_stale = False
         self._state = None
         self._unfolded = [(entry.hlc, entry_id) for entry_id, entry in self._entries.items()]
         heapq.heapify(self._unfolded)
 
-    def _is_excluded(self, entry: Entry) -> bool:
-        fork = self._forks.get(entry.author)
-        return fork is not None and entry.seq >= fork
+    def _judge(self) -> Verdicts:
+        return Verdicts(
+            era=self._era,
+            head=self._chain.head,
+            certificates=self._chain.list_certificates(last_settled_round(self._era, self._rules.rounds_per_era)),
+            credit=dict(self._chain.credit),
+            contradiction=self._chain.contradiction,
+            excluded=dict(self._standing.forks),
+            readmissions=dict(self._standing.readmissions),
+            bans=self._standing.bans,
+        )
+
+    def _is_current(self, era: int) -> bool:
+        return era == PERMANENT_ERA or era >= oldest_kept(self._era)
+
+    def _begin_chain(self, base: ChainBase) -> CertifiedChain:
+        rules = self._rules
+        return CertifiedChain(authority=rules.authority, base=base, rounds_per_era=rules.rounds_per_era)
+
+    def _add_certificate(self, entry: Entry) -> None:
+        body = decode_body_untrusted(entry.kind, entry.body)
+        assert isinstance(body, RoundBody), "a certificate's body is about a round"
+        self._chain.add(body.round, body.value, entry.era)
+        self._note_era()
+
+    def _note_era(self) -> None:
+        rounds_per_era, settled = self._rules.rounds_per_era, self._chain.base.round
+        behind_base = era_of_round(settled + 1, rounds_per_era) + ERAS_BEHIND if settled else FIRST_ERA
+        self._era = max(self._era, behind_base, era_of_round(self._chain.newest_round, rounds_per_era))
+
+    # -- admission -----------------------------------------------------------------------------------------------------
 
     def _check_constants(self, batch: Batch) -> None:
         if batch.swarm != self._rules.swarm:
             raise ProtocolError(Refusal.WRONG_SWARM, "entries of another swarm")
         if batch.author != self._rules.owner and any(KIND_RULES[entry.kind].is_owners for entry in batch.entries):
-            raise ProtocolError(Refusal.NOT_A_MEMBER, "only the owner key writes a manifest or a re-root")
+            raise ProtocolError(Refusal.NOT_A_MEMBER, "only the owner key writes decrees")
+        for entry in batch.entries:
+            if entry.kind == Kind.CERTIFICATE:
+                body = decode_body_untrusted(entry.kind, entry.body)
+                assert isinstance(body, RoundBody), "a certificate's body is about a round"
+                # Otherwise an era could be dropped with certificates that still count.
+                if era_of_round(body.round, self._rules.rounds_per_era) > entry.era:
+                    raise ProtocolError(Refusal.MALFORMED, f"round {body.round} is of a later era than {entry.era}")
 
     def _drop_known(self, batch: Batch) -> Batch | None:
         # The known entries come first, because the ledger holds the ancestors of each entry that it holds.
-        known = sum(entry_id in self._entries for entry_id in batch.ids)
+        known = sum(entry_id in self for entry_id in batch.ids)
         return batch.suffix(known) if known < len(batch.ids) else None
 
     def _find_missing(self, batch: Batch) -> frozenset[EntryId]:
         named = {batch.entries[0].prev}.union(*(entry.deps for entry in batch.entries))
-        return frozenset(name for name in named.difference(batch.ids, (NO_ENTRY,)) if name not in self)
+        return frozenset(name for name in named.difference(batch.ids, (NO_ENTRY,)) if name not in self._entries)
+
+    def _is_dropped(self, era: int) -> bool:
+        return PERMANENT_ERA < era < self._oldest_era
 
     def _admit(self, batch: Batch) -> Outcome:
+        if self._is_dropped(batch.era):
+            return self._admit_expired(batch)
         missing = self._find_missing(batch)
         if missing:
             self._pending.add(batch, missing)
@@ -336,13 +472,15 @@ class Ledger:
         earlier = dict(zip(batch.ids, batch.entries, strict=True))
         if first.prev != NO_ENTRY:
             previous = self._entries[first.prev]
-            if (previous.author, previous.seq + 1) != (first.author, first.seq):
+            if (previous.author, previous.era, previous.seq + 1) != (first.author, first.era, first.seq):
                 raise ProtocolError(Refusal.MALFORMED, "the previous entry is not this author's one before")
             if previous.hlc >= first.hlc:
                 raise ProtocolError(Refusal.MALFORMED, "entry times do not increase along the chain")
         for entry in batch.entries:
             for dep in entry.deps:
                 ancestor = self._entries.get(dep) or earlier[dep]
+                if ancestor.era != entry.era:
+                    raise ProtocolError(Refusal.MALFORMED, "an entry depends on one of another era")
                 if ancestor.hlc >= entry.hlc:
                     raise ProtocolError(Refusal.MALFORMED, "an entry is not later than what it depends on")
 
@@ -356,25 +494,111 @@ class Ledger:
             self._heads.difference_update((entry.prev, *entry.deps))
             self._heads.add(entry_id)
             heapq.heappush(self._unfolded, (entry.hlc, entry_id))
-            slot = entry.author, entry.seq
-            siblings = self._slots.setdefault(slot, [])
+            slot = Slot(entry.era, entry.seq)
+            siblings = self._slots.setdefault((entry.author, slot), [])
             siblings.append(entry_id)
-            if len(siblings) > 1 and entry.seq < self._forks.get(entry.author, entry.seq + 1):
-                self._forks[entry.author] = entry.seq
-                self._is_fold_stale = True
+            if len(siblings) > 1:
+                self._standing.contradict(entry.author, slot)
+            self._standing.note_entry(entry)
+            self._take_verdict(entry_id, entry)
         if batch.author == self._identity.peer:
             self._advance_own_chain(batch)
 
+    def _take_verdict(self, entry_id: EntryId, entry: Entry) -> None:
+        if entry.kind == Kind.CERTIFICATE:
+            self._add_certificate(entry)
+        elif entry.kind in (Kind.BAN, Kind.READMISSION):
+            body = decode_body_untrusted(entry.kind, entry.body)
+            assert isinstance(body, BanBody | ReadmissionBody), "bodies follow their kinds"
+            self._standing.decree(entry_id, entry.seq, body)
+            before = self._shelf.batches
+            for author in self._shelf.slots:
+                self._shelf.forgive(author, self._standing.readmitted_until(author))
+            self._follow_shelf(before)
+
+    # -- eras ----------------------------------------------------------------------------------------------------------
+
+    def _admit_expired(self, batch: Batch) -> Outcome:
+        """Of a dropped era only what proves equivocation is of use."""
+        before = self._shelf.batches
+        for index in range(len(batch.ids)):
+            self._shelve(batch.suffix(index))
+        if before is self._shelf.batches:
+            return Outcome(is_expired=True)
+        self._standing.forget_slots(self._oldest_era, self._shelf.slots)
+        self._follow_shelf(before)
+        fresh = (proof for entry_id, proof in self._shelf.batches.items() if entry_id not in before)
+        return Outcome(accepted=tuple(fresh))
+
+    def _shelve(self, batch: Batch) -> None:
+        if batch.era > self._standing.readmitted_until(batch.author) and self._shelf.offer(batch):
+            self._shelf.trim(self._chain.credit)
+
+    def _forget_entries(self) -> None:
+        kept = {entry_id: entry for entry_id, entry in self._entries.items() if not self._is_dropped(entry.era)}
+        self._entries = kept
+        self._bytes = sum(map(measure_entry_bytes, kept.values()))
+        self._heads.intersection_update(kept)
+        self._tips = {entry_id: tip for entry_id, tip in self._tips.items() if entry_id in kept}
+        self._signatures = {tip: signature for tip, signature in self._signatures.items() if tip in kept}
+        self._slots = {key: ids for key, ids in self._slots.items() if not self._is_dropped(key[1].era)}
+        self._standing.forget_slots(self._oldest_era, self._shelf.slots)
+
+    def _rebuild_keys(self) -> None:
+        self._keys = KeySet()
+        for entry_id, entry in self._entries.items():
+            self._keys.add(make_key(entry.hlc, entry_id))
+        self._follow_shelf({})
+
+    def _follow_shelf(self, before: Mapping[EntryId, Batch]) -> None:
+        after = self._shelf.batches
+        for entry_id in before.keys() - after.keys():
+            self._keys.remove(make_key(before[entry_id].entries[0].hlc, entry_id))
+        for entry_id in after.keys() - before.keys():
+            self._keys.add(make_key(after[entry_id].entries[0].hlc, entry_id))
+
+    def _list_branch(self, tip: EntryId) -> Iterator[tuple[EntryId, Entry]]:
+        while (entry := self._entries.get(tip)) is not None:
+            yield tip, entry
+            tip = entry.prev
+
+    # -- the own chain -------------------------------------------------------------------------------------------------
+
+    def _position(self, era: int) -> ChainPosition:
+        return self._own.get(era, ChainPosition(era=era, seq=0, prev=NO_ENTRY, hlc=HLC_ZERO))
+
+    def _newest_own_time(self) -> Hlc:
+        return max((position.hlc for position in self._own.values()), default=HLC_ZERO)
+
+    def _choose_era(self, drafts: Sequence[Draft]) -> int:
+        """The current era, or a later one in which this peer has written already, or into which a round belongs."""
+        if drafts and KIND_RULES[drafts[0].kind].is_owners:
+            return PERMANENT_ERA
+        rounds = (draft.body.round for draft in drafts if isinstance(draft.body, RoundBody))
+        belong = (era_of_round(number, self._rules.rounds_per_era) for number in rounds)
+        after_readmission = self._standing.readmitted_until(self._identity.peer) + 1
+        return max(self._era, *self._own, *belong, after_readmission)
+
     def _advance_own_chain(self, batch: Batch) -> None:
         last = batch.entries[-1]
-        if last.seq >= self._own.seq:
-            self._own = ChainPosition(seq=last.seq + 1, prev=batch.tip, hlc=last.hlc)
+        if last.seq >= self._position(batch.era).seq:
+            self._own[batch.era] = ChainPosition(era=batch.era, seq=last.seq + 1, prev=batch.tip, hlc=last.hlc)
+            for era in [one for one in self._own if PERMANENT_ERA < one < self._oldest_era]:
+                del self._own[era]
 
-    def _choose_deps(self, wall_ms: int) -> tuple[EntryId, ...]:
+    def _choose_deps(self, era: int, wall_ms: int) -> tuple[EntryId, ...]:
         # An entry from the future would drag this peer's clock along; one of an excluded author would spread its forks.
         seen = (
             (entry.hlc, entry_id)
             for entry_id, entry in ((head, self._entries[head]) for head in self._heads)
-            if entry.author != self._identity.peer and is_due(entry.hlc, wall_ms) and not self._is_excluded(entry)
+            if entry.era == era
+            and entry.author != self._identity.peer
+            and is_due(entry.hlc, wall_ms)
+            and self._standing.is_counting(entry_id, entry)
         )
         return tuple(sorted(entry_id for _, entry_id in heapq.nlargest(DEPS_MAX, seen)))
+
+    def _explain_way_back(self) -> str:
+        if self._rules.owner is None:
+            return "start this peer with a new identity; this swarm has no owner who could re-admit it"
+        return "ask the swarm's owner to re-admit it (`shoal swarm readmit`), or start this peer with a new identity"

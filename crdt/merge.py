@@ -20,8 +20,9 @@ RoundPredicate = Callable[[int, bytes], bool]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegisterValue:
-    """What one author last said, with the sequence number and time of that entry."""
+    """What one author last said, with the era, sequence number and time of that entry."""
 
+    era: int
     seq: int
     hlc: Hlc
     value: bytes
@@ -35,28 +36,8 @@ class AuthorRegister:
 
     def put(self, author: PeerId, value: RegisterValue) -> None:
         current = self.values.get(author)
-        if current is None or current.seq < value.seq:
+        if current is None or (current.era, current.seq) < (value.era, value.seq):
             self.values[author] = value
-
-
-class GrowOnlyMap:
-    """One value a round, among those that the predicate holds valid; never withdrawn.
-
-    A quorum makes valid values of one round agree in what they certify, but not in which votes they carry: of several,
-    the one with the lowest BLAKE3 hash stands, at every replica.
-    """
-
-    def __init__(self, is_valid: RoundPredicate) -> None:
-        self._is_valid = is_valid
-        self._digests: dict[int, bytes] = {}
-        self.values: dict[int, bytes] = {}
-
-    def put(self, round_number: int, value: bytes) -> None:
-        digest = blake3(value).digest()
-        current = self._digests.get(round_number)
-        if (current is None or digest < current) and self._is_valid(round_number, value):
-            self._digests[round_number] = digest
-            self.values[round_number] = value
 
 
 class GrowOnlySet:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Set
 
 from shoal.crdt.entries import Batch, measure_batch_bytes
+from shoal.crdt.eras import PERMANENT_ERA
 from shoal.crdt.kinds import EntryId
 
 BATCHES_MAX = 1024
@@ -47,6 +48,11 @@ class PendingBatches:
         """Remove and return the batches that waited for `arrived`, by tip; they may still miss others."""
         tips = sorted(self._waiting.get(arrived, ()))
         return tuple(batch for batch in map(self._remove, tips) if batch is not None)
+
+    def drop_older(self, oldest_era: int) -> None:
+        """Forget the batches of eras before this one, other than the permanent one."""
+        for tip in [tip for tip, (batch, _) in self._batches.items() if PERMANENT_ERA < batch.era < oldest_era]:
+            self._remove(tip)
 
     def list_wanted(self) -> tuple[EntryId, ...]:
         """The ids that are waited for and are not in a waiting batch themselves, in ascending order."""

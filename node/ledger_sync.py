@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
+from shoal.crdt.eras import choose_rounds_per_era
 from shoal.crdt.fold import LedgerState
 from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
 from shoal.crdt.ledger import ChainForkedError, Draft, Ledger, LedgerRules
@@ -24,35 +25,15 @@ from shoal.protocol.messages import (
     LedgerEntries,
     Reconcile,
     decode_message_untrusted,
-    digest_record,
     encode_message,
-    verify_message,
 )
-from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted, encode_record
+from shoal.protocol.wire import encode_record
 
 RECONCILE_PERIOD_S = 10.0
 PUSH_PEERS = 4  # new entries go to so many peers at once; reconciliation brings them to the others
 ROUND_TRIPS_MAX = 8
 
 log = logging.getLogger(__name__)
-
-
-def is_well_formed_certificate(swarm: bytes) -> Callable[[int, bytes], bool]:
-    """Whether ledger bytes are a certificate of that round whose votes are signed by those whom they name. That these
-    are the round's voters is judged by the round core, which knows the certificate before it."""
-
-    def judge(number: int, body: bytes) -> bool:
-        try:
-            certificate = decode_record_untrusted(Certificate, body, DELTA_BYTES_MAX)
-            digest = digest_record(certificate.result)
-            for vote in certificate.votes:
-                verify_message(vote.voter, swarm, vote)
-        except ProtocolError:
-            return False
-        named = {(vote.round, vote.attempt, vote.result_digest) for vote in certificate.votes}
-        return certificate.result.round == number and named == {(number, certificate.attempt, digest)}
-
-    return judge
 
 
 class LedgerSync:
@@ -64,8 +45,10 @@ class LedgerSync:
         rules = LedgerRules(
             swarm=swarm,
             owner=manifest.owner,
-            is_valid_certificate=is_well_formed_certificate(swarm),
             is_valid_snapshot=lambda number, body: False,
+            authority=manifest.authority(swarm),
+            founders=manifest.founders,
+            rounds_per_era=choose_rounds_per_era(manifest.rounds.snapshot_every),
         )
         self.ledger = Ledger(identity=identity, rules=rules)
         self._identity = identity

@@ -8,6 +8,7 @@ once an attempt.
 Invariant: everything here is a pure function of certified values, never of a peer's own view.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -21,9 +22,12 @@ from shoal.protocol.messages import (
     LockCertificate,
     Plan,
     Result,
+    Vote,
     digest_record,
     verify_message,
 )
+
+VerifyVote = Callable[[PeerId, bytes, Vote], None]
 
 # No ballot reaches it: the attempt of a certificate by which voters that are gone for good are replaced.
 REROOT_ATTEMPT = 2**32 - 1
@@ -134,15 +138,20 @@ def check_result(result: Result, head: Head, parts: int, *, is_reroot: bool = Fa
         raise ProtocolError(Refusal.NOT_A_MEMBER, "next voters are neither voters nor members of the round")
 
 
-def check_certificate(certificate: Certificate, head: Head, authority: Authority) -> bytes:
+def check_certificate(
+    certificate: Certificate, head: Head, authority: Authority, verify: VerifyVote = verify_message
+) -> bytes:
     """The digest of the certified result; raises ProtocolError unless it follows `head` and its voters decided it."""
     check_result(certificate.result, head, authority.parts, is_reroot=is_reroot(certificate))
-    check_votes(certificate, head.voters, authority)
+    check_votes(certificate, head.voters, authority, verify)
     return digest_record(certificate.result)
 
 
-def check_votes(certificate: Certificate, voters: tuple[PeerId, ...], authority: Authority) -> None:
-    """Raise ProtocolError unless distinct voters, a quorum of them, signed this result in one attempt."""
+def check_votes(
+    certificate: Certificate, voters: tuple[PeerId, ...], authority: Authority, verify: VerifyVote = verify_message
+) -> None:
+    """Raise ProtocolError unless distinct voters, a quorum of them, signed this result in one attempt. `verify` may
+    remember signatures that it has found good."""
     digest = digest_record(certificate.result)
     signers: set[PeerId] = set()
     for vote in certificate.votes:
@@ -156,7 +165,7 @@ def check_votes(certificate: Certificate, voters: tuple[PeerId, ...], authority:
     else:
         _check_quorum(signers, voters, authority.rule)
     for vote in certificate.votes:
-        verify_message(vote.voter, authority.swarm, vote)
+        verify(vote.voter, authority.swarm, vote)
 
 
 def is_reroot(certificate: Certificate) -> bool:

@@ -32,9 +32,7 @@ from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import Identity
 
 ANNA = Identity(b"a" * 32)
-RULES = LedgerRules(
-    swarm=b"s" * 32, owner=ANNA.peer, is_valid_certificate=lambda *_: True, is_valid_snapshot=lambda *_: True
-)
+RULES = LedgerRules(swarm=b"s" * 32, owner=ANNA.peer, is_valid_snapshot=lambda *_: True)
 BODIES = {
     Kind.LEASE: b"lease",
     Kind.CERTIFICATE: encode_body(RoundBody(round=3, value=b"votes")),

@@ -16,9 +16,7 @@ from shoal.protocol.identity import Identity
 
 START_MS = 1_700_000_000_000
 ENTRIES = 10_000
-RULES = LedgerRules(
-    swarm=b"s" * 32, owner=None, is_valid_certificate=lambda *_: True, is_valid_snapshot=lambda *_: True
-)
+RULES = LedgerRules(swarm=b"s" * 32, owner=None, is_valid_snapshot=lambda *_: True)
 
 
 def write_many(count: int) -> list[Batch]:

@@ -6,6 +6,7 @@ from shoal.crdt.clock import HLC_ZERO, Hlc
 from shoal.crdt.entries import (
     BATCH_BYTES_MAX,
     ENTRIES_PER_BATCH_MAX,
+    ENTRIES_PER_ERA_MAX,
     NO_ENTRY,
     Batch,
     ChainPosition,
@@ -19,7 +20,7 @@ from shoal.crdt.entries import (
 from shoal.crdt.kinds import EntryId
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity
-from shoal.protocol.wire import MESSAGE_BYTES_MAX
+from shoal.protocol.wire import DELTA_BYTES_MAX
 
 SWARM = b"s" * 32
 ANNA, BEN = Identity(b"a" * 32), Identity(b"b" * 32)
@@ -93,7 +94,8 @@ def test_a_signature_holds_in_its_swarm_and_for_its_author_only(field: str) -> N
 def test_each_field_of_an_entry_moves_its_id() -> None:
     entry = make_batch(1).entries[0]
     variants = [
-        replace(entry, version=2),
+        replace(entry, version=3),
+        replace(entry, era=2),
         replace(entry, swarm=b"t" * 32),
         replace(entry, author=BEN.peer),
         replace(entry, seq=1),
@@ -103,11 +105,11 @@ def test_each_field_of_an_entry_moves_its_id() -> None:
         replace(entry, kind="addresses"),
         replace(entry, body=b"y"),
     ]
-    assert len({compute_entry_id(variant) for variant in (entry, *variants)}) == 10
+    assert len({compute_entry_id(variant) for variant in (entry, *variants)}) == 11
 
 
 def test_the_largest_batch_fits_a_control_message() -> None:
-    assert BATCH_BYTES_MAX < MESSAGE_BYTES_MAX
+    assert 2 * BATCH_BYTES_MAX < DELTA_BYTES_MAX
     batch = make_batch(ENTRIES_PER_BATCH_MAX)
     assert decode_batch_untrusted(encode_batch(batch)) == batch
     with pytest.raises(ProtocolError):
@@ -134,10 +136,10 @@ def test_signing_refuses_what_others_would_refuse() -> None:
     [
         (ChainPosition(seq=0, prev=EntryId(b"p" * 32), hlc=HLC_ZERO), Refusal.MALFORMED),
         (ChainPosition(seq=1, prev=NO_ENTRY, hlc=HLC_ZERO), Refusal.MALFORMED),
-        (ChainPosition(seq=2**63 - 1, prev=EntryId(b"p" * 32), hlc=HLC_ZERO), Refusal.OUT_OF_RANGE),
+        (ChainPosition(seq=ENTRIES_PER_ERA_MAX, prev=EntryId(b"p" * 32), hlc=HLC_ZERO), Refusal.OUT_OF_RANGE),
     ],
 )
-def test_a_chain_begins_at_zero_without_a_previous_entry_and_ends_in_63_bits(
+def test_a_chain_begins_at_zero_without_a_previous_entry_and_is_bounded(
     position: ChainPosition, refusal: Refusal
 ) -> None:
     with pytest.raises(ProtocolError) as caught:
@@ -147,7 +149,7 @@ def test_a_chain_begins_at_zero_without_a_previous_entry_and_ends_in_63_bits(
 
 def test_another_version_is_refused() -> None:
     batch = make_batch(1)
-    raw = encode_batch(replace(batch, entries=(replace(batch.entries[0], version=2),)))
+    raw = encode_batch(replace(batch, entries=(replace(batch.entries[0], version=1),)))
     assert refusal_of(raw) is Refusal.WRONG_VERSION
 
 

@@ -1,11 +1,13 @@
 import pytest
 
 from shoal.crdt.kinds import (
-    BODY_BYTES_MAX,
+    CERTIFICATE_BYTES_MAX,
     KIND_RULES,
+    BanBody,
     Body,
     EntryId,
     Kind,
+    ReadmissionBody,
     RegisterBody,
     RoundBody,
     TagBody,
@@ -14,6 +16,7 @@ from shoal.crdt.kinds import (
     encode_body,
 )
 from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.identity import PeerId
 from shoal.protocol.wire import encode_record
 
 BODIES: list[tuple[Kind, Body]] = [
@@ -25,6 +28,9 @@ BODIES: list[tuple[Kind, Body]] = [
     (Kind.TAG, TagBody(name="", value=b"", removes=(EntryId(bytes(32)),))),
     (Kind.MANIFEST, VersionedBody(version=2, value=b"toml")),
     (Kind.REROOT, VersionedBody(version=0, value=b"root")),
+    (Kind.BAN, BanBody(peer=b"p" * 32, reason="spam", removes=())),
+    (Kind.BAN, BanBody(peer=b"", reason="", removes=(EntryId(bytes(32)),))),
+    (Kind.READMISSION, ReadmissionBody(author=PeerId(b"p" * 32), era=3, stands=EntryId(bytes(32)))),
 ]
 
 
@@ -35,8 +41,13 @@ def test_a_body_survives_its_wire_form(kind: Kind, body: Body) -> None:
 
 def test_every_kind_has_a_rule_and_no_rule_lacks_a_kind() -> None:
     assert set(KIND_RULES) == {kind.value for kind in Kind}
-    assert all(0 < rule.body_bytes_max <= BODY_BYTES_MAX for rule in KIND_RULES.values())
-    assert {kind for kind, rule in KIND_RULES.items() if rule.is_owners} == {Kind.MANIFEST, Kind.REROOT}
+    assert all(0 < rule.body_bytes_max <= CERTIFICATE_BYTES_MAX for rule in KIND_RULES.values())
+    assert {kind for kind, rule in KIND_RULES.items() if rule.is_owners} == {
+        Kind.MANIFEST,
+        Kind.REROOT,
+        Kind.BAN,
+        Kind.READMISSION,
+    }
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -57,6 +68,13 @@ def test_a_tag_body_adds_or_removes_but_not_both_and_not_neither() -> None:
     for name, value, removes in [("x", b"", (entry_id,)), ("", b"", ()), ("", b"v", (entry_id,))]:
         with pytest.raises(ValueError, match="either a name or removals"):
             TagBody(name=name, value=value, removes=removes)
+
+
+def test_a_ban_names_a_peer_or_lifts_bans() -> None:
+    entry_id = EntryId(bytes(32))
+    for peer, reason, removes in [(b"p" * 32, "", (entry_id,)), (b"", "", ()), (b"", "x", (entry_id,)), (b"p", "", ())]:
+        with pytest.raises(ValueError, match="either a peer or removals"):
+            BanBody(peer=peer, reason=reason, removes=removes)
 
 
 def test_a_body_of_another_kind_is_refused() -> None:

@@ -14,8 +14,10 @@ from shoal.crdt.entries import (
     encode_batch,
     sign_batch,
 )
+from shoal.crdt.eras import PERMANENT_ERA
+from shoal.crdt.evidence import Evidence, check_evidence
 from shoal.crdt.kinds import Body, EntryId, Kind, RegisterBody, RoundBody, TagBody, VersionedBody
-from shoal.crdt.ledger import ChainForkedError, Draft, Evidence, Ledger, LedgerRules, check_evidence
+from shoal.crdt.ledger import ChainForkedError, Draft, Ledger, LedgerRules
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity
 
@@ -26,16 +28,9 @@ LEASE = Draft(kind=Kind.LEASE, body=RegisterBody(value=b"lease"))
 
 
 def make_ledger(
-    identity: Identity,
-    is_valid_certificate: Callable[[int, bytes], bool] = lambda *_: True,
-    bytes_max: int = 2**30,
+    identity: Identity, is_valid_snapshot: Callable[[int, bytes], bool] = lambda *_: True, bytes_max: int = 2**30
 ) -> Ledger:
-    rules = LedgerRules(
-        swarm=SWARM,
-        owner=OWNER.peer,
-        is_valid_certificate=is_valid_certificate,
-        is_valid_snapshot=lambda *_: True,
-    )
+    rules = LedgerRules(swarm=SWARM, owner=OWNER.peer, is_valid_snapshot=is_valid_snapshot)
     return Ledger(identity=identity, rules=rules, bytes_max=bytes_max)
 
 
@@ -196,7 +191,8 @@ def test_only_the_owner_writes_decrees(kind: Kind) -> None:
     with pytest.raises(ProtocolError):
         make_ledger(ANNA).write([Draft(kind=kind, body=body)], NOW_MS)
     content = EntryContent(deps=(), hlc=Hlc(1), kind=kind, body=b"\x92\x01\xc4\x00")
-    forged = sign_batch(ANNA, SWARM, ChainPosition(seq=0, prev=NO_ENTRY, hlc=HLC_ZERO), [content])
+    start = ChainPosition(era=PERMANENT_ERA, seq=0, prev=NO_ENTRY, hlc=HLC_ZERO)
+    forged = sign_batch(ANNA, SWARM, start, [content])
     assert refusal_of(ledger, forged) is Refusal.NOT_A_MEMBER
 
 
@@ -241,15 +237,15 @@ def test_equivocation_is_proved_and_only_the_common_prefix_counts() -> None:
             ledger.accept(batch)
             ledger.fold(NOW_MS)
         assert len(ledger) == 5
-        assert ledger.forks == {ANNA.peer: 2}
+        assert ledger.forks == {ANNA.peer: (1, 2)}
         (evidence,) = ledger.list_evidence()
-        assert (evidence.author, evidence.seq) == (ANNA.peer, 2)
+        assert (evidence.author, evidence.slot) == (ANNA.peer, (1, 2))
         assert {evidence.first.ids[0], evidence.second.ids[0]} == {left.ids[0], right.ids[0]}
         check_evidence(evidence)
         states.append(ledger.fold(NOW_MS))
     assert len({state.encode() for state in states}) == 1
     assert states[0].leases[ANNA.peer].value == b"1"
-    assert states[0].excluded == {ANNA.peer: 2}
+    assert states[0].excluded == {ANNA.peer: (1, 2)}
 
 
 def test_an_earlier_fork_that_comes_to_light_later_excludes_more() -> None:
@@ -301,21 +297,21 @@ def test_a_peer_whose_own_chain_has_forked_stops_writing() -> None:
         anna.write([LEASE], NOW_MS)
 
 
-def test_certificates_are_checked_by_the_predicate_once_each() -> None:
+def test_snapshots_are_checked_by_the_predicate_once_each() -> None:
     asked: list[tuple[int, bytes]] = []
 
     def is_valid(number: int, value: bytes) -> bool:
         asked.append((number, value))
-        return value == b"votes"
+        return value == b"root"
 
-    anna = make_ledger(ANNA, is_valid_certificate=is_valid)
-    for number, value in ((1, b"votes"), (2, b"no quorum"), (1, b"votes")):
-        write(anna, Kind.CERTIFICATE, RoundBody(round=number, value=value))
-    assert anna.fold(NOW_MS + 1).certificates == {1: b"votes"}
+    anna = make_ledger(ANNA, is_valid_snapshot=is_valid)
+    for number, value in ((1, b"root"), (2, b"no root"), (1, b"root")):
+        write(anna, Kind.SNAPSHOT, RoundBody(round=number, value=value))
+    assert anna.fold(NOW_MS + 1).snapshots == {1: (b"root",)}
     anna.accept(make_chain(BEN, [b"left"]))
     anna.accept(make_chain(BEN, [b"right"]))
-    assert anna.fold(NOW_MS + 1).certificates == {1: b"votes"}
-    assert asked == [(1, b"votes"), (2, b"no quorum")]
+    assert anna.fold(NOW_MS + 1).snapshots == {1: (b"root",)}
+    assert asked == [(1, b"root"), (2, b"no root")]
 
 
 def test_tags_are_removed_by_their_author_and_the_owner_only() -> None:

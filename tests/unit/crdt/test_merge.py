@@ -2,13 +2,10 @@
 
 import itertools
 
-from blake3 import blake3
-
 from shoal.crdt.clock import Hlc
 from shoal.crdt.kinds import EntryId
 from shoal.crdt.merge import (
     AuthorRegister,
-    GrowOnlyMap,
     GrowOnlySet,
     ObservedRemoveSet,
     OwnerRegister,
@@ -23,7 +20,7 @@ ANNA, BEN, OWNER = PeerId(b"a" * 32), PeerId(b"b" * 32), PeerId(b"o" * 32)
 
 
 def register_value(seq: int, value: bytes) -> RegisterValue:
-    return RegisterValue(seq=seq, hlc=Hlc(seq), value=value)
+    return RegisterValue(era=1, seq=seq, hlc=Hlc(seq), value=value)
 
 
 def test_an_author_register_keeps_each_authors_latest() -> None:
@@ -33,16 +30,6 @@ def test_an_author_register_keeps_each_authors_latest() -> None:
         for author, value in order:
             register.put(author, value)
         assert register.values == {ANNA: puts[1][1], BEN: puts[2][1]}
-
-
-def test_a_grow_only_map_ignores_what_is_not_valid_and_settles_ties_by_hash() -> None:
-    puts = [(1, b"votes of a and b"), (1, b"votes of b and c"), (1, b"bad"), (2, b"bad"), (3, b"fine")]
-    lowest = min((puts[0][1], puts[1][1]), key=lambda value: blake3(value).digest())
-    for order in itertools.permutations(puts):
-        rounds = GrowOnlyMap(lambda _, value: value != b"bad")
-        for number, value in (*order, order[0]):
-            rounds.put(number, value)
-        assert rounds.values == {1: lowest, 3: b"fine"}
 
 
 def test_a_grow_only_set_keeps_every_valid_value_in_order() -> None:

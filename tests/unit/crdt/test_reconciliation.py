@@ -23,9 +23,7 @@ from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity
 
 NOW_MS = 1_700_000_000_000
-RULES = LedgerRules(
-    swarm=b"s" * 32, owner=None, is_valid_certificate=lambda *_: True, is_valid_snapshot=lambda *_: True
-)
+RULES = LedgerRules(swarm=b"s" * 32, owner=None, is_valid_snapshot=lambda *_: True)
 
 
 def make_ledger(number: int = 0) -> Ledger:

@@ -21,9 +21,7 @@ KILL_TRIALS = 20
 
 
 def make_ledger(number: int = 1) -> Ledger:
-    rules = LedgerRules(
-        swarm=b"s" * 32, owner=None, is_valid_certificate=lambda *_: True, is_valid_snapshot=lambda *_: True
-    )
+    rules = LedgerRules(swarm=b"s" * 32, owner=None, is_valid_snapshot=lambda *_: True)
     return Ledger(identity=Identity(number.to_bytes(32, "big")), rules=rules)
 
 
@@ -299,7 +297,7 @@ from shoal.crdt.ledger import Draft, Ledger, LedgerRules
 from shoal.node.ledger_store import LedgerStore
 from shoal.protocol.identity import Identity
 
-rules = LedgerRules(swarm=b"s" * 32, owner=None, is_valid_certificate=bool, is_valid_snapshot=bool)
+rules = LedgerRules(swarm=b"s" * 32, owner=None, is_valid_snapshot=bool)
 ledger = Ledger(identity=Identity((1).to_bytes(32, "big")), rules=rules)
 with LedgerStore.open(Path(sys.argv[1])) as store:
     ledger.restore(store.load())

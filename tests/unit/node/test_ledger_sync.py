@@ -13,11 +13,10 @@ from shoal.crdt.reconciliation import begin
 from shoal.node import ledger_sync
 from shoal.node.control import PeerUnreachable
 from shoal.node.ledger_store import StoreError
-from shoal.node.ledger_sync import PUSH_PEERS, ROUND_TRIPS_MAX, is_well_formed_certificate
+from shoal.node.ledger_sync import PUSH_PEERS, ROUND_TRIPS_MAX
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import LedgerEntries, Reconcile, decode_message_untrusted, encode_message
-from shoal.protocol.wire import encode_record
 from tests.unit.node.node_samples import make_chain, make_samples, open_peer, open_peers, wait_until
 from tests.unit.node.puppet import open_puppet
 
@@ -82,18 +81,19 @@ async def test_a_certificate_is_entered_once(tmp_path: Path) -> None:
         assert sorted(peer.ledger.state().certificates) == [1, 2]
 
 
-def test_ledger_bytes_are_a_certificate_only_with_the_signatures_of_whom_they_name() -> None:
+async def test_certificates_count_by_the_chain_and_make_credit(tmp_path: Path) -> None:
     swarm = make_samples()
     other = make_samples(grace_s=7.0)
-    (certificate,) = make_chain(swarm, 1).certificates
-    (foreign,) = make_chain(other, 1).certificates
-    judge = is_well_formed_certificate(swarm.id)
-    raw = encode_record(certificate)
-    assert judge(1, raw)
-    assert not judge(2, raw), "of another round"
-    assert not judge(1, raw[:-1])
-    assert not judge(1, b"")
-    assert not judge(1, encode_record(foreign)), "signed in another swarm"
+    chain = make_chain(swarm, 3)
+    async with open_peer(swarm, 0, tmp_path) as peer:
+        await peer.ledger.write_certificate(make_chain(other, 1).certificates[0], [])
+        await peer.ledger.write_certificate(chain.certificates[1], [])
+        assert peer.ledger.state().certificates == {}, "signed in another swarm, and of a round without the one before"
+        await peer.ledger.write_certificate(chain.certificates[0], [])
+        state = peer.ledger.state()
+        assert sorted(state.certificates) == [1, 2]
+        assert state.verdicts.head.digest == chain.heads[2].digest
+        assert {credit.rounds for credit in state.credit.values()} == {2}
 
 
 async def test_a_forged_certificate_is_in_nobodys_fold(tmp_path: Path) -> None:
