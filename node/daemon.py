@@ -27,7 +27,6 @@ from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.head_watch import HeadWatch
 from shoal.node.intake import Intake, IntakePorts
-from shoal.node.ledger_store import LedgerStore
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.link_port import Address, LinkConfig
@@ -41,6 +40,7 @@ from shoal.node.own_presence import OwnPresence
 from shoal.node.parting import Parting, PartingPorts
 from shoal.node.peer_book_file import load_peer_book, save_peer_book
 from shoal.node.reach import Reach
+from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.running import forget_running, note_running
@@ -165,7 +165,9 @@ class Daemon:
         self.manifest, _ = read_manifest_untrusted(signed, swarm)
         self.conduct.expect_parts(self.manifest.parts)
         folder = self.config.data_path
-        self._store = await asyncio.to_thread(LedgerStore.open, folder / "ledger.sqlite")
+        self._store, repair = await asyncio.to_thread(open_ledger, folder / "ledger.sqlite", self.me, swarm)
+        if repair is not None:
+            self.reporter.happen(HappeningKind.DISK, repair.text, Severity.WARNING)
         stores = Stores(
             ledger=self._store,
             blobs=await asyncio.to_thread(BlobStore, folder / "blobs"),
@@ -186,7 +188,7 @@ class Daemon:
         )
         vote = await asyncio.to_thread(self.state.load_vote)
         loop = asyncio.get_running_loop()
-        self.core = RoundCore(setting, head, vote, loop.time())
+        self.core = RoundCore(setting, head, vote, loop.time(), abstains=abstains(self._store))
         self.head_watch = HeadWatch(self.core)
         self.driver = RoundDriver(
             me=self.me,

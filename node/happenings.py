@@ -71,10 +71,12 @@ REMEDIES: Mapping[Failure, str] = {
     Failure.BOOTSTRAP_UNREACHABLE: "the other bootstrap peers and the peer book are tried",
     Failure.CLOCK_SKEW: "rounds do not depend on it; mend the clock",
     Failure.DISK_FULL: "this peer does not vote until there is space",
-    Failure.STORE_DAMAGED: "nothing is touched; without the damaged files they are fetched from other peers",
+    Failure.STORE_DAMAGED: "it is kept aside; what is whole of it stays, the rest comes from other peers",
     Failure.STORE_FOREIGN: "nothing is touched; give this peer a folder of its own",
     Failure.STORE_IN_USE: "nothing is touched; stop the other process or give this peer a folder of its own",
     Failure.STORE_UNUSABLE: "nothing is touched; mend the folder's permissions or the disk",
+    Failure.STORE_BEHIND: "what is missing comes from other peers; this peer does not vote until that can do no harm",
+    Failure.VOTES_FORGOTTEN: "it trains and contributes; the others certify without its vote",
 }
 
 

@@ -21,8 +21,8 @@ re-root has parted the log: then what is given up is put aside and kept.
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +88,7 @@ CHECKSUMS = {
     "records": "namespace, key, value",
 }
 CHECKSUM_BYTES = 16
+CHECKSUMS_VERSION = 3  # the first schema that has them
 STORE_NAMESPACE = "store"
 GENERATION_KEY = b"generation"
 MARK_SUFFIX = ".mark"
@@ -103,6 +104,7 @@ class StoreError(ShoalError):
         super().__init__(f"{path}: {problem}. Fix: {fix}")
         self.path = path
         self.failure = failure
+        self.problem = problem
         self.fix = fix
 
 
@@ -176,11 +178,7 @@ class LedgerStore:
             for batch, row in zip(batches, rows, strict=True):
                 if own:
                     self._assert_goes_on(batch)
-                self._connection.execute(
-                    "INSERT INTO batches (author, last_seq, is_own, encoded, checksum) "
-                    "VALUES (?1, ?2, ?3, ?4, checksum(?1, ?2, ?3, ?4))",
-                    row,
-                )
+                self._connection.execute(_PUT_BATCH, row)
 
     def put_record(self, namespace: str, key: bytes, value: bytes) -> None:
         """Store `value` under `key` with full durability, in place of what stood there."""
@@ -214,6 +212,31 @@ class LedgerStore:
                 self._connection.execute("INSERT INTO certificates VALUES (?1, ?2, ?3, checksum(?1, ?2, ?3))", values)
             elif row != (certificate.result_digest,):
                 raise ProtocolError(Refusal.EQUIVOCATION, f"round {certificate.round} is certified with another result")
+
+    def fill(
+        self,
+        *,
+        batches: Iterable[tuple[Batch, bool]],
+        certificates: Iterable[StoredCertificate],
+        abandoned: Iterable[StoredCertificate],
+        records: Mapping[tuple[str, bytes], bytes],
+    ) -> None:
+        """Put rows of another file into this one, which is empty, all or none; batches with whether they are own ones.
+
+        Of own batches with the same numbers, as a chain that forked has them, the first is the own chain.
+        """
+        own_seq = -1
+        with self._transaction(is_full=True):
+            for batch, own in batches:
+                is_next = own and batch.entries[0].seq > own_seq
+                own_seq = batch.entries[-1].seq if is_next else own_seq
+                row = batch.author, batch.entries[-1].seq, is_next, encode_batch(batch)
+                self._connection.execute(_PUT_BATCH, row)
+            for table, kept in (("certificates", certificates), ("abandoned", abandoned)):
+                rows = [(one.round, one.result_digest, one.body) for one in kept]
+                query = f"INSERT OR IGNORE INTO {table} VALUES (?1, ?2, ?3, checksum(?1, ?2, ?3))"
+                self._connection.executemany(query, rows)
+            self._connection.executemany(_PUT_RECORD, [(*key, value) for key, value in records.items()])
 
     def abandon_certificates(self, first: int) -> None:
         """Put the certificates from round `first` on aside, with full durability: another log goes on from there."""
@@ -281,6 +304,10 @@ class LedgerStore:
             self.has_forgotten = False
 
 
+_PUT_BATCH = (
+    "INSERT INTO batches (author, last_seq, is_own, encoded, checksum) "
+    "VALUES (?1, ?2, ?3, ?4, checksum(?1, ?2, ?3, ?4))"
+)
 _PUT_RECORD = "INSERT OR REPLACE INTO records VALUES (?1, ?2, ?3, checksum(?1, ?2, ?3))"
 _SELECT_CERTIFICATES = "SELECT round, result_digest, body FROM certificates"
 
@@ -298,13 +325,28 @@ def _read_version(path: Path, connection: sqlite3.Connection) -> int:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
     assert isinstance(version, int)
-    if application_id != APPLICATION_ID and (application_id or version or tables):
+    is_other = application_id != APPLICATION_ID and bool(application_id or version or tables)
+    if (is_other or version > len(MIGRATIONS)) and _list_schema(connection) == _expect_schema():
+        # The tables are ours, to the letter: it is the header that is wrong.
+        raise StoreError(path, Failure.STORE_DAMAGED, "the header of the database is damaged", _REFETCH)
+    if is_other:
         problem = "the file is a database of another program"
         raise StoreError(path, Failure.STORE_FOREIGN, problem, "give the daemon a data directory of its own")
     if version > len(MIGRATIONS):
         problem = f"the file has schema version {version}, this release knows {len(MIGRATIONS)}"
         raise StoreError(path, Failure.STORE_FOREIGN, problem, "install the newer release of shoal again")
     return version
+
+
+def _list_schema(connection: sqlite3.Connection) -> list[tuple[str, str]]:
+    return connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
+
+
+def _expect_schema() -> list[tuple[str, str]]:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as empty:
+        empty.create_function("checksum", -1, compute_checksum, deterministic=True)
+        _migrate(empty, 0)
+        return _list_schema(empty)
 
 
 def _migrate(connection: sqlite3.Connection, version: int) -> None:
@@ -388,6 +430,8 @@ _UNUSABLE = (
 _EXPLANATIONS = {
     sqlite3.SQLITE_NOTADB: (Failure.STORE_DAMAGED, "the file is not a database or is damaged", _REFETCH),
     sqlite3.SQLITE_CORRUPT: (Failure.STORE_DAMAGED, "the database is damaged", _REFETCH),
+    # Tables that lack what our statements name: their definitions are damaged.
+    sqlite3.SQLITE_ERROR: (Failure.STORE_DAMAGED, "the database is damaged", _REFETCH),
     sqlite3.SQLITE_BUSY: (Failure.STORE_IN_USE, "another process uses the file", "stop the other daemon first"),
     sqlite3.SQLITE_LOCKED: (Failure.STORE_IN_USE, "another process uses the file", "stop the other daemon first"),
     sqlite3.SQLITE_FULL: (Failure.DISK_FULL, "the disk is full", "free some space"),
@@ -396,4 +440,4 @@ _EXPLANATIONS = {
 
 def _primary_code(error: sqlite3.Error) -> int:
     # Extended codes carry the primary one in their lowest byte; errors of the Python module itself have none.
-    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF

@@ -220,6 +220,7 @@ class Metrics:
         self.snapshot_round = table.gauge("snapshot_round", "The round of the newest snapshot on this disk.")
         self.ledger_entries = table.gauge("ledger_entries", "Entries of the ledger on this disk.")
         self.blob_bytes = table.gauge("blob_store_bytes", "Bytes of updates, contributions and snapshots on this disk.")
+        self.abstaining = table.gauge("abstaining", "1 while this peer does not vote because its vote record was lost.")
         self.disk_errors = table.counter("disk_errors", "Reads and writes of this disk that failed.")
 
     def _declare_daemon(self, table: "_Table") -> None:

@@ -12,6 +12,7 @@ from shoal.node.compute import Compute
 from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import ControlPlane
 from shoal.node.status import TrainerState
+from shoal.protocol.abstention import ABSTAINING
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import ADDRESSES_MAX, Presence, SignedReady, sign_message
 from shoal.protocol.rounds import RoundCore
@@ -51,7 +52,7 @@ class OwnPresence:
             head_digest=head.digest,
             state_root=head.state_root,
             attempt=self.core.attempt,
-            phase=self.core.phase.value,
+            phase=self.core.phase.value if self.core.abstention is None else ABSTAINING,
             tensor_addresses=self._tensor_addresses(),
             control_addresses=self.control.addresses()[:ADDRESSES_MAX],
             tokens_per_s=progress.tokens_per_s if progress else 0.0,

@@ -42,6 +42,7 @@ from shoal.node.status import (
 )
 from shoal.node.web import WebSources
 from shoal.protocol.abstention import Abstention
+from shoal.protocol.abstention import Abstention
 from shoal.protocol.effects import (
     AttemptFailed,
     Note,
@@ -96,6 +97,15 @@ class _Failed:
     round: int
     attempt: int
     at_s: float
+
+
+def tell_abstention(abstention: Abstention) -> str:
+    """Why this peer does not vote, and until when."""
+    if abstention.goes_on:
+        return f"{Failure.VOTES_FORGOTTEN}: the vote record was lost; no quorum is possible without it, so it goes on"
+    number = abstention.until_round()
+    until = "it votes again when it has heard the other voters" if number is None else f"until about round {number}"
+    return f"{Failure.VOTES_FORGOTTEN}: abstaining since the vote record was lost, {until}"
 
 
 class Reporter:
@@ -412,6 +422,9 @@ class Reporter:
         found = []
         if self.disk_failed:
             found.append(f"{Failure.DISK_FULL}: {self.disk_failed}; {REMEDIES[Failure.DISK_FULL]}")
+        abstention = self.subjects.core.abstention
+        if abstention is not None:
+            found.append(tell_abstention(abstention))
         skew = self.clock_skew_s()
         if skew > CLOCK_SKEW_WARN_S:
             found.append(
@@ -490,6 +503,7 @@ class Reporter:
         metrics.catching_up.set(one.catch_up.active)
         disk = self._disk_status()
         metrics.snapshot_round.set(disk.snapshot_round)
+        metrics.abstaining.set(one.core.abstention is not None)
         metrics.ledger_entries.set(disk.ledger_entries)
         metrics.blob_bytes.set(disk.blob_bytes)
         return metrics.render()

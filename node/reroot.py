@@ -16,6 +16,7 @@ from shoal.node.identity_file import load_identity
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.local_state import LocalState, Stores
 from shoal.node.manifest_source import read_manifest_file
+from shoal.node.repair import end_abstention
 from shoal.node.snapshots import SnapshotStore
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.identity import Identity, PeerId
@@ -61,6 +62,9 @@ def sign_reroot(data_dir: Path, owner_key: Path, voters: tuple[PeerId, ...]) -> 
         certificate = _certify(owner, swarm, head, manifest.rounds.codec, voters)
         check_certificate(certificate, head, manifest.authority(swarm))
         state.save_certificate(certificate)
+        # Nothing that was signed before can be of the log that begins here.
+        end_abstention(ledger)
+        ledger.accept_loss()
     return Reroot(round=head.round + 1, old_voters=head.voters, voters=voters)
 
 

@@ -11,13 +11,14 @@ between two effects, and nothing that was wanted before it is done after it.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 
 from shoal.node.control import ControlPlane, PeerUnreachable
 from shoal.node.exchange import PartExchange
 from shoal.node.ledger_store import StoreError
 from shoal.node.local_state import LocalState
+from shoal.node.repair import begin_abstention, end_abstention
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.effects import (
     AttemptFailed,
@@ -89,6 +90,7 @@ class RoundDriver:
         self._wake = asyncio.Event()
         self._working = asyncio.Lock()  # held while an effect is carried out and while a snapshot is taken over
         self._halted = False
+        self._forgot = False
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -197,12 +199,30 @@ class RoundDriver:
     async def _commit(self, effect: Commit) -> None:
         if effect.certificate.result.round != self.core.round:
             return  # a snapshot has led past this round meanwhile
+        await self._note_memory((effect.certificate,))
         head = await self._state.commit(effect.certificate, self._exchange.result)
         await self._ports.committed(effect.certificate, head)
         self._exchange.finish_round()
-        self.core.applied(head, self.now())
+        await self._apply(head)
         self.pump()
         self._ports.begun()
+
+    async def _note_memory(self, certificates: Sequence[Certificate]) -> None:
+        """Before this peer goes on from certificates that carry a vote of its own which it does not remember."""
+        if any(self.core.has_forgotten(certificate) for certificate in certificates):
+            log.warning("%s: certificates carry votes of this peer that its disk lacks", Failure.VOTES_FORGOTTEN)
+            await asyncio.to_thread(begin_abstention, self._state.stores.ledger)
+            self._forgot = True
+
+    async def _apply(self, head: Head) -> None:
+        if self._forgot and self.core.abstention is None:
+            self.core.abstain(self.now())
+        self._forgot = False
+        abstained = self.core.abstention is not None
+        self.core.applied(head, self.now())
+        if abstained and self.core.abstention is None:
+            await asyncio.to_thread(end_abstention, self._state.stores.ledger)
+            log.info("what this peer has forgotten can do no harm any more: it votes from round %d on", self.core.round)
 
     async def install(self, head: Head, params: Float32s, momentum: Float32s) -> None:
         """Take over the state of a later round, checked against `head.state_root`, and go on from there.
@@ -210,11 +230,14 @@ class RoundDriver:
         Raises StoreError.
         """
         async with self._working:
+            missed = head.round - self.core.head.round
+            certificates = await asyncio.to_thread(self._state.load_certificates, self.core.round, missed)
+            await self._note_memory(certificates)
             await self._state.install(head, params, momentum)
             self.core.take_effects()
             self._effects.clear()
             self._exchange.finish_round()
-            self.core.applied(head, self.now())
+            await self._apply(head)
         self.pump()
 
     async def switch(self, pledge: Pledge) -> None:

@@ -72,6 +72,8 @@ class Failure(StrEnum):
     STORE_FOREIGN = "store_foreign"
     STORE_IN_USE = "store_in_use"
     STORE_UNUSABLE = "store_unusable"
+    STORE_BEHIND = "store_behind"
+    VOTES_FORGOTTEN = "votes_forgotten"
 
 
 class ShoalError(Exception):

@@ -86,7 +86,9 @@ class Setting:
 class RoundState:
     """The state of `RoundCore`, without its moves."""
 
-    def __init__(self, setting: Setting, head: Head, vote: VoteRecord | None, now: float) -> None:
+    def __init__(
+        self, setting: Setting, head: Head, vote: VoteRecord | None, now: float, *, abstains: bool = False
+    ) -> None:
         self._identity = setting.identity
         self._me = setting.identity.peer
         self._authority = setting.authority
@@ -116,7 +118,8 @@ class RoundState:
         self._now_s = now
         self._dropped: Refusal | None = None
         self._saved_vote = vote
-        self._abstention: Abstention | None = None
+        window_s = self._rules.presence_timeout_s
+        self._abstention = Abstention(self._me, now, window_s) if abstains else None
         self._clear_round(head)
 
     def _clear_round(self, head: Head) -> None:

@@ -68,8 +68,10 @@ BASELESS = (Refusal.WRONG_PROPOSER, Refusal.NOT_A_MEMBER, Refusal.WRONG_DIGEST)
 class RoundCore(RoundExchange):
     """See the module's docstring. One instance lives as long as the daemon and walks from round to round."""
 
-    def __init__(self, setting: Setting, head: Head, vote: VoteRecord | None, now: float) -> None:
-        super().__init__(setting, head, vote, now)
+    def __init__(
+        self, setting: Setting, head: Head, vote: VoteRecord | None, now: float, *, abstains: bool = False
+    ) -> None:
+        super().__init__(setting, head, vote, now, abstains=abstains)
         self._begin_attempt(now)
         self._evaluate(now)
 
@@ -190,7 +192,7 @@ class RoundCore(RoundExchange):
         self._begin_round(head, now)
 
     def abstain(self, now: float) -> None:
-        """The disk has forgotten what this peer signed: sign nothing until that can do no harm (protocol.abstention)."""
+        """The disk has forgotten what was signed: sign nothing until that can do no harm (protocol.abstention)."""
         self._abstention = Abstention(self._me, now, self._rules.presence_timeout_s)
         for presence in self._members.values():
             self._abstention.observe(presence, now)
