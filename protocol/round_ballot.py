@@ -222,6 +222,10 @@ class RoundBallot(RoundState):
             return
         if message.lock is None or message.lock.attempt != message.accepted_attempt:
             raise ProtocolError(Refusal.NO_QUORUM, f"{short_peer_id(sender)} is locked without a quorum's locks")
+        assert self._lead is not None
+        judged = self._lead.promises.values()  # voters that tell of one vote show the same locks
+        if any(one.lock == message.lock and one.accepted == message.accepted for one in judged):
+            return
         check_lock(message.lock, message.accepted, self.head.voters, self._authority)
 
     # -- phase 2: proposals, locks and votes ------------------------------------------------------------------------
@@ -256,6 +260,9 @@ class RoundBallot(RoundState):
             if known and known.attempt == message.attempt and known.result != message.result:
                 problem = f"two results in attempt {message.attempt} of round {self.round}"
                 raise ProtocolError(Refusal.EQUIVOCATION, problem)
+            if known == message:
+                self._dropped = Refusal.DUPLICATE  # before its evidence, a signature for each part, is judged again
+                return
             if self._needs_locks():
                 if message.evidence is not None and message.evidence.plan is not None:
                     self._check_roster_size(message.evidence.plan)

@@ -4,10 +4,13 @@ accused, and the honest three come to one result."""
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
+from shoal.protocol import proposer, round_ballot
 from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
     Certified,
     Lock,
@@ -19,9 +22,10 @@ from shoal.protocol.messages import (
     Vote,
     digest_roster,
     sign_message,
+    verify_message,
 )
 from shoal.protocol.proposer import make_voters_result
-from shoal.protocol.quorum import check_certificate
+from shoal.protocol.quorum import check_certificate, check_lock
 from tests.unit.protocol.liars import (
     OTHER,
     gather_locks,
@@ -104,6 +108,36 @@ def test_a_claim_to_be_locked_is_worth_nothing_without_a_quorums_locks() -> None
     second.core.receive(replace(claim, accepted=None), other.peer, table.now)
     table.settle()
     assert second.said(Proposal)[0].result == good.result, "this one has the locks behind it"
+
+
+def test_the_same_locks_behind_several_promises_are_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = sit_down(7)
+    lead, second, *others = table.order()
+    table.blocked = withhold(Locked)
+    table.make_ready()
+    table.settle()
+    good = lead.said(Proposal)[0]
+    lock = lead.said(Locked)[0].certificate
+    table.blocked = withhold(Promise)
+    table.kill(lead)
+    table.settle()
+    judged: list[LockCertificate] = []
+
+    def check(certificate: LockCertificate, *args: Any) -> None:
+        judged.append(certificate)
+        check_lock(certificate, *args)
+
+    monkeypatch.setattr(round_ballot, "check_lock", check)
+    claim = Promise(round=1, attempt=1, accepted_attempt=0, accepted=good.result, lock=lock)
+    forged = replace(lock, locks=(*lock.locks[:-1], replace(lock.locks[-1], signature=bytes(64))))
+    for seat in others[:2]:
+        equal = replace(claim, lock=replace(lock))
+        assert second.core.receive(equal, seat.peer, table.now) is None
+    assert judged == [lock]
+    assert refusal_of(second, replace(claim, lock=forged), others[2].peer) is Refusal.BAD_SIGNATURE
+    invented = replace(claim, accepted=replace(good.result, voters=PEERS[:3]))
+    assert refusal_of(second, invented, others[2].peer) is Refusal.WRONG_ATTEMPT, "not what these locks are on"
+    assert judged == [lock, forged, lock]
 
 
 def test_a_voter_that_says_nothing_or_nonsense_stops_nobody() -> None:
@@ -353,6 +387,27 @@ def test_a_round_that_changes_nothing_is_not_locked() -> None:
             assert error.refusal is Refusal.NOT_PLANNED
     table.settle()
     assert all(seat.said(Lock) == [] for seat in others)
+
+
+def test_a_proposal_that_comes_again_is_not_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = sit_down()
+    liar, others, proposal = reach_proposal(table)
+    judged: list[object] = []
+
+    def verify(peer: PeerId, swarm: bytes, message: Any) -> None:
+        judged.append(message)
+        verify_message(peer, swarm, message)
+
+    monkeypatch.setattr(proposer, "verify_message", verify)
+    seat = others[0]
+    assert seat.core.receive(proposal, liar.peer, table.now) is None
+    assert proposal.evidence is not None
+    assert judged == [proposal.evidence.plan, *proposal.evidence.done]
+    judged.clear()
+    assert drop_of(seat, proposal, liar.peer) is Refusal.DUPLICATE
+    assert judged == []
+    unsigned = tuple(replace(one, signature=bytes(64)) for one in proposal.evidence.done)
+    assert refusal_of(seat, swap_evidence(proposal, done=unsigned), liar.peer) is Refusal.BAD_SIGNATURE
 
 
 def test_an_owner_that_says_two_things_about_its_part_gains_nothing() -> None:
