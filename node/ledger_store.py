@@ -29,7 +29,10 @@ from types import TracebackType
 
 from blake3 import blake3
 
-from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
+from shoal.crdt.certified import ChainBase, decode_base_untrusted
+from shoal.crdt.entries import ENTRIES_PER_ERA_MAX, Batch, decode_batch_untrusted, encode_batch
+from shoal.crdt.eras import FIRST_ERA
+from shoal.crdt.ledger import Truncation
 from shoal.protocol.errors import Failure, ProtocolError, Refusal, ShoalError
 from shoal.protocol.identity import short_peer_id
 
@@ -79,6 +82,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE records ADD COLUMN checksum BLOB",
         "UPDATE records SET checksum = checksum(namespace, key, value)",
     ),
+    # Entries of version 1 have no era; nobody takes them any more, and the chains begin anew. From here on the column
+    # last_seq holds `number_slot`.
+    ("DELETE FROM batches",),
 )
 # What each table's checksum covers.
 CHECKSUMS = {
@@ -92,6 +98,8 @@ CHECKSUMS_VERSION = 3  # the first schema that has them
 STORE_NAMESPACE = "store"
 GENERATION_KEY = b"generation"
 MARK_SUFFIX = ".mark"
+LEDGER_NAMESPACE = "ledger"
+BASE_KEY = b"base"
 MARK_UNKNOWN = 2**63 - 1  # more than any database has: whatever is found beside it has forgotten something
 
 _REFETCH = "start the peer: it puts the file aside, keeps what is whole, and fetches the rest from other peers"
@@ -139,6 +147,8 @@ class LedgerStore:
                 # Set before the first access, this keeps every other process out until the file is closed.
                 connection.execute("PRAGMA locking_mode=EXCLUSIVE")
                 version = _read_version(path, connection)
+                # Of a new file only: an old one keeps the size that it has reached.
+                connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.create_function("checksum", -1, compute_checksum, deterministic=True)
                 _migrate(connection, version)
@@ -173,12 +183,38 @@ class LedgerStore:
 
     def append(self, batches: Sequence[Batch], *, own: bool) -> None:
         """Store batches, all or none; of this peer's own chain (`own`) with full durability."""
-        rows = [(batch.author, batch.entries[-1].seq, own, encode_batch(batch)) for batch in batches]
+        rows = [_make_row(batch, own) for batch in batches]
         with self._transaction(is_full=own):
             for batch, row in zip(batches, rows, strict=True):
                 if own:
                     self._assert_goes_on(batch)
                 self._connection.execute(_PUT_BATCH, row)
+
+    def truncate(self, truncation: Truncation) -> None:
+        """Drop the batches of the eras that the ledger has dropped and put what stays of them in their place, all or
+        nothing, with full durability; give the room back to the file system."""
+        first, end = (era * ENTRIES_PER_ERA_MAX for era in (FIRST_ERA, truncation.oldest_era))
+        rows = [_make_row(batch, False) for batch in truncation.evidence]
+        with self._transaction(is_full=True):
+            self._connection.execute("DELETE FROM batches WHERE last_seq >= ? AND last_seq < ?", (first, end))
+            self._connection.executemany(_PUT_BATCH, rows)
+            self._connection.execute(_PUT_RECORD, (LEDGER_NAMESPACE, BASE_KEY, truncation.base.encode()))
+        with self._lock, _explain(self._path):
+            self._connection.execute("PRAGMA incremental_vacuum").fetchall()
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def load_base(self) -> ChainBase | None:
+        """What stands for the eras that were dropped, None where none were."""
+        raw = self.get_record(LEDGER_NAMESPACE, BASE_KEY)
+        try:
+            return None if raw is None else decode_base_untrusted(raw)
+        except ProtocolError as error:
+            problem = f"the stored sum of the certified rounds is damaged ({error})"
+            raise StoreError(self._path, Failure.STORE_DAMAGED, problem, _REFETCH) from error
+
+    def put_base(self, base: ChainBase) -> None:
+        """Store what the ledger was settled on, with full durability."""
+        self.put_record(LEDGER_NAMESPACE, BASE_KEY, base.encode())
 
     def put_record(self, namespace: str, key: bytes, value: bytes) -> None:
         """Store `value` under `key` with full durability, in place of what stood there."""
@@ -225,13 +261,13 @@ class LedgerStore:
 
         Of own batches with the same numbers, as a chain that forked has them, the first is the own chain.
         """
-        own_seq = -1
+        own_slots: dict[int, int] = {}
         with self._transaction(is_full=True):
             for batch, own in batches:
-                is_next = own and batch.entries[0].seq > own_seq
-                own_seq = batch.entries[-1].seq if is_next else own_seq
-                row = batch.author, batch.entries[-1].seq, is_next, encode_batch(batch)
-                self._connection.execute(_PUT_BATCH, row)
+                is_next = own and number_slot(batch, 0) > own_slots.get(batch.era, -1)
+                if is_next:
+                    own_slots[batch.era] = number_slot(batch, -1)
+                self._connection.execute(_PUT_BATCH, _make_row(batch, is_next))
             for table, kept in (("certificates", certificates), ("abandoned", abandoned)):
                 rows = [(one.round, one.result_digest, one.body) for one in kept]
                 query = f"INSERT OR IGNORE INTO {table} VALUES (?1, ?2, ?3, checksum(?1, ?2, ?3))"
@@ -269,9 +305,10 @@ class LedgerStore:
             return row
 
     def _assert_goes_on(self, batch: Batch) -> None:
-        query = "SELECT MAX(last_seq) FROM batches WHERE author = ? AND is_own"
-        (last_seq,) = self._connection.execute(query, (batch.author,)).fetchone()
-        assert last_seq is None or batch.entries[0].seq > last_seq, (
+        query = "SELECT MAX(last_seq) FROM batches WHERE author = ? AND is_own AND last_seq >= ? AND last_seq < ?"
+        first, end = (era * ENTRIES_PER_ERA_MAX for era in (batch.era, batch.era + 1))
+        (last,) = self._connection.execute(query, (batch.author, first, end)).fetchone()
+        assert last is None or number_slot(batch, 0) > last, (
             f"{short_peer_id(batch.author)} has signed entry {batch.entries[0].seq} before"
         )
 
@@ -302,6 +339,15 @@ class LedgerStore:
         with self._lock:
             write_mark(self._path, self._generation, durable=True)
             self.has_forgotten = False
+
+
+def number_slot(batch: Batch, index: int) -> int:
+    """The slot of one of the batch's entries as one number, in the order of eras and then of sequence numbers."""
+    return batch.era * ENTRIES_PER_ERA_MAX + batch.entries[index].seq
+
+
+def _make_row(batch: Batch, own: bool) -> tuple[bytes, int, bool, bytes]:
+    return batch.author, number_slot(batch, -1), own, encode_batch(batch)
 
 
 _PUT_BATCH = (
