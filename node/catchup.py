@@ -1,50 +1,39 @@
-"""Catch-up: from wherever this peer stands to the swarm's head, by replaying updates, after a snapshot if far behind.
+"""Catch-up: from wherever this peer stands to the swarm's head, by the cheaper way (protocol.route).
 
 Certificates are checked one after the other from the own head on, each against the voters that the one before it names,
 so what a donor says is never believed. Chunks and parts are content-addressed: several donors serve at once, each byte
 is checked before it is used, and what was fetched before a restart is found again on the disk.
 
 Invariants: a snapshot of round s is installed only when its root is the base root in the certificate of round s+1; a
-donor that lies ends the catch-up at once, so that the next one can begin; one partial snapshot is on the disk at most.
+donor that lies is charged and another one is asked; one partial snapshot is on the disk at most; a catch-up that gets
+nowhere ends, so that the next one can begin.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
+from shoal.node.control import ControlPlane
+from shoal.node.donors import DONORS_ASKED_MAX, DonorPorts, Donors
 from shoal.node.ledger_store import StoreError
-from shoal.node.link_port import Address, FetchFailed, LinkLost
+from shoal.node.link_port import Address
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
-from shoal.protocol.codecs import Float32s
-from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.node.replay import Replay, ReplayPorts
+from shoal.node.snapshot_fetch import SnapshotFetch, map_state
+from shoal.protocol.codecs import CODECS, Float32s
+from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
-from shoal.protocol.lineage import check_stretch
 from shoal.protocol.manifest import Manifest
-from shoal.protocol.messages import (
-    CERTIFICATES_PER_ANSWER,
-    Certificate,
-    CertificatesAnswer,
-    GetCertificates,
-    GetSnapshot,
-    SnapshotAnswer,
-    decode_message_untrusted,
-    digest_record,
-    encode_message,
-)
-from shoal.protocol.quorum import Head, check_certificate
-from shoal.protocol.state import SnapshotIndex, StateVector, decode_index_untrusted
+from shoal.protocol.messages import CERTIFICATES_PER_ANSWER, Certificate, Presence, digest_record
+from shoal.protocol.quorum import Head
+from shoal.protocol.route import Distance, Route, SnapshotOffer, choose_route
+from shoal.protocol.state import SnapshotIndex
 
-REPLAY_ROUNDS_MAX = 24  # behind by more, a snapshot is asked for first
-CHUNKS_AT_ONCE = 6
-CHUNK_TIMEOUT_S = 30.0
-CHUNK_TRIES = 4
-REPLAY_TIMEOUT_S = 60.0  # of one round: its parts are fetched within this
+LEGS_MAX = 16  # of one catch-up: each one is a snapshot or a replay, to where the swarm stood when it began
+DONORS_WANTED = 3  # with fewer in sight, the DHT is asked, too
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +42,15 @@ log = logging.getLogger(__name__)
 class CatchUpPorts:
     """What catch-up asks of the daemon."""
 
-    donors: Callable[[int], Sequence[PeerId]]  # live peers that hold at least this round
+    live: Callable[[], Mapping[PeerId, Presence]]  # who is there
     address_of: Callable[[PeerId], Address | None]
     take_certificate: Callable[[Certificate, PeerId], None]  # to the round core, which checks and commits it
     wait_past: Callable[[int, float], Awaitable[bool]]  # whether the head got past a round within so many seconds
     other_log: Callable[[PeerId], None]
     install: Callable[[Head, Float32s, Float32s], Awaitable[None]]  # take over a state that was checked
+    misbehaved: Callable[[PeerId, ProtocolError], None]
+    donor_failed: Callable[[PeerId, Failure], None]
+    find_donors: Callable[[int, int], Awaitable[None]]  # of these rounds, in the DHT
 
 
 class CatchUp:
@@ -77,167 +69,197 @@ class CatchUp:
     ) -> None:
         self.active = False
         self.detail = ""
+        self.fetched_bytes = 0  # in all catch-ups
+        self.route: Route | None = None  # the last one that was chosen
         self._manifest = manifest
-        self._swarm = swarm
-        self._control = control
         self._links = links
         self._state = state
         self._folder = folder
         self._ports = ports
+        self._apply_s: float | None = None
+        self._install_s: float | None = None
+        codec = CODECS[manifest.rounds.codec]
+        ranges = map(manifest.part_range, range(manifest.parts))
+        self._update_bytes = sum(codec.encoded_bytes(end - first) for first, end in ranges)
+        self.donors = Donors(
+            swarm,
+            manifest.authority(swarm),
+            control,
+            links,
+            DonorPorts(
+                live=ports.live,
+                address_of=ports.address_of,
+                misbehaved=ports.misbehaved,
+                failed=ports.donor_failed,
+            ),
+        )
+        self.ask_certificates = self.donors.ask_certificates
 
     async def run(self, peer: PeerId, target: int) -> None:
-        """Go to round `target`, which `peer` holds, or as far as the donors lead."""
+        """Go to round `target`, which `peer` holds, and on to where the swarm stands then, or as far as donors lead."""
         if self.active:
             return
         self.active = True
+        self.donors.begin()
+        looking: asyncio.Task[None] | None = None
         try:
-            far = target - self._state.head.round > REPLAY_ROUNDS_MAX
-            if not far or await self._jump(peer, target):
-                await self._replay(peer, target)
+            if len(self.donors.of_round(self._state.head.round + 1)) < DONORS_WANTED:
+                looking = asyncio.create_task(self._look_for_donors(self._state.head.round + 1, target))
+            for _ in range(LEGS_MAX):
+                before = self._state.head.round
+                if before >= target or not await self._go(peer, target) or self._state.head.round == before:
+                    break
+                target = max(target, self.donors.newest)
         except ProtocolError as error:
             log.info("catch-up stopped at round %d: %s", self._state.head.round, error)
             if error.refusal is Refusal.OTHER_LOG:
-                self._ports.other_log(peer)
-        except (PeerUnreachable, RequestRefused) as error:
-            log.info("catch-up stopped at round %d: %s", self._state.head.round, error)
+                self.donors.other_log = self.donors.other_log or peer
         except (OSError, StoreError) as error:
             log.error("catch-up stopped at round %d, the disk fails: %s", self._state.head.round, error)
         finally:
+            if looking is not None:
+                looking.cancel()
+                await asyncio.gather(looking, return_exceptions=True)
             self.active = False
             self.detail = ""
+        if self.donors.other_log is not None:
+            self._ports.other_log(self.donors.other_log)
 
-    async def _replay(self, peer: PeerId, target: int) -> None:
-        while (first := self._state.head.round + 1) <= target:
-            self.detail = f"replaying round {first} of {target}"
-            certificates = await self.ask_certificates(peer, first, CERTIFICATES_PER_ANSWER)
-            if not certificates:
-                return
-            for certificate in certificates:
-                number, head = certificate.result.round, self._state.head
-                if number <= head.round:
-                    continue
-                # The round core checks it, too. Here a forged one ends the catch-up instead of being waited for.
-                await asyncio.to_thread(check_certificate, certificate, head, self._manifest.authority(self._swarm))
-                self._ports.take_certificate(certificate, peer)
-                if not await self._ports.wait_past(number - 1, REPLAY_TIMEOUT_S):
-                    return
+    async def _look_for_donors(self, first: int, last: int) -> None:
+        await self._ports.find_donors(first, last)
 
-    async def ask_certificates(self, peer: PeerId, first: int, count: int) -> tuple[Certificate, ...]:
-        """Certificates of consecutive rounds from `first` on, as many as the peer holds of `count`, unchecked. Raises
-        PeerUnreachable, RequestRefused and ProtocolError."""
-        question = encode_message(self._swarm, GetCertificates(first_round=first, count=count))
-        answer = decode_message_untrusted(self._swarm, await self._control.request(peer, question))
-        if not isinstance(answer, CertificatesAnswer):
-            raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(answer).__name__} is no answer to GetCertificates")
-        if any(one.result.round != first + at for at, one in enumerate(answer.certificates)):
-            raise ProtocolError(Refusal.WRONG_ROUND, f"not the certificates from round {first} on")
-        return answer.certificates
-
-    # -- by snapshot -----------------------------------------------------------------------------------------------
-
-    async def _jump(self, peer: PeerId, target: int) -> bool:
-        """Whether replay is to follow: after a snapshot, and where the donor has none that leads forward."""
-        index = await self._ask_snapshot(peer, target - 1)
-        if index is None or index.round <= self._state.head.round + 1:
+    async def _go(self, peer: PeerId, target: int) -> bool:
+        """One leg of the way; whether it led anywhere."""
+        head = self._state.head
+        self.detail = f"asking for the rounds {head.round + 1} to {target}"
+        count = min(CERTIFICATES_PER_ANSWER, target - head.round)
+        page = await self.donors.collect(peer, head.round + 1, count, head.digest, head.voters)
+        if not page:
+            return False
+        route = choose_route(await self._measure(page, target), await asyncio.to_thread(self._list_offers))
+        self.route = route
+        log.info("from round %d to %d: %s", head.round, target, _describe(route))
+        if route is not None and route.snapshot is not None and await self._jump(page, peer, target):
             return True
-        if index.elements != self._manifest.layout.elements:
-            raise ProtocolError(Refusal.WRONG_LENGTH, f"a snapshot of {index.elements} elements")
-        chain = await self._collect_chain(peer, index.round + 1)
-        if len(chain) < 2 or chain[-1].result.round != index.round + 1:
-            return False
-        index.verify(chain[-1].result.base_root)
-        vectors = await self._fetch_chunks(index, tuple(dict.fromkeys((peer, *self._ports.donors(index.round)))))
-        if vectors is None:
-            return False
-        for certificate in chain[:-1]:
-            await asyncio.to_thread(self._state.save_certificate, certificate)
-        own = chain[-2].result
-        head = Head(round=own.round, digest=digest_record(own), state_root=index.root, voters=own.voters)
-        await self._ports.install(head, *vectors)
-        self._partial_path(index).unlink(missing_ok=True)
+        await self._replay(page, peer, target)
         return True
 
-    async def _ask_snapshot(self, peer: PeerId, round_max: int) -> SnapshotIndex | None:
-        question = encode_message(self._swarm, GetSnapshot(round_max=round_max))
-        answer = decode_message_untrusted(self._swarm, await self._control.request(peer, question))
-        if not isinstance(answer, SnapshotAnswer):
-            raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(answer).__name__} is no answer to GetSnapshot")
-        return decode_index_untrusted(answer.index) if answer.index else None
+    # -- the way -----------------------------------------------------------------------------------------------------
 
-    async def _collect_chain(self, peer: PeerId, last: int) -> list[Certificate]:
-        """The certificates from the own head to `last`, each signed by the voters that the one before it names."""
-        head = self._state.head
-        previous, voters = head.digest, head.voters
-        authority = self._manifest.authority(self._swarm)
-        chain: list[Certificate] = []
-        while head.round + len(chain) < last:
-            self.detail = f"checking certificate {head.round + len(chain) + 1} of {last}"
-            count = min(CERTIFICATES_PER_ANSWER, last - head.round - len(chain))
-            answered = await self.ask_certificates(peer, head.round + len(chain) + 1, count)
-            if not answered:
+    async def _measure(self, page: Sequence[Certificate], target: int) -> Distance:
+        head = self._state.head.round
+        sources = self.donors.of_updates(head + 1)
+        return Distance(
+            head=head,
+            target=target,
+            elements=self._manifest.layout.elements,
+            update_bytes=self._update_bytes,
+            updates_from=min((source.first_round for source in sources), default=0),
+            updates_held=await asyncio.to_thread(self._count_held, page),
+            bytes_per_s=self.donors.rate_of([source.peer for source in sources]),
+            apply_s=self._apply_s,
+            install_s=self._install_s,
+        )
+
+    def _count_held(self, page: Sequence[Certificate]) -> int:
+        """How many of these rounds' updates are here already, from the first on."""
+        blobs, count = self._state.stores.blobs, 0
+        for certificate in page:
+            if not all(blobs.has(part.digest) for part in certificate.result.parts):
                 break
-            await asyncio.to_thread(check_stretch, previous, voters, answered, authority)
-            previous, voters = digest_record(answered[-1].result), answered[-1].result.voters
-            chain += answered
-        return chain
+            count += 1
+        return count
 
-    async def _fetch_chunks(self, index: SnapshotIndex, donors: Sequence[PeerId]) -> tuple[Float32s, Float32s] | None:
-        """Both vectors, from all donors at once, through a file that outlives a restart; None if a chunk is nowhere."""
-        path = self._partial_path(index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for other in set(path.parent.glob("*.partial")) - {path}:
-            other.unlink()  # of a snapshot that the donors have replaced since
-        if not path.exists() or path.stat().st_size != index.elements * 8:
-            with path.open("wb") as file:
-                file.truncate(index.elements * 8)
-        stored = np.memmap(path, dtype=np.float32, mode="r+", shape=(2, index.elements))
-        raw = stored.view(np.uint8).reshape(-1).data
-        numbers = asyncio.Queue[int]()
-        for number in range(index.chunks):
-            numbers.put_nowait(number)
-        done = 0
-        complete = True
+    def _list_offers(self) -> list[SnapshotOffer]:
+        nbytes = 8 * self._manifest.layout.elements
+        offers = []
+        for number, peers in self.donors.of_snapshots().items():
+            # The file of a fetch that was cut short is sparse: its blocks are what came.
+            partial = next(self._folder.glob(f"{number:08d}.*"), None)
+            held = 0 if partial is None else min(nbytes, partial.stat().st_blocks * 512)
+            rate = self.donors.rate_of(peers)
+            offers.append(SnapshotOffer(round=number, nbytes=nbytes, held_bytes=held, bytes_per_s=rate))
+        return offers
 
-        async def work() -> None:
-            nonlocal done, complete
-            while complete and not numbers.empty():
-                number = numbers.get_nowait()
-                span = index.span(number)
-                offset = index.elements * 4 if span.vector is StateVector.MOMENTUM else 0
-                target = raw[offset + span.start : offset + span.stop]
-                if not await self._fetch_chunk(index, number, target, donors):
-                    complete = False
-                done += 1
-                self.detail = f"snapshot of round {index.round}: chunk {done} of {index.chunks}"
+    # -- by replay ---------------------------------------------------------------------------------------------------
 
-        await asyncio.gather(*(work() for _ in range(CHUNKS_AT_ONCE)))
-        if not complete:
-            return None
-        return await asyncio.to_thread(lambda: (np.array(stored[0]), np.array(stored[1])))
+    async def _replay(self, page: Sequence[Certificate], peer: PeerId, target: int) -> None:
+        ports = ReplayPorts(
+            take_certificate=self._ports.take_certificate, wait_past=self._ports.wait_past, tell=self._tell
+        )
+        replay = Replay(self._manifest, self._state, self._links, self.donors, ports)
+        try:
+            await replay.run(page, peer, target)
+        finally:
+            self.fetched_bytes += replay.fetched_bytes
+            self._apply_s = replay.apply_s if replay.apply_s is not None else self._apply_s
 
-    async def _fetch_chunk(
-        self, index: SnapshotIndex, number: int, target: memoryview, donors: Sequence[PeerId]
-    ) -> bool:
-        if await asyncio.to_thread(_holds, index, number, target):
-            return True  # from before a restart
-        for attempt in range(min(CHUNK_TRIES, 2 * len(donors))):
-            donor = donors[(number + attempt) % len(donors)]
-            try:
-                address = self._ports.address_of(donor)
-                await self._links.fetch(donor, address, index.digest(number), target, CHUNK_TIMEOUT_S)
-            except (LinkLost, FetchFailed) as error:
-                log.debug("chunk %d: %s", number, error)
+    def _tell(self, detail: str) -> None:
+        self.detail = detail
+
+    # -- by snapshot -------------------------------------------------------------------------------------------------
+
+    async def _jump(self, page: Sequence[Certificate], peer: PeerId, target: int) -> bool:
+        """Whether a snapshot was taken over."""
+        having = {one for peers in self.donors.of_snapshots().values() for one in peers}
+        ranked = [one for one in self.donors.of_round(0) if one in having]
+        chain = list(page)
+        for donor in dict.fromkeys((*([peer] if peer in having else []), *ranked[:DONORS_ASKED_MAX])):
+            if donor in self.donors.liars:
                 continue
-            return True
+            index = await self.donors.ask_snapshot(donor, target - 1, self._manifest.layout.elements)
+            if index is None or index.round <= self._state.head.round + 1:
+                continue
+            await self._lengthen(chain, donor, index.round + 1)
+            first = self._state.head.round + 1
+            if first + len(chain) <= index.round + 1:
+                continue  # nobody has told what vouches for it
+            following = chain[index.round + 1 - first].result
+            if index.root != following.base_root:
+                # An honest donor may have been on another log when it answered.
+                detail = f"the index of round {index.round} has not the certified root"
+                self._ports.misbehaved(donor, ProtocolError(Refusal.WRONG_BASE, detail))
+                continue
+            if await self._take_over(index, chain[: index.round + 1 - first], donor):
+                return True
         return False
 
-    def _partial_path(self, index: SnapshotIndex) -> Path:
-        return self._folder / f"{index.round:08d}.{index.root.hex()[:16]}.partial"
+    async def _lengthen(self, chain: list[Certificate], peer: PeerId, last: int) -> None:
+        """Add the certificates up to round `last`, as far as donors have them."""
+        while chain[-1].result.round < last:
+            end = chain[-1].result
+            self.detail = f"checking certificate {end.round + 1} of {last}"
+            count = min(CERTIFICATES_PER_ANSWER, last - end.round)
+            page = await self.donors.collect(peer, end.round + 1, count, digest_record(end), end.voters)
+            if not page:
+                return
+            chain += page
+
+    async def _take_over(self, index: SnapshotIndex, chain: Sequence[Certificate], donor: PeerId) -> bool:
+        """Fetch the snapshot that `chain` leads to, and become its round."""
+        snapshots = self._state.stores.snapshots
+        fetch = SnapshotFetch(index, self._folder, snapshots, self._links, self.donors, self._tell)
+        try:
+            snapshot = await fetch.run(donor)
+        finally:
+            self.fetched_bytes += fetch.fetched_bytes
+        if snapshot is None:
+            return False
+        self.detail = f"taking over the snapshot of round {index.round}"
+        began_s = asyncio.get_running_loop().time()
+        for certificate in chain:
+            await asyncio.to_thread(self._state.save_certificate, certificate)
+        own = chain[-1].result
+        head = Head(round=own.round, digest=digest_record(own), state_root=index.root, voters=own.voters)
+        if head.round <= self._state.head.round:
+            return True  # the swarm's live rounds have led past it
+        await self._ports.install(head, *map_state(snapshot))
+        self._install_s = asyncio.get_running_loop().time() - began_s
+        return True
 
 
-def _holds(index: SnapshotIndex, number: int, raw: memoryview) -> bool:
-    try:
-        index.check_chunk_untrusted(number, raw)
-    except ProtocolError:
-        return False
-    return True
+def _describe(route: Route | None) -> str:
+    if route is None:
+        return "no donor has announced what is missing; replay is tried"
+    way = "replay" if route.snapshot is None else f"the snapshot of round {route.snapshot.round}, then replay"
+    return f"{way}: {route.nbytes / 1e6:.1f} MB, about {route.seconds:.1f} s"

@@ -40,6 +40,7 @@ from shoal.node.own_presence import OwnPresence
 from shoal.node.parting import Parting, PartingPorts
 from shoal.node.peer_book_file import load_peer_book, save_peer_book
 from shoal.node.reach import Reach
+from shoal.node.providers import Providers
 from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
@@ -273,13 +274,14 @@ class Daemon:
             manifest=self.manifest,
             swarm=swarm,
             control=self.control,
+        self.providers = Providers(self.me, swarm, self.state, self.control)
             links=self.links,
             state=self.state,
             folder=self.config.data_path / "catchup",
             ports=CatchUpPorts(
-                donors=self._donors,
+                live=self.membership.table.live,
                 address_of=self._address_of,
-                take_certificate=self._take_certificate,
+                take_certificate=lambda one, peer: self.driver.receive(Certified(certificate=one), peer),
                 wait_past=self.head_watch.wait_past,
                 other_log=lambda peer: self._spawn(self._part(peer)),
                 install=self._install,
@@ -287,6 +289,9 @@ class Daemon:
         )
         self.parting = Parting(
             self.state,
+                misbehaved=self.intake.misbehaved,
+                donor_failed=lambda peer, reason: self.reporter.metrics.donor_failures[reason].add(),
+                find_donors=lambda first, last: self.providers.find(first, last, self.membership),
             self.manifest.authority(swarm),
             PartingPorts(
                 ask=self.catch_up.ask_certificates,
@@ -321,6 +326,7 @@ class Daemon:
         answers = Answers(
             swarm=self.swarm,
             signed_manifest=self._signed_manifest,
+            holdings=lambda: self.providers.holdings,
             state=self.state,
             ledger=self.ledger,
             membership=self.membership,
@@ -351,6 +357,7 @@ class Daemon:
             self.reporter.watch_lag(),
         ):
             self._spawn(work)
+            self.providers.run(),
         self.intake.open(self.control, ports)
         for one in self.control.peers():
             self._peer_connected(one.peer)
@@ -560,13 +567,6 @@ class Daemon:
         if self.config.node.role == TRAINER:
             await self.compute.rebase()
         self.head_watch.moved()
-
-    def _take_certificate(self, certificate: Certificate, peer: PeerId) -> None:
-        self.driver.receive(Certified(certificate=certificate), peer)
-
-    def _donors(self, number: int) -> tuple[PeerId, ...]:
-        live = self.membership.table.live()
-        return tuple(peer for peer, presence in live.items() if presence.head_round >= number)
 
     async def _install(self, head: Head, params: Float32s, momentum: Float32s) -> None:
         self.presence.ready = None

@@ -13,6 +13,8 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from shoal.node.blobs import BlobStore
 from shoal.node.ledger_store import LedgerStore, StoredCertificate, StoreError
 from shoal.node.snapshots import SnapshotStore
@@ -203,7 +205,9 @@ class LocalState:
 
     def _write_snapshot(self) -> None:
         snapshots = self.stores.snapshots
-        snapshots.write(self.replica.index(), self.replica.params, self.replica.momentum)
+        known = snapshots.get(self.head.round)
+        if known is None or known.index.root != self.head.state_root:  # it may have been fetched
+            snapshots.write(self.replica.index(), self.replica.params, self.replica.momentum)
         snapshots.keep_newest(self.stores.snapshots_kept)
         oldest_kept = min(snapshots.rounds()[0], self.head.round - self._manifest.rounds.rounds_kept)
         for number in range(oldest_kept, 0, -1):
@@ -218,8 +222,8 @@ class LocalState:
         """Take over a whole state that was checked against `head.state_root`."""
         async with self.lock:
             assert head.round > self.head.round, "a snapshot only leads forward"
-            self.replica.params[:] = params
-            self.replica.momentum[:] = momentum
+            await asyncio.to_thread(np.copyto, self.replica.params, params)
+            await asyncio.to_thread(np.copyto, self.replica.momentum, momentum)
             self.replica.round = head.round
             self.contributor.clear()
             self.head = head

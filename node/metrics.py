@@ -217,6 +217,10 @@ class Metrics:
     def _declare_disk(self, table: "_Table") -> None:
         self.rounds_behind = table.gauge("rounds_behind", "Rounds that the swarm has certified and this peer lacks.")
         self.catching_up = table.gauge("catching_up", "1 while this peer fetches and replays what it missed.")
+        self.fetched_bytes = table.counter("catch_up_bytes", "Bytes of updates and snapshots that were fetched.")
+        self.donor_failures = table.counters(
+            "donor_failures", "Donors that did not give what they were asked for.", ("reason", Failure)
+        )
         self.snapshot_round = table.gauge("snapshot_round", "The round of the newest snapshot on this disk.")
         self.ledger_entries = table.gauge("ledger_entries", "Entries of the ledger on this disk.")
         self.blob_bytes = table.gauge("blob_store_bytes", "Bytes of updates, contributions and snapshots on this disk.")

@@ -4,10 +4,12 @@ Invariant: every description has a higher (incarnation, sequence) than the one b
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
 from shoal.dht.addresses import parse_address
+from shoal.dht.holdings import Holdings
 from shoal.node.compute import Compute
 from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import ControlPlane
@@ -30,6 +32,7 @@ class OwnPresence:
     core: RoundCore
     compute: Compute
     tensor: tuple[str, int]
+    holdings: Callable[[], Holdings] = Holdings  # what others can fetch here
     ready: SignedReady | None = None
     leaving: bool = False
     sequence: int = 0
@@ -39,6 +42,7 @@ class OwnPresence:
         self.sequence += 1
         head = self.core.head
         progress = self.compute.progress
+        holdings = self.holdings()
         stands = self.ready is not None and self.ready.ready.round == self.core.round and not self.leaving
         presence = Presence(
             peer=self.identity.peer,
@@ -57,6 +61,8 @@ class OwnPresence:
             control_addresses=self.control.addresses()[:ADDRESSES_MAX],
             tokens_per_s=progress.tokens_per_s if progress else 0.0,
             ready=self.ready if stands else None,
+            updates_from=holdings.updates_from,
+            snapshots=holdings.snapshots,
         )
         return sign_message(self.identity, self.swarm, presence)
 

@@ -506,6 +506,7 @@ class Reporter:
         metrics.abstaining.set(one.core.abstention is not None)
         metrics.ledger_entries.set(disk.ledger_entries)
         metrics.blob_bytes.set(disk.blob_bytes)
+        metrics.fetched_bytes.count_to(one.catch_up.fetched_bytes)
         return metrics.render()
 
 

@@ -25,6 +25,7 @@ LATE_FACTOR = 4.0  # a piece is late when it takes so many times longer than the
 LATE_MIN_S = 1.0
 ASK_TIMEOUT_MIN_S = 10.0  # an ask is given up after this, and LATE_FACTOR times what it should take
 ASK_TIMEOUT_MAX_S = 60.0
+GAIN_MIN_S = 0.1  # at the end a piece is asked of a second donor where that brings it sooner by so much
 BENCH_S = 1.0  # a donor that failed is left alone so long, twice as long after each further failure in a row
 FAILURES_MAX = 5  # in a row; then the donor is given up
 MISSES_MAX = 16  # pieces in a row that a donor did not have; then the donor is given up
@@ -107,8 +108,9 @@ class FetchPlan:
                 self._waiting.setdefault(piece.digest, piece)
 
     def note_held(self, digest: bytes) -> None:
-        """It is here already, from elsewhere."""
-        assert digest not in self._asked, "whoever asks for it knows"
+        """It is here already, from elsewhere; what is under way is reported when it comes."""
+        if digest in self._asked:
+            return
         self._waiting.pop(digest, None)
         self._done.add(digest)
 
@@ -258,7 +260,7 @@ class FetchPlan:
             ends_s = max(ends_s, 2 * now - ends_s)  # what is overdue will take as long again
             is_late = now >= self._late_at_s(other, piece, digest)
             gain_s = ends_s - (now + (self._open_bytes(one) + piece.nbytes) / one.bytes_per_s)
-            if is_late or (not self._waiting and gain_s > 0):
+            if is_late or (not self._waiting and gain_s > GAIN_MIN_S):
                 worth = ends_s + (ASK_TIMEOUT_MAX_S if is_late else 0.0)
                 best = max(best or (worth, piece), (worth, piece), key=lambda item: item[0])
         return None if best is None else best[1]

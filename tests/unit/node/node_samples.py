@@ -36,6 +36,7 @@ from shoal.node.membership import Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
 from shoal.node.metrics import Metrics
 from shoal.node.own_presence import OwnPresence
+from shoal.node.providers import Providers
 from shoal.node.reach import Reach
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
@@ -247,6 +248,7 @@ class Peer:
         self.restarts: list[Failure] = []
         self.given_up: list[str] = []
         self.offers: list[Frozen] = []
+        self.donor_failures: Counter[PeerId] = Counter()
         self.defects: list[BaseException] = []
         self.served: Counter[bytes] = Counter()
         self._tasks: set[asyncio.Task[object]] = set()
@@ -282,6 +284,7 @@ class Peer:
         await self.control.start()
         self.swarm.addresses[self.me] = await self.links.start()
         self._wire(head)
+        await self.providers.refresh()
         self._count_served()
         self.intake.open(
             self.control,
@@ -352,7 +355,9 @@ class Peer:
             core=self.core,
             compute=self.compute,
             tensor=swarm.addresses[self.me],
+            holdings=lambda: self.providers.holdings,
         )
+        self.providers = Providers(self.me, swarm.id, self.state, self.control)
         self.membership = Membership(
             me=self.me,
             swarm=swarm.id,
@@ -377,12 +382,15 @@ class Peer:
             state=self.state,
             folder=self.folder / "catchup",
             ports=CatchUpPorts(
-                donors=self.donors,
+                live=self.membership.table.live,
                 address_of=swarm.addresses.get,
                 take_certificate=lambda one, peer: self.driver.receive(Certified(certificate=one), peer),
                 wait_past=self._wait_past,
                 other_log=self.other_logs.append,
                 install=self.driver.install,
+                misbehaved=self.misbehaved,
+                donor_failed=lambda peer, reason: self.donor_failures.update([peer]),
+                find_donors=lambda first, last: self.providers.find(first, last, self.membership),
             ),
         )
         self.reach = Reach(swarm.id, self.control, self.links, lambda: tuple(self.membership.table.live()))
@@ -479,10 +487,6 @@ class Peer:
     async def connect(self, other: "Peer") -> None:
         """A control connection to the other one."""
         await self.control.connect(other.control.addresses())
-
-    def donors(self, number: int) -> tuple[PeerId, ...]:
-        live = self.membership.table.live()
-        return tuple(peer for peer, presence in live.items() if presence.head_round >= number)
 
     def misbehaved(self, peer: PeerId, error: ProtocolError) -> None:
         self.misbehaviours.append((peer, error.refusal))
