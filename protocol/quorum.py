@@ -19,6 +19,7 @@ from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
     VOTERS_MAX,
     Certificate,
+    Lock,
     LockCertificate,
     Plan,
     Result,
@@ -139,7 +140,7 @@ def check_result(result: Result, head: Head, parts: int, *, is_reroot: bool = Fa
 
 
 def check_certificate(
-    certificate: Certificate, head: Head, authority: Authority, verify: VerifyVote = verify_message
+    certificate: Certificate, head: Head, authority: Authority, verify: VerifyVote | None = None
 ) -> bytes:
     """The digest of the certified result; raises ProtocolError unless it follows `head` and its voters decided it."""
     check_result(certificate.result, head, authority.parts, is_reroot=is_reroot(certificate))
@@ -148,29 +149,38 @@ def check_certificate(
 
 
 def check_votes(
-    certificate: Certificate, voters: tuple[PeerId, ...], authority: Authority, verify: VerifyVote = verify_message
+    certificate: Certificate, voters: tuple[PeerId, ...], authority: Authority, verify: VerifyVote | None = None
 ) -> None:
     """Raise ProtocolError unless distinct voters, a quorum of them, signed this result in one attempt. `verify` may
     remember signatures that it has found good."""
-    digest = digest_record(certificate.result)
-    signers: set[PeerId] = set()
-    for vote in certificate.votes:
-        if vote.voter in signers:
-            raise ProtocolError(Refusal.DUPLICATE, f"two votes of {short_peer_id(vote.voter)}")
-        if (vote.round, vote.attempt, vote.result_digest) != (certificate.result.round, certificate.attempt, digest):
-            raise ProtocolError(Refusal.WRONG_ATTEMPT, f"the vote of {short_peer_id(vote.voter)} is for something else")
-        signers.add(vote.voter)
+    signers = _list_signers(certificate.votes, certificate.result, certificate.attempt)
     if is_reroot(certificate):
         _check_reroot(certificate.result, signers, voters, authority)
     else:
         _check_quorum(signers, voters, authority.rule)
+    check_signature = verify or verify_message
     for vote in certificate.votes:
-        verify(vote.voter, authority.swarm, vote)
+        check_signature(vote.voter, authority.swarm, vote)
 
 
 def is_reroot(certificate: Certificate) -> bool:
     """Whether the certificate names new voters without the word of a quorum of the old ones."""
     return certificate.attempt == REROOT_ATTEMPT
+
+
+def _list_signers(signed: tuple[Vote, ...] | tuple[Lock, ...], result: Result, attempt: int) -> set[PeerId]:
+    """Who signed; raises ProtocolError unless everybody did so once, and for this result in this attempt."""
+    digest = digest_record(result)
+    signers: set[PeerId] = set()
+    for one in signed:
+        if one.voter in signers:
+            problem = f"two {type(one).__name__.lower()}s of {short_peer_id(one.voter)}"
+            raise ProtocolError(Refusal.DUPLICATE, problem)
+        if (one.round, one.attempt, one.result_digest) != (result.round, attempt, digest):
+            problem = f"the {type(one).__name__.lower()} of {short_peer_id(one.voter)} is for something else"
+            raise ProtocolError(Refusal.WRONG_ATTEMPT, problem)
+        signers.add(one.voter)
+    return signers
 
 
 def _check_quorum(signers: set[PeerId], voters: tuple[PeerId, ...], rule: QuorumRule) -> None:
@@ -193,14 +203,7 @@ def _check_reroot(result: Result, signers: set[PeerId], voters: tuple[PeerId, ..
 
 def check_lock(certificate: LockCertificate, result: Result, voters: tuple[PeerId, ...], authority: Authority) -> None:
     """Raise ProtocolError unless a quorum of the voters locked this result in one attempt."""
-    digest = digest_record(result)
-    signers: set[PeerId] = set()
-    for lock in certificate.locks:
-        if lock.voter in signers:
-            raise ProtocolError(Refusal.DUPLICATE, f"two locks of {short_peer_id(lock.voter)}")
-        if (lock.round, lock.attempt, lock.result_digest) != (result.round, certificate.attempt, digest):
-            raise ProtocolError(Refusal.WRONG_ATTEMPT, f"the lock of {short_peer_id(lock.voter)} is for something else")
-        signers.add(lock.voter)
+    signers = _list_signers(certificate.locks, result, certificate.attempt)
     _check_quorum(signers, voters, authority.rule)
     for lock in certificate.locks:
         verify_message(lock.voter, authority.swarm, lock)

@@ -204,7 +204,7 @@ def smaller_quorum(patches: Patches) -> None:
 def one_vote_counted_often(patches: Patches) -> None:
     """Votes are counted as they come, whoever sent them, and nobody checks that a certificate's voters are distinct."""
 
-    def check(certificate: Certificate, voters: Sequence[PeerId], authority: Authority) -> None:
+    def check(certificate: Certificate, voters: Sequence[PeerId], authority: Authority, *args: Any) -> None:
         if len(certificate.votes) < quorum.quorum_size(len(voters), authority.rule):
             raise ProtocolError(Refusal.NO_QUORUM, f"{len(certificate.votes)} votes of {len(voters)}")
 
@@ -222,7 +222,7 @@ def one_vote_counted_often(patches: Patches) -> None:
 def anybody_votes(patches: Patches) -> None:
     """Members that are no voters vote, too, and count."""
 
-    def check(certificate: Certificate, voters: Sequence[PeerId], authority: Authority) -> None:
+    def check(certificate: Certificate, voters: Sequence[PeerId], authority: Authority, *args: Any) -> None:
         if len(certificate.votes) < quorum.quorum_size(len(voters), authority.rule):
             raise ProtocolError(Refusal.NO_QUORUM, f"{len(certificate.votes)} votes of {len(voters)}")
 
