@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shoal.node.ledger_sync import LedgerSync
+from shoal.node.ledger_view import make_page
 from shoal.node.link_port import Address, LinkLost
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
@@ -81,6 +82,10 @@ class Answers:
         """For the local web port: a page of the log, as many certificates from round `first` on as fit an answer."""
         question = GetCertificates(first_round=first, count=CERTIFICATES_PER_ANSWER)
         return encode_record(await self._answer_certificates(question))
+
+    async def list_batches(self, after: int) -> bytes:
+        """For the local web port: a page of the ledger."""
+        return await asyncio.to_thread(make_page, self.state.stores.ledger, self.ledger.ledger.base, after)
 
     def _answer_snapshot(self, question: GetSnapshot) -> SnapshotAnswer:
         snapshots = self.state.stores.snapshots

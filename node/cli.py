@@ -1,7 +1,8 @@
 """The command line: parse, run, print. The only module besides terminal.py that writes to the terminal.
 
 Exit codes: 0 done, 1 a person must mend something (the message says what), 2 no such command or option, 130 interrupted
-twice; of `shoal verify` 3 where a round does not hold, 4 where none fails and one cannot be told.
+twice; of `shoal verify` and `shoal ledger verify` 3 where something does not hold, 4 where nothing fails and something
+cannot be told.
 """
 
 import argparse
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     from shoal.node.config import FLAGS
+    from shoal.node.ledger_commands import add_ledger_parsers
 
     parser = argparse.ArgumentParser(prog="shoal", description="Volunteer decentralized training, peer to peer.")
     parser.add_argument("--version", action="version", version=f"shoal {version('shoal')}")
@@ -99,6 +101,10 @@ def _make_parser() -> argparse.ArgumentParser:
     identity.set_defaults(run=_run_identity)
 
     _add_model_commands(commands)
+
+    ledger = commands.add_parser("ledger", help="look at a peer's ledger: show, verify, export")
+    add_ledger_parsers(ledger)
+    ledger.set_defaults(run=_run_ledger)
 
     demo = commands.add_parser("demo", help="train with a local swarm, kill a peer, let one join, show the result")
     demo.add_argument("--text", type=Path, help="train on this file or folder; default: Python's own source")
@@ -337,6 +343,12 @@ def _run_verify(options: argparse.Namespace) -> int:
     if counts[Finding.FAILS]:
         return EXIT_FAILS
     return EXIT_UNKNOWN if counts[Finding.UNKNOWN] else 0
+
+
+def _run_ledger(options: argparse.Namespace) -> int:
+    from shoal.node.ledger_commands import run_ledger
+
+    return run_ledger(options, _data_dir(options.data_dir), print)
 
 
 def _run_demo(options: argparse.Namespace) -> int:

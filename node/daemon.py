@@ -344,7 +344,7 @@ class Daemon:
         )
         self.reach = Reach(self.swarm, self.control, self.links, lambda: tuple(self.membership.table.live()))
         self._begin_reports()
-        sources = self.reporter.make_sources(answers.list_certificates)
+        sources = self.reporter.make_sources(answers.list_certificates, answers.list_batches)
         self.web = WebServer(config.web.host, config.web.port, sources)
         self.web_port = await self.web.start()
         for work in (

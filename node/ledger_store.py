@@ -181,6 +181,12 @@ class LedgerStore:
             problem = f"a stored batch is damaged ({error})"
             raise StoreError(self._path, Failure.STORE_DAMAGED, problem, _REFETCH) from error
 
+    def list_batches(self, after: int, count: int) -> list[tuple[int, bytes]]:
+        """Positions and bytes of at most `count` batches after a position, in order."""
+        query = "SELECT position, encoded FROM batches WHERE position > ? ORDER BY position LIMIT ?"
+        with self._lock, _explain(self._path):
+            return self._connection.execute(query, (after, count)).fetchall()
+
     def append(self, batches: Sequence[Batch], *, own: bool) -> None:
         """Store batches, all or none; of this peer's own chain (`own`) with full durability."""
         rows = [_make_row(batch, own) for batch in batches]

@@ -473,10 +473,16 @@ class Reporter:
         metrics.waiting_for.set(len(status.waiting_for))
         metrics.phase_age_s.set(status.phase_s)
         for deadline, gauge in metrics.deadline_s.items():
-    def make_sources(self, certificates: Callable[[int], Awaitable[bytes]]) -> WebSources:
+    def make_sources(
+        self, certificates: Callable[[int], Awaitable[bytes]], ledger: Callable[[int], Awaitable[bytes]]
+    ) -> WebSources:
         """What the web port shows."""
         return WebSources(
-            status=self.build_status, metrics=self.render_metrics, feed=self.feed, certificates=certificates
+            status=self.build_status,
+            metrics=self.render_metrics,
+            feed=self.feed,
+            certificates=certificates,
+            ledger=ledger,
         )
 
             running = status.deadline == deadline and status.deadline_s is not None

@@ -4,6 +4,7 @@
     /status.json  one Status               /healthz      200 or 503 with reasons: does the daemon work
     /events       server-sent events       /readyz       200 or 503 with reasons: can it take part now
     /certificates?first=N   certificates from round N on, a bounded number: for `shoal checkout` and `verify`
+    /ledger?after=N         a page of the ledger's batches after that position: for `shoal ledger`
 
 What answers come from are callables; nothing here knows the daemon.
 
@@ -70,6 +71,7 @@ class WebSources:
     metrics: Callable[[], bytes]
     feed: HappeningFeed
     certificates: Callable[[int], Awaitable[bytes]] | None = None  # a bounded page of the log, from a round on
+    ledger: Callable[[int], Awaitable[bytes]] | None = None  # a bounded page of batches, after a position
 
 
 class WebServer:
@@ -83,6 +85,7 @@ class WebServer:
         self._metrics = _Cache(sources.metrics, METRICS_CACHE_S, clock)
         self._is_local = ipaddress.ip_address(host).is_loopback
         self._certificates = sources.certificates
+        self._ledger = sources.ledger
         self._reading = asyncio.Lock()  # of the disk, for one asker at a time
         self._streams: set[asyncio.Task[object]] = set()
         self._server: asyncio.Server | None = None
@@ -94,6 +97,7 @@ class WebServer:
         routes["/readyz"] = self._serve_readiness
         routes["/events"] = self._serve_events
         routes["/certificates"] = self._serve_certificates
+        routes["/ledger"] = self._serve_ledger
         app.on_response_prepare.append(_add_headers)
         app.add_routes([web.get(path, handler, allow_head=path != "/events") for path, handler in routes.items()])
         self._files = {path: ((STATIC / name).read_bytes(), kind) for path, (name, kind) in _PAGE.items()}
@@ -153,11 +157,19 @@ class WebServer:
         return _answer(judge_readiness(self._snapshot.get().status))
 
     async def _serve_certificates(self, request: web.Request) -> web.Response:
-        first = request.query.get("first", "")
-        if self._certificates is None or not (first.isascii() and first.isdigit() and len(first) <= ROUND_DIGITS_MAX):
-            raise web.HTTPNotFound(text="Ask for /certificates?first=ROUND.\n")
+        return await self._serve_page_of(self._certificates, request, "first")
+
+    async def _serve_ledger(self, request: web.Request) -> web.Response:
+        return await self._serve_page_of(self._ledger, request, "after")
+
+    async def _serve_page_of(
+        self, source: Callable[[int], Awaitable[bytes]] | None, request: web.Request, name: str
+    ) -> web.Response:
+        place = request.query.get(name, "")
+        if source is None or not (place.isascii() and place.isdigit() and len(place) <= ROUND_DIGITS_MAX):
+            raise web.HTTPNotFound(text=f"Ask for {request.path}?{name}=NUMBER.\n")
         async with self._reading:
-            return web.Response(body=await self._certificates(int(first)), content_type="application/octet-stream")
+            return web.Response(body=await source(int(place)), content_type="application/octet-stream")
 
     async def _serve_events(self, request: web.Request) -> web.StreamResponse:
         if len(self._streams) >= CLIENTS_MAX:
