@@ -32,7 +32,7 @@ STOP_S = (1.0, 12.0)  # shorter and longer than the presence time-out
 DISK_FULL_S = (3.0, 14.0)  # the daemon looks at its disk every 10 s; a write fails at once
 DISK_MIB = 48
 FRESH_SHARE = 0.3  # of the starts that may give up a folder do
-SETTLE_S = 90.0
+SETTLE_S = 120.0  # a peer whose disk was full again and again waits for a minute
 ROUND_TIME_S = 1.5
 NAMESPACE_MARK = "SHOAL_CHAOS_NAMESPACE"
 
@@ -171,15 +171,11 @@ class Chaos:
         self.note("disk", f"the disk of {victim.name} is full ({left_bytes >> 20} MiB left) for {seconds:.1f} s")
 
     def _empty(self, victim: Member, ballast: Path) -> None:
-        """There is space again; a peer whose disk failed votes only after a new start."""
+        """There is space again; the peer is to vote again by itself."""
         ballast.unlink()
-        if victim.standing is not Standing.IMPAIRED:
-            return
-        codes = self.swarm.leave([victim])
-        if codes[victim.name] != 0:
-            self.faults.append(f"{victim.name} left with {codes[victim.name]} after its disk was full")
-        self.swarm.start(victim)
-        self.note("disk freed", f"the disk of {victim.name} has space, and it starts again")
+        if victim.standing is Standing.IMPAIRED:
+            victim.standing = Standing.UP
+            self.note("disk freed", f"the disk of {victim.name} has space")
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

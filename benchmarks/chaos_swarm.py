@@ -293,6 +293,7 @@ class ChaosSwarm:
                 status is not None
                 and now - member.status_s < FRESH_S
                 and newest.round.round - status.round.round <= ROUNDS_BEHIND_MAX
+                and not status.disk.failing
             )
             live += member is not without and keeps_up and status is not None and status.peer in voters
         return live, newest.round.votes_needed

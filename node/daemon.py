@@ -22,7 +22,7 @@ from shoal.node.compute import Compute, ComputePorts
 from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import BootstrapFailed, ControlConfig, ControlHandlers
-from shoal.node.disk_watch import watch_disk
+from shoal.node.disk_watch import DiskPorts, DiskWatch
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.head_watch import HeadWatch
@@ -83,6 +83,13 @@ class Daemon:
         self._spawn = self._tasks.spawn
         self.reporter = Reporter(Metrics(), HappeningFeed())
         self.conduct = Conduct(self.me)
+        disk_ports = DiskPorts(
+            halt=lambda: self.driver.halt(),
+            resume=lambda: self.driver.resume(),
+            stopped=self.reporter.disk_stopped,
+            resumed=self.reporter.disk_resumed,
+        )
+        self.disk_watch = DiskWatch(config.data_path, config.store.free_gib_min, disk_ports)
         self.web_port = 0
 
     def stop(self) -> None:
@@ -206,7 +213,7 @@ class Daemon:
                 forked=lambda forked: self._spawn(self._part(forked.peer)),
                 dropped=self.intake.drop,
                 misbehaved=self.intake.misbehaved,
-                disk_failed=self._disk_failed,
+                disk_failed=self.disk_watch.failed,
                 spawn=self._spawn,
             ),
         )
@@ -353,7 +360,7 @@ class Daemon:
             self.membership.discover(),
             self.ledger.keep_up(lambda: tuple(self.membership.table.live()), self._incarnation),
             self.reach.watch(self._offer_again),
-            watch_disk(config.data_path, config.store.free_gib_min, self._disk_fills_up),
+            self.disk_watch.watch(),
             self.reporter.watch_lag(),
         ):
             self._spawn(work)
@@ -585,13 +592,3 @@ class Daemon:
         text = f"the trainer is not started again: {detail}"
         self.reporter.happen(HappeningKind.TRAINER, text, Severity.ERROR)
         self.membership.announce()
-
-    def _disk_fills_up(self, detail: str) -> None:
-        self._disk_failed(Failure.DISK_FULL, detail)
-        self.driver.halt()
-
-    def _disk_failed(self, reason: Failure, detail: str) -> None:
-        self.reporter.disk_failed = detail
-        self.reporter.metrics.disk_errors.add()
-        text = f"{reason}: {detail}; this peer votes and contributes no more until it is started again"
-        self.reporter.happen(HappeningKind.DISK, text, Severity.ERROR)

@@ -18,6 +18,7 @@ stored whose sequence numbers are not above all own ones before; a round's certi
 re-root has parted the log: then what is given up is put aside and kept.
 """
 
+import errno
 import os
 import sqlite3
 import threading
@@ -488,6 +489,13 @@ _EXPLANATIONS = {
     sqlite3.SQLITE_LOCKED: (Failure.STORE_IN_USE, "another process uses the file", "stop the other daemon first"),
     sqlite3.SQLITE_FULL: (Failure.DISK_FULL, "the disk is full", "free some space"),
 }
+
+
+def classify_failure(error: OSError | StoreError) -> Failure:
+    """What a write of this disk failed of."""
+    if isinstance(error, StoreError):
+        return error.failure
+    return Failure.DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else Failure.STORE_UNUSABLE
 
 
 def _primary_code(error: sqlite3.Error) -> int:

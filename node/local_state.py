@@ -122,6 +122,13 @@ class LocalState:
         """Durable on return. Blocking; raises StoreError."""
         self.stores.ledger.put_record(VOTE_NAMESPACE, VOTE_KEY, encode_record(vote))
 
+    def renew_vote(self) -> VoteRecord:
+        """What is durable of the vote, and made so once more: proof that the disk takes writes. Blocking; raises
+        StoreError."""
+        vote = self.load_vote() or VoteRecord(round=0)  # of no round: it binds to nothing
+        self.save_vote(vote)
+        return vote
+
     # -- the log ---------------------------------------------------------------------------------------------------
 
     async def commit(self, certificate: Certificate, held: Callable[[bytes], memoryview | None]) -> Head:

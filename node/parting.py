@@ -56,7 +56,7 @@ class Parting:
         self._active = True
         try:
             return await self._compare(peer)
-        except (PeerUnreachable, RequestRefused, StoreError) as error:
+        except (PeerUnreachable, RequestRefused, OSError, StoreError) as error:
             log.info("the log of %s was not compared: %s", short_peer_id(peer), error)
         except ProtocolError as error:
             self._ports.misbehaved(peer, error)

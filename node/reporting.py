@@ -119,7 +119,8 @@ class Reporter:
         self.joined = False
         self.leaving = False
         self.control_up = True
-        self.disk_failed = ""
+        self._disk: tuple[Failure, str] | None = None  # what keeps this peer from voting
+        self._disk_stops = 0
         self.control_bytes: dict[Direction, int] = dict.fromkeys(Direction, 0)
         self.losses = LossHistory()
         self.rounds_certified = 0
@@ -240,6 +241,23 @@ class Reporter:
         text = f"lost {self.name_of(peer)}: {reason}; {REMEDIES[reason]}"
         severity = Severity.INFO if reason is Failure.PEER_LEFT else Severity.WARNING
         self.happen(HappeningKind.PEER_LOST, text, severity)
+
+    def disk_stopped(self, reason: Failure, detail: str) -> None:
+        """This peer does not vote, because of its disk."""
+        self._disk = reason, detail
+        self._disk_stops += 1
+        self.metrics.disk_errors.add()
+        self.metrics.disk_stopped.set(reason)
+        until = "there is space" if reason is Failure.DISK_FULL else "it is started again"
+        text = f"{reason}: {detail}; this peer votes and contributes no more until {until}"
+        self.happen(HappeningKind.DISK, text, Severity.ERROR)
+
+    def disk_resumed(self, detail: str) -> None:
+        """It votes again."""
+        reason = self._disk[0] if self._disk else Failure.DISK_FULL
+        self._disk = None
+        self.metrics.disk_stopped.set(None)
+        self.happen(HappeningKind.DISK, f"{reason} is over: {detail}; this peer votes and contributes again")
 
     def name_of(self, peer: PeerId) -> str:
         """What people call a peer here."""
@@ -366,8 +384,8 @@ class Reporter:
         stores = self.subjects.state.stores
         rounds = stores.snapshots.rounds()
         return DiskStatus(
-            failing=bool(self.disk_failed),
-            errors=1 if self.disk_failed else 0,
+            failing=self._disk is not None,
+            errors=self._disk_stops,
             free_bytes=shutil.disk_usage(self.subjects.config.data_path).free,
             blob_bytes=stores.blobs.stored_bytes,
             ledger_entries=len(self.subjects.ledger.ledger),
@@ -420,8 +438,9 @@ class Reporter:
 
     def _warnings(self, live: Mapping[PeerId, Presence]) -> tuple[str, ...]:
         found = []
-        if self.disk_failed:
-            found.append(f"{Failure.DISK_FULL}: {self.disk_failed}; {REMEDIES[Failure.DISK_FULL]}")
+        if self._disk is not None:
+            reason, detail = self._disk
+            found.append(f"{reason}: {detail}; {REMEDIES[reason]}")
         abstention = self.subjects.core.abstention
         if abstention is not None:
             found.append(tell_abstention(abstention))

@@ -5,7 +5,8 @@ Contract with the core (protocol.effects): effects are carried out in their orde
 
 Invariants: a vote leaves this process only after its record and the update's bytes are durable; when the disk fails,
 the driver stops carrying out effects (the peer no longer votes) and everything else goes on; a snapshot is taken over
-between two effects, and nothing that was wanted before it is done after it.
+between two effects, and nothing that was wanted before it is done after it. Once the disk works again, `resume` goes on
+from what is durable.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from shoal.node.control import ControlPlane, PeerUnreachable
 from shoal.node.exchange import PartExchange
-from shoal.node.ledger_store import StoreError
+from shoal.node.ledger_store import StoreError, classify_failure
 from shoal.node.local_state import LocalState
 from shoal.node.repair import begin_abstention, end_abstention
 from shoal.protocol.codecs import Float32s
@@ -129,26 +130,40 @@ class RoundDriver:
         self.pump()
 
     async def run(self) -> None:
-        """Carry out effects until cancelled, or until the disk fails."""
+        """Carry out effects until cancelled. While the disk fails there are none."""
         self.pump()
-        while not self._halted:
+        while True:
             async with self._working:
                 if self._effects:
                     try:
                         await self._carry_out(self._effects.popleft())
                     except (OSError, StoreError) as error:
-                        self.halt()
-                        failure = error.failure if isinstance(error, StoreError) else Failure.DISK_FULL
-                        self._ports.disk_failed(failure, str(error))
+                        self._fail(error)
                     continue
             self._wake.clear()
             await self._wake.wait()
+
+    def _fail(self, error: OSError | StoreError) -> None:
+        self.halt()
+        self._ports.disk_failed(classify_failure(error), str(error))
 
     def halt(self) -> None:
         """Carry out nothing more: this peer votes and contributes no longer, and still serves what it has."""
         self._halted = True
         self._effects.clear()
-        self._wake.set()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    async def resume(self) -> None:
+        """Go on after `halt`, from what is durable. Raises OSError and StoreError, and stays halted, while the disk
+        takes no writes."""
+        async with self._working:
+            vote = await asyncio.to_thread(self._state.renew_vote)
+            self.core.take_effects()
+            self.core.resume(vote, self.now())
+            self._halted = False
+        self.pump()
 
     def stop(self) -> None:
         """No deadline fires any more."""
@@ -241,12 +256,17 @@ class RoundDriver:
         self.pump()
 
     async def switch(self, pledge: Pledge) -> None:
-        """Go over to the log of the pledge, from where it parts from ours. Raises StoreError."""
+        """Go over to the log of the pledge, from where it parts from ours. Raises OSError and StoreError; then it has
+        halted."""
         async with self._working:
             # Durable first: after a crash in between, the peer still knows what it signed and where it goes.
             record = self.core.leave_log(pledge)
-            await asyncio.to_thread(self._state.save_vote, record)
-            head = await self._state.rewind(pledge.first)
+            try:
+                await asyncio.to_thread(self._state.save_vote, record)
+                head = await self._state.rewind(pledge.first)
+            except (OSError, StoreError) as error:
+                self._fail(error)  # the core is on its way already
+                raise
             self.core.take_effects()
             self._effects.clear()
             self._exchange.finish_round()

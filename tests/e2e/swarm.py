@@ -63,6 +63,7 @@ class Peer:
         self.roots: dict[int, str] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self.options: list[str] = []  # of every start
+        self.launcher: list[str] = []  # the command that starts it, if not the shell of the test
         if swarm.network is not None:
             self.options = self._go_through(swarm.network)
 
@@ -95,7 +96,7 @@ class Peer:
         local += self.options
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [*SHOAL, *arguments, *local],
+                [*self.launcher, *SHOAL, *arguments, *local],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -211,9 +211,9 @@ def fill_folder(swarm: Swarm, folder: Path, chain: Chain) -> None:
     state.stores.ledger.close()
     # One transaction for all rounds: the disk is waited for once.
     rows = [(one.result.round, digest_record(one.result), encode_record(one)) for one in chain.certificates]
-    with closing(sqlite3.connect(folder / LEDGER)) as connection, connection:
     checked = [(*row, compute_checksum(*row)) for row in rows]
-        connection.executemany("INSERT INTO certificates VALUES (?, ?, ?)", rows)
+    with closing(sqlite3.connect(folder / LEDGER)) as connection, connection:
+        connection.executemany("INSERT INTO certificates VALUES (?, ?, ?, ?)", checked)
 
 
 # -- a peer ----------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ class Peer:
                 forked=self.forks.append,
                 dropped=lambda peer, refusal: self.intake.drop(peer, refusal),
                 misbehaved=self.misbehaved,
-                disk_failed=self._disk_failed,
+                disk_failed=lambda reason, detail: self.disk_failed(reason, detail),
                 spawn=self.spawn,
             ),
         )
@@ -524,9 +524,9 @@ class Peer:
         if hasattr(self.compute, "trainer"):
             self.compute.round_begun()
 
-    def _disk_failed(self, reason: Failure, detail: str) -> None:
+    def disk_failed(self, reason: Failure, detail: str) -> None:
         self.disk_failures.append((reason, detail))
-        self.reporter.disk_failed = detail
+        self.reporter.disk_stopped(reason, detail)
 
     def _refused(self, peer: PeerId | None, refusal: Refusal) -> None:
         self.tensor_refusals.append((peer, refusal))

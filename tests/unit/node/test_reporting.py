@@ -146,12 +146,29 @@ async def test_a_clock_that_is_far_off_is_told_once_and_warned_of(tmp_path: Path
         assert read(peer, "peer_clock_skew_seconds") > CLOCK_SKEW_WARN_S
 
 
-async def test_a_disk_that_fails_is_in_status_and_warnings(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("reason", "until"), [(Failure.DISK_FULL, "there is space"), (Failure.STORE_UNUSABLE, "it is started again")]
+)
+async def test_a_disk_that_fails_and_works_again_is_told_both_times(
+    tmp_path: Path, reason: Failure, until: str
+) -> None:
+    def warned(peer: Peer) -> list[str]:
+        return [one for one in peer.reporter.build_status().warnings if one.startswith(reason)]
+
     async with open_reporter(tmp_path) as peer:
-        peer.reporter.disk_failed = "no space left on device"
+        assert read(peer, "disk_stopped", reason=reason) == 0
+        peer.reporter.disk_stopped(reason, "no write came through")
         status = peer.reporter.build_status()
-        assert status.disk.failing
-        assert any(one.startswith("disk_full: no space left on device;") for one in status.warnings)
+        assert (status.disk.failing, status.disk.errors) == (True, 1)
+        assert warned(peer) == [f"{reason}: no write came through; {REMEDIES[reason]}"]
+        assert (read(peer, "disk_stopped", reason=reason), read(peer, "disk_errors_total")) == (1, 1)
+        assert peer.reporter.feed.recent[-1].text.endswith(f"votes and contributes no more until {until}")
+        peer.reporter.disk_resumed("2.00 GiB are free")
+        status = peer.reporter.build_status()
+        assert (status.disk.failing, status.disk.errors, warned(peer)) == (False, 1, [])
+        assert (read(peer, "disk_stopped", reason=reason), read(peer, "disk_errors_total")) == (0, 1)
+        told = f"{reason} is over: 2.00 GiB are free; this peer votes and contributes again"
+        assert peer.reporter.feed.recent[-1].text == told
 
 
 async def test_too_few_peers_that_train_are_warned_of(tmp_path: Path) -> None:

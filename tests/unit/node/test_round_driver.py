@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from shoal.node.disk_watch import DISK_PERIOD_S, DiskPorts, DiskWatch
 from shoal.node.ledger_store import StoreError
 from shoal.protocol.codecs import Float32s
-from shoal.protocol.effects import AttemptFailed, Effect, Persist, PhaseEntered, Send, VoteRecord
+from shoal.protocol.effects import AttemptFailed, Effect, Persist, PhaseEntered, Pledge, Send, VoteRecord
 from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
@@ -134,12 +135,89 @@ async def test_a_store_that_fails_at_the_commit_applies_nothing_and_a_restart_ma
         assert peer.state.head.round == 0, "memory says what the disk says"
         monkeypatch.undo()
         await puppet.tell(peer, Certified(certificate=chain.certificates[0]))
-        assert peer.commits == [], "it is halted until it is started again"
+        assert peer.commits == [], "it is halted until somebody says that the disk works"
     async with open_peer(make_samples(), 0, tmp_path) as again, open_puppet(again.swarm, 1, again) as puppet:
         assert again.core.head.round == 0
         await puppet.tell(again, Certified(certificate=chain.certificates[0]))
         await wait_until(lambda: again.commits)
         assert again.commits[0] == chain.heads[1]
+
+
+async def test_a_peer_votes_again_by_itself_once_its_disk_has_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = dict.fromkeys(("plan_timeout_s", "exchange_timeout_s", "commit_timeout_s"), 0.5)
+    swarm = make_samples(founders=2, grace_s=0.1, **limits)  # both votes are needed
+    async with open_peers(tmp_path, 2, swarm) as peers:
+        ill, well = peers
+        ports = DiskPorts(
+            halt=ill.driver.halt,
+            resume=ill.driver.resume,
+            stopped=ill.reporter.disk_stopped,
+            resumed=ill.reporter.disk_resumed,
+        )
+        now_s = 0.0
+        watch = DiskWatch(ill.folder, 0.0, ports, lambda: now_s)
+        monkeypatch.setattr(ill, "disk_failed", watch.failed)
+        monkeypatch.setattr(ill.state.stores.ledger, "put_record", full_disk)
+        for seed, peer in enumerate(peers):
+            await peer.contribute(seed)
+        await wait_until(lambda: ill.reporter.build_status().disk.failing)
+        now_s += DISK_PERIOD_S
+        await watch.look()
+        assert ill.reporter.build_status().disk.failing, "there is space, and yet no write comes through"
+        assert ill.commits == well.commits == []
+        monkeypatch.undo()
+        now_s += DISK_PERIOD_S
+        await watch.look()
+        assert not ill.reporter.build_status().disk.failing
+        await wait_until(lambda: bool(ill.commits and well.commits))
+        assert ill.commits == well.commits
+        members = {member.peer for member in ill.state.load_certificates(1, 1)[0].result.members}
+        assert members == {ill.me, well.me}, "nothing that it had contributed was lost"
+        await commit_one_round(peers, 2)
+
+
+async def test_a_store_that_failed_at_the_commit_takes_the_same_certificate_once_it_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = make_samples()
+    chain = make_chain(swarm, 2)
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 1, peer) as puppet:
+        for digest, raw in chain.blobs.items():
+            peer.state.stores.blobs.write(digest, raw)
+        monkeypatch.setattr(peer.state.stores.ledger, "put_certificate", full_disk)
+        await puppet.tell(peer, Certified(certificate=chain.certificates[0]))
+        await wait_until(lambda: peer.disk_failures)
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(peer.state.stores.ledger, "put_record", full_disk)
+            with pytest.raises(StoreError):
+                await peer.driver.resume()
+        await puppet.tell(peer, Certified(certificate=chain.certificates[0]))
+        assert peer.commits == [], "a resumption that failed leaves it halted"
+        monkeypatch.undo()
+        await peer.driver.resume()
+        for number in (1, 2):
+            await puppet.tell(peer, Certified(certificate=chain.certificates[number - 1]))
+            await wait_until(lambda number=number: len(peer.commits) == number)  # type: ignore[misc]
+        assert peer.commits == list(chain.heads[1:])
+
+
+@pytest.mark.parametrize("place", ["save_vote", "rewind"])
+async def test_a_disk_that_fails_on_the_way_to_another_log_is_a_peer_that_does_not_vote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    async with open_peer(make_samples(), 0, tmp_path) as peer:
+        before = peer.state.load_vote()
+        with monkeypatch.context() as patches:
+            patches.setattr(peer.state, place, full_disk)
+            with pytest.raises(StoreError):
+                await peer.driver.switch(Pledge(first=1, digest=b"d" * 32, end=9, tokens=9))
+        assert [reason for reason, _ in peer.disk_failures] == [Failure.DISK_FULL]
+        await peer.driver.resume()
+        pledge = peer.core.pledge()
+        assert (pledge is None) is (place == "save_vote"), "it is where the disk says"
+        assert before is None and peer.core.round == 1
 
 
 async def test_what_was_wanted_before_a_snapshot_is_not_done_after_it(
