@@ -1,20 +1,24 @@
 """The ledger at work: one replica, its store, eager push of what is new, and anti-entropy with a random peer.
 
+Whom to push to and to compare with, and how long, is decided in `shoal.crdt.anti_entropy`.
+
 Invariants: what this peer signs is durable before anyone sees it; what arrives is verified by the ledger before it is
-stored; a conversation ends after ROUND_TRIPS_MAX messages and is taken up again at the next period.
+stored; a conversation is bounded and is taken up again at the next period.
 """
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 
+from shoal.crdt.anti_entropy import PERIOD_S, Conversation, PeerChoice
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.eras import choose_rounds_per_era
 from shoal.crdt.fold import LedgerState
 from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
 from shoal.crdt.ledger import ChainForkedError, Draft, Ledger, LedgerRules
-from shoal.crdt.reconciliation import answer, begin
+from shoal.crdt.reconciliation import answer
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.node.ledger_store import LedgerStore, StoreError
 from shoal.protocol.errors import ProtocolError
@@ -28,10 +32,6 @@ from shoal.protocol.messages import (
     encode_message,
 )
 from shoal.protocol.wire import encode_record
-
-RECONCILE_PERIOD_S = 10.0
-PUSH_PEERS = 4  # new entries go to so many peers at once; reconciliation brings them to the others
-ROUND_TRIPS_MAX = 8
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class LedgerSync:
         self._swarm = swarm
         self._store = store
         self._control = control
+        self._choice = PeerChoice(os.urandom)
         self._lock = asyncio.Lock()
         self._signed: list[Batch] = []  # at most one: signed, and not stored yet
         self.forked = False
@@ -105,7 +106,7 @@ class LedgerSync:
     async def _push(self, batches: Sequence[Batch], peers: Sequence[PeerId]) -> None:
         message = LedgerEntries(payload=b"", batches=tuple(encode_batch(batch) for batch in batches))
         payload = encode_message(self._swarm, message)
-        for peer in peers[:PUSH_PEERS]:
+        for peer in self._choice.choose_for_push(peers):
             try:
                 await self._control.send(peer, payload)
             except PeerUnreachable as error:
@@ -149,40 +150,41 @@ class LedgerSync:
 
         Raises PeerUnreachable, RequestRefused or ProtocolError; what came before that is kept.
         """
-        payload, fresh = begin(self.ledger), 0
-        for _ in range(ROUND_TRIPS_MAX):
-            raw = await self._control.request(peer, encode_message(self._swarm, Reconcile(payload=payload)))
+        fresh, _ = await self._converse(peer)
+        return fresh
+
+    async def _converse(self, peer: PeerId) -> tuple[int, bool]:
+        conversation, fresh = Conversation(self.ledger, self._choice.draw_salt()), 0
+        while conversation.request is not None:
+            question = Reconcile(payload=conversation.request)
+            raw = await self._control.request(peer, encode_message(self._swarm, question))
             reply = decode_message_untrusted(self._swarm, raw)
             if not isinstance(reply, LedgerEntries):
                 break
             fresh += await self.take(reply)
-            if not reply.payload:
-                break
-            following = answer(self.ledger, reply.payload)
-            if following.batches:
-                push = LedgerEntries(payload=b"", batches=following.batches)
+            lacking = conversation.go_on(reply.payload, len(reply.batches))
+            if lacking:
+                push = LedgerEntries(payload=b"", batches=lacking)
                 await self._control.send(peer, encode_message(self._swarm, push))
-            if following.reply is None:
-                break
-            payload = following.reply
-        return fresh
+        return fresh, conversation.found_difference
 
     async def keep_up(self, list_live: Callable[[], tuple[PeerId, ...]], incarnation: int) -> None:
-        """Compare ledgers with some live peer, period after period; write the own lease once that has been done."""
+        """Compare ledgers with live peers, period after period; write the own lease once that has been done."""
         leased = False
         while True:
             live = list_live()
-            if live:
-                # Not entropy that anybody could exploit: any spread over the peers does.
-                peer = live[_wall_ms() % len(live)]
+            for peer in self._choice.choose_for_comparison(live):
                 try:
-                    await self.reconcile(peer)
+                    _, differed = await self._converse(peer)
                 except (PeerUnreachable, RequestRefused, ProtocolError) as error:
                     log.debug("ledgers were not compared: %s", error)
+                    continue
+                if not differed:
+                    break
             if not leased:
                 leased = True
                 await self.write_lease(incarnation.to_bytes(8, "big"), live)
-            await asyncio.sleep(RECONCILE_PERIOD_S)
+            await asyncio.sleep(PERIOD_S)
 
 
 def _wall_ms() -> int:

@@ -41,6 +41,7 @@ from shoal.crdt.kinds import (
 from shoal.crdt.ledger import Draft, Ledger, LedgerRules, check_evidence
 from shoal.crdt.merge import OwnerValue, RegisterValue, Tag
 from shoal.crdt.reconciliation import answer, begin
+from shoal.crdt.sketch import SALT_BYTES
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import Identity, PeerId
 
@@ -125,7 +126,7 @@ def assert_folds_like_the_reference(ledger: Ledger) -> None:
 
 def synchronize(opener: Ledger, other: Ledger, messages_max: int) -> None:
     """A session of anti-entropy that may be cut off after any message."""
-    request: bytes | None = begin(opener)
+    request: bytes | None = begin(opener, bytes(SALT_BYTES))
     asking, answering = opener, other
     for _ in range(messages_max):
         if request is None:

@@ -27,7 +27,15 @@ from shoal.crdt.kinds import (
     encode_body,
 )
 from shoal.crdt.ledger import Ledger, LedgerRules
-from shoal.crdt.reconciliation import RECONCILIATION_SCHEMA, Comparison, KeyRange, answer, begin
+from shoal.crdt.reconciliation import (
+    FINGERPRINT_BYTES,
+    RECONCILIATION_SCHEMA,
+    Comparison,
+    KeyRange,
+    answer,
+    begin,
+)
+from shoal.crdt.sketch import CELL_BYTES, SALT_BYTES, SHORT_ID_BYTES
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import Identity
 
@@ -57,11 +65,14 @@ DEPENDENT = sign_batch(
 )
 MESSAGE = RECONCILIATION_SCHEMA.encode(
     Comparison(
+        era=1,
+        salt=bytes(SALT_BYTES),
         ranges=(
-            KeyRange(low=None, high=b"\x01", mode=0, payload=bytes(16)),
-            KeyRange(low=b"\x02", high=b"\x03", mode=1, payload=bytes(48)),
-            KeyRange(low=None, high=KEY_END, mode=2, payload=bytes(16)),
-        )
+            KeyRange(low=None, high=b"\x01", mode=0, payload=bytes(FINGERPRINT_BYTES + 4)),
+            KeyRange(low=b"\x02", high=b"\x03", mode=1, payload=bytes(3 * SHORT_ID_BYTES)),
+            KeyRange(low=None, high=b"\x04", mode=2, payload=bytes(SHORT_ID_BYTES)),
+            KeyRange(low=None, high=KEY_END, mode=3, payload=bytes(4 + 8 * CELL_BYTES)),
+        ),
     )
 )
 
@@ -94,7 +105,7 @@ def take_message(raw: bytes) -> None:
 TAKERS: list[tuple[Callable[[bytes], None], list[bytes]]] = [
     (take_batch, [encode_batch(batch) for batch in (BATCH, BATCH.suffix(2), DEPENDENT)]),
     (take_body, list(BODIES.values())),
-    (take_message, [begin(make_ledger()), MESSAGE]),
+    (take_message, [begin(make_ledger(), bytes(SALT_BYTES)), MESSAGE]),
 ]
 
 leaves = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=40) | st.text()

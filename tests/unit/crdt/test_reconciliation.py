@@ -5,13 +5,13 @@ from shoal.crdt.key_set import KEY_BYTES, KEY_END
 from shoal.crdt.kinds import Kind, RegisterBody
 from shoal.crdt.ledger import Draft, Ledger, LedgerRules
 from shoal.crdt.reconciliation import (
+    BATCHES_MAX,
     COMPARISON_BYTES_MAX,
+    ENTRIES_BYTES_MAX,
     FINGERPRINT_BYTES,
-    LISTED_MAX,
+    PAYLOAD_BYTES_MAX,
     RANGES_MAX,
     RECONCILIATION_SCHEMA,
-    REPLY_BYTES_MAX,
-    SHORT_ID_BYTES,
     BatchSelection,
     Comparison,
     KeyRange,
@@ -19,10 +19,13 @@ from shoal.crdt.reconciliation import (
     answer,
     begin,
 )
+from shoal.crdt.sketch import CELL_BYTES, CELLS_MIN, SHORT_ID_BYTES, Sketch, shorten
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity
+from shoal.protocol.messages import LedgerEntries, Reconcile, decode_message_untrusted, encode_message
 
 NOW_MS = 1_700_000_000_000
+SALT = b"saltsalt"
 RULES = LedgerRules(swarm=b"s" * 32, owner=None, is_valid_snapshot=lambda *_: True)
 
 
@@ -43,7 +46,7 @@ def fill(batches: list[Batch]) -> Ledger:
 
 
 def message(*ranges: KeyRange) -> bytes:
-    return RECONCILIATION_SCHEMA.encode(Comparison(ranges=ranges))
+    return RECONCILIATION_SCHEMA.encode(Comparison(era=1, salt=SALT, ranges=ranges))
 
 
 def key_range(
@@ -52,31 +55,44 @@ def key_range(
     return KeyRange(low=low, high=high, mode=mode, payload=payload)
 
 
+def sketch_range(batches: list[Batch], cells: int) -> KeyRange:
+    sketch = Sketch(SALT, cells)
+    sketch.add(shorten(SALT, batch.tip) for batch in batches)
+    return key_range(mode=RangeMode.SKETCH, payload=len(batches).to_bytes(4, "big") + sketch.encode())
+
+
+def read(reply: bytes | None) -> tuple[KeyRange, ...]:
+    assert reply is not None
+    comparison = RECONCILIATION_SCHEMA.decode_untrusted(reply, COMPARISON_BYTES_MAX)
+    assert isinstance(comparison, Comparison)
+    return comparison.ranges
+
+
 def test_equal_ledgers_are_done_after_one_message() -> None:
     batches = write_many(100)
-    opening = begin(fill(batches))
+    opening = begin(fill(batches), SALT)
     assert len(opening) < 200
-    assert answer(fill(batches), opening) == answer(fill([]), begin(fill([])))
+    assert answer(fill(batches), opening) == answer(fill([]), begin(fill([]), SALT))
     assert answer(fill(batches), opening).reply is None
 
 
 def test_a_small_range_that_differs_is_listed() -> None:
     batches = write_many(3)
-    reply = answer(fill(batches), begin(fill(batches[:1]))).reply
+    reply = answer(fill(batches), begin(fill(batches[:1]), SALT)).reply
     assert reply is not None
     (listed,) = RECONCILIATION_SCHEMA.decode_untrusted(reply).ranges
     assert listed.mode == RangeMode.LISTED
-    assert listed.payload == b"".join(batch.tip[:SHORT_ID_BYTES] for batch in batches)
+    assert listed.payload == b"".join(shorten(SALT, batch.tip) for batch in batches)
 
 
 def test_a_list_is_answered_with_what_it_leaves_out_and_what_only_it_has() -> None:
     batches = write_many(3)
-    listed = b"".join(batch.tip[:SHORT_ID_BYTES] for batch in batches[:2])
+    listed = b"".join(shorten(SALT, batch.tip) for batch in batches[:2])
     reply = answer(fill(batches[1:]), message(key_range(payload=listed)))
     assert [decode_batch_untrusted(raw) for raw in reply.batches] == [batches[2]]
     assert reply.reply is not None
     (wanted,) = RECONCILIATION_SCHEMA.decode_untrusted(reply.reply).ranges
-    assert (wanted.mode, wanted.payload) == (RangeMode.WANTED, batches[0].tip[:SHORT_ID_BYTES])
+    assert (wanted.mode, wanted.payload) == (RangeMode.WANTED, shorten(SALT, batches[0].tip))
     final = answer(fill(batches[:2]), reply.reply)
     assert [decode_batch_untrusted(raw) for raw in final.batches] == [batches[0]]
     assert final.reply is None
@@ -84,22 +100,51 @@ def test_a_list_is_answered_with_what_it_leaves_out_and_what_only_it_has() -> No
 
 def test_a_large_range_that_differs_is_split_within_bounds() -> None:
     batches = write_many(500)
-    reply = answer(fill(batches), begin(fill(batches[:-1]))).reply
-    assert reply is not None
-    ranges = RECONCILIATION_SCHEMA.decode_untrusted(reply).ranges
+    reply = answer(fill(batches), begin(fill(batches[:-1]), SALT)).reply
+    ranges = read(reply)
     assert 2 <= len(ranges) <= RANGES_MAX
     assert {part.mode for part in ranges} == {RangeMode.FINGERPRINT}
     assert (ranges[0].low, ranges[-1].high) == (None, KEY_END)
 
 
+def test_differences_all_over_are_sketched_at_once() -> None:
+    batches = write_many(1000)
+    left, right = fill(batches), fill([batch for number, batch in enumerate(batches) if number % 200])
+    reply = answer(left, begin(right, SALT)).reply
+    assert reply is not None
+    sketches = read(answer(right, reply).reply)
+    assert sketches
+    assert {part.mode for part in sketches} == {RangeMode.SKETCH}
+
+
+def test_a_sketch_is_answered_with_what_it_shows() -> None:
+    batches = write_many(200)
+    left, right = fill(batches[5:]), fill(batches[:-3])
+    reply = answer(left, message(sketch_range(batches[:-3], 64)))
+    assert [decode_batch_untrusted(raw) for raw in reply.batches] == batches[-3:]
+    (wanted,) = read(reply.reply)
+    assert wanted.mode == RangeMode.WANTED
+    assert reply.reply is not None
+    assert [decode_batch_untrusted(raw) for raw in answer(right, reply.reply).batches] == batches[:5]
+
+
+def test_a_sketch_that_shows_too_little_is_answered_with_a_larger_one_or_a_list() -> None:
+    batches = write_many(400)
+    (larger,) = read(answer(fill(batches), message(sketch_range(batches[30:], CELLS_MIN))).reply)
+    assert larger.mode == RangeMode.SKETCH
+    assert 2 * CELLS_MIN * CELL_BYTES <= len(larger.payload) <= 80 * CELL_BYTES
+    (listed,) = read(answer(fill(batches), message(sketch_range(batches[350:], CELLS_MIN))).reply)
+    assert listed.mode == RangeMode.LISTED
+    assert len(listed.payload) == 400 * SHORT_ID_BYTES
+
+
 def test_a_reply_stays_within_its_bytes_and_names_the_rest() -> None:
     batches = write_many(400, body_bytes=1024)
     holder, newcomer = fill(batches), make_ledger()
-    request = begin(newcomer)
+    request = begin(newcomer, SALT)
     for _ in range(20):
         response = answer(holder, request)
-        sent = len(response.reply or b"") + sum(map(len, response.batches))
-        assert sent <= REPLY_BYTES_MAX
+        assert sum(map(len, response.batches)) <= ENTRIES_BYTES_MAX
         for raw in response.batches:
             newcomer.accept(decode_batch_untrusted(raw))
         if response.reply is None:
@@ -110,9 +155,33 @@ def test_a_reply_stays_within_its_bytes_and_names_the_rest() -> None:
     assert len(newcomer) == 400
 
 
+def test_many_small_batches_fit_into_one_message() -> None:
+    batches = write_many(2 * BATCHES_MAX, body_bytes=0)
+    response = answer(fill(batches), begin(make_ledger(), SALT))
+    assert len(response.batches) == BATCHES_MAX
+    entries = LedgerEntries(payload=response.reply or b"", batches=response.batches)
+    assert decode_message_untrusted(RULES.swarm, encode_message(RULES.swarm, entries)) == entries
+
+
+def test_the_fullest_messages_fit_into_a_frame() -> None:
+    sizes = [ENTRIES_BYTES_MAX // BATCHES_MAX] * BATCHES_MAX
+    entries = LedgerEntries(payload=bytes(COMPARISON_BYTES_MAX), batches=tuple(map(bytes, sizes)))
+    assert decode_message_untrusted(RULES.swarm, encode_message(RULES.swarm, entries)) == entries
+    question = Reconcile(payload=bytes(COMPARISON_BYTES_MAX))
+    assert decode_message_untrusted(RULES.swarm, encode_message(RULES.swarm, question)) == question
+
+
+def test_entries_of_an_era_that_the_other_does_not_keep_are_not_sent() -> None:
+    batches = write_many(3)
+    holder = fill(batches)
+    for era, sent in ((1, 3), (2, 3), (3, 0)):
+        comparison = Comparison(era=era, salt=SALT, ranges=(key_range(),))
+        assert len(answer(holder, RECONCILIATION_SCHEMA.encode(comparison)).batches) == sent
+
+
 def converse(opener: Ledger, other: Ledger, round_trips: int) -> bool:
     """One session; returns whether it came to its end."""
-    request: bytes | None = begin(opener)
+    request: bytes | None = begin(opener, SALT)
     for _ in range(round_trips):
         assert request is not None
         for answering, asking in ((other, opener), (opener, other)):
@@ -151,16 +220,12 @@ def test_entries_are_sent_after_their_ancestors() -> None:
 
 
 def test_ranges_beyond_the_room_of_one_reply_are_summed_up_in_the_last() -> None:
-    batches = write_many(3 * RANGES_MAX)
-    ledger = fill(batches)
-    keys = list(ledger.keys.iterate(b"", KEY_END))[: RANGES_MAX - 1]
-    wrong = bytes(FINGERPRINT_BYTES)
-    bounds = [*keys, KEY_END]
-    request = message(*(key_range(high=bound, mode=RangeMode.FINGERPRINT, payload=wrong) for bound in bounds))
-    reply = answer(ledger, request).reply
-    assert reply is not None
-    ranges = RECONCILIATION_SCHEMA.decode_untrusted(reply).ranges
+    ledger = fill(write_many(3 * RANGES_MAX))
+    bounds = [*list(ledger.keys.iterate(b"", KEY_END))[1:RANGES_MAX], KEY_END]
+    request = message(*(key_range(high=bound, payload=bytes(SHORT_ID_BYTES)) for bound in bounds))
+    ranges = read(answer(ledger, request).reply)
     assert len(ranges) == RANGES_MAX
+    assert {part.mode for part in ranges[:-1]} == {RangeMode.WANTED}
     assert (ranges[-1].mode, ranges[-1].high) == (RangeMode.FINGERPRINT, KEY_END)
 
 
@@ -183,9 +248,14 @@ def test_a_selection_takes_each_entry_once_and_knows_when_it_is_full() -> None:
         ((key_range(high=b"\x05"), key_range(low=b"\x05")), Refusal.MALFORMED),
         ((key_range(high=b"\x05"), key_range(low=b"\x04")), Refusal.MALFORMED),
         ((key_range(), key_range()), Refusal.MALFORMED),
-        ((key_range(mode=RangeMode.FINGERPRINT, payload=bytes(32)),), Refusal.WRONG_LENGTH),
+        ((key_range(mode=RangeMode.FINGERPRINT, payload=bytes(FINGERPRINT_BYTES)),), Refusal.WRONG_LENGTH),
         ((key_range(payload=bytes(SHORT_ID_BYTES + 1)),), Refusal.WRONG_LENGTH),
-        ((key_range(payload=bytes((LISTED_MAX + 1) * SHORT_ID_BYTES)),), Refusal.OUT_OF_RANGE),
+        ((key_range(mode=RangeMode.SKETCH, payload=bytes(4)),), Refusal.WRONG_LENGTH),
+        ((key_range(mode=RangeMode.SKETCH, payload=bytes(2)),), Refusal.WRONG_LENGTH),
+        ((key_range(mode=RangeMode.SKETCH, payload=bytes(4 + (CELLS_MIN + 1) * CELL_BYTES)),), Refusal.WRONG_LENGTH),
+        ((key_range(mode=RangeMode.SKETCH, payload=bytes(5 + CELLS_MIN * CELL_BYTES)),), Refusal.WRONG_LENGTH),
+        ((key_range(payload=bytes(PAYLOAD_BYTES_MAX + 1)),), Refusal.OUT_OF_RANGE),
+        ((key_range(payload=bytes(COMPARISON_BYTES_MAX)),), Refusal.OVERSIZED),
         ((), Refusal.OUT_OF_RANGE),
         (tuple(key_range(high=bytes([number + 1])) for number in range(RANGES_MAX + 1)), Refusal.OUT_OF_RANGE),
     ],
@@ -196,12 +266,15 @@ def test_a_message_that_no_honest_peer_sends_is_refused(ranges: tuple[KeyRange, 
     assert caught.value.refusal is refusal
 
 
-def test_the_largest_message_is_within_its_bound() -> None:
-    payload = bytes(LISTED_MAX * SHORT_ID_BYTES)
+def test_a_reply_to_the_most_that_can_be_asked_is_within_its_bound() -> None:
+    # Every range has as many ids as fit, and none of them is known: all of them are wanted.
+    ids = (COMPARISON_BYTES_MAX // RANGES_MAX - 2 * KEY_BYTES - 32) // SHORT_ID_BYTES
     bounds = [bytes([number]) * KEY_BYTES for number in range(2 * RANGES_MAX)]
+    payload = b"".join(number.to_bytes(SHORT_ID_BYTES, "big") for number in range(ids))
     ranges = (
         key_range(low=low, high=high, payload=payload) for low, high in zip(bounds[::2], bounds[1::2], strict=True)
     )
-    largest = message(*ranges)
-    assert len(largest) <= COMPARISON_BYTES_MAX
-    assert answer(make_ledger(), largest).reply is not None
+    reply = answer(make_ledger(), message(*ranges)).reply
+    assert reply is not None
+    assert len(reply) <= COMPARISON_BYTES_MAX
+    assert len(read(reply)) == RANGES_MAX

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from shoal.crdt.anti_entropy import PUSH_PEERS, ROUND_TRIPS_MAX
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.kinds import Kind, RoundBody
 from shoal.crdt.ledger import Draft
 from shoal.crdt.reconciliation import begin
+from shoal.crdt.sketch import SALT_BYTES
 from shoal.node import ledger_sync
 from shoal.node.control import PeerUnreachable
 from shoal.node.ledger_store import StoreError
-from shoal.node.ledger_sync import PUSH_PEERS, ROUND_TRIPS_MAX
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import LedgerEntries, Reconcile, decode_message_untrusted, encode_message
@@ -54,8 +55,20 @@ async def test_new_entries_go_to_some_peers_and_who_is_away_costs_nothing(tmp_pa
         await wait_until(lambda: puppet.heard(LedgerEntries))
         (raw,) = puppet.heard(LedgerEntries)[0].batches
         assert decode_batch_untrusted(raw).author == peer.me
-        await peer.ledger.write_lease(b"again", [*strangers, strangers[0], puppet.me])
-        assert len(puppet.heard(LedgerEntries)) == 1, "only so many are pushed to"
+
+
+async def test_only_so_many_are_pushed_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_peer(make_samples(), 0, tmp_path) as peer:
+        told: list[PeerId] = []
+
+        async def send(peer: PeerId, payload: bytes) -> None:
+            told.append(peer)
+
+        monkeypatch.setattr(peer.ledger._control, "send", send)
+        strangers = [PeerId(bytes([number]) * 32) for number in range(3 * PUSH_PEERS)]
+        await peer.ledger.write_lease(b"lease", strangers)
+        assert len(set(told)) == len(told) == PUSH_PEERS
+        assert set(told) <= set(strangers)
 
 
 async def test_two_ledgers_that_grew_apart_become_equal(tmp_path: Path) -> None:
@@ -169,7 +182,7 @@ async def test_a_conversation_without_end_is_ended(tmp_path: Path) -> None:
             assert isinstance(question, Reconcile)
             return encode_message(swarm.id, LedgerEntries(payload=first, batches=()))
 
-        first = begin(peer.ledger.ledger)
+        first = begin(peer.ledger.ledger, bytes(SALT_BYTES))
         puppet.answer = answer
         async with asyncio.timeout(10):
             assert await peer.ledger.reconcile(puppet.me) == 0
@@ -184,7 +197,7 @@ async def test_a_peer_that_is_not_there_raises_what_the_caller_expects(tmp_path:
 
 
 async def test_the_comparison_goes_on_after_peers_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_sync, "RECONCILE_PERIOD_S", 0.0)
+    monkeypatch.setattr(ledger_sync, "PERIOD_S", 0.0)
     swarm = make_samples()
     async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 1, peer) as puppet:
         asked = 0
