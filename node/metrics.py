@@ -226,8 +226,8 @@ class Metrics:
         self.blob_bytes = table.gauge("blob_store_bytes", "Bytes of updates, contributions and snapshots on this disk.")
         self.abstaining = table.gauge("abstaining", "1 while this peer does not vote because its vote record was lost.")
         self.disk_errors = table.counter("disk_errors", "How often this disk has kept the peer from voting.")
-        self.disk_stopped = table.current(
-            "disk_stopped", "1 for why this disk keeps the peer from voting; 0 where it does not.", Failure, "reason"
+        self.disk_stopped = table.gauge(
+            "disk_stopped", "1 while this disk keeps the peer from voting; the status says why."
         )
 
     def _declare_daemon(self, table: "_Table") -> None:

@@ -247,7 +247,7 @@ class Reporter:
         self._disk = reason, detail
         self._disk_stops += 1
         self.metrics.disk_errors.add()
-        self.metrics.disk_stopped.set(reason)
+        self.metrics.disk_stopped.set(1)
         until = "there is space" if reason is Failure.DISK_FULL else "it is started again"
         text = f"{reason}: {detail}; this peer votes and contributes no more until {until}"
         self.happen(HappeningKind.DISK, text, Severity.ERROR)
@@ -256,7 +256,7 @@ class Reporter:
         """It votes again."""
         reason = self._disk[0] if self._disk else Failure.DISK_FULL
         self._disk = None
-        self.metrics.disk_stopped.set(None)
+        self.metrics.disk_stopped.set(0)
         self.happen(HappeningKind.DISK, f"{reason} is over: {detail}; this peer votes and contributes again")
 
     def name_of(self, peer: PeerId) -> str:
