@@ -55,7 +55,7 @@ class Replay:
         self._donors = donors
         self._ports = ports
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Certificate | None] = asyncio.Queue()  # bounded by what may be ahead
+        self._asked: asyncio.Queue[Certificate | None] = asyncio.Queue()  # bounded by what may be ahead
         self._ahead_bytes = 0
         self._ahead_rounds = 0
         self._freed = asyncio.Event()
@@ -73,7 +73,7 @@ class Replay:
         async with Transfer(self._links, ports) as transfer:
             looking = asyncio.create_task(self._look_ahead(page, peer, target, transfer))
             try:
-                while (certificate := await self._queue.get()) is not None:
+                while (certificate := await self._asked.get()) is not None:
                     self._ports.tell(f"replaying round {certificate.result.round} of {target}")
                     if not await self._apply(certificate, peer, transfer):
                         return
@@ -83,6 +83,8 @@ class Replay:
                 looking.cancel()
                 await asyncio.gather(looking, return_exceptions=True)
                 self.fetched_bytes += transfer.fetched_bytes
+        # Once, and not round by round: until then these are copies of what the donors hold.
+        await asyncio.to_thread(self._state.stores.blobs.sync_fetched)
 
     # -- ahead -------------------------------------------------------------------------------------------------------
 
@@ -91,14 +93,14 @@ class Replay:
             while page:
                 for certificate in page:
                     await self._begin_fetch(certificate, transfer)
-                    self._queue.put_nowait(certificate)
+                    self._asked.put_nowait(certificate)
                 last = page[-1].result
                 if last.round >= target:
                     return
                 digest, count = digest_record(last), min(CERTIFICATES_PER_ANSWER, target - last.round)
                 page = await self._donors.collect(peer, last.round + 1, count, digest, last.voters)
         finally:
-            self._queue.put_nowait(None)
+            self._asked.put_nowait(None)
 
     async def _begin_fetch(self, certificate: Certificate, transfer: Transfer) -> None:
         nbytes = self._update_bytes(certificate)
@@ -138,7 +140,7 @@ class Replay:
     def _store(self, part: int, digest: bytes, raw: memoryview) -> None:
         first, end = self._manifest.part_range(part)
         self._codec.check_untrusted(raw, end - first)
-        self._state.stores.blobs.write(digest, raw)
+        self._state.stores.blobs.write(digest, raw, fetched=True)
 
     def _part_bytes(self, part: int) -> int:
         first, end = self._manifest.part_range(part)

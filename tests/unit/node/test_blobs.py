@@ -120,7 +120,7 @@ def test_what_was_not_made_durable_is_written_again(tmp_path: Path, monkeypatch:
     store = BlobStore(tmp_path)
     store.write(name(RAW), RAW)
     with monkeypatch.context() as patches:
-        patches.setattr(blobs, "_sync_path", refuse)
+        patches.setattr(blobs, "sync_path", refuse)
         with pytest.raises(OSError, match="No space left"):
             store.sync([name(RAW)])
     before = path_of(tmp_path, name(RAW)).stat().st_ino
@@ -165,3 +165,24 @@ def test_many_blobs_are_spread_over_folders(tmp_path: Path) -> None:
         store.write(name(raw), raw)
     store.sync(name(raw) for raw in raws)
     assert {path.parent.name for path in files(tmp_path)} == {name(raw).hex()[:2] for raw in raws}
+
+
+def test_what_was_fetched_is_made_durable_at_once_and_not_with_each_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, synced = BlobStore(tmp_path), list[Path]()
+    own, others = b"own", [b"fetched 1", b"fetched 2", b"fetched 3"]
+    store.write(name(own), own)
+    for raw in others:
+        store.write(name(raw), raw, fetched=True)
+    monkeypatch.setattr(blobs, "sync_path", synced.append)
+    store.sync([name(raw) for raw in (own, *others)])
+    assert path_of(tmp_path, name(own)) in synced and path_of(tmp_path, name(others[0])) not in synced
+    store.remove(name(others[2]))
+    store.sync_fetched()
+    assert {path_of(tmp_path, name(raw)) for raw in others[:2]} <= set(synced)
+    synced.clear()
+    store.sync_fetched()
+    assert synced == []
+    store.sync([name(others[0])])
+    assert path_of(tmp_path, name(others[0])) in synced

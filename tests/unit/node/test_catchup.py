@@ -48,7 +48,8 @@ async def test_missed_rounds_are_replayed_with_parts_from_both_donors(tmp_path: 
         assert newcomer.state.load_certificates(1, 9) == chain.certificates
         assert all(donor.served for donor in donors)
         served = donors[0].served + donors[1].served
-        assert set(served) == set(chain.blobs) and set(served.values()) == {1}
+        # A part may be asked of a second donor where the first one is late.
+        assert set(served) == set(chain.blobs) and max(served.values()) <= 2
         assert newcomer.core.round == 6
 
 

@@ -1,0 +1,188 @@
+"""One real daemon over a made-up log, in a process of its own: a donor behind a slow line, a liar, or a joiner that is
+timed. `python -m tests.e2e.log_peer '{"data_dir": …}'`; the fields are those of LogPeer.
+
+What it tells goes to `events` in its folder, one JSON object a line.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import uvloop
+
+from shoal.node.cli import set_up_log
+from shoal.node.config import BOOTSTRAP, load_config
+from shoal.node.daemon import Daemon
+from shoal.node.identity_file import hold_identity, load_or_create_identity, next_incarnation
+from shoal.protocol.codecs import Float32s
+from shoal.protocol.errors import Refusal
+from shoal.protocol.identity import PeerId, format_peer_id
+from shoal.protocol.manifest import Manifest
+from tests.e2e.certified_log import spoil
+from tests.e2e.shaping_proxy import HOST
+
+EVENTS = "events"
+LOOK_S = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogPeer:
+    """`rate` is the uplink in bytes per second, 0 for none. A liar flips a byte of everything that it serves. A donor
+    serves `stalls_after` blobs and then nothing. A joiner begins when it sees `donors` peers. `lean` keeps the state in
+    a file, for machines with less memory than peers."""
+
+    data_dir: str
+    control_port: int
+    tensor_port: int
+    bootstraps: tuple[str, ...] = ()
+    rate: float = 0.0
+    lies: bool = False
+    stalls_after: int = -1
+    donors: int = 0
+    lean: bool = False
+
+    @property
+    def peer(self) -> PeerId:
+        return load_or_create_identity(Path(self.data_dir) / "identity.key").peer
+
+    @property
+    def address(self) -> str:
+        """Where others dial it."""
+        return f"/ip4/{HOST}/tcp/{self.control_port}/p2p/{format_peer_id(self.peer)}"
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Run it; kill it in the end."""
+        with (Path(self.data_dir) / "log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "tests.e2e.log_peer", json.dumps(asdict(self))],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+                start_new_session=True,
+            )
+
+    def events(self, kind: str) -> list[dict[str, float]]:
+        """What it has told so far."""
+        path = Path(self.data_dir) / EVENTS
+        lines = path.read_text().splitlines() if path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("}")]
+        return [one for one in found if one["kind"] == kind]
+
+    def log(self) -> str:
+        path = Path(self.data_dir) / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+
+class _Bucket:
+    """An uplink: bytes leave at a constant rate, one blob after the other."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._rate = bytes_per_s
+        self._free_s = 0.0
+
+    async def take(self, nbytes: int) -> None:
+        now = asyncio.get_running_loop().time()
+        self._free_s = max(self._free_s, now) + nbytes / self._rate
+        await asyncio.sleep(self._free_s - now)
+
+
+class _Process:
+    """The daemon, with what the test asks of it."""
+
+    def __init__(self, options: LogPeer, daemon: Daemon) -> None:
+        self._options = options
+        self._daemon = daemon
+        self._bucket = _Bucket(options.rate) if options.rate else None
+        self._served = 0
+        self._file = (Path(options.data_dir) / EVENTS).open("a", buffering=1)
+
+    def tell(self, kind: str, **fields: float) -> None:
+        self._file.write(json.dumps({"kind": kind, "at_s": time.monotonic(), **fields}) + "\n")
+
+    def change(self, daemon: Daemon) -> None:
+        """The daemon is ready: put in place what the options ask for."""
+        honest_serve, honest_run = daemon.exchange.serve, daemon.catch_up.run
+
+        async def serve(peer: PeerId, digest: bytes) -> memoryview | Refusal | None:
+            if 0 <= self._options.stalls_after <= self._served:
+                await asyncio.Event().wait()
+            found = await honest_serve(peer, digest)
+            if not isinstance(found, memoryview):
+                return found
+            self._served += 1
+            self.tell("served", nbytes=found.nbytes)
+            if self._bucket is not None:
+                await self._bucket.take(found.nbytes)
+            return spoil(found, self._served * 7919) if self._options.lies else found
+
+        async def run(peer: PeerId, target: int) -> None:
+            if daemon.catch_up.active:
+                return
+            while len(daemon.catch_up.donors.of_round(target)) < self._options.donors:
+                await asyncio.sleep(LOOK_S)
+            if daemon.catch_up.active or daemon.core.head.round >= target:
+                return
+            began_s, first, before = time.monotonic(), daemon.core.head.round, daemon.catch_up.fetched_bytes
+            self.tell("began", head=first, target=target)
+            await honest_run(peer, target)
+            route = daemon.catch_up.route
+            self.tell(
+                "ended",
+                head=daemon.core.head.round,
+                first=first,
+                seconds=time.monotonic() - began_s,
+                nbytes=daemon.catch_up.fetched_bytes - before,
+                snapshot=0 if route is None or route.snapshot is None else route.snapshot.round,
+            )
+
+        daemon.exchange.serve = serve  # type: ignore[method-assign]
+        daemon.catch_up.run = run  # type: ignore[method-assign]
+        self.tell("ready", head=daemon.core.head.round)
+
+
+class _LeanDaemon(Daemon):
+    """Its state lies in a file that the system may write back when memory is short."""
+
+    def _allocate(self, manifest: Manifest) -> tuple[Float32s, Float32s]:
+        self._memory = None
+        path = self.config.data_path / "state"
+        state: Float32s = np.memmap(path, np.float32, "w+", shape=(2, manifest.layout.elements))
+        return state[0], state[1]
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    options = LogPeer(**given | {"bootstraps": tuple(given["bootstraps"])})
+    overrides = {
+        "data-dir": options.data_dir,
+        "role": BOOTSTRAP,
+        "control-host": HOST,
+        "control-port": str(options.control_port),
+        "tensor-host": HOST,
+        "tensor-port": str(options.tensor_port),
+        "web-port": "0",
+    }
+    if options.bootstraps:
+        overrides["bootstrap"] = ",".join(options.bootstraps)
+    config = load_config(None, overrides)
+    set_up_log("info", "text")
+    with hold_identity(config.data_path / "identity.key") as identity:
+        incarnation = next_incarnation(config.data_path / "incarnation", time.time())
+
+        async def serve() -> None:
+            daemon = (_LeanDaemon if options.lean else Daemon)(config, identity, incarnation)
+            await daemon.run(_Process(options, daemon).change)
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve())
+
+
+if __name__ == "__main__":
+    main()
