@@ -125,7 +125,7 @@ def open_source(data_dir: Path) -> Iterator[LedgerSource]:
             where=str(path),
             stored_bytes=size,
             certificates=StoredCertificates(store),
-            base=lambda: None,
+            base=store.load_base,
             batches=lambda: _list_stored(store),
             abstains=abstains(store),
         )
