@@ -39,8 +39,8 @@ from shoal.node.metrics import Metrics
 from shoal.node.own_presence import OwnPresence
 from shoal.node.parting import Parting, PartingPorts
 from shoal.node.peer_book_file import load_peer_book, save_peer_book
-from shoal.node.reach import Reach
 from shoal.node.providers import Providers
+from shoal.node.reach import Reach
 from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
@@ -277,11 +277,11 @@ class Daemon:
             ),
         )
         self.membership.table.expect(self.core.head.voters, asyncio.get_running_loop().time())
+        self.providers = Providers(self.me, swarm, self.state, self.control)
         self.catch_up = CatchUp(
             manifest=self.manifest,
             swarm=swarm,
             control=self.control,
-        self.providers = Providers(self.me, swarm, self.state, self.control)
             links=self.links,
             state=self.state,
             folder=self.config.data_path / "catchup",
@@ -292,13 +292,13 @@ class Daemon:
                 wait_past=self.head_watch.wait_past,
                 other_log=lambda peer: self._spawn(self._part(peer)),
                 install=self._install,
+                misbehaved=self.intake.misbehaved,
+                donor_failed=lambda peer, reason: self.reporter.metrics.donor_failures[reason].add(),
+                find_donors=lambda first, last: self.providers.find(first, last, self.membership),
             ),
         )
         self.parting = Parting(
             self.state,
-                misbehaved=self.intake.misbehaved,
-                donor_failed=lambda peer, reason: self.reporter.metrics.donor_failures[reason].add(),
-                find_donors=lambda first, last: self.providers.find(first, last, self.membership),
             self.manifest.authority(swarm),
             PartingPorts(
                 ask=self.catch_up.ask_certificates,
@@ -329,11 +329,11 @@ class Daemon:
             core=self.core,
             compute=self.compute,
             tensor=bound,
+            holdings=lambda: self.providers.holdings,
         )
         answers = Answers(
             swarm=self.swarm,
             signed_manifest=self._signed_manifest,
-            holdings=lambda: self.providers.holdings,
             state=self.state,
             ledger=self.ledger,
             membership=self.membership,
@@ -360,11 +360,11 @@ class Daemon:
             self.membership.discover(),
             self.ledger.keep_up(lambda: tuple(self.membership.table.live()), self._incarnation),
             self.reach.watch(self._offer_again),
+            self.providers.run(),
             self.disk_watch.watch(),
             self.reporter.watch_lag(),
         ):
             self._spawn(work)
-            self.providers.run(),
         self.intake.open(self.control, ports)
         for one in self.control.peers():
             self._peer_connected(one.peer)

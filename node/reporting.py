@@ -42,7 +42,6 @@ from shoal.node.status import (
 )
 from shoal.node.web import WebSources
 from shoal.protocol.abstention import Abstention
-from shoal.protocol.abstention import Abstention
 from shoal.protocol.effects import (
     AttemptFailed,
     Note,
@@ -480,18 +479,6 @@ class Reporter:
 
     # -- the metrics -------------------------------------------------------------------------------------------------
 
-    def render_metrics(self) -> bytes:
-        """The text exposition, with everything that is not counted where it happens brought up to date."""
-        one, metrics = self.subjects, self.metrics
-        live = one.membership.table.live()
-        view = one.core.view()
-        metrics.peers[PeerState.LIVE].set(len(live) + 1)
-        metrics.peers[PeerState.READY].set(len(view.ready))
-        metrics.peers[PeerState.PARTICIPATING].set(len(view.roster) or self.participants.get(one.core.head.round, 0))
-        status = self._round_status(live)
-        metrics.waiting_for.set(len(status.waiting_for))
-        metrics.phase_age_s.set(status.phase_s)
-        for deadline, gauge in metrics.deadline_s.items():
     def make_sources(
         self, certificates: Callable[[int], Awaitable[bytes]], ledger: Callable[[int], Awaitable[bytes]]
     ) -> WebSources:
@@ -504,6 +491,18 @@ class Reporter:
             ledger=ledger,
         )
 
+    def render_metrics(self) -> bytes:
+        """The text exposition, with everything that is not counted where it happens brought up to date."""
+        one, metrics = self.subjects, self.metrics
+        live = one.membership.table.live()
+        view = one.core.view()
+        metrics.peers[PeerState.LIVE].set(len(live) + 1)
+        metrics.peers[PeerState.READY].set(len(view.ready))
+        metrics.peers[PeerState.PARTICIPATING].set(len(view.roster) or self.participants.get(one.core.head.round, 0))
+        status = self._round_status(live)
+        metrics.waiting_for.set(len(status.waiting_for))
+        metrics.phase_age_s.set(status.phase_s)
+        for deadline, gauge in metrics.deadline_s.items():
             running = status.deadline == deadline and status.deadline_s is not None
             gauge.set(status.deadline_s if running and status.deadline_s is not None else math.nan)
         metrics.voters.set(status.voters)
@@ -526,12 +525,12 @@ class Reporter:
         metrics.contribution_fp32_bytes.count_to(traffic.fp32_bytes)
         metrics.rounds_behind.set(self._rounds_behind(live))
         metrics.catching_up.set(one.catch_up.active)
+        metrics.fetched_bytes.count_to(one.catch_up.fetched_bytes)
         disk = self._disk_status()
         metrics.snapshot_round.set(disk.snapshot_round)
         metrics.abstaining.set(one.core.abstention is not None)
         metrics.ledger_entries.set(disk.ledger_entries)
         metrics.blob_bytes.set(disk.blob_bytes)
-        metrics.fetched_bytes.count_to(one.catch_up.fetched_bytes)
         return metrics.render()
 
 
