@@ -13,10 +13,23 @@ import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
+from shoal.node.feedback import FeedbackFull
+from shoal.node.ledger_store import StoreError
 from shoal.node.local_state import LocalState
 from shoal.node.status import TrainerState
 from shoal.node.trainer import Trainer, TrainerError, TrainerEvent, TrainerExited, TrainerStalled
-from shoal.node.training.messages import Evaluated, Failed, Merge, Progress, Ready, Sampled, Work
+from shoal.node.training.messages import (
+    EVERYTHING,
+    OPTIMIZER,
+    Evaluated,
+    Failed,
+    Merge,
+    Progress,
+    Ready,
+    Resumed,
+    Sampled,
+    Work,
+)
 from shoal.protocol.contribution import Frozen, NonFiniteContribution
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
@@ -39,6 +52,7 @@ class ComputePorts:
     restarted: Callable[[Failure, str], None]
     gave_up: Callable[[str], None]
     spawn: Callable[[Coroutine[object, object, object]], None]
+    resumed: Callable[[str], None] = log.warning  # what a restart has lost, in plain words
 
 
 class Compute:
@@ -61,9 +75,9 @@ class Compute:
         self._ports = ports
         self._ready: Ready | None = None  # what the trainer last handed over, until it is told to go on
         self._missed = 0
-        self._batches_done = 0
         self._counted_tokens = 0
         self._counted_steps = 0
+        self._steps_resumed = 0
         self._failures_s: list[float] = []
         self._freezing = asyncio.Lock()
         self._stopping = False
@@ -80,7 +94,8 @@ class Compute:
             layout_digest=self._manifest.layout.digest,
             seed=self._manifest.seed,
             peer=self._me,
-            batches_done=self._batches_done,
+            generation=self._state.generation,
+            batches_done=self._state.batches_done,
         )
         try:
             started = await self.trainer.start(work)
@@ -88,11 +103,48 @@ class Compute:
             await self._failed(error.failure, error.detail, is_final=error.is_final)
             return
         self.device = started.device
+        await self._resume(started.resumed)
+
+    async def _resume(self, resumed: Resumed) -> None:
+        """Let it train for the round after the head, from where its checkpoint stood, if it has one of use."""
+        self._tell(resumed)
         self.phase = TrainerState.RUNNING
         self._ready = None
         self._missed = 0
-        self._counted_tokens = self._counted_steps = 0
-        await self.trainer.begin(self._state.head.round + 1, adopt=True)
+        self._counted_tokens, self._counted_steps = resumed.tokens, resumed.steps
+        self._steps_resumed = resumed.steps
+        number, settled = self._state.head.round + 1, self._state.settled
+        if resumed.extent != EVERYTHING:
+            await self.trainer.begin(number, adopt=True)
+        elif resumed.waits and settled is not None and settled.batches_done == resumed.batches_done:
+            # What it had handed over was counted while it was away.
+            self._missed = number - 1 - settled.round
+            self._counted_tokens = self._counted_steps = 0
+            part_elements = self._manifest.rounds.part_elements
+            await self.trainer.merge(
+                Merge(round=number, included=settled.parts, part_elements=part_elements, adopt_all=False, begin=True)
+            )
+        else:
+            self._missed = max(0, number - resumed.round)
+            stale = self._missed > self._manifest.training.missed_rounds_max
+            if stale:
+                log.warning("away for %d rounds: training goes on from the certified base", self._missed)
+                await self._state.forget_residual()
+                self._missed = self._counted_tokens = self._counted_steps = 0
+            await self.trainer.begin(number, adopt=stale)
+
+    def _tell(self, resumed: Resumed) -> None:
+        if resumed.extent == OPTIMIZER:
+            text = "the checkpoint is older than the last contribution: training goes on from the certified base"
+            self._ports.resumed(f"{text}, at batch {resumed.batches_done}")
+        elif resumed.extent == EVERYTHING:
+            log.info("training goes on where it stood, at batch %d", resumed.batches_done)
+        elif resumed.batches_done > self._state.batches_done:
+            text = "what was contributed is not known any more: training goes on from the certified base"
+            self._ports.resumed(f"{text}, at batch {resumed.batches_done}")
+        if resumed.steps_lost:
+            text = f"{resumed.steps_lost} steps since the last checkpoint were lost"
+            self._ports.resumed(f"{text}; their batches are trained on again, from batch {resumed.batches_done}")
 
     async def stop(self) -> None:
         """End the trainer in bounded time."""
@@ -119,7 +171,7 @@ class Compute:
         await asyncio.sleep(RESTART_DELAY_S * len(self._failures_s))
         await self.trainer.stop()
         self._restarting = False
-        # The local parameters are gone with the process. The residual is not: it is work that was merged and not sent.
+        # What is not in the trainer's last checkpoint is gone with the process. The residual is not: it is kept here.
         if not self._stopping:
             await self.start()
 
@@ -133,8 +185,12 @@ class Compute:
                 self.progress = event
                 self.loss = event.loss
             case Ready():
+                settled = self._state.settled
+                if settled is not None and event.batches_done <= settled.batches_done:
+                    return  # handed over again after a restart, and counted meanwhile: a Merge is on its way
                 self._count(event.tokens, event.steps)
-                self._batches_done = event.batches_done
+                if event.problem:
+                    log.warning("%s", event.problem)
                 self.loss = event.loss_mean
                 self._ready = event
                 self.phase = TrainerState.PAUSED
@@ -170,11 +226,15 @@ class Compute:
             if ready is None:
                 return
             try:
-                frozen = await self._state.freeze(self.trainer.local)
+                frozen = await self._state.freeze(self.trainer.local, ready.batches_done)
             except NonFiniteContribution as error:
                 log.warning("%s; the trainer starts again from the base", error)
-                self._state.contributor.clear()
+                await self._state.forget_residual()
                 await self.adopt_base()
+                return
+            except (OSError, StoreError, FeedbackFull) as error:
+                # It stays ready, and is offered to the next round.
+                log.error("the contribution to round %d is not offered: %s", self._state.head.round + 1, error)
                 return
             if self._ready is ready and frozen.round == self._state.head.round + 1:
                 self._ports.frozen(frozen, ready)
@@ -187,10 +247,14 @@ class Compute:
         restart = self._missed > self._manifest.training.missed_rounds_max
         if restart:
             log.warning("missed %d rounds in a row: training goes on from the certified base", self._missed)
-            self._state.contributor.clear()
+            await self._state.forget_residual()
             self._missed = 0
         if not (included or restart) or self.phase is TrainerState.STARTING:
             return  # it trains on, or what is ready is offered to the next round; either is anchored at the new base
+        if self._ready is None and included and self._counted_steps > self._steps_resumed:
+            # Only after a restart that lost its checkpoint: what was counted is not what the trainer stands on.
+            steps = self._counted_steps - self._steps_resumed
+            self._ports.resumed(f"{steps} steps since a restart were lost: an older contribution was counted")
         self._ready = None
         merge = Merge(
             round=result.round + 1,

@@ -24,6 +24,7 @@ from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import BootstrapFailed, ControlConfig, ControlHandlers
 from shoal.node.disk_watch import DiskPorts, DiskWatch
 from shoal.node.exchange import ExchangePorts, PartExchange
+from shoal.node.feedback import FeedbackStore
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.head_watch import HeadWatch
 from shoal.node.intake import Intake, IntakePorts
@@ -181,6 +182,7 @@ class Daemon:
             blobs=await asyncio.to_thread(BlobStore, folder / "blobs"),
             snapshots=await asyncio.to_thread(SnapshotStore, folder / "snapshots"),
             snapshots_kept=self.config.store.snapshots_kept,
+            feedback=FeedbackStore(folder / "feedback", self._store) if self.config.node.role == TRAINER else None,
         )
         params, momentum = self._allocate(self.manifest)
         self.state = LocalState(self.manifest, swarm, stores, params, momentum)
@@ -246,11 +248,13 @@ class Daemon:
                 restarted=self._trainer_restarted,
                 gave_up=self._trainer_gave_up,
                 spawn=self._spawn,
+                resumed=lambda text: self.reporter.happen(HappeningKind.TRAINER, text, Severity.WARNING),
             ),
         )
         if self.config.node.role == TRAINER:
             assert self._memory is not None
-            self.compute.trainer = TrainerProcess(self._memory, self.config.trainer, self.compute.take)
+            checkpoints = self.config.data_path / "trainer"
+            self.compute.trainer = TrainerProcess(self._memory, self.config.trainer, self.compute.take, checkpoints)
 
     def _allocate(self, manifest: Manifest) -> tuple[Float32s, Float32s]:
         elements = manifest.layout.elements
@@ -358,7 +362,7 @@ class Daemon:
             self.driver.run(),
             self.membership.beat(),
             self.membership.discover(),
-            self.ledger.keep_up(lambda: tuple(self.membership.table.live()), self._incarnation),
+            self.ledger.keep_up(self.membership.table.live, self._incarnation),
             self.reach.watch(self._offer_again),
             self.providers.run(),
             self.disk_watch.watch(),
@@ -530,11 +534,7 @@ class Daemon:
     async def _committed(self, certificate: Certificate, head: Head) -> None:
         """A round is applied; the core goes on to the next one when this returns."""
         result = certificate.result
-        included: tuple[int, ...] = ()
-        members = [member.peer for member in result.members]
-        frozen = self.exchange.frozen
-        if frozen is not None and frozen.round == result.round and self.me in members:
-            included = self.state.contributor.settle(frozen, result, members.index(self.me))
+        included = await self.state.settle(result, self.me)
         self.presence.ready = None
         if self.config.node.role == TRAINER and not self.presence.leaving:
             await self.compute.committed(result, included)

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.node.blobs import BlobStore
+from shoal.node.feedback import FeedbackStore, Settled
 from shoal.node.ledger_store import LedgerStore, StoredCertificate, StoreError
 from shoal.node.snapshots import SnapshotStore
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Contributor, Frozen
 from shoal.protocol.effects import VoteRecord
 from shoal.protocol.errors import ProtocolError
+from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest, genesis_head
 from shoal.protocol.messages import Certificate, Result, digest_record
 from shoal.protocol.quorum import Head
@@ -36,12 +38,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stores:
-    """The three places on the disk."""
+    """The places on the disk."""
 
     ledger: LedgerStore
     blobs: BlobStore
     snapshots: SnapshotStore
     snapshots_kept: int
+    feedback: FeedbackStore | None = None  # of a peer that contributes
 
 
 class LocalState:
@@ -57,6 +60,7 @@ class LocalState:
         self.head: Head
         self.roots: dict[int, bytes] = {}  # state roots by round, for the report; bounded by rounds_kept
         self._snapshot_task: asyncio.Task[None] | None = None
+        self._pending: dict[bytes, Frozen] = {}  # contributions to the open round by their roots; bounded by the store
 
     # -- start -----------------------------------------------------------------------------------------------------
 
@@ -64,6 +68,7 @@ class LocalState:
         """The newest state that this disk can prove: a snapshot, then the certified updates after it."""
         async with self.lock:
             self.head = await asyncio.to_thread(self.restore_now)
+            await asyncio.to_thread(self._restore_feedback)
         return self.head
 
     def restore_now(self) -> Head:
@@ -185,10 +190,81 @@ class LocalState:
 
     # -- contributions ---------------------------------------------------------------------------------------------
 
-    async def freeze(self, local: Float32s) -> Frozen:
-        """Encode the contribution to the round after the head; raises NonFiniteContribution."""
+    @property
+    def settled(self) -> Settled | None:
+        """The last contribution of this peer that was counted."""
+        return None if self.stores.feedback is None else self.stores.feedback.record.settled
+
+    @property
+    def generation(self) -> bytes:
+        """Of the memory of what was contributed; checkpoints of another one are of no use."""
+        return bytes(32) if self.stores.feedback is None else self.stores.feedback.record.generation
+
+    @property
+    def batches_done(self) -> int:
+        """The batches that are in contributions."""
+        return 0 if self.stores.feedback is None else self.stores.feedback.batches_done
+
+    async def freeze(self, local: Float32s, batches_done: int = 0) -> Frozen:
+        """Encode the contribution to the round after the head, made from so many batches, and keep what it leaves.
+
+        Raises NonFiniteContribution, and OSError, StoreError and FeedbackFull where it must not be offered."""
         async with self.lock:
-            return await asyncio.to_thread(self.contributor.freeze, self.head.round + 1, self.replica.params, local)
+            return await asyncio.to_thread(self._freeze, local, batches_done)
+
+    def _freeze(self, local: Float32s, batches_done: int) -> Frozen:
+        frozen = self.contributor.freeze(self.head.round + 1, self.replica.params, local)
+        if self.stores.feedback is not None:
+            self.stores.feedback.hold(self.contributor, frozen, batches_done)
+        self._pending[frozen.root] = frozen
+        return frozen
+
+    async def settle(self, result: Result, me: PeerId) -> tuple[int, ...]:
+        """A round is applied: the parts in which this peer's contribution was counted."""
+        async with self.lock:
+            return await asyncio.to_thread(self._settle, result, me)
+
+    def _settle(self, result: Result, me: PeerId) -> tuple[int, ...]:
+        roots = [member.contribution_root for member in result.members if member.peer == me]
+        frozen = self._pending.get(roots[0]) if roots else None
+        included: tuple[int, ...] = ()
+        if frozen is not None and frozen.round == result.round:
+            if self.stores.feedback is None:
+                index = [member.peer for member in result.members].index(me)
+                included = self.contributor.settle(frozen, result, index)
+            else:
+                included = self.stores.feedback.settle(self.contributor, frozen, result, me)
+        self._pending = {root: one for root, one in self._pending.items() if one.round > result.round}
+        if self.stores.feedback is not None:
+            self.stores.feedback.forget(result.round)
+        return included
+
+    def _restore_feedback(self) -> None:
+        """The residual, settled by every certificate that is here; and what the open round may still count."""
+        feedback = self.stores.feedback
+        if feedback is None:
+            return
+        for frozen in feedback.load(self.contributor):
+            stored = self.stores.ledger.get_certificate(frozen.round) if frozen.round <= self.head.round else None
+            if stored is not None:
+                result = _certificate_of(stored).result
+                me = next((one.peer for one in result.members if one.contribution_root == frozen.root), None)
+                if me is not None:
+                    parts = feedback.settle(self.contributor, frozen, result, me)
+                    log.info("the contribution to round %d was counted in %d parts", frozen.round, len(parts))
+            elif frozen.round > self.head.round:
+                self._pending[frozen.root] = frozen
+        feedback.forget(self.head.round)
+
+    async def forget_residual(self) -> None:
+        """It belonged to local parameters that are gone."""
+        async with self.lock:
+            await asyncio.to_thread(self._forget_residual)
+
+    def _forget_residual(self) -> None:
+        self.contributor.clear()
+        if self.stores.feedback is not None:
+            self.stores.feedback.clear()
 
     # -- snapshots -------------------------------------------------------------------------------------------------
 
@@ -232,7 +308,8 @@ class LocalState:
             await asyncio.to_thread(np.copyto, self.replica.params, params)
             await asyncio.to_thread(np.copyto, self.replica.momentum, momentum)
             self.replica.round = head.round
-            self.contributor.clear()
+            await asyncio.to_thread(self._forget_residual)
+            self._pending.clear()
             self.head = head
             self._remember(head)
             await self._try_snapshot()

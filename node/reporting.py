@@ -460,8 +460,9 @@ class Reporter:
             )
         if not live:
             found.append("no other peer of the swarm is in sight")
-        if self.subjects.ledger.forked:
-            found.append("this peer's ledger chain has two branches: start it with a new identity")
+        held = self.subjects.ledger.held
+        if held is not None and (live or held is not Failure.CHAIN_UNCONFIRMED):
+            found.append(f"{held}: this peer writes nothing into the ledger; {REMEDIES[held]}")
         return tuple(found)
 
     def check_clock(self) -> None:
@@ -530,6 +531,8 @@ class Reporter:
         metrics.snapshot_round.set(disk.snapshot_round)
         metrics.abstaining.set(one.core.abstention is not None)
         metrics.ledger_entries.set(disk.ledger_entries)
+        metrics.ledger_era.set(one.ledger.ledger.era)
+        metrics.ledger_held.set(one.ledger.held)
         metrics.blob_bytes.set(disk.blob_bytes)
         return metrics.render()
 

@@ -19,6 +19,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
@@ -55,6 +56,8 @@ from shoal.protocol.manifest import Task
 START_TIMEOUT_S = 120.0
 DESCRIBE_TIMEOUT_S = 120.0
 STOP_GRACE_S = 2.0
+# On top, for the last checkpoint: three float32 vectors, at the rate of a slow disk.
+CHECKPOINT_BYTES_PER_S = 100e6
 TERMINATE_GRACE_S = 2.0
 RECEIVE_BYTES = 1 << 16
 STDERR_BYTES_MAX = 1 << 13
@@ -167,9 +170,15 @@ class TrainerProcess:
     """The trainer as a child process. Start it from the main thread: Linux ends it with the thread it came from."""
 
     def __init__(
-        self, memory: SharedParameters, settings: TrainerTable, on_event: Callable[[TrainerEvent], None]
+        self,
+        memory: SharedParameters,
+        settings: TrainerTable,
+        on_event: Callable[[TrainerEvent], None],
+        checkpoints: Path | None = None,
     ) -> None:
+        """`checkpoints` is a folder of the trainer's own; without one a restart begins with nothing."""
         self._memory = memory
+        self._checkpoints = checkpoints
         self._settings = settings
         self._on_event = on_event
         self._child: _Child | None = None
@@ -202,6 +211,7 @@ class TrainerProcess:
             threads=settings.threads,
             text=settings.text,
             step_period_s=settings.step_period_s,
+            checkpoints=None if self._checkpoints is None else str(self._checkpoints),
         )
         await child.send(start)
         try:
@@ -247,8 +257,15 @@ class _Child:
     _writer: asyncio.StreamWriter
     _attendance: asyncio.Task[None]
 
-    def __init__(self, process: Process, stall_timeout_s: float, on_event: Callable[[TrainerEvent], None]) -> None:
+    def __init__(
+        self,
+        process: Process,
+        stall_timeout_s: float,
+        stop_grace_s: float,
+        on_event: Callable[[TrainerEvent], None],
+    ) -> None:
         self.process = process
+        self._stop_grace_s = stop_grace_s
         self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
         self.attached = True
         self._stall_timeout_s = stall_timeout_s
@@ -286,7 +303,8 @@ class _Child:
         # From outside, so that it holds before the long import of torch.
         with suppress(ProcessLookupError, PermissionError):
             os.setpriority(os.PRIO_PROCESS, process.pid, settings.nice)
-        child = cls(process, settings.stall_timeout_s, on_event)
+        stop_grace_s = STOP_GRACE_S + 3 * memory.base.nbytes / CHECKPOINT_BYTES_PER_S
+        child = cls(process, settings.stall_timeout_s, stop_grace_s, on_event)
         child._reader, child._writer = await asyncio.open_unix_connection(sock=ours)
         child._attendance = asyncio.create_task(child._attend(), name=f"trainer {process.pid}")
         return child
@@ -367,7 +385,7 @@ class _Child:
 
     async def _end(self) -> None:
         """Wait for the child's exit; the longer it takes, the harder it is asked."""
-        for grace_s, number in ((STOP_GRACE_S, signal.SIGTERM), (TERMINATE_GRACE_S, signal.SIGKILL)):
+        for grace_s, number in ((self._stop_grace_s, signal.SIGTERM), (TERMINATE_GRACE_S, signal.SIGKILL)):
             with suppress(TimeoutError):
                 async with asyncio.timeout(grace_s):
                     await self.process.wait()

@@ -15,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from shoal.node.training.checkpoint import Checkpoint, CheckpointStore, Position, Tally
 from shoal.node.training.messages import (
+    EVERYTHING,
     NOT_FINITE,
+    OPTIMIZER,
     Begin,
     Command,
     Evaluate,
@@ -28,12 +31,14 @@ from shoal.node.training.messages import (
     Progress,
     Ready,
     Report,
+    Resumed,
     Sample,
     Sampled,
     Start,
     Started,
+    trim_detail,
 )
-from shoal.node.training.strategy import STRATEGIES, load_parameters
+from shoal.node.training.strategy import STRATEGIES, load_parameters, load_tensors
 from shoal.node.training.tasks import make_task
 from shoal.protocol.errors import ConfigError, ManifestError
 
@@ -60,13 +65,18 @@ class InnerLoop:
         self._base: FloatVector = memory[0]
         self._local: FloatVector = memory[1]
         self._batches_done = work.batches_done
+        self._saved_at = -1  # batches done at the newest checkpoint
         self._restarts = 0
         self._round = 0
         self._frozen = False
         self._work = _Tally()  # what `local` holds beyond the base
         self._pace = _Tally()  # towards the next Ready
         self._shown = _Tally()  # since the last Progress
+        self._resumes: Position | None = None  # until the first Begin or Merge
+        self._handed_over = False
         self.training = False
+        self._checkpoints = CheckpointStore(Path(start.checkpoints), work) if start.checkpoints else None
+        self._resumed = Resumed() if self._checkpoints is None else self._resume(self._checkpoints)
 
     def started(self) -> Started:
         """The first report."""
@@ -76,15 +86,19 @@ class InnerLoop:
             elements=self._base.size,
             train_bytes=self._batches.train_bytes,
             held_out_bytes=self._batches.held_out_bytes,
+            resumed=self._resumed,
         )
 
     def handle(self, command: Command, now_s: float) -> Iterator[Report]:
         """Obey; Start and Stop are the caller's."""
         match command:
             case Begin():
+                position, self._resumes = self._resumes, None
                 if command.adopt:
                     self._strategy.adopt(self._base)
                 self._begin(command.round, now_s, adopted=command.adopt)
+                if position is not None and not command.adopt:
+                    yield from self._go_on(position, now_s)
             case Merge():
                 self._merge(command, now_s)
             case Freeze():
@@ -105,6 +119,8 @@ class InnerLoop:
         self._batches_done += 1
         with self._precision():
             loss = self._task.loss(self._model, batch)
+        if self._checkpoints is not None:
+            self._checkpoints.journal.note(self._batches_done)
         if not self._strategy.step(loss):
             yield self._go_back(f"the loss or its gradient at batch {self._batches_done - 1}", now_s)
             return
@@ -124,9 +140,11 @@ class InnerLoop:
             self._shown = _Tally(since_s=now_s)
             self._frozen = False
         self._round = round
+        self._handed_over = False
         self.training = True
 
     def _merge(self, merge: Merge, now_s: float) -> None:
+        self._resumes = None
         if merge.adopt_all:
             self._strategy.adopt(self._base)
         else:
@@ -149,13 +167,16 @@ class InnerLoop:
         if not self._strategy.export(self._local):
             return self._go_back("the local parameters", now_s)
         self.training = False
+        self._handed_over = True
         self._restarts = 0
+        problem = self._try_save(now_s)
         return Ready(
             round=self._round,
             steps=self._work.steps,
             tokens=self._work.tokens,
             loss_mean=self._pace.loss_sum / self._pace.steps,
             batches_done=self._batches_done,
+            problem=problem,
         )
 
     def _go_back(self, what: str, now_s: float) -> Report:
@@ -165,6 +186,71 @@ class InnerLoop:
         fatal = self._restarts > RESTARTS_MAX
         self.training = not fatal
         return Failed(reason=NOT_FINITE, detail=f"not finite: {what}, in round {self._round}", fatal=fatal)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _resume(self, checkpoints: CheckpointStore) -> Resumed:
+        """Stand where the newest checkpoint stood, unless more than it holds has been contributed since."""
+        ends = [end for _, end in checkpoints.journal.lives()]
+        found = checkpoints.load()
+        extent = Resumed().extent if found is None else self._take(found)
+        position = found.position if found is not None and extent == EVERYTHING else None
+        if position is not None:
+            self._resumes = position
+            self._batches_done = self._saved_at = position.batches_done
+        elif ends and checkpoints.is_foreign:
+            self._batches_done = max(self._batches_done, ends[-1])  # nobody knows what was contributed of them
+        checkpoints.journal.begin(self._batches_done)
+        return Resumed(
+            extent=extent,
+            round=position.round if position else 0,
+            batches_done=self._batches_done,
+            steps=position.local.steps if position else 0,
+            tokens=position.local.tokens if position else 0,
+            waits=position.waits if position else False,
+            steps_lost=max(0, ends[-1] - self._batches_done) if ends else 0,
+        )
+
+    def _take(self, found: Checkpoint) -> str:
+        optimizer, parameters = self._strategy.optimizer_tensors(), self._strategy.parameter_tensors()
+        if found.position.batches_done < self._batches_done:
+            return OPTIMIZER if load_tensors(optimizer, found.tensors) else Resumed().extent
+        if not load_tensors(optimizer | parameters, found.tensors):
+            return Resumed().extent
+        found.restore_random()
+        return EVERYTHING
+
+    def _go_on(self, position: Position, now_s: float) -> Iterator[Report]:
+        """From where the checkpoint stood: what was handed over is handed over again."""
+        self._work = _Tally.of(position.local, now_s)
+        self._pace = _Tally.of(position.pace, now_s)
+        if position.waits:
+            yield self._freeze(now_s)
+
+    def _try_save(self, now_s: float) -> str:
+        """Why there is no checkpoint of this moment; empty where there is one, or should be none."""
+        if self._checkpoints is None or self._saved_at == self._batches_done:
+            return ""
+        position = Position(
+            round=self._round,
+            batches_done=self._batches_done,
+            waits=self._handed_over,
+            local=self._work.read(now_s),
+            pace=self._pace.read(now_s),
+        )
+        try:
+            self._checkpoints.save(position, self._strategy.optimizer_tensors() | self._strategy.parameter_tensors())
+        except OSError as error:
+            return trim_detail(f"the checkpoint at batch {self._batches_done} was not written: {error}")
+        self._saved_at = self._batches_done
+        return ""
+
+    def leave(self, now_s: float) -> None:
+        """The last word before the process ends: what was trained since the last Ready is kept for the next start."""
+        if self.training and self._pace.steps:
+            self._try_save(now_s)
+
+    # -- what is told ----------------------------------------------------------------------------------------------
 
     def _progress(self, loss: float, now_s: float) -> Report:
         rate = self._shown.tokens / (now_s - self._shown.since_s)
@@ -213,6 +299,18 @@ class _Tally:
         self.steps += 1
         self.tokens += tokens
         self.loss_sum += loss
+
+    def read(self, now_s: float) -> Tally:
+        """As a value, for a checkpoint."""
+        age_s = max(0.0, now_s - self.since_s)
+        return Tally(steps=self.steps, tokens=self.tokens, loss_sum=self.loss_sum, age_s=age_s)
+
+    @classmethod
+    def of(cls, tally: Tally, now_s: float) -> "_Tally":
+        """As it was when it was read; the time in between does not count."""
+        made = cls(since_s=now_s - tally.age_s)
+        made.steps, made.tokens, made.loss_sum = tally.steps, tally.tokens, tally.loss_sum
+        return made
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -30,6 +30,10 @@ BAD_INPUT = "bad_input"
 OUT_OF_MEMORY = "out_of_memory"
 NOT_FINITE = "not_finite"
 
+NOTHING = "nothing"
+OPTIMIZER = "optimizer"
+EVERYTHING = "everything"
+
 FloatVector = NDArray[np.float32]
 Detail = Annotated[str, Bound(0, DETAIL_BYTES_MAX)]
 _LENGTH = struct.Struct(">I")
@@ -37,26 +41,30 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What is trained, and where in its data this peer stands. `layout_digest` is the manifest's layout's."""
+    """What is trained, and the batches of this peer's data that are in contributions already: they are not trained on
+    again. `layout_digest` is the manifest's layout's; checkpoints of another `generation` are not gone on from."""
 
     task: Task
     training: Training
     layout_digest: Bytes32
     seed: U63
     peer: Peer
+    generation: Bytes32 = bytes(32)
     batches_done: U63 = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """The first frame. `text` is a file or a folder, None means the source of the running Python; 0 `threads` leaves
-    their number to torch. An inner step begins `step_period_s` after the one before at the soonest."""
+    their number to torch. An inner step begins `step_period_s` after the one before at the soonest. `checkpoints` is
+    the folder of the trainer's own checkpoints; without one it has none."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
     threads: Annotated[int, Bound(0, 1024)]
     text: Annotated[str | None, Bound(1, 4096)]
     step_period_s: Annotated[float, Bound(0, 3600)] = 0.0
+    checkpoints: Annotated[str | None, Bound(1, 4096)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +107,24 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Exit."""
+    """Write a checkpoint, where there is a folder for it, and exit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """What a trainer took from its checkpoint. With EVERYTHING it stands where it was, in the training for `round`,
+    `steps` and `tokens` beyond the base; with `waits` it had handed its parameters over, and does so again at the next
+    Begin without `adopt`. With OPTIMIZER the checkpoint was older than what has been contributed: of it only the
+    optimizer's state was taken. `steps_lost` are steps of its last life that are in nothing; their batches from
+    `batches_done` on are trained on again."""
+
+    extent: Annotated[str, Choice((NOTHING, OPTIMIZER, EVERYTHING))] = NOTHING
+    round: U63 = 0
+    batches_done: U63 = 0
+    steps: U63 = 0
+    tokens: U63 = 0
+    waits: bool = False
+    steps_lost: U63 = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +133,7 @@ class Started:
     elements: U63
     train_bytes: U63
     held_out_bytes: U63
+    resumed: Resumed = Resumed()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +151,14 @@ class Progress:
 class Ready:
     """`local` is complete and finite, and holds still until the next Begin or Merge. `steps` and `tokens` are the work
     in it since the base was last adopted; `loss_mean` is over the steps since the last Ready, in nats a token.
-    `batches_done` is the position to store for the next `Work`."""
+    `batches_done` is its position in its data, `problem` why no checkpoint of it was written, where one should be."""
 
     round: U63
     steps: U63
     tokens: U63
     loss_mean: float
     batches_done: U63
+    problem: Detail = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,14 @@ class Strategy(Protocol):
         """Write the local parameters; False, and nothing written, where one of them is not finite."""
         ...
 
+    def parameter_tensors(self) -> dict[str, Tensor]:
+        """The local parameters by name: the live tensors, for a checkpoint to read or to be copied into."""
+        ...
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The inner optimizer's state, likewise."""
+        ...
+
 
 class DiLoCo:
     def __init__(self, model: nn.Module, layout: Layout, training: Training) -> None:
@@ -89,6 +97,12 @@ class DiLoCo:
             first += parameter.numel()
         return True
 
+    def parameter_tensors(self) -> dict[str, Tensor]:
+        return {f"model.{name}": parameter.data for name, parameter in self._model.named_parameters()}
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return self._optimizer.tensors()
+
 
 class AdamW:
     """AdamW (arXiv 1711.05101) by torch's own kernel. Gains and biases, where a model has them, are not decayed.
@@ -97,7 +111,7 @@ class AdamW:
 
     def __init__(self, parameters: list[nn.Parameter], training: Training) -> None:
         self._training = training
-        self._steps = 0
+        self._steps = torch.zeros((), dtype=torch.int64)
         decayed = [parameter for parameter in parameters if parameter.dim() >= 2]
         rest = [parameter for parameter in parameters if parameter.dim() < 2]
         groups = ((decayed, training.weight_decay), (rest, 0.0))
@@ -107,7 +121,7 @@ class AdamW:
     def step(self) -> None:
         """Apply the gradients that the parameters hold."""
         self._steps += 1
-        warmup = min(1.0, self._steps / max(1, self._training.warmup_steps))
+        warmup = min(1.0, int(self._steps) / max(1, self._training.warmup_steps))
         for moments, decay in self._groups:
             adamw(
                 moments.parameters,
@@ -125,6 +139,14 @@ class AdamW:
                 weight_decay=decay,
                 eps=ADAM_EPSILON,
             )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live state: whoever copies into these tensors puts the optimizer where another one was."""
+        found = {"optimizer.steps": self._steps}
+        for number, (moments, _) in enumerate(self._groups):
+            for name, members in (("first", moments.first), ("second", moments.second), ("steps", moments.steps)):
+                found |= {f"optimizer.{number}.{name}.{at}": one for at, one in enumerate(members)}
+        return found
 
 
 class _Moments:
@@ -155,6 +177,18 @@ def load_parameters(model: nn.Module, base: FloatVector, first: int = 0, last: i
         if low < high:
             parameter.view(-1)[low - offset : high - offset].copy_(source[low:high])
         offset += parameter.numel()
+
+
+@torch.no_grad()
+def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> bool:
+    """Copy by name; False, and nothing copied, where a name, a shape or a type is missing or another one."""
+    for name, one in target.items():
+        given = source.get(name)
+        if given is None or given.shape != one.shape or given.dtype != one.dtype:
+            return False
+    for name, one in target.items():
+        one.copy_(source[name])
+    return True
 
 
 def included_ranges(included: bytes, part_elements: int, elements: int) -> Iterator[tuple[int, int]]:

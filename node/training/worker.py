@@ -3,7 +3,7 @@
 It joins a socket and an inner loop: commands are read between two steps, or waited for while there is nothing to train.
 
 Invariant: the process never outlives its daemon, not even in the middle of a step, and writes nothing but its socket,
-its half of the shared memory and its standard error.
+its half of the shared memory, its standard error and its own folder of checkpoints.
 """
 
 import ctypes
@@ -92,6 +92,7 @@ def serve(channel: Channel, memory: np.ndarray[tuple[int, int], np.dtype[np.floa
     while True:
         for command in commands:
             if isinstance(command, Stop):
+                loop.leave(time.monotonic())
                 return
             channel.send(loop.handle(command, time.monotonic()))
         if loop.training and time.monotonic() >= step_due_s:

@@ -508,11 +508,8 @@ class Peer:
         self.reporter.note(note)
 
     async def _committed(self, certificate: Certificate, head: Head) -> None:
-        result, frozen = certificate.result, self.exchange.frozen
-        members = [member.peer for member in result.members]
-        included: tuple[int, ...] = ()
-        if frozen is not None and frozen.round == result.round and self.me in members:
-            included = self.state.contributor.settle(frozen, result, members.index(self.me))
+        result = certificate.result
+        included = await self.state.settle(result, self.me)
         self.presence.ready = None
         if hasattr(self.compute, "trainer"):
             await self.compute.committed(result, included)

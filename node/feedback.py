@@ -1,0 +1,226 @@
+"""Error feedback on the disk: the residual, and the contributions of the open round that may still be counted.
+
+What a peer produced is what was applied of it plus the residual, to the bit, over kill -9: the residual that a
+contribution leaves is durable before the contribution is offered, and when a certificate counts it, the residual and
+the record of what it was settled by change in one transaction. Which of the two a restart finds, it can go on from:
+the certificate is on the disk before, too, and settling is looked up there again. So a disk that takes no writes
+costs nothing at first: only no further contribution is offered until it takes them again.
+
+Files are named by their digest; the record in the ledger's store names those that count. Blocking calls.
+
+Invariants: at most PENDING_MAX contributions of one round are kept, and none is forgotten while its round is open; the
+same contribution is settled once.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from shoal.node.blobs import sync_path
+from shoal.node.ledger_store import LedgerStore, StoreError
+from shoal.protocol.codecs import Float32s
+from shoal.protocol.contribution import Contributor, Frozen
+from shoal.protocol.errors import ShoalError
+from shoal.protocol.identity import PeerId
+from shoal.protocol.messages import PARTS_MAX, Result
+from shoal.protocol.quorum import make_bitmap
+from shoal.protocol.state import chunk_digests
+from shoal.protocol.wire import DELTA_BYTES_MAX, U63, Bound, Bytes32, decode_record_untrusted, encode_record
+
+# A peer makes a second contribution to a round only after a restart that lost what the first one was made from.
+PENDING_MAX = 4
+FEEDBACK_NAMESPACE = "feedback"
+FEEDBACK_KEY = b"state"
+_SUFFIX = ".safetensors"
+_TEMPORARY = ".partial"
+_TENSOR = "residual"
+
+log = logging.getLogger(__name__)
+
+
+class FeedbackFull(ShoalError):
+    """So many contributions to the open round are pending that another one is not kept, and so not offered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """A contribution that was offered, or may have been: made from `batches_done` batches, it leaves `residual`."""
+
+    round: U63
+    root: Bytes32
+    batches_done: U63
+    residual: Bytes32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """The last contribution that was counted: of which round, made from how many batches, in which parts."""
+
+    round: U63
+    batches_done: U63
+    parts: Annotated[bytes, Bound(0, PARTS_MAX // 8)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedbackRecord:
+    """`residual` names its file; zeros stand for a residual of zeros. `generation` is drawn when the record is made:
+    the trainer's checkpoints belong to one, so that none outlives the memory of what was contributed of it."""
+
+    generation: Bytes32 = bytes(32)
+    residual: Bytes32 = bytes(32)
+    pending: Annotated[tuple[Pending, ...], Bound(0, PENDING_MAX)] = ()
+    settled: Settled | None = None
+
+
+class FeedbackStore:
+    """One peer's. Without `load` it knows nothing."""
+
+    def __init__(self, folder: Path, ledger: LedgerStore) -> None:
+        self.record = FeedbackRecord()
+        self._is_behind = False  # what is on the disk is older than `record`, and true together with the certificates
+        self._folder = folder
+        self._ledger = ledger
+
+    @property
+    def batches_done(self) -> int:
+        """The batches that are in contributions: of one that was counted, or that may be."""
+        settled = 0 if self.record.settled is None else self.record.settled.batches_done
+        return max([settled, *(one.batches_done for one in self.record.pending)])
+
+    def load(self, contributor: Contributor) -> list[Frozen]:
+        """Fill the residual; the pending contributions, without their bytes. What is damaged is named in the log.
+
+        Raises StoreError."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        raw = self._ledger.get_record(FEEDBACK_NAMESPACE, FEEDBACK_KEY)
+        if raw is None:
+            self._save(FeedbackRecord(generation=os.urandom(32)))
+            return []
+        self.record = decode_record_untrusted(FeedbackRecord, raw, DELTA_BYTES_MAX)
+        residual = self._read(self.record.residual, contributor.residual.size)
+        if residual is None:
+            log.error("the residual of the error feedback is damaged on this disk and lost")
+            self.record = replace(self.record, residual=bytes(32))
+        else:
+            contributor.residual[:] = residual
+        found = [self._restore(one, contributor.residual.size) for one in self.record.pending]
+        kept = tuple(one for one, frozen in zip(self.record.pending, found, strict=True) if frozen is not None)
+        self.record = replace(self.record, pending=kept)
+        self._remove_unnamed()
+        return [frozen for frozen in found if frozen is not None]
+
+    def _restore(self, pending: Pending, elements: int) -> Frozen | None:
+        residual = self._read(pending.residual, elements)
+        if residual is None:
+            log.error("what the contribution to round %d leaves is damaged on this disk", pending.round)
+            return None
+        return Frozen(round=pending.round, encoded=(), digests=(), root=pending.root, norm=0.0, residual_next=residual)
+
+    def hold(self, contributor: Contributor, frozen: Frozen, batches_done: int) -> None:
+        """Durable on return: only then the contribution may be offered. Raises OSError, StoreError, FeedbackFull."""
+        if self._is_behind:
+            self._save(replace(self.record, residual=self._write(contributor.residual)))
+        open_round = tuple(one for one in self.record.pending if one.round == frozen.round)
+        if any(one.root == frozen.root for one in open_round):
+            return
+        if len(open_round) == PENDING_MAX:
+            raise FeedbackFull(f"{PENDING_MAX} contributions to round {frozen.round} are pending")
+        pending = Pending(
+            round=frozen.round, root=frozen.root, batches_done=batches_done, residual=self._write(frozen.residual_next)
+        )
+        self._save(replace(self.record, pending=(*open_round, pending)))
+
+    def settle(self, contributor: Contributor, frozen: Frozen, result: Result, me: PeerId) -> tuple[int, ...]:
+        """Take over what a counted contribution leaves; which parts it was counted in."""
+        members = [member.peer for member in result.members]
+        included = contributor.settle(frozen, result, members.index(me))
+        pending = next((one for one in self.record.pending if one.root == frozen.root), None)
+        if pending is None or not included:
+            return included
+        parts = make_bitmap(frozenset(included), len(result.parts))
+        settled = Settled(round=result.round, batches_done=pending.batches_done, parts=parts)
+        is_whole = len(included) == len(result.parts)
+
+        def write() -> FeedbackRecord:
+            residual = pending.residual if is_whole else self._write(contributor.residual)
+            return replace(self.record, residual=residual, settled=settled, pending=())
+
+        self._try_save(write, replace(self.record, settled=settled, pending=()))
+        return included
+
+    def forget(self, number: int) -> None:
+        """The rounds up to this one are decided: what is still pending of them was not counted."""
+        kept = tuple(one for one in self.record.pending if one.round > number)
+        # On the disk the next write says so; until then a restart looks it up in the certificates.
+        self.record = replace(self.record, pending=kept)
+
+    def clear(self) -> None:
+        """The residual is zeros from now on. What is pending may be counted all the same."""
+        cleared = replace(self.record, residual=bytes(32))
+        self._try_save(lambda: cleared, cleared)
+
+    def _try_save(self, make: Callable[[], FeedbackRecord], otherwise: FeedbackRecord) -> None:
+        """On a disk that fails the record is `otherwise`, in memory alone, until `hold` finds the disk mended."""
+        try:
+            self._save(make())
+        except (OSError, StoreError) as error:
+            log.error("the error feedback cannot be written now: %s", error)
+            self.record = otherwise
+            self._is_behind = True
+
+    def _save(self, record: FeedbackRecord) -> None:
+        self._ledger.put_record(FEEDBACK_NAMESPACE, FEEDBACK_KEY, encode_record(record))
+        self.record = record
+        self._is_behind = False
+        self._remove_unnamed()
+
+    def _remove_unnamed(self) -> None:
+        named = {
+            self._path(digest) for digest in (self.record.residual, *(one.residual for one in self.record.pending))
+        }
+        for path in self._folder.iterdir():
+            if path not in named:
+                path.unlink(missing_ok=True)
+
+    def _write(self, residual: Float32s) -> bytes:
+        digest = digest_residual(residual)
+        path = self._path(digest)
+        if not path.exists():
+            temporary = path.with_suffix(_TEMPORARY)
+            try:
+                save_file({_TENSOR: residual}, temporary)
+            except SafetensorError as error:  # what this library makes of every failed write
+                temporary.unlink(missing_ok=True)
+                raise OSError(f"{temporary} cannot be written: {error}") from error
+            sync_path(temporary)
+            temporary.replace(path)
+            sync_path(self._folder)
+        return digest
+
+    def _read(self, digest: bytes, elements: int) -> Float32s | None:
+        if digest == bytes(32):
+            return np.zeros(elements, np.float32)
+        try:
+            with safe_open(self._path(digest), framework="numpy") as file:
+                residual: Float32s = file.get_tensor(_TENSOR)
+        except (OSError, SafetensorError):
+            return None
+        if residual.shape != (elements,) or residual.dtype != np.float32 or digest_residual(residual) != digest:
+            return None
+        return residual
+
+    def _path(self, digest: bytes) -> Path:
+        return self._folder / (digest.hex() + _SUFFIX)
+
+
+def digest_residual(residual: Float32s) -> bytes:
+    """The digest that names a residual."""
+    return blake3(chunk_digests(residual), derive_key_context="shoal residual").digest()

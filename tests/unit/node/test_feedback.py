@@ -1,0 +1,257 @@
+"""Error feedback over kill -9: what was produced is what was applied plus the residual, to the bit."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+
+from shoal.node import feedback
+from shoal.node.blobs import BlobStore
+from shoal.node.feedback import PENDING_MAX, FeedbackFull, FeedbackStore
+from shoal.node.ledger_store import LedgerStore
+from shoal.node.local_state import LocalState, Stores
+from shoal.node.snapshots import SnapshotStore
+from shoal.protocol.codecs import CODECS, Float32s
+from shoal.protocol.contribution import Contributor, Frozen
+from shoal.protocol.messages import Certificate
+from shoal.protocol.quorum import make_bitmap
+from tests.unit.node.node_samples import LEDGER, Swarm, make_samples
+from tests.unit.protocol.samples import PEERS, certify, make_update
+
+ME = PEERS[0]
+SWARM: Swarm = make_samples(founders=3, snapshot_every=3)
+PARTS = SWARM.manifest.parts
+ELEMENTS = SWARM.manifest.layout.elements
+
+
+@contextmanager
+def alive(folder: Path) -> Iterator[LocalState]:
+    """A peer's state; leaving is kill -9: nothing is written any more."""
+    folder.mkdir(exist_ok=True)
+    with LedgerStore.open(folder / LEDGER) as ledger:
+        stores = Stores(
+            ledger=ledger,
+            blobs=BlobStore(folder / "blobs"),
+            snapshots=SnapshotStore(folder / "snapshots"),
+            snapshots_kept=2,
+            feedback=FeedbackStore(folder / "feedback", ledger),
+        )
+        params, momentum = (np.zeros(ELEMENTS, np.float32) for _ in range(2))
+        state = LocalState(SWARM.manifest, SWARM.id, stores, params, momentum)
+        asyncio.run(state.restore())
+        yield state
+
+
+def work_on(base: Float32s, seed: int) -> Float32s:
+    """Local parameters after some training."""
+    local: Float32s = base + np.random.Generator(np.random.Philox(seed)).standard_normal(ELEMENTS).astype(np.float32)
+    return local
+
+
+def count(
+    state: LocalState, frozen: Frozen | None, parts: frozenset[int], seed: int
+) -> tuple[Certificate, dict[bytes, bytes]]:
+    """A certified update after the head that counts these parts of a contribution."""
+    certificate, encoded = make_update(SWARM.manifest, state.head, seed, SWARM.id)
+    result = certificate.result
+    members = result.members
+    if frozen is not None:
+        members = (replace(members[0], contribution_root=frozen.root), *members[1:])
+    bitmaps = [make_bitmap(frozenset({0, 1, 2} if part in parts else {1, 2}), 3) for part in range(PARTS)]
+    new = tuple(replace(one, contributors=bitmap) for one, bitmap in zip(result.parts, bitmaps, strict=True))
+    return certify(replace(result, members=members, parts=new), swarm=SWARM.id), encoded
+
+
+async def commit(state: LocalState, certificate: Certificate, encoded: dict[bytes, bytes]) -> None:
+    await state.commit(certificate, lambda digest: memoryview(encoded[digest]))
+    await state.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One round: which parts count it, and where the peer dies in it."""
+
+    parts: frozenset[int]
+    dies_after_freeze: bool
+    dies_after_commit: bool
+    misses: bool  # the round is certified with another peer's word for this one
+
+
+STEPS = st.builds(
+    Step,
+    st.frozensets(st.integers(0, PARTS - 1)) | st.just(frozenset(range(PARTS))),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 4).map(lambda one: one == 0),
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEPS, min_size=1, max_size=6))
+def test_nothing_is_lost_or_counted_twice_wherever_it_dies(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
+) -> None:
+    folder = tmp_path_factory.mktemp("peer")
+    reference = Contributor(SWARM.manifest)
+    codec = CODECS[SWARM.manifest.rounds.codec]
+    for number, step in enumerate(steps, 1):
+        with alive(folder) as state:
+            assert np.array_equal(state.contributor.residual, reference.residual)
+            base = state.replica.params.copy()
+            local = work_on(base, number)
+            expected = reference.freeze(number, base, local)
+            produced = (base - local) + reference.residual
+            frozen = asyncio.run(state.freeze(local, 10 * number))
+            assert (frozen.root, frozen.encoded) == (expected.root, expected.encoded)
+            if not step.dies_after_freeze:
+                asyncio.run(advance(state, frozen, step, number))
+        if step.dies_after_freeze:
+            with alive(folder) as state:
+                assert state.batches_done == 10 * number, "it may be counted"
+                asyncio.run(advance(state, frozen, step, number))
+        with alive(folder) as state:
+            included = () if step.misses else tuple(sorted(step.parts))
+            settle_reference(reference, expected, included)
+            residual = state.contributor.residual
+            assert np.array_equal(residual, reference.residual)
+            for part in included:
+                first, end = SWARM.manifest.part_range(part)
+                applied = np.empty(end - first, np.float32)
+                codec.decode_untrusted(frozen.encoded[part], end - first, applied)
+                assert np.array_equal(applied + residual[first:end], produced[first:end])
+            if included:
+                assert state.settled is not None
+                assert (state.settled.round, state.settled.batches_done) == (number, 10 * number)
+                assert state.settled.parts == make_bitmap(frozenset(included), PARTS)
+
+
+async def advance(state: LocalState, frozen: Frozen, step: Step, number: int) -> None:
+    certificate, encoded = count(state, None if step.misses else frozen, step.parts, 100 + number)
+    await commit(state, certificate, encoded)
+    if step.dies_after_commit:
+        return
+    included = await state.settle(certificate.result, ME)
+    assert included == (() if step.misses else tuple(sorted(step.parts)))
+
+
+def settle_reference(reference: Contributor, expected: Frozen, included: tuple[int, ...]) -> None:
+    for part in included:
+        first, end = SWARM.manifest.part_range(part)
+        reference.residual[first:end] = expected.residual_next[first:end]
+
+
+def test_the_same_work_makes_the_same_contribution_after_a_restart(tmp_path: Path) -> None:
+    with alive(tmp_path) as state:
+        base = state.replica.params.copy()
+        first = asyncio.run(state.freeze(work_on(base, 1), 5))
+    with alive(tmp_path) as state:
+        again = asyncio.run(state.freeze(work_on(base, 1), 5))
+        assert again.root == first.root
+        assert state.stores.feedback is not None and len(state.stores.feedback.record.pending) == 1
+
+
+def test_either_of_two_contributions_to_a_round_may_be_counted(tmp_path: Path) -> None:
+    for chosen in (0, 1):
+        folder = tmp_path / str(chosen)
+        made = []
+        for seed in (1, 2):
+            with alive(folder) as state:
+                made.append(asyncio.run(state.freeze(work_on(state.replica.params, seed), seed)))
+        with alive(folder) as state:
+            certificate, encoded = count(state, made[chosen], frozenset(range(PARTS)), 7)
+            asyncio.run(commit(state, certificate, encoded))
+            assert asyncio.run(state.settle(certificate.result, ME)) == tuple(range(PARTS))
+            assert np.array_equal(state.contributor.residual, made[chosen].residual_next)
+            assert state.settled is not None and state.settled.batches_done == chosen + 1
+
+
+def test_contributions_to_one_round_are_bounded(tmp_path: Path) -> None:
+    with alive(tmp_path) as state:
+        for seed in range(PENDING_MAX):
+            asyncio.run(state.freeze(work_on(state.replica.params, seed), seed))
+        with pytest.raises(FeedbackFull):
+            asyncio.run(state.freeze(work_on(state.replica.params, 99), 99))
+        assert len(list((tmp_path / "feedback").iterdir())) == PENDING_MAX
+        certificate, encoded = count(state, None, frozenset(), 7)
+        asyncio.run(commit(state, certificate, encoded))
+        assert asyncio.run(state.settle(certificate.result, ME)) == ()
+        assert state.batches_done == 0, "none of them was counted"
+        asyncio.run(state.freeze(work_on(state.replica.params, 99), 99))
+        assert len(list((tmp_path / "feedback").iterdir())) == 1, "what nothing names is removed"
+
+
+def test_a_disk_that_fails_costs_no_feedback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    with alive(tmp_path) as state:
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 1))
+        certificate, encoded = count(state, frozen, frozenset({0}), 7)
+        asyncio.run(commit(state, certificate, encoded))
+        with monkeypatch.context() as context:
+            context.setattr(feedback, "save_file", fail)
+            assert asyncio.run(state.settle(certificate.result, ME)) == (0,)
+            residual = state.contributor.residual.copy()
+            with pytest.raises(OSError, match="No space left"):
+                asyncio.run(state.freeze(work_on(state.replica.params, 2), 2))
+        asyncio.run(state.freeze(work_on(state.replica.params, 2), 2))
+        assert state.settled is not None and state.settled.parts == make_bitmap(frozenset({0}), PARTS)
+    with alive(tmp_path) as state:
+        assert np.array_equal(state.contributor.residual, residual)
+        assert state.batches_done == 2
+
+
+def test_killed_while_the_disk_fails_the_certificate_still_settles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    with alive(tmp_path) as state:
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 1))
+        certificate, encoded = count(state, frozen, frozenset({1}), 7)
+        asyncio.run(commit(state, certificate, encoded))
+        with monkeypatch.context() as context:
+            context.setattr(feedback, "save_file", fail)
+            asyncio.run(state.settle(certificate.result, ME))
+        residual = state.contributor.residual.copy()
+        assert residual.any()
+    with alive(tmp_path) as state:
+        assert np.array_equal(state.contributor.residual, residual)
+
+
+def test_forgetting_is_durable_and_a_new_life_has_the_same_generation(tmp_path: Path) -> None:
+    with alive(tmp_path) as state:
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 1))
+        certificate, encoded = count(state, frozen, frozenset(range(PARTS)), 7)
+        asyncio.run(commit(state, certificate, encoded))
+        asyncio.run(state.settle(certificate.result, ME))
+        assert state.contributor.residual.any()
+        asyncio.run(state.forget_residual())
+        generation = state.generation
+        assert generation != bytes(32)
+    with alive(tmp_path) as state:
+        assert not state.contributor.residual.any()
+        assert state.generation == generation
+
+
+def test_a_damaged_residual_is_named_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with alive(tmp_path) as state:
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 1))
+        certificate, encoded = count(state, frozen, frozenset(range(PARTS)), 7)
+        asyncio.run(commit(state, certificate, encoded))
+        asyncio.run(state.settle(certificate.result, ME))
+    (path,) = (tmp_path / "feedback").iterdir()
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+    with alive(tmp_path) as state:
+        assert not state.contributor.residual.any()
+    assert "the residual of the error feedback is damaged" in caplog.text
