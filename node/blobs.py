@@ -6,6 +6,7 @@ power cut; either way it is checked before it is used. Blocking calls: the daemo
 Invariant: `read` returns bytes with the asked digest, or None; `sync` returns only when its blobs survive a power cut.
 """
 
+import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from blake3 import blake3
 SYNCS_AT_ONCE = 8
 
 _TEMPORARY = ".partial"
+
+log = logging.getLogger(__name__)
 
 
 class BlobStore:
@@ -85,6 +88,7 @@ class BlobStore:
         except FileNotFoundError:
             return None
         if blake3(raw).digest() != digest:
+            log.warning("%s is damaged and was removed; it is fetched from other peers when needed", self._path(digest))
             self.remove(digest)
             return None
         self._whole.add(digest)

@@ -15,13 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shoal.protocol.errors import ConfigError
-from shoal.protocol.identity import SEED_BYTES, Identity
+from shoal.protocol.identity import SEED_BYTES, Identity, format_peer_id
 
 IDENTITY_FILE = "identity.key"
 OWNER_FILE = "owner.key"
 INCARNATION_FILE = "incarnation"
 
 _HEADER = "# shoal Ed25519 seed. Keep it secret and keep a copy: whoever holds it is this peer or this swarm's owner."
+_PEER_NOTE = "# Its peer id: "
 _FILE_BYTES_MAX = 4096
 _INCARNATION_MAX = 2**63 - 1
 
@@ -32,7 +33,8 @@ def create_identity(path: Path) -> Identity:
     _make_folder(path)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        _write_durably(draft, f"{_HEADER}\n{seed.hex()}\n")
+        identity = Identity(seed)
+        _write_durably(draft, f"{_HEADER}\n{seed.hex()}\n{_PEER_NOTE}{format_peer_id(identity.peer)}\n")
         # A link, unlike a rename, never replaces what is there.
         os.link(draft, path)
         _sync_folder(path)
@@ -43,7 +45,7 @@ def create_identity(path: Path) -> Identity:
     finally:
         with suppress(OSError):
             draft.unlink()
-    return Identity(seed)
+    return identity
 
 
 def load_identity(path: Path) -> Identity:
@@ -60,13 +62,17 @@ def load_identity(path: Path) -> Identity:
         fix = f"run: chmod 600 {shlex.quote(str(path))}"
         raise ConfigError(str(path), f"can be read or changed by others (mode {mode:04o})", fix)
     header, _, rest = raw.partition(b"\n")
-    digits = rest.strip()
+    digits, _, note = rest.strip().partition(b"\n")
     if header.decode(errors="replace") != _HEADER or len(digits) != 2 * SEED_BYTES:
         raise _damaged(path)
     try:
-        return Identity(bytes.fromhex(digits.decode("ascii")))
+        identity = Identity(bytes.fromhex(digits.decode("ascii")))
     except ValueError as error:
         raise _damaged(path) from error
+    # A seed with one wrong digit is a seed, too. Files of earlier releases have no note.
+    if note and note != f"{_PEER_NOTE}{format_peer_id(identity.peer)}".encode():
+        raise _damaged(path)
+    return identity
 
 
 def load_or_create_identity(path: Path) -> Identity:

@@ -49,8 +49,7 @@ def read_manifest_file(path: Path) -> tuple[bytes, bytes]:
 def choose_swarm(config: NodeConfig) -> SwarmChoice:
     """What the configuration says; raises ConfigError where its pieces contradict each other."""
     uri = parse_uri(config.node.swarm) if config.node.swarm else None
-    stored = config.data_path / MANIFEST_FILE
-    signed, swarm = read_manifest_file(stored) if stored.exists() else (None, None)
+    signed, swarm = _read_stored(config)
     if config.node.manifest is not None:
         given, given_swarm = read_manifest_file(Path(config.node.manifest))
         if swarm not in (None, given_swarm):
@@ -66,6 +65,23 @@ def choose_swarm(config: NodeConfig) -> SwarmChoice:
         raise ConfigError("node.manifest", "neither a manifest nor a swarm is given", fix)
     bootstraps = tuple(dict.fromkeys((*(uri.bootstraps if uri else ()), *config.control.bootstraps)))
     return SwarmChoice(swarm=chosen, bootstraps=bootstraps, signed=signed)
+
+
+def _read_stored(config: NodeConfig) -> tuple[bytes, bytes] | tuple[None, None]:
+    """The manifest of an earlier start. One that is damaged gives way where it can be had again."""
+    stored = config.data_path / MANIFEST_FILE
+    if not stored.exists():
+        return None, None
+    try:
+        return read_manifest_file(stored)
+    except ConfigError as error:
+        if config.node.swarm is None and config.node.manifest is None:
+            fix = "start it once with --swarm URI or --manifest FILE: then the manifest is fetched or copied again"
+            raise ConfigError(str(stored), error.problem, fix) from error
+        aside = stored.with_suffix(".damaged")
+        stored.replace(aside)
+        log.warning("%s: %s; it is kept as %s and had again", stored, error.problem, aside.name)
+        return None, None
 
 
 def store_manifest(config: NodeConfig, signed: bytes) -> None:

@@ -12,6 +12,7 @@ chunk that is read for use matches the index; at most LEASES_MAX lent snapshots 
 and none for longer than LEASE_S_MAX.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -33,6 +34,8 @@ _TEMPORARY = ".partial"
 LEASE_S = 60.0
 LEASE_S_MAX = 4 * 3600.0
 LEASES_MAX = 2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,8 @@ class SnapshotStore:
         """Delete what a crash left: half-written and damaged snapshots. Only for the process that writes here."""
         whole = {snapshot.path.stem for snapshot in self._snapshots.values()}
         for path in self._folder.iterdir():
+            if path.suffix != _TEMPORARY and path.stem not in whole:
+                log.warning("%s has no counterpart, or one of the two is damaged: it was removed", path)
             if path.suffix == _TEMPORARY or path.stem not in whole:
                 path.unlink()
 
