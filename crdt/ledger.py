@@ -34,7 +34,6 @@ from shoal.crdt.entries import (
     DEPS_MAX,
     NO_ENTRY,
     Batch,
-    ChainPosition,
     Entry,
     EntryContent,
     measure_batch_bytes,
@@ -67,6 +66,7 @@ from shoal.crdt.kinds import (
     encode_body,
 )
 from shoal.crdt.merge import RememberedPredicate, RoundPredicate
+from shoal.crdt.own_chain import OwnPositions
 from shoal.crdt.pending import PendingBatches
 from shoal.crdt.standing import Standing
 from shoal.protocol.errors import ProtocolError, Refusal, ShoalError
@@ -166,7 +166,7 @@ class Ledger:
         self._chain = self._begin_chain(rules.begin_chain())
         self._era = FIRST_ERA
         self._oldest_era = FIRST_ERA
-        self._own: dict[int, ChainPosition] = {}
+        self._own = OwnPositions()
         self._is_valid_snapshot = RememberedPredicate(rules.is_valid_snapshot)
         self._fold = self._make_fold()
         self._fold_mark: tuple[int, int] | None = None
@@ -205,12 +205,11 @@ class Ledger:
     def own_slot(self) -> Slot:
         """The slot of this peer's next lease."""
         era = self._choose_era(())
-        return Slot(era, self._position(era).seq)
+        return Slot(era, self.next_seq(era))
 
-    @property
-    def own_seq(self) -> int:
-        """The sequence number in it."""
-        return self.own_slot.seq
+    def next_seq(self, era: int) -> int:
+        """The sequence number that this peer's next entry in this era has, as far as it knows."""
+        return self._own.position(era).seq
 
     @property
     def forks(self) -> Mapping[PeerId, Slot]:
@@ -238,7 +237,7 @@ class Ledger:
         for batch in batches:
             self._check_constants(batch)
             if batch.author == self._identity.peer:
-                self._advance_own_chain(batch)
+                self._own.advance(batch)
             fresh = self._drop_known(batch)
             if fresh is not None:
                 self._admit(fresh)
@@ -266,6 +265,7 @@ class Ledger:
         self._oldest_era = oldest_era
         self._pending.drop_older(oldest_era)
         self._forget_entries()
+        self._own.forget_before(oldest_era)
         settled = last_settled_round(self._era, self._rules.rounds_per_era)
         self._chain.truncate(settled, oldest_era)
         self._is_valid_snapshot = RememberedPredicate(self._rules.is_valid_snapshot)
@@ -290,9 +290,9 @@ class Ledger:
                 f"its entries no longer count. Fix: {self._explain_way_back()}"
             )
         era = self._choose_era(drafts)
-        own = self._position(era)
+        own = self._own.position(era)
         deps = self._choose_deps(era, wall_ms)
-        hlc = merge(self._newest_own_time(), max((self._entries[dep].hlc for dep in deps), default=HLC_ZERO), wall_ms)
+        hlc = merge(self._own.newest_time, max((self._entries[dep].hlc for dep in deps), default=HLC_ZERO), wall_ms)
         contents = [
             EntryContent(
                 deps=deps if index == 0 else (),
@@ -304,7 +304,7 @@ class Ledger:
         ]
         batch = sign_batch(self._identity, self._rules.swarm, own, contents)
         self._check_constants(batch)
-        self._advance_own_chain(batch)
+        self._own.advance(batch)
         return batch
 
     def accept(self, batch: Batch) -> Outcome:
@@ -502,7 +502,7 @@ class Ledger:
             self._standing.note_entry(entry)
             self._take_verdict(entry_id, entry)
         if batch.author == self._identity.peer:
-            self._advance_own_chain(batch)
+            self._own.advance(batch)
 
     def _take_verdict(self, entry_id: EntryId, entry: Entry) -> None:
         if entry.kind == Kind.CERTIFICATE:
@@ -564,12 +564,6 @@ class Ledger:
 
     # -- the own chain -------------------------------------------------------------------------------------------------
 
-    def _position(self, era: int) -> ChainPosition:
-        return self._own.get(era, ChainPosition(era=era, seq=0, prev=NO_ENTRY, hlc=HLC_ZERO))
-
-    def _newest_own_time(self) -> Hlc:
-        return max((position.hlc for position in self._own.values()), default=HLC_ZERO)
-
     def _choose_era(self, drafts: Sequence[Draft]) -> int:
         """The current era, or a later one in which this peer has written already, or into which a round belongs."""
         if drafts and KIND_RULES[drafts[0].kind].is_owners:
@@ -577,14 +571,7 @@ class Ledger:
         rounds = (draft.body.round for draft in drafts if isinstance(draft.body, RoundBody))
         belong = (era_of_round(number, self._rules.rounds_per_era) for number in rounds)
         after_readmission = self._standing.readmitted_until(self._identity.peer) + 1
-        return max(self._era, *self._own, *belong, after_readmission)
-
-    def _advance_own_chain(self, batch: Batch) -> None:
-        last = batch.entries[-1]
-        if last.seq >= self._position(batch.era).seq:
-            self._own[batch.era] = ChainPosition(era=batch.era, seq=last.seq + 1, prev=batch.tip, hlc=last.hlc)
-            for era in [one for one in self._own if PERMANENT_ERA < one < self._oldest_era]:
-                del self._own[era]
+        return max(self._era, self._own.newest_era, *belong, after_readmission)
 
     def _choose_deps(self, era: int, wall_ms: int) -> tuple[EntryId, ...]:
         # An entry from the future would drag this peer's clock along; one of an excluded author would spread its forks.

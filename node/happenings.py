@@ -77,6 +77,9 @@ REMEDIES: Mapping[Failure, str] = {
     Failure.STORE_UNUSABLE: "nothing is touched; mend the folder's permissions or the disk",
     Failure.STORE_BEHIND: "what is missing comes from other peers; this peer does not vote until that can do no harm",
     Failure.VOTES_FORGOTTEN: "it trains and contributes; the others certify without its vote",
+    Failure.CHAIN_UNCONFIRMED: "it asks other peers where its chain ends, and then goes on",
+    Failure.CHAIN_CLONED: "another process signs with this key; stop one of the two and give it a new identity",
+    Failure.CHAIN_FORKED: "ask the swarm's owner to re-admit it, or start it with a new identity",
 }
 
 

@@ -197,6 +197,13 @@ class LedgerStore:
                     self._assert_goes_on(batch)
                 self._connection.execute(_PUT_BATCH, row)
 
+    def append_recovered(self, batch: Batch) -> None:
+        """Store an own batch that came from another peer, with full durability: as part of the own chain where it goes
+        on from what is stored, and otherwise as what anybody wrote."""
+        with self._transaction(is_full=True):
+            last = self._read_last_own(batch)
+            self._connection.execute(_PUT_BATCH, _make_row(batch, last is None or number_slot(batch, 0) > last))
+
     def truncate(self, truncation: Truncation) -> None:
         """Drop the batches of the eras that the ledger has dropped and put what stays of them in their place, all or
         nothing, with full durability; give the room back to the file system."""
@@ -312,12 +319,18 @@ class LedgerStore:
             return row
 
     def _assert_goes_on(self, batch: Batch) -> None:
-        query = "SELECT MAX(last_seq) FROM batches WHERE author = ? AND is_own AND last_seq >= ? AND last_seq < ?"
-        first, end = (era * ENTRIES_PER_ERA_MAX for era in (batch.era, batch.era + 1))
-        (last,) = self._connection.execute(query, (batch.author, first, end)).fetchone()
+        last = self._read_last_own(batch)
         assert last is None or number_slot(batch, 0) > last, (
             f"{short_peer_id(batch.author)} has signed entry {batch.entries[0].seq} before"
         )
+
+    def _read_last_own(self, batch: Batch) -> int | None:
+        """The last slot of the own chain of the batch's author in its era."""
+        query = "SELECT MAX(last_seq) FROM batches WHERE author = ? AND is_own AND last_seq >= ? AND last_seq < ?"
+        first, end = (era * ENTRIES_PER_ERA_MAX for era in (batch.era, batch.era + 1))
+        (last,) = self._connection.execute(query, (batch.author, first, end)).fetchone()
+        assert last is None or isinstance(last, int), "a STRICT table"
+        return last
 
     @contextmanager
     def _transaction(self, *, is_full: bool) -> Iterator[None]:

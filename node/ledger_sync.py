@@ -2,6 +2,9 @@
 
 Whom to push to and to compare with, and how long, is decided in `shoal.crdt.anti_entropy`.
 
+Nothing is written before other peers have been asked where this peer's own chain ends (`shoal.crdt.own_chain`). What
+was not written meanwhile is made up for period by period: the lease of each era, and certificates that nobody entered.
+
 Invariants: what this peer signs is durable before anyone sees it; what arrives is verified by the ledger before it is
 stored; a conversation is bounded and is taken up again at the next period.
 """
@@ -9,31 +12,50 @@ stored; a conversation is bounded and is taken up again at the next period.
 import asyncio
 import logging
 import os
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from blake3 import blake3
 
 from shoal.crdt.anti_entropy import PERIOD_S, Conversation, PeerChoice
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
-from shoal.crdt.eras import choose_rounds_per_era
+from shoal.crdt.eras import choose_rounds_per_era, era_of_round
 from shoal.crdt.fold import LedgerState
 from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
 from shoal.crdt.ledger import ChainForkedError, Draft, Ledger, LedgerRules
+from shoal.crdt.own_chain import CLONE_MARK, SPREAD_S, OwnChain
 from shoal.crdt.reconciliation import answer
+from shoal.node.certified_log import CertifiedLog
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.node.ledger_store import LedgerStore, StoreError
-from shoal.protocol.errors import ProtocolError
+from shoal.protocol.errors import Failure, ProtocolError
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import (
     Certificate,
     LedgerEntries,
+    Presence,
     Reconcile,
+    Result,
     decode_message_untrusted,
     encode_message,
 )
 from shoal.protocol.wire import encode_record
 
+HELD_PERIOD_S = 1.0  # while this peer may not write yet
+MISSING_ENTERED_MAX = 16  # certificates entered in one period because nobody did
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """The first round that the ledger lacks, and for how many periods."""
+
+    first: Result | None = None
+    periods: int = 0
 
 
 class LedgerSync:
@@ -58,37 +80,58 @@ class LedgerSync:
         self._choice = PeerChoice(os.urandom)
         self._lock = asyncio.Lock()
         self._signed: list[Batch] = []  # at most one: signed, and not stored yet
-        self.forked = False
+        self._log = CertifiedLog(store, rules)
+        self._rounds_per_era = rules.rounds_per_era
+        self._live: Mapping[PeerId, Presence] = {}
+        self._leased_era = 0
+        self._gap = Gap()
+        self._mark_due = False
+        self._fork_told = False
+        self.own_chain = OwnChain(started_ms=_wall_ms(), spread_s=random.SystemRandom().uniform(0, SPREAD_S))
+
+    @property
+    def forked(self) -> bool:
+        """Whether two histories are signed with this peer's key, and its entries do not count."""
+        return self._identity.peer in self.ledger.forks
+
+    @property
+    def held(self) -> Failure | None:
+        """Why this peer writes nothing into the ledger; None where it does."""
+        return Failure.CHAIN_FORKED if self.forked else self.own_chain.held
 
     async def start(self) -> None:
         """Take in what was stored. Call before anything else."""
-        self.ledger.restore(await asyncio.to_thread(self._store.load))
+        base = await asyncio.to_thread(self._store.load_base)
+        self.ledger.restore(await asyncio.to_thread(self._store.load), base)
+        await self._truncate()
 
     def state(self) -> LedgerState:
         """The fold as of now."""
         return self.ledger.fold(_wall_ms())
 
     async def write_lease(self, value: bytes, peers: Sequence[PeerId]) -> None:
-        """Say that this peer takes part, and under which conditions."""
+        """Say that this peer takes part, and under which conditions, unless it may not write (`held`)."""
         await self._write(Draft(kind=Kind.LEASE, body=RegisterBody(value=value)), peers)
 
     async def write_certificate(self, certificate: Certificate, peers: Sequence[PeerId]) -> None:
-        """Enter a certificate, unless the ledger has one of its round."""
+        """Enter a certificate, unless the ledger has one of its round. What cannot be written now is made up for."""
         number = certificate.result.round
         if number not in self.state().certificates:
             body = RoundBody(round=number, value=encode_record(certificate))
             await self._write(Draft(kind=Kind.CERTIFICATE, body=body), peers)
 
-    async def _write(self, draft: Draft, peers: Sequence[PeerId]) -> None:
+    async def _write(self, draft: Draft, peers: Sequence[PeerId], *, is_mark: bool = False) -> None:
+        if self.own_chain.held is not None and not is_mark:
+            return
         async with self._lock:
             stored = await self._store_signed()
             if not self._signed:
                 try:
                     self._signed.append(self.ledger.write([draft], _wall_ms()))
                 except ChainForkedError as error:
-                    if not self.forked:
-                        log.error("%s", error)
-                    self.forked = True
+                    if not self._fork_told:
+                        log.error("%s: %s", Failure.CHAIN_FORKED, error)
+                    self._fork_told = True
                 stored += await self._store_signed()
         if stored:
             await self._push(stored, peers)
@@ -113,23 +156,53 @@ class LedgerSync:
                 log.debug("ledger entries were not pushed: %s", error)
 
     async def take(self, message: LedgerEntries) -> int:
-        """Entries from a peer; how many batches were new. Raises ProtocolError for what no replica may accept."""
+        """Entries from a peer; how many batches were new. Raises ProtocolError for what no replica may accept; what
+        came before that is kept."""
         fresh: list[Batch] = []
         async with self._lock:
-            own_seq = self.ledger.own_seq
-            for raw in message.batches:
-                # Ed25519 takes a quarter of a millisecond; between batches the loop may breathe.
-                fresh += self.ledger.accept(decode_batch_untrusted(raw)).accepted
-                await asyncio.sleep(0)
-            others = [batch for batch in fresh if batch.author != self._identity.peer]
-            if others:
-                await self._keep(others, own=False)
-            for batch in fresh:
-                if batch.author == self._identity.peer:
-                    # A restored backup learns its own later entries from others; a twin's do not go on from ours.
-                    await self._keep([batch], own=batch.entries[0].seq >= own_seq)
-                    own_seq = max(own_seq, batch.entries[-1].seq + 1)
+            try:
+                for raw in message.batches:
+                    # Ed25519 takes a quarter of a millisecond; between batches the loop may breathe.
+                    batch = decode_batch_untrusted(raw)
+                    is_foreign = batch.entries[-1].seq >= self.ledger.next_seq(batch.era)
+                    fresh += self.ledger.accept(batch).accepted
+                    if is_foreign and batch.author == self._identity.peer:
+                        self._meet_own(batch)
+                    await asyncio.sleep(0)
+            finally:
+                await self._keep_fresh(fresh)
+                await self._truncate()
         return len(fresh)
+
+    async def _keep_fresh(self, fresh: Sequence[Batch]) -> None:
+        others = [batch for batch in fresh if batch.author != self._identity.peer]
+        if others:
+            await self._keep(others, own=False)
+        for batch in fresh:
+            if batch.author == self._identity.peer:
+                try:
+                    await asyncio.to_thread(self._store.append_recovered, batch)
+                except StoreError as error:
+                    log.error("an own ledger entry that came from elsewhere was not stored: %s", error)
+
+    def _meet_own(self, batch: Batch) -> None:
+        """An own entry that this process has not written: of before a backup was put back, or of a clone."""
+        was_cloned = self.own_chain.held is Failure.CHAIN_CLONED
+        if self.own_chain.meet(batch.entries[-1].hlc) and not was_cloned:
+            # Whoever was told by a mark is known to the other one already.
+            self._mark_due = not batch.entries[-1].body.startswith(CLONE_MARK)
+            text = "another process signs with this peer's key; nothing more is written here. Fix: stop one of the two"
+            log.error("%s: %s, and give it a new identity", Failure.CHAIN_CLONED, text)
+
+    async def _truncate(self) -> None:
+        """Drop what has no meaning any more, here and on the disk."""
+        done = self.ledger.truncate()
+        if done is not None:
+            try:
+                await asyncio.to_thread(self._store.truncate, done)
+            except StoreError as error:
+                # At the next start the ledger drops it again.
+                log.error("old eras of the ledger were not dropped: %s", error)
 
     async def _keep(self, batches: Sequence[Batch], *, own: bool) -> bool:
         """Make batches durable; whether that worked. What others wrote comes again from others after a restart."""
@@ -160,31 +233,85 @@ class LedgerSync:
             raw = await self._control.request(peer, encode_message(self._swarm, question))
             reply = decode_message_untrusted(self._swarm, raw)
             if not isinstance(reply, LedgerEntries):
-                break
+                return fresh, conversation.found_difference
             fresh += await self.take(reply)
             lacking = conversation.go_on(reply.payload, len(reply.batches))
             if lacking:
                 push = LedgerEntries(payload=b"", batches=lacking)
                 await self._control.send(peer, encode_message(self._swarm, push))
+        # Of eras that this ledger does not know of yet nothing was sent.
+        known = self._live.get(peer)
+        if not fresh and (known is None or self._era_of(known.head_round) <= self.ledger.era):
+            self.own_chain.confirm(peer, time.monotonic())
         return fresh, conversation.found_difference
 
-    async def keep_up(self, list_live: Callable[[], tuple[PeerId, ...]], incarnation: int) -> None:
-        """Compare ledgers with live peers, period after period; write the own lease once that has been done."""
-        leased = False
+    def _era_of(self, round_number: int) -> int:
+        return era_of_round(round_number, self._rounds_per_era)
+
+    async def keep_up(self, list_live: Callable[[], Mapping[PeerId, Presence]], incarnation: int) -> None:
+        """Period after period: compare ledgers with live peers, follow the own log, write what is to be written."""
         while True:
-            live = list_live()
-            for peer in self._choice.choose_for_comparison(live):
-                try:
-                    _, differed = await self._converse(peer)
-                except (PeerUnreachable, RequestRefused, ProtocolError) as error:
-                    log.debug("ledgers were not compared: %s", error)
-                    continue
-                if not differed:
-                    break
-            if not leased:
-                leased = True
-                await self.write_lease(incarnation.to_bytes(8, "big"), live)
-            await asyncio.sleep(PERIOD_S)
+            self._live = list_live()
+            live = tuple(self._live)
+            await self._compare(live)
+            await self._settle()
+            if self._mark_due:
+                self._mark_due = False
+                mark = RegisterBody(value=CLONE_MARK + incarnation.to_bytes(8, "big"))
+                await self._write(Draft(kind=Kind.LEASE, body=mark), live, is_mark=True)
+            if self.held is None:
+                await self._renew_lease(incarnation, live)
+                await self._enter_missing(live)
+            await asyncio.sleep(PERIOD_S if self.held is not Failure.CHAIN_UNCONFIRMED else HELD_PERIOD_S)
+
+    async def _compare(self, live: Sequence[PeerId]) -> None:
+        for peer in self._choice.choose_for_comparison(live):
+            try:
+                _, differed = await self._converse(peer)
+            except (PeerUnreachable, RequestRefused, ProtocolError) as error:
+                log.debug("ledgers were not compared: %s", error)
+                continue
+            if not differed and self.held is not Failure.CHAIN_UNCONFIRMED:
+                break
+
+    async def _settle(self) -> None:
+        """Where the own log is an era ahead of the ledger, or another one since a re-root, the ledger follows."""
+        try:
+            base = await asyncio.to_thread(self._log.find_base, self.ledger)
+            if base is not None:
+                async with self._lock:
+                    await asyncio.to_thread(self._store.put_base, base)
+                    self.ledger.settle(base)
+                    await self._truncate()
+        except StoreError as error:
+            log.error("the ledger was not settled on the certified rounds: %s", error)
+
+    async def _renew_lease(self, incarnation: int, live: Sequence[PeerId]) -> None:
+        """Once after each start and in each era: what is not renewed ends with its era."""
+        era = self.ledger.own_slot.era
+        if self._leased_era != era:
+            await self.write_lease(incarnation.to_bytes(8, "big"), live)
+            self._leased_era = era
+
+    async def _enter_missing(self, live: Sequence[PeerId]) -> None:
+        """Certificates that the ledger lacks a period after it lacked them first are entered by whose turn it is; if
+        the gap stays, by the next one."""
+        try:
+            missing = await asyncio.to_thread(
+                self._log.list_missing, self.state(), self.ledger.base.round, MISSING_ENTERED_MAX
+            )
+        except StoreError as error:
+            log.error("%s", error)
+            return
+        if not missing:
+            self._gap = Gap()
+            return
+        first = missing[0].result
+        self._gap = Gap(first=first, periods=self._gap.periods + 1 if self._gap.first == first else 0)
+        turns = sorted((self._identity.peer, *live), key=lambda peer: blake3(first.previous + peer).digest())
+        if self._gap.periods > turns.index(self._identity.peer):
+            for certificate in missing:
+                await self.write_certificate(certificate, live)
 
 
 def _wall_ms() -> int:

@@ -38,6 +38,14 @@ class Direction(StrEnum):
     RECEIVED = "received"
 
 
+class LedgerHeld(StrEnum):
+    """Those failures for which a peer writes nothing into the ledger."""
+
+    CHAIN_UNCONFIRMED = Failure.CHAIN_UNCONFIRMED.value
+    CHAIN_CLONED = Failure.CHAIN_CLONED.value
+    CHAIN_FORKED = Failure.CHAIN_FORKED.value
+
+
 class Deadline(StrEnum):
     """What may end a phase, by the name that it has in the manifest."""
 
@@ -223,6 +231,10 @@ class Metrics:
         )
         self.snapshot_round = table.gauge("snapshot_round", "The round of the newest snapshot on this disk.")
         self.ledger_entries = table.gauge("ledger_entries", "Entries of the ledger on this disk.")
+        self.ledger_era = table.gauge("ledger_era", "The era of the ledger: old ones are dropped when it grows.")
+        self.ledger_held = table.current(
+            "ledger_held", "1 for why this peer writes nothing into the ledger; 0 where it does.", LedgerHeld, "reason"
+        )
         self.blob_bytes = table.gauge("blob_store_bytes", "Bytes of updates, contributions and snapshots on this disk.")
         self.abstaining = table.gauge("abstaining", "1 while this peer does not vote because its vote record was lost.")
         self.disk_errors = table.counter("disk_errors", "How often this disk has kept the peer from voting.")

@@ -23,7 +23,7 @@ from shoal.node.ledger_sync import LedgerSync
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
 from shoal.node.membership import CLOCK_SKEW_WARN_S, Membership
-from shoal.node.metrics import Direction, Metrics, PeerState, Plane
+from shoal.node.metrics import Direction, LedgerHeld, Metrics, PeerState, Plane
 from shoal.node.status import (
     CatchUpStatus,
     DiskStatus,
@@ -532,7 +532,7 @@ class Reporter:
         metrics.abstaining.set(one.core.abstention is not None)
         metrics.ledger_entries.set(disk.ledger_entries)
         metrics.ledger_era.set(one.ledger.ledger.era)
-        metrics.ledger_held.set(one.ledger.held)
+        metrics.ledger_held.set(None if one.ledger.held is None else LedgerHeld(one.ledger.held))
         metrics.blob_bytes.set(disk.blob_bytes)
         return metrics.render()
 

@@ -74,6 +74,9 @@ class Failure(StrEnum):
     STORE_UNUSABLE = "store_unusable"
     STORE_BEHIND = "store_behind"
     VOTES_FORGOTTEN = "votes_forgotten"
+    CHAIN_UNCONFIRMED = "chain_unconfirmed"
+    CHAIN_CLONED = "chain_cloned"
+    CHAIN_FORKED = "chain_forked"
 
 
 class ShoalError(Exception):

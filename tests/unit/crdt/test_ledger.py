@@ -75,7 +75,7 @@ def test_what_one_writes_another_reads() -> None:
 def test_a_written_batch_is_not_in_the_ledger_until_it_is_accepted() -> None:
     anna = make_ledger(ANNA)
     first, second = anna.write([LEASE], NOW_MS), anna.write([LEASE], NOW_MS)
-    assert (len(anna), anna.own_seq) == (0, 2)
+    assert (len(anna), anna.own_slot.seq) == (0, 2)
     assert second.entries[0].prev == first.tip
     assert anna.accept(second).wanted == (first.tip,)
     assert anna.accept(first).accepted == (first, second)
@@ -346,7 +346,7 @@ def test_a_restored_ledger_signs_no_number_twice_even_if_an_ancestor_was_lost() 
     assert own.entries[0].deps == (lost.tip,)
     reloaded = make_ledger(ANNA)
     reloaded.restore([own])
-    assert (len(reloaded), reloaded.own_seq, reloaded.list_wanted()) == (0, 1, (lost.tip,))
+    assert (len(reloaded), reloaded.own_slot.seq, reloaded.list_wanted()) == (0, 1, (lost.tip,))
     next_own = reloaded.write([LEASE], NOW_MS)
     assert (next_own.entries[0].seq, next_own.entries[0].prev) == (1, own.tip)
     reloaded.accept(next_own)
@@ -368,7 +368,7 @@ def test_a_peer_that_lost_its_store_learns_its_own_chain_from_others() -> None:
         reborn.accept(batch)
     for entry_id in reborn.list_wanted():
         reborn.accept(ben.prove(entry_id))
-    assert (reborn.own_seq, len(reborn)) == (3, 4)
+    assert (reborn.own_slot.seq, len(reborn)) == (3, 4)
 
 
 def test_a_damaged_store_does_not_restore() -> None:

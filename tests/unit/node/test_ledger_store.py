@@ -332,5 +332,5 @@ def test_no_number_is_signed_twice_and_nothing_reported_is_lost_after_kill_9(tmp
         ledger = make_ledger(1)
         ledger.restore(store.load())
     assert ledger.forks == {}
-    assert ledger.own_seq == len(ledger) >= len(reported)
+    assert ledger.own_slot.seq == len(ledger) >= len(reported)
     assert all(bytes.fromhex(entry_id) in ledger for entry_id in reported.values())
