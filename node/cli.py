@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 from shoal.protocol.errors import ConfigError, InputError, ShoalError
 
 if TYPE_CHECKING:
+    from shoal.crdt.entries import Batch
     from shoal.node.config import NodeConfig
-    from shoal.protocol.identity import Identity
+    from shoal.protocol.identity import Identity, PeerId
 
 EXIT_INPUT = 1
 EXIT_FAILS = 3
@@ -96,6 +97,8 @@ def _make_parser() -> argparse.ArgumentParser:
     reroot.add_argument("--owner-key", type=Path, help="default: owner.key in the data directory")
     reroot.set_defaults(run=_run_reroot)
 
+    _add_decree_commands(swarm)
+
     identity = commands.add_parser("id", help="print this peer's id, making its key if there is none")
     identity.add_argument("--data-dir", type=Path)
     identity.set_defaults(run=_run_identity)
@@ -113,6 +116,25 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--report", type=Path, help="write the summary as JSON here, too")
     demo.set_defaults(run=_run_demo)
     return parser
+
+
+def _add_decree_commands(swarm: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    for name, told, run in (
+        ("ban", "the owner bans a peer from the ledger: nothing counts of what it writes", _run_ban),
+        ("unban", "the owner lifts the bans of a peer", _run_unban),
+        ("readmit", "the owner re-admits a peer whose ledger chain has two branches", _run_readmit),
+    ):
+        decree = swarm.add_parser(name, help=told)
+        decree.add_argument("peer", metavar="PEER_ID")
+        decree.add_argument("--data-dir", type=Path, help="of a stopped peer that has heard of everything")
+        decree.add_argument("--owner-key", type=Path, help="default: owner.key in the data directory")
+        if name == "ban":
+            decree.add_argument("--reason", default="", help="for those who read the ledger")
+        if name == "readmit":
+            decree.add_argument(
+                "--entry", metavar="ID", help="the last entry of the branch that stands; else the longest"
+            )
+        decree.set_defaults(run=run)
 
 
 def _add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -277,6 +299,41 @@ def _run_reroot(options: argparse.Namespace) -> int:
     print(f"round      {done.round} names new voters and changes nothing else")
     print(f"before     {', '.join(format_peer_id(peer) for peer in done.old_voters)}")
     print(f"from now   {', '.join(format_peer_id(peer) for peer in done.voters)}")
+    print(f"next       shoal up --data-dir {folder}   (the others get it from this peer)")
+    return 0
+
+
+def _run_ban(options: argparse.Namespace) -> int:
+    from shoal.node.decrees import ban
+
+    return _print_decree(options, lambda folder, key, peer, now_ms: ban(folder, key, peer, options.reason, now_ms))
+
+
+def _run_unban(options: argparse.Namespace) -> int:
+    from shoal.node.decrees import unban
+
+    return _print_decree(options, unban)
+
+
+def _run_readmit(options: argparse.Namespace) -> int:
+    from shoal.crdt.kinds import EntryId
+    from shoal.node.decrees import readmit
+
+    try:
+        stands = EntryId(bytes.fromhex(options.entry)) if options.entry else None
+    except ValueError as error:
+        raise ConfigError("--entry", f"{options.entry!r} is no entry id", "see `shoal ledger show`") from error
+    return _print_decree(options, lambda folder, key, peer, now_ms: readmit(folder, key, peer, now_ms, stands))
+
+
+def _print_decree(options: argparse.Namespace, sign: "Callable[[Path, Path, PeerId, int], Batch]") -> int:
+    from shoal.node.identity_file import OWNER_FILE
+    from shoal.protocol.identity import parse_peer_id
+
+    folder = _data_dir(options.data_dir)
+    owner_key = options.owner_key or folder / OWNER_FILE
+    batch = sign(folder, owner_key, parse_peer_id(options.peer), time.time_ns() // 1_000_000)
+    print(f"decree     {batch.entries[-1].seq} of the owner, entry {batch.tip.hex()}")
     print(f"next       shoal up --data-dir {folder}   (the others get it from this peer)")
     return 0
 

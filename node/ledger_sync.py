@@ -58,20 +58,25 @@ class Gap:
     periods: int = 0
 
 
+def make_rules(manifest: Manifest, swarm: bytes) -> LedgerRules:
+    """What every replica of this swarm's ledger goes by."""
+    return LedgerRules(
+        swarm=swarm,
+        owner=manifest.owner,
+        is_valid_snapshot=lambda number, body: False,
+        authority=manifest.authority(swarm),
+        founders=manifest.founders,
+        rounds_per_era=choose_rounds_per_era(manifest.rounds.snapshot_every),
+    )
+
+
 class LedgerSync:
     """Owns the replica. All calls on the event loop; the store works in threads."""
 
     def __init__(
         self, *, identity: Identity, manifest: Manifest, swarm: bytes, store: LedgerStore, control: ControlPlane
     ) -> None:
-        rules = LedgerRules(
-            swarm=swarm,
-            owner=manifest.owner,
-            is_valid_snapshot=lambda number, body: False,
-            authority=manifest.authority(swarm),
-            founders=manifest.founders,
-            rounds_per_era=choose_rounds_per_era(manifest.rounds.snapshot_every),
-        )
+        rules = make_rules(manifest, swarm)
         self.ledger = Ledger(identity=identity, rules=rules)
         self._identity = identity
         self._swarm = swarm

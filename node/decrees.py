@@ -1,0 +1,152 @@
+"""The owner's word in the ledger: ban a peer, lift a ban, re-admit a peer whose chain has two branches.
+
+It is written into the folder of a peer that is not running; when that peer is started again, the others hear of it. The
+owner has one chain of decrees for all time, so beside its key stands a note of where it ends: with a folder that has
+not heard of the last decree yet, none is signed, because a chain with two branches is heard up to the first of them
+and no further, for ever.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from shoal.crdt.entries import Batch, Entry
+from shoal.crdt.eras import PERMANENT_ERA
+from shoal.crdt.key_set import KEY_END, KEY_FIRST, id_of_key
+from shoal.crdt.kinds import TAG_REMOVALS_MAX, BanBody, EntryId, Kind, ReadmissionBody
+from shoal.crdt.ledger import Draft, Ledger
+from shoal.node.config import MANIFEST_FILE
+from shoal.node.identity_file import load_identity
+from shoal.node.ledger_store import LedgerStore
+from shoal.node.ledger_sync import make_rules
+from shoal.node.manifest_source import read_manifest_file
+from shoal.protocol.errors import ConfigError, ProtocolError
+from shoal.protocol.identity import PeerId, format_peer_id
+from shoal.protocol.manifest import read_manifest_untrusted
+from shoal.protocol.wire import Bound, Bytes32, decode_record_untrusted, encode_record
+
+CHAIN_SUFFIX = ".chain"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ChainEnd:
+    """The last decree that was signed with the key beside it, and how many there are."""
+
+    count: Annotated[int, Bound(1, 2**32)]
+    entry: Bytes32
+
+
+def ban(data_dir: Path, owner_key: Path, peer: PeerId, reason: str, wall_ms: int) -> Batch:
+    """From now on nothing counts that `peer` writes."""
+
+    def draft(ledger: Ledger) -> Draft:
+        return Draft(kind=Kind.BAN, body=BanBody(peer=peer, reason=reason, removes=()))
+
+    return _sign(data_dir, owner_key, draft, wall_ms)
+
+
+def unban(data_dir: Path, owner_key: Path, peer: PeerId, wall_ms: int) -> Batch:
+    """Lift all bans of this peer."""
+
+    def draft(ledger: Ledger) -> Draft:
+        bans = [one.entry for one in ledger.fold(wall_ms).verdicts.bans if one.peer == peer]
+        if not bans:
+            raise ConfigError("PEER_ID", f"{format_peer_id(peer)} is not banned, as far as this folder knows", _START)
+        return Draft(kind=Kind.BAN, body=BanBody(peer=b"", reason="", removes=tuple(bans[:TAG_REMOVALS_MAX])))
+
+    return _sign(data_dir, owner_key, draft, wall_ms)
+
+
+def readmit(data_dir: Path, owner_key: Path, peer: PeerId, wall_ms: int, stands: EntryId | None = None) -> Batch:
+    """Forgive what this peer's chain contradicts itself in. `stands`: the last entry of the branch that counts; by
+    default the longest branch."""
+
+    def draft(ledger: Ledger) -> Draft:
+        slot = ledger.forks.get(peer)
+        if slot is None:
+            problem = f"the chain of {format_peer_id(peer)} has no two branches, as far as this folder knows"
+            raise ConfigError("PEER_ID", problem, _START)
+        entries = _list_entries(ledger, peer)
+        era = max(entry.era for entry in entries.values())
+        # All eras up to the newest one that shows two branches; what comes after it is innocent.
+        forked = [one for one in range(slot.era, era + 1) if _has_branches(entries, one)]
+        named = entries.get(stands) if stands is not None else None
+        if stands is not None and (named is None or named.era != forked[-1]):
+            raise ConfigError("--entry", f"is no entry of this peer in era {forked[-1]}", "leave it out")
+        body = ReadmissionBody(author=peer, era=forked[-1], stands=stands or _choose_branch(entries, forked[-1]))
+        return Draft(kind=Kind.READMISSION, body=body)
+
+    return _sign(data_dir, owner_key, draft, wall_ms)
+
+
+_START = "start the peer of this folder until it has heard of everything, stop it, and try again"
+
+
+def _sign(data_dir: Path, owner_key: Path, make_draft: Callable[[Ledger], Draft], wall_ms: int) -> Batch:
+    if not (data_dir / MANIFEST_FILE).exists():
+        fix = "give the --data-dir of a peer that has taken part in the swarm"
+        raise ConfigError("--data-dir", f"{data_dir} holds no manifest", fix)
+    if not owner_key.exists():
+        raise ConfigError("--owner-key", f"{owner_key} does not exist", "give the key that `shoal swarm create` made")
+    signed, swarm = read_manifest_file(data_dir / MANIFEST_FILE)
+    manifest, _ = read_manifest_untrusted(signed, swarm)
+    owner = load_identity(owner_key)
+    if owner.peer != manifest.owner:
+        fix = "give the key that `shoal swarm create` made for this swarm"
+        raise ConfigError("--owner-key", f"{owner_key} is not the key of this swarm's owner", fix)
+    with LedgerStore.open(data_dir / "ledger.sqlite") as store:
+        ledger = Ledger(identity=owner, rules=make_rules(manifest, swarm))
+        ledger.restore(store.load(), store.load_base())
+        end = _read_end(owner_key)
+        if end is not None and ledger.next_seq(PERMANENT_ERA) < end.count:
+            known = ledger.next_seq(PERMANENT_ERA)
+            problem = f"this folder knows {known} of the owner's {end.count} decrees"
+            raise ConfigError("--data-dir", problem, _START)
+        batch = ledger.write([make_draft(ledger)], wall_ms)
+        # First the note: a decree that is noted and lost is missed, one that is not noted may be signed twice.
+        _write_end(owner_key, _ChainEnd(count=batch.entries[-1].seq + 1, entry=batch.tip))
+        store.append([batch], own=True)
+    return batch
+
+
+def _end_path(owner_key: Path) -> Path:
+    return owner_key.with_suffix(CHAIN_SUFFIX)
+
+
+def _read_end(owner_key: Path) -> _ChainEnd | None:
+    path = _end_path(owner_key)
+    try:
+        return decode_record_untrusted(_ChainEnd, path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ProtocolError as error:
+        raise ConfigError(str(path), f"is damaged: {error}", f"delete it, and {_START}") from error
+
+
+def _write_end(owner_key: Path, end: _ChainEnd) -> None:
+    path = _end_path(owner_key)
+    draft = path.with_name(f".{path.name}.new")
+    try:
+        draft.write_bytes(encode_record(end))
+        draft.replace(path)
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be written: {error.strerror}", "check the folder's rights") from error
+
+
+def _list_entries(ledger: Ledger, author: PeerId) -> dict[EntryId, Entry]:
+    found = ((id_of_key(key), ledger.get(id_of_key(key))) for key in ledger.keys.iterate(KEY_FIRST, KEY_END))
+    return {entry_id: entry for entry_id, entry in found if entry is not None and entry.author == author}
+
+
+def _has_branches(entries: dict[EntryId, Entry], era: int) -> bool:
+    slots = [entry.seq for entry in entries.values() if entry.era == era]
+    return len(set(slots)) < len(slots)
+
+
+def _choose_branch(entries: dict[EntryId, Entry], era: int) -> EntryId:
+    """The last entry of the longest branch; of several the one with the lowest id."""
+    return min(
+        (entry_id for entry_id, entry in entries.items() if entry.era == era),
+        key=lambda entry_id: (-entries[entry_id].seq, entry_id),
+    )

@@ -1,0 +1,145 @@
+"""The owner's decrees: written into a stopped peer's folder, from one chain that never has two branches."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from shoal.crdt.clock import HLC_ZERO, Hlc
+from shoal.crdt.entries import NO_ENTRY, Batch, ChainPosition, EntryContent, sign_batch
+from shoal.crdt.eras import PERMANENT_ERA
+from shoal.crdt.fold import LedgerState
+from shoal.crdt.ledger import Ledger
+from shoal.node.cli import main
+from shoal.node.config import MANIFEST_FILE
+from shoal.node.decrees import ban, readmit, unban
+from shoal.node.ledger_store import LedgerStore
+from shoal.node.ledger_sync import make_rules
+from shoal.protocol.errors import ConfigError
+from shoal.protocol.identity import format_peer_id
+from tests.unit.node.node_samples import LEDGER, Swarm, make_samples
+from tests.unit.protocol.samples import IDENTITIES, PEERS
+
+NOW_MS = 1_700_000_000_000
+OWNER, LIAR = IDENTITIES[0], IDENTITIES[3]
+
+
+@pytest.fixture
+def swarm() -> Swarm:
+    return make_samples()
+
+
+def make_folder(swarm: Swarm, path: Path) -> Path:
+    path.mkdir()
+    (path / MANIFEST_FILE).write_bytes(swarm.signed)
+    return path
+
+
+def make_key(path: Path, seed: bytes) -> Path:
+    path.write_text(
+        "# shoal Ed25519 seed. Keep it secret and keep a copy: whoever holds it is this peer or this swarm's owner.\n"
+        f"{seed.hex()}\n"
+    )
+    path.chmod(0o600)
+    return path
+
+
+def find_seed() -> bytes:
+    (seed,) = [bytes([number]) * 32 for number in range(1, 9) if _is_owner(bytes([number]) * 32)]
+    return seed
+
+
+def _is_owner(seed: bytes) -> bool:
+    return type(OWNER)(seed).peer == OWNER.peer
+
+
+def put(folder: Path, batches: Sequence[Batch]) -> None:
+    with LedgerStore.open(folder / LEDGER) as store:
+        store.append(batches, own=False)
+
+
+def read(swarm: Swarm, folder: Path) -> LedgerState:
+    ledger = Ledger(identity=IDENTITIES[1], rules=make_rules(swarm.manifest, swarm.id))
+    with LedgerStore.open(folder / LEDGER) as store:
+        ledger.restore(store.load(), store.load_base())
+    return ledger.fold(NOW_MS)
+
+
+def lie(swarm: Swarm, values: Sequence[bytes], era: int = 1) -> Batch:
+    contents = [EntryContent(deps=(), hlc=Hlc(at), kind="lease", body=value) for at, value in enumerate(values, 1)]
+    start = ChainPosition(era=era, seq=0, prev=NO_ENTRY, hlc=HLC_ZERO)
+    return sign_batch(LIAR, swarm.id, start, contents)
+
+
+def test_a_ban_holds_until_it_is_lifted(swarm: Swarm, tmp_path: Path) -> None:
+    folder, key = make_folder(swarm, tmp_path / "peer"), make_key(tmp_path / "owner.key", find_seed())
+    put(folder, [lie(swarm, [b"lease"])])
+    assert LIAR.peer in read(swarm, folder).leases
+    batch = ban(folder, key, LIAR.peer, "spam", NOW_MS)
+    assert (batch.author, batch.era) == (swarm.manifest.owner, PERMANENT_ERA)
+    state = read(swarm, folder)
+    assert LIAR.peer not in state.leases and [one.reason for one in state.verdicts.bans] == ["spam"]
+    ban(folder, key, LIAR.peer, "spam again", NOW_MS)
+    unban(folder, key, LIAR.peer, NOW_MS)
+    assert LIAR.peer in read(swarm, folder).leases
+    with pytest.raises(ConfigError, match="is not banned"):
+        unban(folder, key, LIAR.peer, NOW_MS)
+
+
+def test_a_readmission_takes_the_longest_branch_or_the_one_that_is_named(swarm: Swarm, tmp_path: Path) -> None:
+    folder, key = make_folder(swarm, tmp_path / "peer"), make_key(tmp_path / "owner.key", find_seed())
+    short, long = lie(swarm, [b"short"]), lie(swarm, [b"long", b"longer"])
+    with pytest.raises(ConfigError, match="no two branches"):
+        readmit(folder, key, LIAR.peer, NOW_MS)
+    put(folder, [short, long])
+    assert read(swarm, folder).excluded == {LIAR.peer: (1, 0)}
+    readmit(folder, key, LIAR.peer, NOW_MS)
+    assert read(swarm, folder).leases[LIAR.peer].value == b"longer" and not read(swarm, folder).excluded
+    other = make_folder(swarm, tmp_path / "other")
+    key = make_key(tmp_path / "copy.key", find_seed())
+    put(other, [short, long, lie(swarm, [b"one era later"], era=2)])
+    with pytest.raises(ConfigError, match="is no entry of this peer in era 1"):
+        readmit(other, key, LIAR.peer, NOW_MS, NO_ENTRY)
+    assert readmit(other, key, LIAR.peer, NOW_MS, short.tip).entries[0].seq == 0
+    assert read(swarm, other).leases[LIAR.peer].value == b"one era later"
+
+
+def test_a_folder_that_has_not_heard_of_the_last_decree_signs_none(swarm: Swarm, tmp_path: Path) -> None:
+    key = make_key(tmp_path / "owner.key", find_seed())
+    one, other = make_folder(swarm, tmp_path / "one"), make_folder(swarm, tmp_path / "other")
+    first = ban(one, key, LIAR.peer, "", NOW_MS)
+    with pytest.raises(ConfigError, match="knows 0 of the owner's 1 decrees"):
+        ban(other, key, PEERS[2], "", NOW_MS)
+    put(other, [first])
+    second = ban(other, key, PEERS[2], "", NOW_MS)
+    assert second.entries[0].prev == first.tip
+    (tmp_path / "owner.chain").write_bytes(b"?")
+    with pytest.raises(ConfigError, match="is damaged"):
+        ban(other, key, PEERS[2], "", NOW_MS)
+
+
+def test_what_is_missing_or_wrong_is_named(swarm: Swarm, tmp_path: Path) -> None:
+    folder = make_folder(swarm, tmp_path / "peer")
+    stranger = make_key(tmp_path / "stranger.key", b"\x63" * 32)
+    with pytest.raises(ConfigError, match="holds no manifest"):
+        ban(tmp_path, stranger, LIAR.peer, "", NOW_MS)
+    with pytest.raises(ConfigError, match="does not exist"):
+        ban(folder, tmp_path / "no.key", LIAR.peer, "", NOW_MS)
+    with pytest.raises(ConfigError, match="not the key of this swarm's owner"):
+        ban(folder, stranger, LIAR.peer, "", NOW_MS)
+
+
+def test_the_command_line_does_all_three(swarm: Swarm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(swarm, tmp_path / "peer")
+    make_key(folder / "owner.key", find_seed())
+    put(folder, [lie(swarm, [b"one"]), lie(swarm, [b"other"])])
+    where = [format_peer_id(LIAR.peer), "--data-dir", str(folder)]
+    assert main(["swarm", "ban", *where, "--reason", "two histories"]) == 0
+    assert "decree     0 of the owner" in capsys.readouterr().out
+    assert main(["swarm", "readmit", *where]) == 0
+    assert main(["swarm", "unban", *where]) == 0
+    assert read(swarm, folder).leases.keys() == {LIAR.peer}
+    assert main(["swarm", "unban", *where]) == 1
+    assert "is not banned" in capsys.readouterr().err
+    assert main(["swarm", "readmit", *where, "--entry", "xyz"]) == 1
+    assert "is no entry id" in capsys.readouterr().err
