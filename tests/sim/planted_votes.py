@@ -188,8 +188,10 @@ def attempt_led_twice(patches: Patches) -> None:
 def vote_record_forgotten(patches: Patches) -> None:
     """A restart does not read the vote record."""
 
-    def start(old: Any, self: RoundState, setting: Any, head: Any, vote: VoteRecord | None, *args: Any) -> None:
-        old(self, setting, head, None, *args)
+    def start(
+        old: Any, self: RoundState, setting: Any, head: Any, vote: VoteRecord | None, *args: Any, **options: Any
+    ) -> None:
+        old(self, setting, head, None, *args, **options)
 
     patches.wrap(RoundState, "__init__", start)
 
