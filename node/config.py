@@ -104,9 +104,14 @@ class TrainerTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreTable:
-    """[store]: the disk. How many rounds are kept is the manifest's word."""
+    """[store]: the disk. The manifest's `rounds_kept` is the least that every peer keeps of the log."""
 
     snapshots_kept: Annotated[int, Bound(1, 64)] = 2
+    """The newest ones. A few older ones stay beside them, so that every retained round can be rebuilt."""
+    rounds_kept: Annotated[int, Bound(0, 10_000)] = 0
+    """Certified updates that stay, where that is more than the manifest's number."""
+    gib_max: Annotated[float, Bound(0, 1 << 20)] = 0.0
+    """Of updates and snapshots together; older ones go first, but nothing that the swarm relies on. 0 is no limit."""
     free_gib_min: Annotated[float, Bound(0, 1024)] = 1.0
     """With less free space than this a peer stops voting and says so, before the disk is full."""
 

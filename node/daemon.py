@@ -44,6 +44,7 @@ from shoal.node.providers import Providers
 from shoal.node.reach import Reach
 from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
+from shoal.node.retention import GIB
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.running import forget_running, note_running
 from shoal.node.snapshots import SnapshotStore
@@ -182,6 +183,8 @@ class Daemon:
             blobs=await asyncio.to_thread(BlobStore, folder / "blobs"),
             snapshots=await asyncio.to_thread(SnapshotStore, folder / "snapshots"),
             snapshots_kept=self.config.store.snapshots_kept,
+            rounds_kept=self.config.store.rounds_kept,
+            bytes_max=int(self.config.store.gib_max * GIB),
             feedback=FeedbackStore(folder / "feedback", self._store) if self.config.node.role == TRAINER else None,
         )
         params, momentum = self._allocate(self.manifest)

@@ -18,8 +18,9 @@ import numpy as np
 from shoal.node.blobs import BlobStore
 from shoal.node.feedback import FeedbackStore, Settled
 from shoal.node.ledger_store import LedgerStore, StoredCertificate, StoreError
-from shoal.node.snapshots import SnapshotStore
-from shoal.protocol.codecs import Float32s
+from shoal.node.retention import Holdings, Limits, Sizes, first_rebuildable, plan_removal
+from shoal.node.snapshots import LEASES_MAX, SnapshotStore
+from shoal.protocol.codecs import CODECS, Float32s
 from shoal.protocol.contribution import Contributor, Frozen
 from shoal.protocol.effects import VoteRecord
 from shoal.protocol.errors import ProtocolError
@@ -44,6 +45,8 @@ class Stores:
     blobs: BlobStore
     snapshots: SnapshotStore
     snapshots_kept: int
+    rounds_kept: int = 0  # more than the manifest's, where this peer wants them
+    bytes_max: int = 0  # of updates and snapshots; 0 is no limit
     feedback: FeedbackStore | None = None  # of a peer that contributes
 
 
@@ -60,6 +63,8 @@ class LocalState:
         self.head: Head
         self.roots: dict[int, bytes] = {}  # state roots by round, for the report; bounded by rounds_kept
         self._snapshot_task: asyncio.Task[None] | None = None
+        self._updates: dict[int, Sizes] = {}  # the retained rounds' blobs; bounded by what is kept
+        self._orphans: set[bytes] = set()  # blobs of a log that was left
         self._pending: dict[bytes, Frozen] = {}  # contributions to the open round by their roots; bounded by the store
 
     # -- start -----------------------------------------------------------------------------------------------------
@@ -69,6 +74,7 @@ class LocalState:
         async with self.lock:
             self.head = await asyncio.to_thread(self.restore_now)
             await asyncio.to_thread(self._restore_feedback)
+            await asyncio.to_thread(self._find_updates)
         return self.head
 
     def restore_now(self) -> Head:
@@ -162,6 +168,7 @@ class LocalState:
             self.stores.ledger.abandon_certificates(result.round)
             self.save_certificate(certificate)
         head = self._advance(result, encoded)
+        self._updates[head.round] = self._sizes(result)
         self._remember(head)
         return head
 
@@ -291,15 +298,62 @@ class LocalState:
         known = snapshots.get(self.head.round)
         if known is None or known.index.root != self.head.state_root:  # it may have been fetched
             snapshots.write(self.replica.index(), self.replica.params, self.replica.momentum)
-        snapshots.keep_newest(self.stores.snapshots_kept)
-        oldest_kept = min(snapshots.rounds()[0], self.head.round - self._manifest.rounds.rounds_kept)
-        for number in range(oldest_kept, 0, -1):
+        self._sweep()
+
+    # -- retention -------------------------------------------------------------------------------------------------
+
+    @property
+    def holdings(self) -> Holdings:
+        """What is on the disk."""
+        snapshots = self.stores.snapshots
+        return Holdings(
+            head=self.head.round,
+            snapshots=snapshots.rounds(),
+            snapshot_bytes=8 * self._manifest.layout.elements,
+            lent=snapshots.lent()[:LEASES_MAX],
+            updates=self._updates,
+        )
+
+    @property
+    def oldest_round(self) -> int:
+        """From this one on every round up to the head can be rebuilt from this disk."""
+        first = first_rebuildable(self.holdings)
+        return self.head.round if first is None else first
+
+    def _find_updates(self) -> None:
+        """Back from the head to where everything was removed before."""
+        for number in range(self.head.round, 0, -1):
             stored = self.stores.ledger.get_certificate(number)
-            digests = [] if stored is None else [part.digest for part in _certificate_of(stored).result.parts]
-            if stored is None or (digests and not any(self.stores.blobs.has(digest) for digest in digests)):
-                break  # further back everything was removed before; a round without parts says nothing
-            for digest in digests:
-                self.stores.blobs.remove(digest)
+            if stored is None:
+                break
+            sizes = self._sizes(_certificate_of(stored).result)
+            if sizes and not any(self.stores.blobs.has(digest) for digest in sizes):
+                break  # a round without parts says nothing
+            self._updates[number] = sizes
+
+    def _sizes(self, result: Result) -> Sizes:
+        codec = CODECS[result.codec]
+        ranges = (self._manifest.part_range(part) for part in range(len(result.parts)))
+        sizes = (codec.encoded_bytes(end - first) for first, end in ranges)
+        return {part.digest: size for part, size in zip(result.parts, sizes, strict=True)}
+
+    def _sweep(self) -> None:
+        """Remove what the limits make unnecessary."""
+        limits = Limits(
+            rounds_min=self._manifest.rounds.rounds_kept,
+            rounds_kept=self.stores.rounds_kept,
+            snapshots_kept=self.stores.snapshots_kept,
+            bytes_max=self.stores.bytes_max,
+        )
+        removal = plan_removal(self.holdings, limits)
+        for number in removal.snapshots:
+            self.stores.snapshots.remove(number)
+        for number in removal.rounds:
+            del self._updates[number]
+        kept = {digest for sizes in self._updates.values() for digest in sizes}
+        for digest in removal.blobs | (self._orphans - kept):
+            self.stores.blobs.remove(digest)
+        self._orphans.clear()
 
     async def install(self, head: Head, params: Float32s, momentum: Float32s) -> None:
         """Take over a whole state that was checked against `head.state_root`."""
@@ -332,6 +386,8 @@ class LocalState:
             if number >= first:
                 self.stores.snapshots.remove(number)
         self.roots = {number: root for number, root in self.roots.items() if number < first}
+        for number in [number for number in self._updates if number >= first]:
+            self._orphans |= self._updates.pop(number).keys()
         return self.restore_now()
 
     async def finish(self) -> None:

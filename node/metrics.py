@@ -230,6 +230,7 @@ class Metrics:
             "donor_failures", "Donors that did not give what they were asked for.", ("reason", Failure)
         )
         self.snapshot_round = table.gauge("snapshot_round", "The round of the newest snapshot on this disk.")
+        self.oldest_round = table.gauge("oldest_round", "From here on the disk can rebuild every certified round.")
         self.ledger_entries = table.gauge("ledger_entries", "Entries of the ledger on this disk.")
         self.ledger_era = table.gauge("ledger_era", "The era of the ledger: old ones are dropped when it grows.")
         self.ledger_held = table.current(

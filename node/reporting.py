@@ -389,6 +389,7 @@ class Reporter:
             blob_bytes=stores.blobs.stored_bytes,
             ledger_entries=len(self.subjects.ledger.ledger),
             snapshot_round=rounds[-1] if rounds else 0,
+            oldest_round=self.subjects.state.oldest_round,
         )
 
     def _peer_rows(self, live: Mapping[PeerId, Presence]) -> tuple[PeerStatus, ...]:
@@ -529,6 +530,7 @@ class Reporter:
         metrics.fetched_bytes.count_to(one.catch_up.fetched_bytes)
         disk = self._disk_status()
         metrics.snapshot_round.set(disk.snapshot_round)
+        metrics.oldest_round.set(disk.oldest_round)
         metrics.abstaining.set(one.core.abstention is not None)
         metrics.ledger_entries.set(disk.ledger_entries)
         metrics.ledger_era.set(one.ledger.ledger.era)

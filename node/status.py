@@ -154,6 +154,7 @@ class DiskStatus:
     blob_bytes: int
     ledger_entries: int
     snapshot_round: int
+    oldest_round: int  # from here on this disk can rebuild every round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -415,7 +415,11 @@ def _figures(status: Status) -> "Table":
         ("peers", f"{_count_peers(status.peers)}; {status.round.voters_live} of {status.round.voters} voters live"),
         ("traffic", f"{sent} sent, {received} received"),
         ("contributions", _compression(traffic.contribution_bytes, traffic.fp32_bytes)),
-        ("disk", f"{format_bytes(disk.blob_bytes)} used, {format_bytes(disk.free_bytes)} free"),
+        (
+            "disk",
+            f"{format_bytes(disk.blob_bytes)} used, {format_bytes(disk.free_bytes)} free, rounds from"
+            f" {disk.oldest_round} on",
+        ),
         ("state root", status.round.state_root[:16] or "none"),
         ("join", clean_text(status.uri, len(status.uri))),
     ]

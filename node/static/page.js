@@ -142,7 +142,7 @@ function showTiles(status) {
     ["Rounds certified", whole.format(status.rounds_certified), aborted ? `${count(aborted, "attempt")} aborted, most: ${worst.reason}` : "no attempt aborted"],
     ["Sent", formatBytes(sent), `${formatBytes(received)} received`],
     ["Trainer", training.state, `${training.device || "no device"}${restarts}`],
-    ["On disk", formatBytes(disk.blob_bytes), `${formatBytes(disk.free_bytes)} free, snapshot of round ${disk.snapshot_round}`],
+    ["On disk", formatBytes(disk.blob_bytes), `${formatBytes(disk.free_bytes)} free, rounds from ${disk.oldest_round} on, snapshot of ${disk.snapshot_round}`],
   ];
   at("tiles").replaceChildren(
     ...tiles.map(([title, figure, note]) => {

@@ -118,6 +118,7 @@ def status() -> Status:
             blob_bytes=91_300_000,
             ledger_entries=1_382,
             snapshot_round=120,
+            oldest_round=60,
         ),
         peers=tuple(make_row(number) for number in range(len(NAMES))),
         rounds_certified=127,

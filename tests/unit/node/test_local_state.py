@@ -269,14 +269,53 @@ async def test_only_updates_that_nobody_may_need_are_removed(tmp_path: Path, rou
     await fill(tmp_path, rounds)
     with opened(tmp_path) as state:
         newest = rounds - rounds % 4  # when snapshots were last written and updates last removed
-        assert state.stores.snapshots.rounds() == [number for number in (newest - 4, newest) if number > 0]
-        oldest_kept = max(1, min(newest - 4, newest - RULES.rounds_kept) + 1)
+        # The two newest, and the anchor from which the oldest retained round is rebuilt.
+        assert state.stores.snapshots.rounds() == [number for number in (newest - 8, newest - 4, newest) if number > 0]
+        oldest_kept = max(1, newest - RULES.rounds_kept + 1)
         for number in range(1, rounds + 1):
             for digest in LOG.parts(number):
                 assert state.stores.blobs.has(digest) == (number >= oldest_kept), number
         assert len(state.stores.ledger.list_certificates(1, rounds + 1)) == rounds, "certificates are the log's index"
         kept = [LOG.blobs[digest] for number in range(oldest_kept, rounds + 1) for digest in LOG.parts(number)]
         assert state.stores.blobs.stored_bytes == sum(map(len, kept))
+
+
+async def test_what_is_kept_is_known_after_a_restart_and_shows_in_what_can_be_rebuilt(tmp_path: Path) -> None:
+    await fill(tmp_path, ROUNDS)
+    with opened(tmp_path) as state:
+        await state.restore()
+        held = state.holdings
+        assert sorted(held.updates) == list(range(9, ROUNDS + 1))
+        assert state.oldest_round == 8
+        sizes = {digest: size for sizes in held.updates.values() for digest, size in sizes.items()}
+        assert sizes == {digest: len(LOG.blobs[digest]) for digest in sizes}, "as the codec fixes them"
+        assert sum(sizes.values()) == state.stores.blobs.stored_bytes
+
+
+async def test_under_a_limit_of_bytes_only_what_the_swarm_needs_stays(tmp_path: Path) -> None:
+    await fill(tmp_path, 15)
+    with opened(tmp_path) as state:
+        state.stores = replace(state.stores, bytes_max=1)
+        await state.restore()
+        await commit(state, 16, 16)
+        await state.finish()
+        assert state.stores.snapshots.rounds() == [16]
+        assert sorted(state.holdings.updates) == list(range(16 - RULES.rounds_kept + 1, 17)), "the manifest's floor"
+        assert state.oldest_round == 16
+    assert await restarted_at(tmp_path, 16)
+
+
+async def test_blobs_of_a_log_that_was_left_go_with_the_next_sweep(tmp_path: Path) -> None:
+    await fill(tmp_path, 6)
+    with opened(tmp_path) as state:
+        await state.restore()
+        await state.rewind(5)
+        left = [digest for number in (5, 6) for digest in LOG.parts(number)]
+        assert all(state.stores.blobs.has(digest) for digest in left)
+        await state.write_snapshot()
+        state._sweep()
+        assert not any(state.stores.blobs.has(digest) for digest in left)
+        assert all(state.stores.blobs.has(digest) for number in range(1, 5) for digest in LOG.parts(number))
 
 
 async def test_a_snapshot_that_cannot_be_written_stops_nothing(
