@@ -27,6 +27,7 @@ class BlobStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._folders: set[Path] = set()  # those that are there
         self.stored_bytes = 0
         self._whole: set[bytes] = set()  # what this process wrote or read; any other file may be torn
         self._fetched: set[bytes] = set()  # what was written as a copy of what others hold, and is not durable yet
@@ -44,7 +45,9 @@ class BlobStore:
         if is_there and digest not in self._unsynced:
             return
         path = self._path(digest)
-        path.parent.mkdir(exist_ok=True)
+        if path.parent not in self._folders:
+            path.parent.mkdir(exist_ok=True)
+            self._folders.add(path.parent)
         # Two threads may write the same blob at once; each has its own temporary file and either rename is right.
         temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}{_TEMPORARY}")
         try:

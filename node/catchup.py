@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 
 from shoal.node.control import ControlPlane
@@ -51,6 +52,14 @@ class CatchUpPorts:
     misbehaved: Callable[[PeerId, ProtocolError], None]
     donor_failed: Callable[[PeerId, Failure], None]
     find_donors: Callable[[int, int], Awaitable[None]]  # of these rounds, in the DHT
+
+
+class Jump(Enum):
+    """What became of a snapshot that was to be fetched."""
+
+    DONE = auto()
+    CUT_SHORT = auto()  # its donors have gone, or have lied
+    NOT_OFFERED = auto()  # nobody has one that a certificate vouches for
 
 
 class CatchUp:
@@ -139,8 +148,10 @@ class CatchUp:
         route = choose_route(await self._measure(page, target), await asyncio.to_thread(self._list_offers))
         self.route = route
         log.info("from round %d to %d: %s", head.round, target, _describe(route))
-        if route is not None and route.snapshot is not None and await self._jump(page, peer, target):
-            return True
+        if route is not None and route.snapshot is not None:
+            jump = await self._jump(page, peer, target)
+            if jump is not Jump.NOT_OFFERED:
+                return jump is Jump.DONE
         await self._replay(page, peer, target)
         return True
 
@@ -199,8 +210,7 @@ class CatchUp:
 
     # -- by snapshot -------------------------------------------------------------------------------------------------
 
-    async def _jump(self, page: Sequence[Certificate], peer: PeerId, target: int) -> bool:
-        """Whether a snapshot was taken over."""
+    async def _jump(self, page: Sequence[Certificate], peer: PeerId, target: int) -> Jump:
         having = {one for peers in self.donors.of_snapshots().values() for one in peers}
         ranked = [one for one in self.donors.of_round(0) if one in having]
         chain = list(page)
@@ -220,9 +230,10 @@ class CatchUp:
                 detail = f"the index of round {index.round} has not the certified root"
                 self._ports.misbehaved(donor, ProtocolError(Refusal.WRONG_BASE, detail))
                 continue
-            if await self._take_over(index, chain[: index.round + 1 - first], donor):
-                return True
-        return False
+            # The chunks that came stay: the next catch-up goes on from them.
+            taken = await self._take_over(index, chain[: index.round + 1 - first], donor)
+            return Jump.DONE if taken else Jump.CUT_SHORT
+        return Jump.NOT_OFFERED
 
     async def _lengthen(self, chain: list[Certificate], peer: PeerId, last: int) -> None:
         """Add the certificates up to round `last`, as far as donors have them."""

@@ -1,7 +1,7 @@
 """A transfer over the tensor links: carries out a fetch plan (protocol.fetch_plan) with the donors that are there.
 
-Every piece arrives in memory of its own, is checked against its digest by the link, handed to `take`, which puts it on
-the disk, and only then counts as here.
+Every piece arrives in memory of its own, is checked against its digest by the link, and is handed to `take`, which puts
+it on the disk; only then it counts as here. A slow disk holds up the donors when OPEN_BYTES_MAX wait for it.
 
 Invariants: at most OPEN_BYTES_MAX bytes of buffers are held, whatever donors do; every ask ends within its time-out;
 when the transfer is left, no task of it goes on.
@@ -17,7 +17,7 @@ from shoal.node.link_port import Address, FetchFailed, FetchFailure, LinkEnd, Li
 from shoal.node.links import TensorLinks
 from shoal.protocol.errors import Failure
 from shoal.protocol.fetch_plan import Ask, AskFailure, FetchPlan, Piece
-from shoal.protocol.identity import PeerId, short_peer_id
+from shoal.protocol.identity import PeerId
 
 OPEN_BYTES_MAX = 64 * 2**20
 LOOK_S = 1.0  # how often it is looked up who can be asked
@@ -57,6 +57,9 @@ class Transfer:
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._asks: dict[asyncio.Task[None], Ask] = {}
+        self._storing: set[asyncio.Task[None]] = set()
+        self._storing_bytes = 0
+        self._stored: set[bytes] = set()
         self._known: set[PeerId] = set()
         self._looked_s = float("-inf")
         self._hopeless_s: float | None = None
@@ -70,10 +73,16 @@ class Transfer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        running = [self._runner, *self._asks]
+        running = [self._runner, *self._asks, *self._storing]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+    def note_held(self, digest: bytes) -> None:
+        """This one is here already; it is not fetched."""
+        self.plan.note_held(digest)
+        if self.plan.is_here(digest):
+            self._stored.add(digest)
 
     def add(self, pieces: Iterable[Piece]) -> None:
         """Fetch these, too."""
@@ -92,7 +101,7 @@ class Transfer:
             self._changed.clear()
             if self._error is not None:
                 raise self._error
-            if all(self.plan.is_here(digest) for digest in digests):
+            if self._stored.issuperset(digests):
                 return True
             if self._is_hopeless():
                 return False
@@ -109,7 +118,7 @@ class Transfer:
             self._wake.clear()
             now = self._loop.time()
             self._look_up(now)
-            for ask in self.plan.take_asks(now, OPEN_BYTES_MAX):
+            for ask in self.plan.take_asks(now, OPEN_BYTES_MAX - self._storing_bytes):
                 task = self._loop.create_task(self._carry_out(ask))
                 self._asks[task] = ask
                 task.add_done_callback(self._finish)
@@ -159,12 +168,21 @@ class Transfer:
         except (LinkLost, FetchFailed) as error:
             self._fail(ask, error)
             return
-        if self.plan.is_wanted(ask):
-            await self._ports.take(ask.piece, buffer)
-        self.plan.delivered(ask, self._loop.time())
+        if self.plan.delivered(ask, self._loop.time()):
+            self._storing_bytes += ask.piece.nbytes
+            storing = self._loop.create_task(self._store(ask.piece, buffer))
+            self._storing.add(storing)
+            storing.add_done_callback(self._finish_storing)
         for task, other in self._asks.items():
             if other.piece.digest == ask.piece.digest and other is not ask:
                 task.cancel()
+
+    async def _store(self, piece: Piece, buffer: memoryview) -> None:
+        try:
+            await self._ports.take(piece, buffer)
+            self._stored.add(piece.digest)
+        finally:
+            self._storing_bytes -= piece.nbytes
 
     def _fail(self, ask: Ask, error: LinkLost | FetchFailed) -> None:
         failure = AskFailure.LOST
@@ -182,8 +200,13 @@ class Transfer:
         ask = self._asks.pop(task)
         if task.cancelled():
             self.plan.withdrawn(ask)
-        elif isinstance(error := task.exception(), Exception):
-            log.debug("a piece from %s was not taken: %s", short_peer_id(ask.donor), error)
+        else:
+            task.result()  # an ask that raises is a defect
+        self._wake.set()
+
+    def _finish_storing(self, task: "asyncio.Task[None]") -> None:
+        self._storing.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
             self._error = self._error or error
         self._wake.set()
         self._changed.set()

@@ -116,7 +116,7 @@ class Replay:
         pieces = []
         for part, digest in enumerate(digests):
             if digest in held:
-                transfer.plan.note_held(digest)
+                transfer.note_held(digest)
             elif not transfer.plan.is_here(digest):
                 self._parts[digest] = part
                 pieces.append(Piece(digest=digest, nbytes=self._part_bytes(part), round=certificate.result.round))

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import uvloop
@@ -68,7 +69,7 @@ class LogPeer:
                 start_new_session=True,
             )
 
-    def events(self, kind: str) -> list[dict[str, float]]:
+    def events(self, kind: str) -> list[dict[str, Any]]:
         """What it has told so far."""
         path = Path(self.data_dir) / EVENTS
         lines = path.read_text().splitlines() if path.exists() else []
@@ -103,7 +104,7 @@ class _Process:
         self._served = 0
         self._file = (Path(options.data_dir) / EVENTS).open("a", buffering=1)
 
-    def tell(self, kind: str, **fields: float) -> None:
+    def tell(self, kind: str, **fields: object) -> None:
         self._file.write(json.dumps({"kind": kind, "at_s": time.monotonic(), **fields}) + "\n")
 
     def change(self, daemon: Daemon) -> None:
@@ -139,6 +140,7 @@ class _Process:
                 first=first,
                 seconds=time.monotonic() - began_s,
                 nbytes=daemon.catch_up.fetched_bytes - before,
+                root=daemon.core.head.state_root.hex(),
                 snapshot=0 if route is None or route.snapshot is None else route.snapshot.round,
             )
 
