@@ -29,7 +29,7 @@ from shoal.protocol.identity import PeerId
 
 CONFIRMATIONS_WANTED = 3
 PATIENCE_S = 5.0
-SPREAD_S = 4.0
+SPREAD_S = 8.0
 # Of a clone's clock against this one.
 SKEW_MS = 2_000
 # What stands in front of a lease by which a peer that has met its clone says so.

@@ -45,7 +45,7 @@ class CertifiedLog:
         while agreed > base_round:
             stored = self._store.get_certificate(agreed)
             value = state.certificates.get(agreed)
-            if stored is None or (value is not None and stored.result_digest == _digest(value)):
+            if stored is None or value is None or stored.result_digest == _digest(value):
                 break
             agreed -= 1
         found = self._store.list_certificates(agreed + 1, agreed + 1 + count)

@@ -193,7 +193,7 @@ class Model:
             return not any(
                 other.era == entry.era and other.seq <= entry.seq for other in self.conflicts.get(author, ())
             )
-        name: EntryId | None = word.stands
+        name = word.stands
         while name in self.entries:
             link = self.entries[name]
             if (link.author, link.era) != (author, word.era):

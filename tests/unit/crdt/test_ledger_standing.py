@@ -8,7 +8,7 @@ import pytest
 from shoal.crdt.clock import HLC_ZERO, Hlc
 from shoal.crdt.entries import NO_ENTRY, Batch, ChainPosition, EntryContent, sign_batch
 from shoal.crdt.eras import PERMANENT_ERA
-from shoal.crdt.kinds import BanBody, EntryId, Kind, ReadmissionBody, RegisterBody, TagBody, encode_body
+from shoal.crdt.kinds import BanBody, Body, EntryId, Kind, ReadmissionBody, RegisterBody, TagBody, encode_body
 from shoal.crdt.ledger import ChainForkedError, Draft, Ledger, LedgerRules
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity
@@ -155,7 +155,7 @@ def test_without_an_owner_only_a_new_identity_helps() -> None:
 
 @pytest.mark.parametrize("kind", [Kind.BAN, Kind.READMISSION])
 def test_nobody_but_the_owner_bans_or_readmits(kind: Kind) -> None:
-    bodies = {
+    bodies: dict[Kind, Body] = {
         Kind.BAN: BanBody(peer=BEN.peer, reason="", removes=()),
         Kind.READMISSION: ReadmissionBody(author=ANNA.peer, era=1, stands=LEFT.tip),
     }

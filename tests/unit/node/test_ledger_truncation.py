@@ -141,8 +141,8 @@ def test_a_file_of_an_earlier_release_is_taken_over_without_its_entries(tmp_path
         connection.execute("PRAGMA user_version=3")
         row = (ANNA.peer, 4, 1, b"an entry without an era")
         connection.execute("INSERT INTO batches VALUES (1, ?1, ?2, ?3, ?4, checksum(?1, ?2, ?3, ?4))", row)
-        row = (1, b"d" * 32, b"votes")
-        connection.execute("INSERT INTO certificates VALUES (?1, ?2, ?3, checksum(?1, ?2, ?3))", row)
+        query = "INSERT INTO certificates VALUES (?1, ?2, ?3, checksum(?1, ?2, ?3))"
+        connection.execute(query, (1, b"d" * 32, b"votes"))
     with LedgerStore.open(path) as store:
         assert store.load() == () and store.load_base() is None
         assert store.get_certificate(1) is not None
