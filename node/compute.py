@@ -1,8 +1,11 @@
 """The trainer at the daemon's side of a round: start it, freeze what it made, hand it the new base, restart it.
 
 The pseudo-gradient is anchored at the current certified base; a round that was certified without this peer changes the
-base and nothing else here, so the next contribution carries the work. Past `missed_rounds_max` such rounds the peer
-starts again from the base.
+base and nothing else here: it trains on, and the next contribution carries the work. Past `missed_rounds_max` such
+rounds the peer starts again from the base.
+
+A trainer is in step when it began the open round's training as the round began. One that is not, because it was away
+or has missed a round, ends its training when the others have ended theirs, and so is in step from the next round on.
 
 Invariants: a contribution is offered at most once a round, and only while it is what the trainer last handed over; a
 trainer that keeps failing is given up after RESTARTS_MAX within RESTART_WINDOW_S, and the daemon goes on without one.
@@ -75,6 +78,8 @@ class Compute:
         self._ports = ports
         self._ready: Ready | None = None  # what the trainer last handed over, until it is told to go on
         self._missed = 0
+        self._in_step = False
+        self._ended_round = 0  # for the others, training for this round is over
         self._counted_tokens = 0
         self._counted_steps = 0
         self._steps_resumed = 0
@@ -111,6 +116,7 @@ class Compute:
         self.phase = TrainerState.RUNNING
         self._ready = None
         self._missed = 0
+        self._in_step = False
         self._counted_tokens, self._counted_steps = resumed.tokens, resumed.steps
         self._steps_resumed = resumed.steps
         number, settled = self._state.head.round + 1, self._state.settled
@@ -132,6 +138,7 @@ class Compute:
                 await self._state.forget_residual()
                 self._missed = self._counted_tokens = self._counted_steps = 0
             await self.trainer.begin(number, adopt=stale)
+        await self._end_training()
 
     def _tell(self, resumed: Resumed) -> None:
         if resumed.extent == OPTIMIZER:
@@ -249,13 +256,18 @@ class Compute:
             log.warning("missed %d rounds in a row: training goes on from the certified base", self._missed)
             await self._state.forget_residual()
             self._missed = 0
-        if not (included or restart) or self.phase is TrainerState.STARTING:
-            return  # it trains on, or what is ready is offered to the next round; either is anchored at the new base
+        if self.phase is TrainerState.STARTING:
+            return
+        self._in_step = bool(included) or restart
+        if not self._in_step:
+            await self._train_on()  # what it will have is anchored at the new base
+            return
         if self._ready is None and included and self._counted_steps > self._steps_resumed:
             # Only after a restart that lost its checkpoint: what was counted is not what the trainer stands on.
             steps = self._counted_steps - self._steps_resumed
             self._ports.resumed(f"{steps} steps since a restart were lost: an older contribution was counted")
         self._ready = None
+        self.phase = TrainerState.RUNNING
         merge = Merge(
             round=result.round + 1,
             included=make_bitmap(frozenset(included), self._manifest.parts),
@@ -263,13 +275,26 @@ class Compute:
             adopt_all=restart,
             begin=True,
         )
-        self.phase = TrainerState.RUNNING
-        if included or restart:
-            self._counted_tokens = self._counted_steps = 0
+        self._counted_tokens = self._counted_steps = 0
         await self.trainer.merge(merge)
+
+    def end_training(self, number: int) -> None:
+        """The others have ended their training for this round."""
+        self._ended_round = number
+        self._ports.spawn(self._end_training())
+
+    async def _end_training(self) -> None:
+        is_open = self._ended_round == self._state.head.round + 1
+        if is_open and not self._in_step and self.phase is TrainerState.RUNNING:
+            await self.trainer.freeze()
 
     async def rebase(self) -> None:
         """The base is that of another log now. The local work stays, and the next pseudo-gradient is anchored there."""
+        self._in_step = False
+        await self._train_on()
+
+    async def _train_on(self) -> None:
+        """From the local parameters, until the others are ready again: nobody gains by a trainer that waits."""
         waiting = self._ready is not None
         self._ready = None
         if waiting and self.trainer.running:
@@ -285,6 +310,7 @@ class Compute:
         """Drop the local work: the state has jumped and its base is gone, or it cannot be used."""
         self._ready = None
         self._missed = 0
+        self._in_step = False
         self._counted_tokens = self._counted_steps = 0
         if self.trainer.running:
             self.phase = TrainerState.RUNNING

@@ -214,6 +214,7 @@ class Daemon:
                 note=self.reporter.note,
                 committed=self._committed,
                 begun=lambda: self.compute.round_begun(),
+                end_training=lambda number: self.compute.end_training(number),
                 behind=self._behind,
                 forked=lambda forked: self._spawn(self._part(forked.peer)),
                 dropped=self.intake.drop,
@@ -222,8 +223,7 @@ class Daemon:
                 spawn=self._spawn,
             ),
         )
-        self.exchange.core = self.core
-        self.exchange.links = self.links
+        self.exchange.core, self.exchange.links = self.core, self.links
         self.exchange.ports = ExchangePorts(
             address_of=self._address_of,
             pump=self.driver.pump,

@@ -19,6 +19,9 @@ from shoal.protocol.identity import Identity
 from shoal.protocol.messages import ADDRESSES_MAX, Presence, SignedReady, sign_message
 from shoal.protocol.rounds import RoundCore
 
+# Who waits for a trainer that is only just starting, or hangs, waits for long.
+UNABLE = (TrainerState.STARTING, TrainerState.STALLED, TrainerState.STOPPED)
+
 
 @dataclass(slots=True, kw_only=True)
 class OwnPresence:
@@ -50,7 +53,7 @@ class OwnPresence:
             sequence=self.sequence,
             sent_at_s=time.time(),
             agent=f"shoal/{version('shoal')} {self.config.node.name}".strip(),
-            trains=self.config.node.role == TRAINER and self.compute.phase is not TrainerState.STOPPED,
+            trains=self.config.node.role == TRAINER and self.compute.phase not in UNABLE,
             leaving=self.leaving,
             head_round=head.round,
             head_digest=head.digest,

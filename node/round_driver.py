@@ -26,6 +26,7 @@ from shoal.protocol.effects import (
     Behind,
     Commit,
     Effect,
+    EndTraining,
     FetchBlob,
     Forked,
     Note,
@@ -58,6 +59,7 @@ class DriverPorts:
     note: Callable[[Note], None]
     committed: Callable[[Certificate, Head], Awaitable[None]]
     begun: Callable[[], None]
+    end_training: Callable[[int], None]
     behind: Callable[[Behind], None]
     forked: Callable[[Forked], None]
     dropped: Callable[[PeerId, Refusal], None]
@@ -190,6 +192,8 @@ class RoundDriver:
                 self._ports.behind(effect)
             case Forked():
                 self._ports.forked(effect)
+            case EndTraining():
+                self._ports.end_training(effect.round)
             case PhaseEntered() | Planned() | AttemptFailed() | PartReassigned() | SenderMissing() | QuorumSeen():
                 self._ports.note(effect)
 

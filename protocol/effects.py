@@ -150,6 +150,13 @@ class Forked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndTraining:
+    """Half of the other voters are ready: a trainer that did not begin together with them hands over what it has."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseEntered:
     round: int
     attempt: int
@@ -204,4 +211,4 @@ class QuorumSeen:
 
 
 Note = PhaseEntered | Planned | AttemptFailed | PartReassigned | SenderMissing | QuorumSeen
-Effect = Send | Persist | SendPart | Reduce | SendResult | FetchBlob | Commit | Behind | Forked | Note
+Effect = Send | Persist | SendPart | Reduce | SendResult | FetchBlob | Commit | Behind | Forked | EndTraining | Note

@@ -8,6 +8,7 @@ Invariants: no allowance is above the manifest's limit; memory is bounded by PEE
 """
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shoal.protocol.identity import PeerId
@@ -97,6 +98,30 @@ class ReadyPace:
             return None
         return began_s + known.mean_s, began_s + known.upper_s() + MARGIN_S
 
+    def usual_s(self, peers: Iterable[PeerId]) -> float | None:
+        """How long the middle one of these peers takes; None where none has been measured."""
+        means = [self._durations[peer].mean_s for peer in peers if peer in self._durations]
+        return statistics.median(means) if means else None
+
+
+def find_worthy_end_s(now: float, ready: int, round_s: float, expected: Iterable[float]) -> float:
+    """Until when `ready` peers best wait for others, expected at these times; `now` where no wait pays.
+
+    A wait costs what those idle who are ready by then, and brings the others' work into the round: `round_s` of each,
+    which is what a round takes. No wait is longer than that. So of two groups that are out of step one waits for the
+    other, as soon as it is ready first.
+    """
+    end_s, best_s = now, 0.0
+    cost_s, count, before_s = 0.0, 0, now
+    for at in sorted(expected):
+        if at >= now + round_s:
+            break
+        cost_s += (ready + count) * (at - before_s)
+        count, before_s = count + 1, at
+        if count * round_s - cost_s > best_s:
+            end_s, best_s = at, count * round_s - cost_s
+    return end_s
+
 
 class PartPace:
     """How long a peer takes from one part to the next."""
@@ -133,5 +158,5 @@ class PartPace:
 
     def _find_middle_s(self) -> float:
         if self._middle_s is None:
-            self._middle_s = statistics.median(one.mean_s for one in self._durations.values())
+            self._middle_s = statistics.median_low(one.mean_s for one in self._durations.values())
         return self._middle_s

@@ -50,6 +50,8 @@ class Lead:
     open: Waits = field(default_factory=Waits)
     unheld: dict[bytes, set[int]] = field(default_factory=dict)  # the latter, by the digest of those bytes
     heard_s: dict[PeerId, float] = field(default_factory=dict)
+    finished_s: dict[PeerId, float] = field(default_factory=dict)  # when an owner's last part was here
+    proposed_s: float | None = None  # what the exchange has made
     nacks: dict[PeerId, int] = field(default_factory=dict)
     locks: dict[PeerId, Lock] = field(default_factory=dict)
     votes: dict[PeerId, Vote] = field(default_factory=dict)

@@ -58,7 +58,7 @@ class RoundExchange(RoundBallot):
             self._rules.codec,
             {peer: ready[peer] for peer in chosen},
             self._parts,
-            {peer: self._shares.share(peer) * self._owner_pace.speed(peer) for peer in chosen},
+            {peer: self._share(peer) for peer in chosen},
         )
         if plan is None:
             return
@@ -76,17 +76,24 @@ class RoundExchange(RoundBallot):
             self._lead.open.file(part, owner, now)
         self._announce_plan(plan, now)
 
+    def _share(self, peer: PeerId) -> float:
+        """Of the parts; a peer cannot measure itself, so for its own share it takes what the others gave it last."""
+        speed = self._given_share if peer == self._me else self._owner_pace.speed(peer)
+        return self._shares.share(peer) * speed
+
     def _announce_plan(self, plan: Plan, now: float) -> None:
         assert self._lead is not None
         signed = sign_message(self._identity, self._swarm, plan)
         before = self._plan.owners if self._plan else ()
+        # Before the own parts, which a slow uplink is long at.
+        members = {entry.signed.peer for entry in plan.roster}
+        for peer in sorted({*members, *self.head.voters} - self._lost - {self._me}):
+            self._send(peer, signed)
         self._follow_plan(signed, now)
         for part in range(self._parts):
             # Whoever gets a part has its whole time for it; the clock of the others goes on.
             if not before or plan.owners[part] != before[part]:
-                self._lead.heard_s[self._owner(part)] = now
-        for peer in self._audience():
-            self._send(peer, signed)
+                self._lead.heard_s[self._owner(part)] = self._lead.finished_s[self._owner(part)] = now
 
     def _take_plan(self, plan: Plan, sender: PeerId, now: float) -> None:
         check_base(plan, self.head)  # who leads and what is promised is another matter on another log
@@ -120,6 +127,7 @@ class RoundExchange(RoundBallot):
         self._plan = plan
         if previous is None:
             self._roster_digest = digest_roster(plan.roster)
+            self._note_given_share(plan)
             self._exchange_began_s = now
             self._set_phase(Phase.EXCHANGE, now + self._exchange_window_s())
         else:
@@ -136,6 +144,24 @@ class RoundExchange(RoundBallot):
         root = entry.signed.ready.contribution_root if entry else None
         if self._offer and self._offer.signed.ready.contribution_root == root:
             self._send_parts(self._offer)
+
+    def _note_given_share(self, plan: Plan) -> None:
+        """What the proposer thinks of this peer as an owner, beside an even share."""
+        mine = self._index(self._me)
+        if mine is not None and self._proposer() != self._me and plan.roster[mine].signed.ready.owns:
+            even = self._parts / sum(entry.signed.ready.owns for entry in plan.roster)
+            given = plan.owners.count(mine) / max(1, int(even))
+            self._given_share = min(1.0, given)
+
+    def _note_commit(self, now: float) -> None:
+        """What the proposer owns may be nowhere else yet when it proposes the result. Where most voters were long at
+        getting it, this peer gives itself nothing until another proposer does."""
+        lead, plan = self._lead, self._plan
+        if lead is None or plan is None or lead.proposed_s is None:
+            return
+        is_late = now >= lead.proposed_s + self._rules.commit_timeout_s / 2
+        if is_late and any(self._owner(part) == self._me for part in range(self._parts)):
+            self._given_share = 0.0
 
     def _note_slow_owners(self, previous: Plan, plan: Plan) -> None:
         """Everybody sees whose parts were given away, so that every later proposer knows it, too."""
@@ -242,12 +268,19 @@ class RoundExchange(RoundBallot):
         check_bitmap(message.contributors, len(self._plan.roster))
         if message.part not in self._lead.done:
             self._lead.done[message.part] = message
-            self._owner_pace.note_part(sender, now - self._lead.heard_s[sender])
             if message.digest in self._held:
                 self._lead.open.drop(message.part)
+                self._note_finished(sender, now)
             else:
                 self._lead.unheld.setdefault(message.digest, set()).add(message.part)
         self._lead.heard_s[sender] = now
+
+    def _note_finished(self, owner: PeerId, now: float) -> None:
+        """A part is done and its bytes are here. Of its own parts a peer learns nothing: they are nowhere else yet."""
+        assert self._lead is not None
+        if owner != self._me:
+            self._owner_pace.note_part(owner, now - self._lead.finished_s[owner])
+        self._lead.finished_s[owner] = now
 
     def _hold(self, digest: bytes) -> set[int]:
         """The bytes of a result part are here. Returns the parts of the own attempt that were waiting for them."""
@@ -293,6 +326,7 @@ class RoundExchange(RoundBallot):
         if not lead.open.entries:
             result = make_result(self._plan, lead.done, self.head, self._absent(), self._rules.voters_max)
             evidence = make_evidence(self._plan, lead.done) if self._needs_locks() else None
+            lead.proposed_s = now
             self._propose(result, evidence, now)
 
     def _unfit(self, due: set[PeerId]) -> frozenset[PeerId]:

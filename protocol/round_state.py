@@ -100,6 +100,7 @@ class RoundState:
         self._sender_pace = PartPace()
         self._owner_pace = PartPace()
         self._shares = Shares()
+        self._given_share = 1.0  # of an even one, by the last proposer
         self._contributed: dict[PeerId, None] = {}  # who is no newcomer, the latest last
         self._log: dict[int, bytes] = {}  # digests of the last rounds, to notice a log that parts from this one
         self._vote = vote or VoteRecord(round=head.round + 1)
@@ -136,6 +137,7 @@ class RoundState:
         self._unheld: set[bytes] = set()
         self._sent: set[tuple[PeerId, int]] = set()
         self._declaration: Result | None = None
+        self._training_ended = False  # EndTraining was said
         self._declared: Lead | None = None
         self._slow_owners: set[PeerId] = set()
         self._had_ready: set[PeerId] = set()
@@ -307,7 +309,9 @@ class RoundState:
         for owner, since_s in lead.open.entries:
             own_s = self._owner_pace.allowance_s(owner, owner_limit_s)
             deadline_s = lead.heard_s[owner] + senders_s + own_s * backoff
-            deadlines[owner, since_s] = min(deadline_s, rush_s) if since_s < rush_s else deadline_s
+            # Whoever was given it so late that its slowest sender may not be done by then is not to blame.
+            has_time = since_s + senders_s < rush_s
+            deadlines[owner, since_s] = min(deadline_s, rush_s) if has_time else deadline_s
         return deadlines
 
     def _exchange_window_s(self) -> float:

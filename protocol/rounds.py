@@ -20,6 +20,7 @@ from shoal.protocol.abstention import Abstention
 from shoal.protocol.effects import (
     LEFT_RECORDS_MAX,
     Effect,
+    EndTraining,
     LeftRecord,
     Phase,
     Pledge,
@@ -45,7 +46,7 @@ from shoal.protocol.messages import (
     SignedReady,
     Vote,
 )
-from shoal.protocol.pace import MARGIN_S
+from shoal.protocol.pace import MARGIN_S, find_worthy_end_s
 from shoal.protocol.proposer import make_empty_result
 from shoal.protocol.quorum import Head, has_member, is_reroot
 from shoal.protocol.round_exchange import RoundExchange
@@ -90,6 +91,7 @@ class RoundCore(RoundExchange):
         self._members[peer] = presence
         self._lost.discard(peer)
         self._observe_forgetful(presence, now)
+        self._note_ready(self._ready_members(), now)
         self._prepare_again(presence)
         self._sync_attempt(presence, now)
         if self._is_elsewhere(peer):
@@ -181,6 +183,7 @@ class RoundCore(RoundExchange):
         for part in self._hold(digest):
             assert self._lead is not None
             self._lead.heard_s[self._owner(part)] = now
+            self._note_finished(self._owner(part), now)
         self._evaluate(now)
 
     def applied(self, head: Head, now: float) -> None:
@@ -332,6 +335,7 @@ class RoundCore(RoundExchange):
 
     def _note_round(self, now: float) -> None:
         """What this round told about its members' pace."""
+        self._note_commit(now)
         if self._plan:
             owners = frozenset(self._owner(part) for part in range(self._parts))
             for peer in self._roster_peers():
@@ -384,6 +388,7 @@ class RoundCore(RoundExchange):
         elif self.phase is Phase.PREPARE and self._deadline_s is None:
             self._deadline_s = now + self._rules.plan_timeout_s * self._backoff()  # a quorum has come into sight
         elif self._deadline_s is not None and now >= self._deadline_s:
+            self._note_commit(now)
             self._fail_attempt(PHASE_TIMEOUTS[self.phase], self._proposer(), now)
         if self.phase is Phase.GATHER:
             self._gather(now)
@@ -409,18 +414,47 @@ class RoundCore(RoundExchange):
 
     def _gather(self, now: float) -> None:
         ready = self._ready_members()
-        for peer in sorted(set(ready) - self._had_ready):
-            self._had_ready.add(peer)
-            self._ready_pace.note_ready(peer, now)
+        self._note_ready(ready, now)
+        self._end_training(ready)
         if self._lead:
             self._gather_as_proposer(ready, now)
             return
-        # A follower gives the proposer the grace window and one time-out from when it sees enough ready members.
+        # A follower gives the proposer the grace window and one time-out from when it sees enough ready members, and
+        # more while it would itself wait.
+        timeout_s = self._rules.plan_timeout_s * self._backoff()
         if len(ready) < self._rules.peers_min and not (self._leaving and self._votes()):
             self._deadline_s = None
-        elif self._deadline_s is None:
-            patience_s = self._rules.grace_s + self._rules.plan_timeout_s
-            self._deadline_s = now + patience_s * self._backoff()
+            return
+        if self._deadline_s is None:
+            self._deadline_s = now + self._rules.grace_s * self._backoff() + timeout_s
+        worthy_end_s = self._find_worthy_end_s(ready, self._unready(ready), now)
+        if worthy_end_s > now:
+            self._deadline_s = max(self._deadline_s, worthy_end_s + timeout_s)
+
+    def _note_ready(self, ready: Mapping[PeerId, SignedReady], now: float) -> None:
+        """In every phase: who comes too late for a round has not taken until the next one."""
+        for peer in sorted(set(ready) - self._had_ready):
+            self._had_ready.add(peer)
+            self._ready_pace.note_ready(peer, now)
+
+    def _end_training(self, ready: Mapping[PeerId, SignedReady]) -> None:
+        """The round is over for half of the other voters: who began to train later ends together with them."""
+        if self._training_ended or self._offer is not None or not self._trains:
+            return
+        known = self._members
+        others = [peer for peer in self.head.voters if peer != self._me and peer not in self._lost]
+        others = [peer for peer in others if peer not in known or (known[peer].trains and not known[peer].leaving)]
+        is_over = others and 2 * len(ready.keys() & others) >= len(others)
+        if is_over and len({*ready, self._me}) >= self._rules.peers_min:
+            self._training_ended = True
+            self._effects.append(EndTraining(round=self.round))
+
+    def _unready(self, ready: Mapping[PeerId, SignedReady]) -> list[PeerId]:
+        """Who trains and is not ready."""
+        trainers = {peer for peer, known in self._members.items() if known.trains}
+        if self._trains and not self._leaving:
+            trainers.add(self._me)
+        return sorted(trainers - set(ready) - self._absent())
 
     def _gather_as_proposer(self, ready: Mapping[PeerId, SignedReady], now: float) -> None:
         assert self._lead is not None
@@ -433,25 +467,40 @@ class RoundCore(RoundExchange):
             return
         if self._lead.grace_ends_s is None:
             self._lead.grace_ends_s = now + self._rules.grace_s
-        trainers = {peer for peer, known in self._members.items() if known.trains}
-        if self._trains and not self._leaving:
-            trainers.add(self._me)
-        unready = trainers - set(ready) - self._absent()
-        times = [self._worth_until_s(peer, self._lead.grace_ends_s) for peer in sorted(unready)]
+        unready = self._unready(ready)
+        times = [self._worth_until_s(peer, self._lead.grace_ends_s) for peer in unready]
+        times.append(self._find_worthy_end_s(ready, unready, now))
         waits = [until_s for until_s in times if until_s > now]
         self._lead.awaited_until_s = max(waits, default=None)
         if not waits:
-            for peer in sorted(unready.intersection(self.head.voters)):
-                self._ready_pace.note_missing(peer, self._began_s, now)
+            for peer in unready:
+                if self._is_known(peer):
+                    self._ready_pace.note_missing(peer, self._began_s, now)
             self._plan_attempt(ready, now)
 
+    def _is_known(self, peer: PeerId) -> bool:
+        return peer in self.head.voters or peer in self._contributed
+
     def _worth_until_s(self, peer: PeerId, grace_ends_s: float) -> float:
-        """Until when the round waits for a peer that is not ready: no longer than it ever takes, nor past the grace
-        window, and not at all when it is not to be expected in there. A voter that has not been measured has the whole
-        window; a newcomer has none of it, it is ready when the next round begins (adaptive grace: Decoupled DiLoCo,
-        arXiv 2604.21428)."""
+        """Until when the round waits for a peer that is not ready, whatever that costs: no longer than it ever takes,
+        nor past the grace window, and not at all when it is not to be expected in there. Who has contributed before and
+        is not measured, as after a restart, has the whole window; a newcomer has none of it (adaptive grace: Decoupled
+        DiLoCo, arXiv 2604.21428)."""
         expected = self._ready_pace.expected_s(peer)
         if expected is None:
-            return grace_ends_s if peer in self.head.voters else 0.0
+            return grace_ends_s if self._is_known(peer) else 0.0
         usual_s, latest_s = expected
         return min(latest_s, grace_ends_s) if usual_s + MARGIN_S <= grace_ends_s else 0.0
+
+    def _find_worthy_end_s(self, ready: Mapping[PeerId, SignedReady], unready: list[PeerId], now: float) -> float:
+        """Until when waiting pays, past the grace window, too: of peers that are out of step some wait for the others.
+        Who does not come when it is expected has the grace window once more, and then counts no more in this round."""
+        round_s = self._ready_pace.usual_s((*ready, *unready))
+        if round_s is None or round_s <= 0.0:
+            return now
+        times = []
+        for expected in map(self._ready_pace.expected_s, unready):
+            if expected is not None:
+                usual_s, latest_s = expected
+                times.append(usual_s if usual_s > now else min(latest_s, usual_s + self._rules.grace_s))
+        return find_worthy_end_s(now, len(ready), round_s, (at for at in times if at > now))

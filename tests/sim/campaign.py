@@ -32,6 +32,8 @@ class Tally:
     cpu_s: float = 0.0
     virtual_s: float = 0.0
     participants: float = 0.0  # summed over rounds
+    live_shares: float = 0.0  # summed over the rounds with parts
+    shared_rounds: int = 0
     attempts_failed: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
@@ -60,6 +62,7 @@ class Tally:
             "cpu_s": round(self.cpu_s, 1),
             "virtual_hours": round(self.virtual_s / 3600, 2),
             "participants_per_round": round(self.participants / rounds, 3),
+            "live_taking_part": round(self.live_shares / max(self.shared_rounds, 1), 4),
             "attempts_failed": dict(sorted(self.attempts_failed.items())),
             "faults": dict(sorted(self.faults.items())),
             "reroots": dict(sorted(self.reroots.items())),
@@ -82,6 +85,8 @@ def run_seeds(first: int, count: int) -> Tally:
         tally.reroots += world.checker.reroots
         tally.rounds += len(world.checker.results)
         tally.participants += sum(world.checker.participants.values())
+        tally.live_shares += sum(world.checker.shares)
+        tally.shared_rounds += len(world.checker.shares)
         tally.virtual_s += world.now
         for one in fields(Rates):
             value = getattr(world.rates, one.name)
@@ -211,7 +216,8 @@ def main() -> int:
     print(
         f"{tally.rounds} rounds of {tally.seeds} seeds in {seconds:.0f} s, {len(tally.broken)} seeds broken; "
         f"{summary['rounds_per_minute_and_core']} rounds a minute and core, "
-        f"{summary['participants_per_round']} participants a round"
+        f"{summary['participants_per_round']} participants a round, {summary['live_taking_part']:.1%} of those who "
+        "were there all through it"
     )
     print(f"failed attempts: {dict(tally.attempts_failed)}\nfaults: {dict(tally.faults)}", file=sys.stderr)
     print(f"re-roots: {dict(tally.reroots)}", file=sys.stderr)

@@ -14,6 +14,7 @@ from shoal.protocol.messages import CERTIFICATES_PER_ANSWER, Certificate, Result
 from shoal.protocol.quorum import Head, check_votes
 from shoal.protocol.replica import Replica
 from tests.sim.disk import Snapshot
+from tests.sim.training import train
 
 if TYPE_CHECKING:
     from tests.sim.peer import SimPeer
@@ -148,5 +149,5 @@ def _install(peer: "SimPeer", head: Head, snapshot: Snapshot) -> None:
     peer.core.take_effects()
     peer.queue.clear()
     peer.begin_round(head)
-    peer._train()
+    train(peer)
     peer._drain()

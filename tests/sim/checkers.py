@@ -28,6 +28,7 @@ from tests.sim.oracle import Vector
 
 if TYPE_CHECKING:
     from tests.sim.peer import SimPeer
+    from tests.sim.world import World
 
 # What a paused or busy peer may be late by in ending a phase, in its own seconds.
 PHASE_SLACK_S = 5.0
@@ -60,6 +61,7 @@ class Checker:
         self.logs = Logs(genesis, may_part=may_part)
         self.results: dict[bytes, int] = {}  # the attempt of each certified result, by its digest
         self.participants: dict[bytes, int] = {}
+        self.shares: list[float] = []  # by round: of the peers that were there all through it, how many are in it
         self.votes: dict[tuple[PeerId, bytes, int, int], bytes] = {}
         self.committed_head: dict[PeerId, Head] = {}
         self.reroots: Counter[str] = Counter()
@@ -72,6 +74,7 @@ class Checker:
         self._books: dict[PeerId, Books] = {}
         self._phases: dict[PeerId, tuple[Phase, float, float]] = {}
         self._quorum_seen_s: dict[PeerId, float] = {}
+        self._certified_s: dict[bytes, float] = {}
 
     def newest_head(self) -> Head:
         """The head that the certificates lead to, whoever holds them."""
@@ -217,12 +220,22 @@ class Checker:
             return
         self.results[digest] = certificate.attempt
         self.participants[digest] = len(result.members)
+        self._certified_s[digest] = peer.world.now
+        if result.parts:
+            self._note_share(peer.world, result)
         if certificate.attempt == REROOT_ATTEMPT:
             by_owner = certificate.votes[0].voter == self.manifest.owner
             self.reroots["signed by the owner" if by_owner else "declared"] += 1
         self._check_members(result)
         for part in range(len(result.parts)):
             self._check_part(result, part, peer)
+
+    def _note_share(self, world: "World", result: Result) -> None:
+        began_s = self._certified_s.get(result.previous, 0.0)
+        members = {member.peer for member in result.members}
+        there = {one.identity.peer for one in world.everybody if one.up and one.there_since_s <= began_s}
+        if there:
+            self.shares.append(len(there & members) / len(there))
 
     def _check_votes(self, certificate: Certificate) -> None:
         """A quorum of distinct voters of the round before signed this result in one attempt; or it is a re-root."""

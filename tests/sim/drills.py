@@ -80,8 +80,9 @@ class Drill:
         if self.died_s is None:
             return
         rules = self.stage.manifest.rounds
-        # Unnoticed, the dead peer is first waited for as an owner; its successor then waits for it as a sender.
-        limit_s = SLACK_S if self._noticed else SLACK_S + rules.owner_timeout_s + rules.sender_timeout_s
+        # Unnoticed, the dead peer is first waited for as an owner, who waits for its slowest sender; its successor then
+        # waits for it as a sender.
+        limit_s = SLACK_S if self._noticed else SLACK_S + rules.owner_timeout_s + 2 * rules.sender_timeout_s
         took_s = self.stage.now - self.died_s
         if took_s > limit_s:
             raise broken("a death costs one time-out", f"{self.victim}'s cost {took_s:.1f} s")

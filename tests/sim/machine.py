@@ -27,6 +27,7 @@ class SimMachine:
         self.backups: dict[float, Disk] = {}  # by the time at which one is put back
         self.up = False
         self.life = 0
+        self.there_since_s = 0.0  # since then it is up and awake
         self.paused_until_s = 0.0
         self.paused_s = 0.0  # in all, of this life
         self.cpu = 1.0  # how many times slower than a good one
@@ -66,7 +67,7 @@ class SimMachine:
                 action(*args)
 
     def pause(self, seconds: float) -> None:
-        self.paused_until_s = max(self.paused_until_s, self.world.now + seconds)
+        self.paused_until_s = self.there_since_s = max(self.paused_until_s, self.world.now + seconds)
         self.paused_s += seconds
         self.world.schedule(seconds, self.wake)
 
@@ -95,6 +96,7 @@ class SimMachine:
         self.up = True
         self.life += 1
         self.paused_until_s = self.paused_s = 0.0
+        self.there_since_s = self.world.now
         self._deferred.clear()
         self.disk.incarnation = max(self.disk.incarnation + 1, int(self.wall_s()))
 

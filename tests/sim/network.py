@@ -66,7 +66,8 @@ class Network:
         start = max(now, self._control_free_s.get(source, 0.0))
         bulk_free = self._bulk_free_s.get(source, 0.0)
         if bulk_free > now:
-            start += min(RECORD_BYTES / uplink, bulk_free - now)
+            if start == now:  # the record under way ends first; what follows at once waits for no other one
+                start += min(RECORD_BYTES / uplink, bulk_free - now)
             self._bulk_free_s[source] = bulk_free + size / uplink
         self._control_free_s[source] = end = start + size / uplink
         copies = 2 if self.duplicate and rng.random() < self.duplicate else 1

@@ -16,6 +16,7 @@ from shoal.protocol.messages import Certificate, Result, Vote, digest_record, si
 from shoal.protocol.proposer import make_voters_result
 from shoal.protocol.quorum import REROOT_ATTEMPT, Head
 from tests.sim.catchup import CERTIFICATE_BYTES, QUESTION_BYTES, ask_for_log
+from tests.sim.training import train
 
 if TYPE_CHECKING:
     from tests.sim.peer import SimPeer
@@ -133,6 +134,6 @@ def _switch(peer: "SimPeer", donor: "SimPeer", head: Head, last: int) -> None:
     peer.busy = False
     peer.world.checker.sees(peer)
     if peer.waiting:
-        peer._train()  # what was handed over is offered after more work, anchored at the base that stayed
+        train(peer)  # what was handed over is offered after more work, anchored at the base that stayed
     peer._drain()
     ask_for_log(peer, donor, last)

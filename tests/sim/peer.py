@@ -19,6 +19,7 @@ from shoal.protocol.effects import (
     Behind,
     Commit,
     Effect,
+    EndTraining,
     FetchBlob,
     Forked,
     PartReassigned,
@@ -60,6 +61,7 @@ from tests.sim.faults import Moment
 from tests.sim.machine import SimMachine
 from tests.sim.parting import ask_where_parted, restore
 from tests.sim.trace import describe
+from tests.sim.training import end_training, merge, train
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -67,7 +69,6 @@ if TYPE_CHECKING:
 CONTROL_BYTES = 1000
 FETCH_TIMEOUT_S = 1.5
 LEAVE_TIMEOUT_S = 12.0
-MISSED_ROUNDS_MAX = 8
 
 
 class SimPeer(SimMachine):
@@ -101,6 +102,9 @@ class SimPeer(SimMachine):
         self.missed = 0
         self.training = 0
         self.waiting = False  # what was trained is handed over and waits for its round
+        self.in_step = False  # it began to train with the round
+        self.trains_s = (0.0, 0.0)  # since when, and how long that takes
+        self.ended_round = 0  # the others have ended their training for it
         self.blobs: dict[bytes, bytes] = {}
         self.fetching: dict[bytes, int] = {}  # how many candidates are left after the one that is asked
         self.pushed: Counter[tuple[PeerId, int]] = Counter()
@@ -115,7 +119,7 @@ class SimPeer(SimMachine):
         self.table = PresenceTable(self.identity.peer, self.swarm, self.manifest.rounds.presence_timeout_s)
         self.table.expect(head.voters, self.clock())
         self.core = RoundCore(self._setting(), head, self.disk.vote, self.clock())
-        self._train()
+        train(self)
         self._announce()
         self._drain()
 
@@ -154,23 +158,7 @@ class SimPeer(SimMachine):
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def _train(self) -> None:
-        """Begin to train for the open round; an earlier training ends here."""
-        self.training += 1
-        self.waiting = False
-        self.later(self.training_s * self.work_s(0.8, 1.4), self._become_ready, self.training)
-
-    def _become_ready(self, training: int) -> None:
-        """The trainer hands over its local parameters."""
-        if training != self.training or self.leaving:
-            return
-        noise = np.random.default_rng(self.rng.getrandbits(63)).standard_normal(self.local.size, dtype=np.float32)
-        self.local = self.local - noise * np.float32(0.01)
-        self.steps += 10
-        self.waiting = True
-        self._offer()
-
-    def _offer(self) -> None:
+    def offer(self) -> None:
         """Freeze what was handed over, and become ready with it unless the round is over already."""
         if self.core.phase is Phase.APPLY or self.leaving or self.replica.round != self.core.head.round:
             return  # the next round begins with another try
@@ -318,6 +306,8 @@ class SimPeer(SimMachine):
             case Forked():
                 if self.world.cluster.may_part and not is_catching_up(self):
                     ask_where_parted(self, self.world.by_id[effect.peer])
+            case EndTraining():
+                end_training(self, effect.round)
             case PhaseEntered() | Planned() | AttemptFailed() | PartReassigned() | SenderMissing() | QuorumSeen():
                 self.world.note(self, effect)
                 if isinstance(effect, Planned):
@@ -530,7 +520,7 @@ class SimPeer(SimMachine):
         self.disk.finish()
         head = self._apply(certificate)
         self.world.checker.committed(self, certificate, head)
-        waiting = self._merge(certificate)
+        waiting = merge(self, certificate)
         write_snapshot(self)
         self.begin_round(head)
         if waiting:
@@ -555,35 +545,7 @@ class SimPeer(SimMachine):
 
     def _offer_again(self, training: int) -> None:
         if training == self.training and self.waiting:
-            self._offer()
-
-    def _merge(self, certificate: Certificate) -> bool:
-        """What the daemon and its trainer do with a certificate: settle the residual, merge the new base. True when
-        what was handed over waits for the next round."""
-        result = certificate.result
-        members = [member.peer for member in result.members]
-        included: tuple[int, ...] = ()
-        frozen = self.frozen
-        if frozen is not None and frozen.round == result.round and self.identity.peer in members:
-            index = members.index(self.identity.peer)
-            included = self.contributor.settle(frozen, result, index)
-            self.world.checker.settled(self, result, index, included)
-        if not result.parts:
-            return self.waiting  # nothing moved
-        self.missed = 0 if included else self.missed + 1
-        restart = self.missed > MISSED_ROUNDS_MAX
-        for part in range(self.manifest.parts) if restart else included:
-            first, end = self.manifest.part_range(part)
-            self.local[first:end] = self.replica.params[first:end]
-        if restart:
-            self.contributor.clear()
-            self.world.checker.restarted_from_base(self)
-        if restart or included:
-            self.steps, self.missed = 0, 0
-        if included or restart:
-            self._train()
-            return False
-        return self.waiting  # what is ready is offered to the next round
+            self.offer()
 
 
 @lru_cache(maxsize=1 << 10)

@@ -16,6 +16,7 @@ from shoal.protocol.effects import (
     Behind,
     Commit,
     Effect,
+    EndTraining,
     FetchBlob,
     PartReassigned,
     Persist,
@@ -414,7 +415,7 @@ class Stage(World):
                 return f"sees no quorum, {effect.live} of {effect.needed}", ""
             case PhaseEntered(phase=Phase.FETCH):
                 return f"has the certificate of round {effect.round}, not all of its bytes", ""
-            case Planned() | PhaseEntered() | Persist() | Commit():
+            case Planned() | PhaseEntered() | Persist() | Commit() | EndTraining():
                 return None
         return f"{type(effect).__name__}", ""
 

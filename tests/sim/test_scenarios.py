@@ -131,15 +131,14 @@ def owner_dies_unnoticed(stage: Stage) -> None:
 
 @scenario(peers=4)
 def slow_owner(stage: Stage) -> None:
-    """A peer's uplink becomes narrow. Twice it is late with its parts and they go to others; then it is given none. It
-    is never taken for dead: no attempt fails, and it is in every roster."""
+    """A peer's uplink becomes narrow. What it owns keeps a round waiting; then it is given less, as proposer by itself,
+    too. It is never taken for dead, no attempt fails, nobody else is blamed, and it is in every roster."""
     stage.run_to_round(1)
-    stage.narrow("cid", 100e3)
-    stage.run_to_round(4)
+    stage.narrow("cid", 150e3)
+    stage.run_to_round(6)
     owned = [[stage.owner_of(part, plan) for part in range(4)].count("cid") for plan in stage.first_plans()]
-    assert owned[1] and owned[2] and not owned[3]
-    assert {move.reason.value for move in stage.did(PartReassigned)} == {"owner_slow"}
-    assert {stage.name(move.old_owner) for move in stage.did(PartReassigned)} == {"cid"}
+    assert owned[1] and owned[2] and not any(owned[3:6])
+    assert {stage.name(move.old_owner) for move in stage.did(PartReassigned)} <= {"cid"}
     assert not stage.did(AttemptFailed)
     for plan in stage.first_plans():
         assert "cid" in stage.list_names(entry.signed.peer for entry in plan.roster)

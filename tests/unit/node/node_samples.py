@@ -316,6 +316,7 @@ class Peer:
                 note=self._note,
                 committed=self._committed,
                 begun=self._begun,
+                end_training=lambda number: self.compute.end_training(number),
                 behind=self.behinds.append,
                 forked=self.forks.append,
                 dropped=lambda peer, refusal: self.intake.drop(peer, refusal),

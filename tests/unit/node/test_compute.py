@@ -106,16 +106,68 @@ async def test_a_round_without_it_changes_nothing_while_it_trains_on(tmp_path: P
         assert peer.offers[0].round == 1, "anchored at the base that is there"
 
 
-async def test_a_round_without_it_offers_what_is_ready_to_the_next_one(tmp_path: Path) -> None:
+async def test_what_missed_a_round_is_trained_on_and_offered_with_more_in_the_next_one(tmp_path: Path) -> None:
     async with open_trainer(tmp_path) as (peer, trainer):
         await peer.compute.start()
         await wait_until(lambda: peer.offers)
         local = trainer.local.copy()
+        trainer._round_s = 3600.0
         await peer.compute.committed(make_result(peer, 1), ())
         assert trainer.merges == [] and np.array_equal(trainer._parameters, local), "no work is lost"
+        assert trainer.begun == [(1, True), (1, False)]
+        peer.compute.round_begun()
+        await wait_until(lambda: peer.compute.phase is TrainerState.RUNNING)
+        assert len(peer.offers) == 1
+
+
+async def test_what_is_ready_is_offered_again_after_a_round_without_parts(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path) as (peer, _):
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        await peer.compute.committed(replace(make_result(peer, 1), parts=(), members=()), ())
         peer.compute.round_begun()
         await wait_until(lambda: len(peer.offers) == 2)
-        assert peer.compute.phase is TrainerState.PAUSED
+
+
+# -- in step with the others -------------------------------------------------------------------------------------------
+
+
+async def test_who_began_to_train_in_mid_round_ends_with_the_others(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, _):
+        await peer.compute.start()
+        peer.compute.end_training(1)
+        await wait_until(lambda: peer.offers)
+
+
+async def test_who_is_still_starting_when_the_others_end_is_ready_after_its_first_step(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, _):
+        peer.compute.end_training(1)
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+
+
+async def test_who_began_with_the_round_trains_to_its_end(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path) as (peer, trainer):
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        trainer._round_s = 3600.0
+        await peer.compute.committed(make_result(peer, 1), (0,))
+        peer.compute.end_training(peer.state.head.round + 1)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert peer.compute.phase is TrainerState.RUNNING
+        await peer.compute.committed(make_result(peer, 1), ())
+        peer.compute.end_training(peer.state.head.round + 1)
+        await wait_until(lambda: peer.compute.phase is TrainerState.PAUSED)
+
+
+async def test_an_end_of_training_that_comes_too_late_ends_no_later_one(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, _):
+        await peer.compute.start()
+        peer.compute.end_training(0)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert peer.compute.phase is TrainerState.RUNNING and peer.offers == []
 
 
 async def test_on_another_log_the_work_stays_and_is_anchored_there(tmp_path: Path) -> None:

@@ -52,7 +52,11 @@ async def test_a_peer_whose_trainer_was_given_up_does_not_train(tmp_path: Path) 
         peer.compute.phase = TrainerState.STOPPED
         assert not peer.presence.describe().trains
         peer.compute.phase = TrainerState.STALLED
-        assert peer.presence.describe().trains, "it is started again"
+        assert not peer.presence.describe().trains, "nobody waits until it is started again"
+        peer.compute.phase = TrainerState.STARTING
+        assert not peer.presence.describe().trains
+        peer.compute.phase = TrainerState.PAUSED
+        assert peer.presence.describe().trains, "what it has done waits for its round"
 
 
 async def test_a_bootstrap_peer_does_not_train(tmp_path: Path) -> None:

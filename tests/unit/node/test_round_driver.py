@@ -327,3 +327,12 @@ async def test_a_presence_that_tells_of_a_later_round_is_passed_on(tmp_path: Pat
         peer.membership.take_presence(puppet.encode(presence), puppet.me)
         await wait_until(lambda: peer.behinds)
         assert [(one.peer, one.round) for one in peer.behinds] == [(puppet.me, 9)]
+
+
+async def test_the_end_of_training_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_peers(tmp_path, 3) as peers:
+        told: list[int] = []
+        late = peers[2]
+        monkeypatch.setattr(late.compute, "end_training", told.append)
+        await peers[0].contribute(0)
+        await wait_until(lambda: told == [1])

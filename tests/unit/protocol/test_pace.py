@@ -12,6 +12,7 @@ from shoal.protocol.pace import (
     SPEED_MIN,
     PartPace,
     ReadyPace,
+    find_worthy_end_s,
 )
 from tests.unit.protocol.samples import PEERS
 
@@ -138,6 +139,46 @@ def test_a_peer_that_was_gone_begins_anew() -> None:
     assert usual_s(pace, A) == pytest.approx(103.0), "but is remembered"
 
 
+# -- what a wait is worth -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ready", "expected", "end_s"),
+    [
+        (3, (), 0.0),
+        (3, (2.0,), 2.0),  # three idle for 2 s, one brings 10
+        (3, (4.0,), 0.0),
+        (2, (9.0, 9.0, 9.0, 9.0), 9.0),  # a minimum quorum waits for the others, nearly a round long
+        (4, (4.5, 4.5), 4.5),
+        (4, (5.5, 5.5), 0.0),
+        (3, (1.0, 8.0), 1.0),  # the second one would cost more than it brings
+        (3, (1.0, 3.0, 3.5, 3.5), 3.5),
+        (1, (10.0, 11.0), 0.0),  # no longer than a round
+    ],
+)
+def test_a_wait_ends_where_it_is_worth_most(ready: int, expected: tuple[float, ...], end_s: float) -> None:
+    assert find_worthy_end_s(0.0, ready, 10.0, reversed(expected)) == end_s
+    assert find_worthy_end_s(50.0, ready, 10.0, [50.0 + at for at in expected]) == 50.0 + end_s
+
+
+@pytest.mark.parametrize("one", range(1, 9))
+@pytest.mark.parametrize("other", range(1, 9))
+def test_of_two_groups_that_are_out_of_step_one_waits_for_the_other(one: int, other: int) -> None:
+    for offset_s in (0.5, 2.5, 5.0, 7.5, 9.5):
+        first = find_worthy_end_s(0.0, one, 10.0, [offset_s] * other)
+        second = find_worthy_end_s(0.0, other, 10.0, [10.0 - offset_s] * one)
+        assert first or second
+
+
+def test_what_is_usual_is_the_middle_one_of_those_that_were_measured() -> None:
+    pace = ReadyPace()
+    assert pace.usual_s(PEERS) is None
+    for peer, duration_s in zip(PEERS[:3], (1.0, 2.0, 30.0), strict=True):
+        train(pace, peer, duration_s)
+    assert pace.usual_s(PEERS) == 2.0
+    assert pace.usual_s(PEERS[3:]) is None
+
+
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +230,7 @@ def test_a_much_slower_owner_counts_by_its_rate_until_what_is_known_grows_old() 
     for number, duration_s in enumerate((0.1, 0.1, 0.15, 1.0)):
         pace.note_part(PEERS[number], duration_s)
     assert [pace.speed(peer) for peer in PEERS[:3]] == [1.0, 1.0, 1.0], "a little slower is noise"
-    assert pace.speed(PEERS[3]) == pytest.approx(0.125)
+    assert pace.speed(PEERS[3]) == pytest.approx(0.1), "of two middle ones the faster"
     assert pace.speed(PEERS[5]) == 1.0, "nothing is known of it"
     for _ in range(20):
         pace.relax(PEERS[3])

@@ -6,10 +6,10 @@ from shoal.protocol.effects import AttemptFailed, PartReassigned, Phase, SenderM
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Rounds
-from shoal.protocol.messages import Contribution, Plan
+from shoal.protocol.messages import Contribution, Plan, Vote
 from shoal.protocol.round_state import OWNERS_WINDOW, SENDERS_WINDOW
 from shoal.protocol.shares import MISSES_TO_SHRINK, MISSES_TO_STOP, PROBATION_ROUNDS
-from tests.unit.protocol.round_table import Seat, Table, members_of
+from tests.unit.protocol.round_table import Seat, Table, members_of, nothing, withhold
 from tests.unit.protocol.samples import PARTS, PEERS, RULES, make_digests
 
 # No part may be taken from an owner later than this after its last word.
@@ -240,8 +240,60 @@ def test_an_owner_that_misses_again_and_again_owns_less_and_then_nothing_and_sti
         assert all(victim.number in members_of(table.result(number), part) for part in range(PARTS))
     _, plan = play(table, stopped_at + PROBATION_ROUNDS + 1)
     assert len(owned(plan, victim)) == 1, "another chance, with a small share"
-    _, plan = play(table, stopped_at + PROBATION_ROUNDS + 2)
-    assert len(owned(plan, victim)) == 2
+    plans = [play(table, stopped_at + PROBATION_ROUNDS + number)[1] for number in range(2, 8)]
+    counts = [len(owned(plan, victim)) for plan in plans]
+    assert set(counts[:-1]) <= {1, 2} and counts[-1] == 2, "when it leads it gives itself what the other gave it last"
+
+
+def test_a_proposer_gives_itself_what_another_proposer_gave_it() -> None:
+    table = sit_down(4)
+    victim = table.seats[2]
+    for seat in table.seats:
+        if seat is not victim:
+            for other in table.seats:
+                seat.core._owner_pace.note_part(other.peer, 5.0 if other is victim else 0.1)
+    led = 0
+    for number in range(1, 13):
+        lead, plan = play(table, number)
+        assert number == 1 or owned(plan, victim) == set(), "it cannot measure itself"
+        led += lead is victim
+        for seat in table.seats:  # what is known of it does not grow old here
+            if seat is not victim:
+                seat.core._owner_pace.note_part(victim.peer, 5.0)
+    assert led > 0
+
+
+def test_a_proposer_whose_own_parts_came_late_to_the_voters_gives_itself_none() -> None:
+    table = sit_down(3)
+    lead, plan = begin(table)
+    assert owned(plan, lead)
+    table.blocked = withhold(Vote)
+    table.finish_reductions()
+    table.settle()
+    assert lead.core.phase is Phase.COMMIT
+    table.advance(0.6 * RULES.commit_timeout_s)
+    table.blocked = nothing
+    for seat in table.seats:
+        for vote in seat.said(Vote)[-1:]:
+            lead.core.receive(vote, seat.peer, table.now)
+    table.settle()
+    assert lead.core.head.round == 1 and lead.core._given_share == 0.0
+    others = [seat for seat in table.seats if seat is not lead]
+    assert all(seat.core._given_share == 1.0 for seat in others)
+
+
+def test_who_was_given_a_part_late_keeps_it_while_its_slowest_sender_may_be_at_work() -> None:
+    table = sit_down(4, replace(RULES, owner_timeout_s=10.0))
+    lead, plan = begin(table)
+    victim = next(seat for seat in table.seats if seat is not lead and owned(plan, seat))
+    rush_s = OWNERS_WINDOW * RULES.exchange_timeout_s
+    table.finish_reductions(*(seat for seat in table.seats if seat is not victim))
+    while not lead.did(PartReassigned):
+        table.advance(STEP_S)
+    assert rush_s - 1.0 < table.now < rush_s, "the case"
+    while table.now < rush_s + STEP_S:
+        table.advance(STEP_S)
+    assert len(lead.did(PartReassigned)) == len(owned(plan, victim)), "nothing is moved twice"
 
 
 def test_every_member_learns_of_misses_whoever_leads_next() -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from shoal.protocol.effects import AttemptFailed, EndTraining, Phase
 from shoal.protocol.messages import ROSTER_MAX
 from tests.unit.protocol.round_table import Seat, Table
 from tests.unit.protocol.samples import CROWD_PEERS, RULES
@@ -117,6 +118,118 @@ def test_who_leaves_is_not_waited_for() -> None:
     pacing.ready_s.pop(3, None)
     pacing.run(1)
     assert pacing.members[-1] == set() and pacing.took_s[-1] < STEP_S, "the round that drops it has no parts"
+
+
+def test_a_round_waits_past_the_window_for_those_who_bring_more_than_the_wait_costs() -> None:
+    pacing = pace(10.0, 10.0, 10.0, 10.0, 10.0, 10.0)
+    pacing.run(4)
+    for seat in (0, 1):
+        pacing.ready_s[seat] = pacing.table.now + 4.0
+    for seat in (2, 3, 4, 5):
+        pacing.ready_s[seat] = pacing.table.now + 10.0
+    pacing.run(2)
+    assert all(members == set(range(6)) for members in pacing.members), "two are the minimum quorum, and wait"
+    assert pacing.took_s[-2] == pytest.approx(10.0, abs=2 * STEP_S)
+
+
+def test_whoever_does_not_come_when_it_was_worth_waiting_for_has_the_window_once_more() -> None:
+    pacing = pace(10.0, 10.0, 10.0, 10.0, 10.0, 10.0)
+    pacing.run(4)
+    for seat in (0, 1):
+        pacing.ready_s[seat] = pacing.table.now + 4.0
+    for seat in (2, 3, 4, 5):
+        pacing.ready_s[seat] = pacing.table.now + 1000.0
+    pacing.run(2)
+    assert pacing.members[-2] == {0, 1}
+    assert pacing.took_s[-2] < 10.0 + 2.0 + 4 * STEP_S
+    assert pacing.took_s[-1] == pytest.approx(10.0, abs=2 * STEP_S), "and none in the next round"
+
+
+def test_followers_wait_as_long_as_the_proposer_does() -> None:
+    pacing = pace(20.0, 20.0, 20.0, 20.0)
+    pacing.run(3)
+    for seat in (0, 1):
+        pacing.ready_s[seat] = pacing.table.now + 4.0
+    for seat in (2, 3):
+        pacing.ready_s[seat] = pacing.table.now + 20.0
+    pacing.run(1)
+    assert pacing.members[-1] == {0, 1, 2, 3} and pacing.took_s[-1] > 4.0 + RULES.grace_s + RULES.plan_timeout_s
+    assert not any(seat.did(AttemptFailed) for seat in pacing.table.seats)
+
+
+def test_who_comes_back_and_is_no_voter_any_more_has_the_window() -> None:
+    pacing = pace(1.0, 1.0, 1.0, 1.0)
+    pacing.run(3)
+    table, back = pacing.table, pacing.table.seats[3]
+    table.kill(back)
+    pacing.ready_s.pop(3, None)
+    del pacing.durations[3]
+    pacing.run(1)
+    assert back.peer not in table.seats[0].core.head.voters
+    table.restart(back)
+    back.core.applied(table.seats[0].core.head, table.now)
+    table.announce(back)
+    table.advance(1.0)
+    table.make_ready(*table.seats[:3])
+    table.settle()
+    table.advance(1.5)
+    assert table.seats[0].core.phase is Phase.GATHER
+    table.make_ready(back)
+    table.settle()
+    assert table.seats[0].core.head.round == 5
+    assert back.peer in {member.peer for member in table.seats[0].committed[-1].result.members}
+
+
+# -- the end of training ----------------------------------------------------------------------------------------------
+
+
+def ended(table: Table) -> set[int]:
+    table.settle()
+    return {seat.number for seat in table.seats if seat.did(EndTraining)}
+
+
+def test_training_is_over_when_half_of_the_other_voters_are_ready() -> None:
+    table = Table(6)
+    table.make_ready(table.seats[0], table.seats[1])
+    assert ended(table) == set()
+    table.make_ready(table.seats[2])
+    assert ended(table) == {3, 4, 5}
+    table.make_ready(table.seats[3])
+    table.settle()
+    assert [len(seat.did(EndTraining)) for seat in table.seats[3:]] == [1, 1, 1], "it is said once"
+    assert table.seats[4].did(EndTraining) == [EndTraining(round=1)]
+
+
+def test_who_does_not_train_or_is_gone_does_not_count_as_a_voter_that_is_not_ready() -> None:
+    table = Table(6)
+    table.announce(table.seats[5], trains=False)
+    table.announce(table.seats[4], leaving=True)
+    table.kill(table.seats[3])
+    table.make_ready(table.seats[0])
+    assert ended(table) == {1, 2}, "one of two others; of three for the rest"
+
+
+def test_training_is_not_over_while_too_few_could_be_planned() -> None:
+    table = Table(4, rules=replace(RULES, peers_min=4))
+    table.make_ready(*table.seats[:2])
+    assert ended(table) == set()
+    table.make_ready(table.seats[2])
+    assert ended(table) == {3}
+
+
+def test_whoever_is_ready_too_late_for_a_round_is_expected_in_the_next() -> None:
+    """It was measured when it was ready, though no plan had room for it any more."""
+    pacing = pace(1.0, 1.0, 1.0, 1.0)
+    pacing.run(4)
+    table, late = pacing.table, pacing.table.seats[3]
+    table.reduces = False
+    table.advance(1.0)
+    table.make_ready(*table.seats[:3])
+    table.advance(5.0)
+    lead = table.seat(table.seats[0].core.view().proposer)
+    assert lead.core.phase is not Phase.GATHER
+    table.make_ready(late)
+    assert late.peer not in lead.core._ready_pace._began_s
 
 
 # -- newcomers ------------------------------------------------------------------------------------------------------

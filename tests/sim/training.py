@@ -1,0 +1,81 @@
+"""A simulated peer's trainer, and what the daemon does with it (node/compute.py): when it begins, when it is ready, and
+what becomes of its work when a round is certified.
+
+Time stands for steps: whoever ends its training early has done less.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shoal.protocol.messages import Certificate
+
+if TYPE_CHECKING:
+    from tests.sim.peer import SimPeer
+
+MISSED_ROUNDS_MAX = 8
+STEPS = 40  # of a training that is not cut short
+
+
+def train(peer: "SimPeer", *, in_step: bool = False) -> None:
+    """Begin to train for the open round; an earlier training ends here. `in_step`: with the round."""
+    peer.training += 1
+    peer.waiting = False
+    peer.in_step = in_step
+    duration_s = peer.training_s * peer.work_s(0.8, 1.4)
+    peer.trains_s = peer.clock(), duration_s
+    peer.later(duration_s, _become_ready, peer, peer.training)
+    _end_training(peer)
+
+
+def end_training(peer: "SimPeer", number: int) -> None:
+    """The others have ended their training for this round."""
+    peer.ended_round = number
+    _end_training(peer)
+
+
+def _end_training(peer: "SimPeer") -> None:
+    """After the step that is under way."""
+    if peer.ended_round == peer.replica.round + 1 and not peer.in_step and not peer.waiting:
+        peer.later(peer.trains_s[1] / STEPS, _become_ready, peer, peer.training)
+
+
+def _become_ready(peer: "SimPeer", training: int) -> None:
+    """The trainer hands over its local parameters."""
+    if training != peer.training or peer.leaving or peer.waiting:
+        return
+    began_s, duration_s = peer.trains_s
+    noise = np.random.default_rng(peer.rng.getrandbits(63)).standard_normal(peer.local.size, dtype=np.float32)
+    peer.local = peer.local - noise * np.float32(0.01)
+    peer.steps += max(1, min(STEPS, round(STEPS * (peer.clock() - began_s) / duration_s)))
+    peer.waiting = True
+    peer.offer()
+
+
+def merge(peer: "SimPeer", certificate: Certificate) -> bool:
+    """What the daemon and its trainer do with a certificate: settle the residual, merge the new base. True when what
+    was handed over waits for the next round."""
+    result = certificate.result
+    members = [member.peer for member in result.members]
+    included: tuple[int, ...] = ()
+    frozen = peer.frozen
+    if frozen is not None and frozen.round == result.round and peer.identity.peer in members:
+        index = members.index(peer.identity.peer)
+        included = peer.contributor.settle(frozen, result, index)
+        peer.world.checker.settled(peer, result, index, included)
+    if not result.parts:
+        return peer.waiting  # nothing moved
+    peer.missed = 0 if included else peer.missed + 1
+    restart = peer.missed > MISSED_ROUNDS_MAX
+    for part in range(peer.manifest.parts) if restart else included:
+        first, end = peer.manifest.part_range(part)
+        peer.local[first:end] = peer.replica.params[first:end]
+    if restart:
+        peer.contributor.clear()
+        peer.world.checker.restarted_from_base(peer)
+    if restart or included:
+        peer.steps, peer.missed = 0, 0
+    if restart or included or peer.waiting:
+        train(peer, in_step=restart or bool(included))
+    peer.in_step = restart or bool(included)
+    return False
