@@ -1,0 +1,79 @@
+"""What the numbers of a round cost one core: encode, check and decode, aggregate, outer step, digests.
+
+    python -m benchmarks.numerics [--elements N] [--repeats N] [--json FILE]
+
+GB (10^9 bytes) of float32 a second of this thread's CPU time, which a busy machine disturbs less than the wall clock.
+Each figure is the median of its repeats, after one that is not counted. Aggregating includes
+checking every part and encoding the result.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart
+from shoal.protocol.codecs import CODECS
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+from shoal.protocol.state import chunk_digests
+
+MEMBERS = 8
+FLOAT32_BYTES = 4
+
+
+def measure(work: Callable[[], object], megabytes: float, repeats: int) -> float:
+    """GB a CPU second."""
+    rates = []
+    for _ in range(repeats + 1):
+        began_s = time.thread_time()
+        work()
+        rates.append(megabytes / 1000 / (time.thread_time() - began_s))
+    return round(statistics.median(rates[1:]), 1)
+
+
+def run(elements: int, repeats: int) -> dict[str, float]:
+    """Every figure by its name."""
+    codec, optimizer = CODECS["int8"], OUTER_OPTIMIZERS["nesterov"]
+    reduction = Reduction(codec_in=codec, aggregator=AGGREGATORS["mean"], codec_out=codec)
+    entropy = np.random.default_rng(1)
+    values, momentum, update = (entropy.standard_normal(elements, dtype=np.float32) for _ in range(3))
+    encoded = [codec.encode(entropy.standard_normal(elements, dtype=np.float32)) for _ in range(MEMBERS)]
+    parts = [WeightedPart(encoded=one, weight=1.0, clip_factor=1.0) for one in encoded]
+    out = np.empty(elements, np.float32)
+
+    def decode() -> None:
+        codec.check_untrusted(encoded[0], elements)
+        codec.decode_untrusted(encoded[0], elements, out)
+
+    megabytes = elements * FLOAT32_BYTES / 1e6
+    return {
+        "int8 encode": measure(lambda: codec.encode(values), megabytes, repeats),
+        "int8 check and decode": measure(decode, megabytes, repeats),
+        f"aggregate {MEMBERS} members, their input": measure(
+            lambda: reduction.reduce_part(parts, elements), MEMBERS * megabytes, repeats
+        ),
+        "outer step (Nesterov)": measure(
+            lambda: optimizer.apply(values, momentum, update, 0.7, 0.9), megabytes, repeats
+        ),
+        "chunk digests": measure(lambda: chunk_digests(values), megabytes, repeats),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what the numbers of a round cost one core")
+    parser.add_argument("--elements", type=int, default=4_000_000)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    figures = run(options.elements, options.repeats)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
