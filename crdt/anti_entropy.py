@@ -20,6 +20,9 @@ from shoal.protocol.identity import PeerId
 PERIOD_S = 10.0
 PUSH_PEERS = 4
 COMPARISONS_MAX = 4
+# How long to wait for an answer, each time that a question is asked: whoever answers keeps no state, so asking again
+# does no harm. The last one is long enough for an answer of full length over 1 Mbit/s, used half by others.
+ANSWER_TIMEOUTS_S = (1.0, 2.0, 4.0)
 ROUND_TRIPS_MAX = 8
 
 

@@ -265,6 +265,9 @@ class _Reply:
             if part.is_narrow and surplus > 4 * part.expected + 16:
                 return self._split(part)
             return self._narrow(part.span, part.count, max(part.expected, surplus))
+        return self._list(part)
+
+    def _list(self, part: _Part) -> bytes | None:
         if self._payload_bytes_left < part.count * SHORT_ID_BYTES or self._hashes_left < part.count:
             return part.span.low
         self._append(part.span, RangeMode.LISTED, b"".join(short_id for _, short_id in self._hash(part.span)))
@@ -310,6 +313,8 @@ class _Reply:
     def _read_sketch(self, part: _Part) -> bytes | None:
         """Send and ask for what differs; where the sketch does not show it, lay the range out again."""
         span, count = part.span, part.count
+        if not count:
+            return self._list(part)
         if count > KEYS_HASHED_MAX:
             # More than twice as many as there: a list is shortest.
             return self._narrow(span, count, count)
@@ -411,7 +416,7 @@ def _join(parts: Sequence[_Part], told: int, differing: int) -> list[_Part]:
     """Make one part of neighbouring fingerprints, for a sketch of many differences is shorter than many of few; but
     what only one side has anything of is dealt with at once, and by itself."""
     each: float | None = None
-    if told >= _TELLING_RANGES_MIN:
+    if differing and told >= _TELLING_RANGES_MIN:
         # Differences that fall into ranges at random leave this many of them empty.
         each = _DIFFERENCES_ASSUMED if differing == told else -told * math.log(1 - differing / told) / differing
     joined: list[list[_Part]] = []

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from shoal.crdt.anti_entropy import PERIOD_S, Conversation, PeerChoice
+from shoal.crdt.anti_entropy import ANSWER_TIMEOUTS_S, PERIOD_S, Conversation, PeerChoice
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.eras import choose_rounds_per_era, era_of_round
 from shoal.crdt.fold import LedgerState
@@ -92,6 +92,8 @@ class LedgerSync:
         self._gap = Gap()
         self._mark_due = False
         self._fork_told = False
+        # Told when others hold own entries that this disk lacks; whether they are of a clone that is running.
+        self.on_forgotten: Callable[[bool], None] = lambda is_cloned: None
         self.own_chain = OwnChain(started_ms=_wall_ms(), spread_s=random.SystemRandom().uniform(0, SPREAD_S))
 
     @property
@@ -191,9 +193,12 @@ class LedgerSync:
                     log.error("an own ledger entry that came from elsewhere was not stored: %s", error)
 
     def _meet_own(self, batch: Batch) -> None:
-        """An own entry that this process has not written: of before a backup was put back, or of a clone."""
+        """An own entry that this process has not written: of before a backup was put back, or of a clone. Either way
+        this disk does not know all that is signed with its key."""
         was_cloned = self.own_chain.held is Failure.CHAIN_CLONED
-        if self.own_chain.meet(batch.entries[-1].hlc) and not was_cloned:
+        is_cloned = self.own_chain.meet(batch.entries[-1].hlc)
+        self.on_forgotten(is_cloned)
+        if is_cloned and not was_cloned:
             # Whoever was told by a mark is known to the other one already.
             self._mark_due = not batch.entries[-1].body.startswith(CLONE_MARK)
             text = "another process signs with this peer's key; nothing more is written here. Fix: stop one of the two"
@@ -235,7 +240,7 @@ class LedgerSync:
         conversation, fresh = Conversation(self.ledger, self._choice.draw_salt()), 0
         while conversation.request is not None:
             question = Reconcile(payload=conversation.request)
-            raw = await self._control.request(peer, encode_message(self._swarm, question))
+            raw = await self._ask(peer, encode_message(self._swarm, question))
             reply = decode_message_untrusted(self._swarm, raw)
             if not isinstance(reply, LedgerEntries):
                 return fresh, conversation.found_difference
@@ -250,12 +255,21 @@ class LedgerSync:
             self.own_chain.confirm(peer, time.monotonic())
         return fresh, conversation.found_difference
 
+    async def _ask(self, peer: PeerId, frame: bytes) -> bytes:
+        for timeout_s in ANSWER_TIMEOUTS_S[:-1]:
+            try:
+                return await self._control.request(peer, frame, timeout_s)
+            except PeerUnreachable as error:
+                log.debug("asked again: %s", error)
+        return await self._control.request(peer, frame, ANSWER_TIMEOUTS_S[-1])
+
     def _era_of(self, round_number: int) -> int:
         return era_of_round(round_number, self._rounds_per_era)
 
     async def keep_up(self, list_live: Callable[[], Mapping[PeerId, Presence]], incarnation: int) -> None:
         """Period after period: compare ledgers with live peers, follow the own log, write what is to be written."""
         while True:
+            begun_s = time.monotonic()
             self._live = list_live()
             live = tuple(self._live)
             await self._compare(live)
@@ -267,7 +281,8 @@ class LedgerSync:
             if self.held is None:
                 await self._renew_lease(incarnation, live)
                 await self._enter_missing(live)
-            await asyncio.sleep(PERIOD_S if self.held is not Failure.CHAIN_UNCONFIRMED else HELD_PERIOD_S)
+            period_s = PERIOD_S if self.held is not Failure.CHAIN_UNCONFIRMED else HELD_PERIOD_S
+            await asyncio.sleep(max(0.0, begun_s + period_s - time.monotonic()))
 
     async def _compare(self, live: Sequence[PeerId]) -> None:
         for peer in self._choice.choose_for_comparison(live):

@@ -2,20 +2,31 @@
 
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.crdt.anti_entropy import ROUND_TRIPS_MAX, Conversation
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
-from shoal.crdt.key_set import KEY_END, KEY_FIRST
+from shoal.crdt.key_set import KEY_END, KEY_FIRST, id_of_key
 from shoal.crdt.kinds import Kind, RegisterBody
 from shoal.crdt.ledger import Draft, Ledger, LedgerRules
-from shoal.crdt.reconciliation import BATCHES_MAX, COMPARISON_BYTES_MAX, ENTRIES_BYTES_MAX, answer
-from shoal.crdt.sketch import SALT_BYTES
+from shoal.crdt.reconciliation import (
+    BATCHES_MAX,
+    COMPARISON_BYTES_MAX,
+    ENTRIES_BYTES_MAX,
+    FINGERPRINT_BYTES,
+    RECONCILIATION_SCHEMA,
+    Comparison,
+    KeyRange,
+    RangeMode,
+    answer,
+)
+from shoal.crdt.sketch import SALT_BYTES, SHORT_ID_BYTES, Sketch, shorten
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import LedgerEntries, Reconcile, decode_message_untrusted, encode_message
 
@@ -164,6 +175,49 @@ def test_any_two_sets_become_their_union(pool: list[Batch], data: st.DataObject)
     assert cost.entry_bytes == sum(len(encode_batch(pool[number])) for number in exchanged)
     # And it is settled: another conversation is one round trip long.
     assert compare(right, left, seed + 1).round_trips == 1
+
+
+def make_range(entropy: random.Random, ledger: Ledger, salt: bytes, low: bytes, high: bytes) -> KeyRange:
+    """A range as a peer might send it that knows what `ledger` holds: right, wrong, or something in between."""
+    share = entropy.choice([0.0, 0.5, 1.0])
+    keys = [key for key in ledger.keys.iterate(low, high) if entropy.random() < share]
+    short_ids = [shorten(salt, id_of_key(key)) for key in keys]
+    short_ids += [entropy.randbytes(SHORT_ID_BYTES) for _ in range(entropy.choice([0, 0, 1, 3]))]
+    count = entropy.choice([0, len(short_ids), 2**32 - 1]).to_bytes(4, "big")
+    match entropy.choice(list(RangeMode)):
+        case RangeMode.FINGERPRINT as mode:
+            own, total = ledger.keys.add_up(low, high)
+            summed = own.to_bytes(4, "big") + total.to_bytes(32, "big")
+            right = summed[:4] + blake3(salt + summed).digest(FINGERPRINT_BYTES)
+            payload = entropy.choice([right, count + bytes(FINGERPRINT_BYTES)])
+        case RangeMode.SKETCH as mode:
+            sketch = Sketch(salt, entropy.choice([8, 24, 400]))
+            sketch.add(short_ids)
+            payload = count + sketch.encode()
+        case mode:
+            payload = b"".join(short_ids)
+    return KeyRange(low=low, high=high, mode=mode.value, payload=payload)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_whatever_well_formed_ranges_say_the_answer_is_in_order(pool: list[Batch], seed: int) -> None:
+    entropy = random.Random(seed)
+    ledger, salt = fill(pool[: entropy.choice([0, 1, 40, 120])]), entropy.randbytes(SALT_BYTES)
+    cuts = sorted(entropy.sample([KEY_END, *list_keys(fill(pool[:120]))], entropy.randint(2, 24)))
+    pairs = [pair for pair in pairwise(cuts) if entropy.random() < 0.7] or [(cuts[0], cuts[1])]
+    ranges = [make_range(entropy, ledger, salt, low, high) for low, high in pairs]
+    canonical = [
+        replace(each, low=None) if before is not None and before.high == each.low else each
+        for before, each in zip([None, *ranges], ranges, strict=False)
+    ]
+    message = RECONCILIATION_SCHEMA.encode(Comparison(era=1, salt=salt, ranges=tuple(canonical)))
+    response = answer(ledger, message)
+    for raw in response.batches:
+        assert ledger.accept(decode_batch_untrusted(raw)).is_known
+    if response.reply is not None:
+        assert len(response.reply) <= COMPARISON_BYTES_MAX
+        # Whoever gets it can go on from there.
+        answer(fill(pool[60:90]), response.reply)
 
 
 @pytest.mark.parametrize(("of_left", "of_right"), [(2, 3), (2, 2), (1, 2), (1, 10)])

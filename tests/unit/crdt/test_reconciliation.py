@@ -1,4 +1,5 @@
 import pytest
+from blake3 import blake3
 
 from shoal.crdt.entries import Batch, decode_batch_untrusted
 from shoal.crdt.key_set import KEY_BYTES, KEY_END
@@ -264,6 +265,14 @@ def test_a_message_that_no_honest_peer_sends_is_refused(ranges: tuple[KeyRange, 
     with pytest.raises(ProtocolError) as caught:
         answer(make_ledger(), message(*ranges))
     assert caught.value.refusal is refusal
+
+
+def test_many_equal_fingerprints_beside_something_else_are_no_estimate() -> None:
+    ledger = make_ledger()
+    equal = (0).to_bytes(4, "big") + blake3(SALT + bytes(4 + 32)).digest(FINGERPRINT_BYTES)
+    ranges = [key_range(bytes([number]), mode=RangeMode.FINGERPRINT, payload=equal) for number in range(1, 21)]
+    reply = answer(ledger, message(*ranges, key_range(payload=bytes(SHORT_ID_BYTES)))).reply
+    assert [part.mode for part in read(reply)] == [RangeMode.WANTED]
 
 
 def test_a_reply_to_the_most_that_can_be_asked_is_within_its_bound() -> None:
