@@ -238,6 +238,7 @@ class Daemon:
         self.ledger = LedgerSync(
             identity=self.identity, manifest=self.manifest, swarm=swarm, store=self._store, control=self.control
         )
+        self.ledger.on_forgotten = lambda cloned: self._spawn(self.driver.forget(for_good=cloned))
         await self.ledger.start()
         self._assemble_membership(swarm)
 

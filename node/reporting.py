@@ -102,6 +102,8 @@ def tell_abstention(abstention: Abstention) -> str:
     """Why this peer does not vote, and until when."""
     if abstention.goes_on:
         return f"{Failure.VOTES_FORGOTTEN}: the vote record was lost; no quorum is possible without it, so it goes on"
+    if abstention.lasts:
+        return f"{Failure.VOTES_FORGOTTEN}: abstaining, because another process signs with this peer's key"
     number = abstention.until_round()
     until = "it votes again when it has heard the other voters" if number is None else f"until about round {number}"
     return f"{Failure.VOTES_FORGOTTEN}: abstaining since the vote record was lost, {until}"

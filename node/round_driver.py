@@ -233,6 +233,25 @@ class RoundDriver:
             await asyncio.to_thread(begin_abstention, self._state.stores.ledger)
             self._forgot = True
 
+    async def forget(self, *, for_good: bool) -> None:
+        """There is proof that this peer does not know all that it has signed: vote no more until that can do no harm,
+        or, where somebody else is signing with its key, `for_good`. Never raises."""
+        abstention = self.core.abstention
+        if abstention is not None and (abstention.lasts or not for_good):
+            return
+        async with self._working:
+            try:
+                await asyncio.to_thread(begin_abstention, self._state.stores.ledger)
+            except StoreError as error:
+                self._fail(error)
+                return
+            log.warning("%s: others hold entries of this peer that its disk lacks", Failure.VOTES_FORGOTTEN)
+            self._effects.extend(self.core.take_effects())
+            # What is certified is applied all the same; what was to be signed is not said.
+            self._effects = deque(one for one in self._effects if not isinstance(one, Send | Persist))
+            self.core.abstain(self.now(), for_good=for_good)
+        self.pump()
+
     async def _apply(self, head: Head) -> None:
         if self._forgot and self.core.abstention is None:
             self.core.abstain(self.now())

@@ -35,7 +35,8 @@ ROUNDS_LOST = 3
 class Abstention:
     """From the loss until its end. A restart in between begins it anew, which loses time and nothing else."""
 
-    def __init__(self, me: PeerId, now: float, window_s: float) -> None:
+    def __init__(self, me: PeerId, now: float, window_s: float, *, lasts: bool = False) -> None:
+        self.lasts = lasts  # for as long as this process lives: somebody else signs with the same key
         self._me = me
         self._settles_s = now + window_s
         self._heads: dict[PeerId, int] = {}
@@ -60,11 +61,11 @@ class Abstention:
         others = [peer for peer in voters if peer != self._me]
         needs_all = quorum_size(len(voters), rule) == len(voters)
         remember = all(peer in self._heads and peer not in self._forgetful for peer in others)
-        return bool(others) and needs_all and remember and now >= self._settles_s
+        return not self.lasts and bool(others) and needs_all and remember and now >= self._settles_s
 
     def is_over(self, certificate: Certificate, voters: tuple[PeerId, ...], rule: QuorumRule) -> bool:
         """Whether this certificate, of a round that these voters decided, was made after the loss."""
-        if is_reroot(certificate):
+        if self.lasts or is_reroot(certificate):
             return False
         needed = quorum_size(len(voters), rule)
         liars_max = len(voters) - needed if rule is QuorumRule.TWO_THIRDS else 0
@@ -76,5 +77,5 @@ class Abstention:
         return len(heard) == len(others) and is_new
 
     def until_round(self) -> int | None:
-        """The round from which on this peer is likely to vote again; None while nobody was heard."""
-        return max(self._heads.values()) + ROUNDS_LOST if self._heads else None
+        """The round from which on this peer is likely to vote again; None while nobody was heard, or where it lasts."""
+        return max(self._heads.values()) + ROUNDS_LOST if self._heads and not self.lasts else None

@@ -194,9 +194,9 @@ class RoundCore(RoundExchange):
             self._note_certificate(self._decided, now)
         self._begin_round(head, now)
 
-    def abstain(self, now: float) -> None:
+    def abstain(self, now: float, *, for_good: bool = False) -> None:
         """The disk has forgotten what was signed: sign nothing until that can do no harm (protocol.abstention)."""
-        self._abstention = Abstention(self._me, now, self._rules.presence_timeout_s)
+        self._abstention = Abstention(self._me, now, self._rules.presence_timeout_s, lasts=for_good)
         for presence in self._members.values():
             self._abstention.observe(presence, now)
         if self._decided is None:

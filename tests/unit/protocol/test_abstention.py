@@ -223,6 +223,24 @@ def test_one_forgetful_voter_at_a_time_never_makes_two_results(seed: int) -> Non
     assert all(len(one) == 1 for one in results.values())
 
 
+def test_a_peer_whose_key_somebody_else_uses_abstains_for_good() -> None:
+    table = ForgetfulTable()
+    table.beats = True
+    seat = table.order()[0]
+    seat.core.abstain(table.now, for_good=True)
+    assert seat.core.abstention is not None and seat.core.abstention.until_round() is None
+    for number in range(1, 9):
+        table.advance(RULES.presence_timeout_s)
+        table.go_on(number)
+    assert ballots_of(seat) == []
+    pair = ForgetfulTable(2)
+    pair.beats = True
+    pair.seats[0].core.abstain(0.0, for_good=True)
+    pair.make_ready()
+    pair.advance(60)
+    assert pair.seats[1].core.head.round == 0
+
+
 def test_what_is_gossiped_late_does_not_count_as_news() -> None:
     abstention = Abstention(PEERS[0], 100.0, 7.0)
     abstention.observe(make_presence(1, 1, head_round=3), 101.0)
