@@ -25,7 +25,7 @@ Invariants: the set of entries is closed under `prev` and `deps`; the fold is a 
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from shoal.crdt.certified import CertifiedChain, ChainBase
@@ -225,8 +225,9 @@ class Ledger:
         """All ids that waiting batches need and that have not arrived, in ascending order."""
         return self._pending.list_wanted()
 
-    def restore(self, batches: Iterable[Batch], base: ChainBase | None = None) -> None:
-        """Take in what this replica stored earlier, without checking signatures again.
+    def restore(self, batches: Iterable[Batch], base: ChainBase | None = None, trusted: Container[bytes] = ()) -> None:
+        """Take in what this replica stored earlier, without checking the entries' signatures again, nor the votes of
+        certificates whose BLAKE3 hashes are in `trusted`.
 
         Of its own entries it remembers the last even where an ancestor was lost, so that it does not sign that slot
         again. Raises ProtocolError for a batch that could never have been accepted: the store is damaged.
@@ -234,6 +235,7 @@ class Ledger:
         if base is not None:
             self.settle(base)
             self._oldest_era = oldest_kept(self._era)
+        self._chain.trusted = trusted
         for batch in batches:
             self._check_constants(batch)
             if batch.author == self._identity.peer:
@@ -241,6 +243,7 @@ class Ledger:
             fresh = self._drop_known(batch)
             if fresh is not None:
                 self._admit(fresh)
+        self._chain.trusted = ()
 
     def settle(self, base: ChainBase) -> None:
         """Begin the certified chain behind these rounds, to the end of an era, which the caller has checked: when this

@@ -8,6 +8,8 @@ nothing counts. After a re-root the log may be another one than the ledger has s
 Everything here blocks.
 """
 
+from blake3 import blake3
+
 from shoal.crdt.certified import ChainBase, extend_base
 from shoal.crdt.eras import era_of_round, last_settled_round
 from shoal.crdt.fold import LedgerState
@@ -17,6 +19,7 @@ from shoal.protocol.messages import Certificate, digest_record
 from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted
 
 ROUNDS_READ_AT_ONCE = 256
+ERAS_HASHED = 4
 
 
 class CertifiedLog:
@@ -25,6 +28,11 @@ class CertifiedLog:
     def __init__(self, store: LedgerStore, rules: LedgerRules) -> None:
         self._store = store
         self._rules = rules
+
+    def hash_certificates(self, base_round: int) -> frozenset[bytes]:
+        """Of the rounds behind this one that the ledger may hold: what identifies a certificate byte for byte."""
+        end = base_round + 1 + ERAS_HASHED * self._rules.rounds_per_era
+        return frozenset(blake3(one.body).digest() for one in self._store.list_certificates(base_round + 1, end))
 
     def find_base(self, ledger: Ledger) -> ChainBase | None:
         """The rounds that the ledger is to be settled on; None where it needs no help, or the log has gaps."""

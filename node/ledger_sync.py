@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from shoal.crdt.anti_entropy import ANSWER_TIMEOUTS_S, PERIOD_S, Conversation, PeerChoice
+from shoal.crdt.anti_entropy import ANSWER_TIMEOUTS_S, PERIOD_S, ROUND_TRIPS_MAX, Conversation, PeerChoice
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.eras import choose_rounds_per_era, era_of_round
 from shoal.crdt.fold import LedgerState
@@ -108,9 +108,14 @@ class LedgerSync:
 
     async def start(self) -> None:
         """Take in what was stored. Call before anything else."""
-        base = await asyncio.to_thread(self._store.load_base)
-        self.ledger.restore(await asyncio.to_thread(self._store.load), base)
+        await asyncio.to_thread(self._restore)
         await self._truncate()
+
+    def _restore(self) -> None:
+        base = self._store.load_base()
+        # Thousands of votes would be checked for seconds; those in the own log were checked before they got there.
+        trusted = self._log.hash_certificates(0 if base is None else base.round)
+        self.ledger.restore(self._store.load(), base, trusted)
 
     def state(self) -> LedgerState:
         """The fold as of now."""
@@ -237,11 +242,12 @@ class LedgerSync:
         return fresh
 
     async def _converse(self, peer: PeerId) -> tuple[int, bool]:
-        conversation, fresh = Conversation(self.ledger, self._choice.draw_salt()), 0
+        conversation, fresh, exchanges = Conversation(self.ledger, self._choice.draw_salt()), 0, 0
         while conversation.request is not None:
             question = Reconcile(payload=conversation.request)
             raw = await self._ask(peer, encode_message(self._swarm, question))
             reply = decode_message_untrusted(self._swarm, raw)
+            exchanges += 1
             if not isinstance(reply, LedgerEntries):
                 return fresh, conversation.found_difference
             fresh += await self.take(reply)
@@ -249,9 +255,10 @@ class LedgerSync:
             if lacking:
                 push = LedgerEntries(payload=b"", batches=lacking)
                 await self._control.send(peer, encode_message(self._swarm, push))
-        # Of eras that this ledger does not know of yet nothing was sent.
+        # Of eras that this ledger does not know of yet nothing was sent, and what was broken off says nothing.
         known = self._live.get(peer)
-        if not fresh and (known is None or self._era_of(known.head_round) <= self.ledger.era):
+        is_behind = known is not None and self._era_of(known.head_round) > self.ledger.era
+        if not fresh and not is_behind and exchanges < ROUND_TRIPS_MAX:
             self.own_chain.confirm(peer, time.monotonic())
         return fresh, conversation.found_difference
 

@@ -2,6 +2,7 @@ import itertools
 from collections.abc import Iterable
 
 import pytest
+from blake3 import blake3
 
 from shoal.crdt import certified
 from shoal.crdt.certified import (
@@ -224,3 +225,22 @@ def test_credit_is_bounded_at_the_end_of_an_era() -> None:
     assert decode_base_untrusted(after.encode()) == after
     with pytest.raises(ProtocolError):
         decode_base_untrusted(after.encode()[:-1])
+
+
+def test_only_signatures_are_taken_on_trust() -> None:
+    result = make_result(1, SWARM, PEERS, {ANNA.peer: 5})
+    unsigned = [
+        Certificate(
+            result=result,
+            attempt=0,
+            votes=tuple(Vote(voter=one, round=1, attempt=0, result_digest=digest_record(result)) for one in voters),
+        )
+        for voters in (PEERS, PEERS[:1])
+    ]
+    values = [encode_record(one) for one in unsigned]
+    for trusted, head in ((values[:1], 1), (values[1:], 0), ([], 0)):
+        chain = make_chain()
+        chain.trusted = {blake3(value).digest() for value in trusted}
+        for value in values:
+            chain.add(1, value, 1)
+        assert chain.head.round == head
