@@ -98,6 +98,8 @@ class TrainerTable:
     """A file or folder to train on; without it, the source of the running Python."""
     step_period_s: Annotated[float, Bound(0, 3600)] = 0.0
     """At least so long from one inner step to the next, for a machine that is to stay cool or quiet; 0 never rests."""
+    checkpoint_every: Annotated[int, Bound(0, 1000)] = 1
+    """Rounds from one checkpoint of the trainer to the next: 12 bytes a parameter each time. 0 writes none."""
     stall_timeout_s: Annotated[float, Bound(1, 86_400)] = 300.0
     """A trainer that reports no inner step for so long is restarted. Less than one step's time restarts it forever."""
 

@@ -211,7 +211,8 @@ class TrainerProcess:
             threads=settings.threads,
             text=settings.text,
             step_period_s=settings.step_period_s,
-            checkpoints=None if self._checkpoints is None else str(self._checkpoints),
+            checkpoints=str(self._checkpoints) if self._checkpoints and settings.checkpoint_every else None,
+            checkpoint_every=max(1, settings.checkpoint_every),
         )
         await child.send(start)
         try:

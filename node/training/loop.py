@@ -66,6 +66,8 @@ class InnerLoop:
         self._local: FloatVector = memory[1]
         self._batches_done = work.batches_done
         self._saved_at = -1  # batches done at the newest checkpoint
+        self._save_every = start.checkpoint_every
+        self._readies = 0
         self._restarts = 0
         self._round = 0
         self._frozen = False
@@ -169,7 +171,8 @@ class InnerLoop:
         self.training = False
         self._handed_over = True
         self._restarts = 0
-        problem = self._try_save(now_s)
+        self._readies += 1
+        problem = self._try_save(now_s) if self._readies % self._save_every == 0 else ""
         return Ready(
             round=self._round,
             steps=self._work.steps,

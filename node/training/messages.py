@@ -57,7 +57,7 @@ class Work:
 class Start:
     """The first frame. `text` is a file or a folder, None means the source of the running Python; 0 `threads` leaves
     their number to torch. An inner step begins `step_period_s` after the one before at the soonest. `checkpoints` is
-    the folder of the trainer's own checkpoints; without one it has none."""
+    the folder of the trainer's own checkpoints, written at every so many Readys; without one it has none."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
@@ -65,6 +65,7 @@ class Start:
     text: Annotated[str | None, Bound(1, 4096)]
     step_period_s: Annotated[float, Bound(0, 3600)] = 0.0
     checkpoints: Annotated[str | None, Bound(1, 4096)] = None
+    checkpoint_every: Annotated[int, Bound(1, 1000)] = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -336,6 +336,20 @@ def test_on_leave_what_was_trained_since_ready_is_kept(tmp_path: Path) -> None:
     assert np.array_equal(again.memory[1], calm.memory[1])
 
 
+def test_with_a_longer_period_the_optimizer_is_as_old_and_nothing_is_trained_on_twice(tmp_path: Path) -> None:
+    memory = make_memory()
+    loop = InnerLoop(replace(make_start(), checkpoints=str(tmp_path), checkpoint_every=2), memory)
+    find_ready(loop.handle(Begin(round=1, adopt=True), 0.0))
+    for number in (1, 2, 3):
+        while find_ready(loop.step(0.0)) is None:
+            pass
+        apply(memory)
+        find_ready(loop.handle(replace(MERGE_ALL, round=number + 1), 0.0))
+    again = Life(tmp_path, memory, 12, [])
+    assert (again.resumed.extent, again.resumed.batches_done, again.resumed.steps_lost) == (OPTIMIZER, 12, 0)
+    assert int(again.loop._strategy.optimizer_tensors()["optimizer.steps"]) == 8, "of the second round"
+
+
 def test_a_checkpoint_older_than_what_was_contributed_lends_its_optimizer_only(tmp_path: Path) -> None:
     life = Life(tmp_path, make_memory(), 0, [])
     life.tell(Begin(round=1, adopt=True), 0.0)
