@@ -221,6 +221,10 @@ class Ledger:
         shelved = self._shelf.batches.get(entry_id)
         return self._entries.get(entry_id) or (shelved.entries[0] if shelved else None)
 
+    def follows(self, result_digest: bytes) -> bool:
+        """Whether a certificate for this result is held that follows those before it, whether it counts or not."""
+        return self._chain.follows(result_digest)
+
     def list_wanted(self) -> tuple[EntryId, ...]:
         """All ids that waiting batches need and that have not arrived, in ascending order."""
         return self._pending.list_wanted()

@@ -47,15 +47,18 @@ class CertifiedLog:
             return None
         return self._extend(self._rules.begin_chain() if is_other else base, settled)
 
-    def list_missing(self, state: LedgerState, base_round: int, count: int) -> tuple[Certificate, ...]:
-        """Up to `count` of the certificates behind the newest round that the log and the ledger have in common."""
+    def list_missing(self, ledger: Ledger, state: LedgerState, count: int) -> tuple[Certificate, ...]:
+        """Up to `count` of the certificates behind the newest round that the log and the ledger have in common; those
+        that the ledger holds and does not count, as of the lighter of two logs, are not missing."""
         agreed = state.verdicts.head.round
-        while agreed > base_round:
+        while agreed > ledger.base.round:
             stored = self._store.get_certificate(agreed)
             value = state.certificates.get(agreed)
             if stored is None or value is None or stored.result_digest == _digest(value):
                 break
             agreed -= 1
+        while (stored := self._store.get_certificate(agreed + 1)) and ledger.follows(stored.result_digest):
+            agreed += 1
         found = self._store.list_certificates(agreed + 1, agreed + 1 + count)
         consecutive = (one for at, one in enumerate(found) if one.round == agreed + 1 + at)
         return tuple(map(_decode, consecutive))

@@ -40,6 +40,7 @@ from shoal.protocol.messages import (
     Reconcile,
     Result,
     decode_message_untrusted,
+    digest_record,
     encode_message,
 )
 from shoal.protocol.wire import encode_record
@@ -126,10 +127,10 @@ class LedgerSync:
         await self._write(Draft(kind=Kind.LEASE, body=RegisterBody(value=value)), peers)
 
     async def write_certificate(self, certificate: Certificate, peers: Sequence[PeerId]) -> None:
-        """Enter a certificate, unless the ledger has one of its round. What cannot be written now is made up for."""
-        number = certificate.result.round
-        if number not in self.state().certificates:
-            body = RoundBody(round=number, value=encode_record(certificate))
+        """Enter a certificate, unless the ledger knows of its result. What cannot be written now is made up for."""
+        result = certificate.result
+        if result.round > self.ledger.base.round and not self.ledger.follows(digest_record(result)):
+            body = RoundBody(round=result.round, value=encode_record(certificate))
             await self._write(Draft(kind=Kind.CERTIFICATE, body=body), peers)
 
     async def _write(self, draft: Draft, peers: Sequence[PeerId], *, is_mark: bool = False) -> None:
@@ -324,9 +325,7 @@ class LedgerSync:
         """Certificates that the ledger lacks a period after it lacked them first are entered by whose turn it is; if
         the gap stays, by the next one."""
         try:
-            missing = await asyncio.to_thread(
-                self._log.list_missing, self.state(), self.ledger.base.round, MISSING_ENTERED_MAX
-            )
+            missing = await asyncio.to_thread(self._log.list_missing, self.ledger, self.state(), MISSING_ENTERED_MAX)
         except StoreError as error:
             log.error("%s", error)
             return

@@ -20,8 +20,9 @@ def make_result(
     *,
     included: frozenset[int] | None = None,
     nonce: int = 0,
+    parts: int = 1,
 ) -> Result:
-    """One part, which holds the work of the members `included`, by default of all. Without tokens: no part."""
+    """Parts that hold the work of the members `included`, by default of all. Without tokens: no part."""
     members = tuple(
         Member(peer=peer, contribution_root=bytes(32), tokens=count, steps=1, weight=1.0)
         for peer, count in tokens.items()
@@ -35,7 +36,7 @@ def make_result(
         base_root=bytes(32),
         codec="int8",
         members=members,
-        parts=(part,) if members else (),
+        parts=(part,) * parts if members else (),
         voters=tuple(voters),
     )
 
@@ -56,13 +57,14 @@ def make_log(
     previous: bytes | None = None,
     first: int = 1,
     tokens: int = 10,
+    parts: int = 1,
 ) -> list[Certificate]:
     """Consecutive rounds in which everybody votes and contributes."""
     log: list[Certificate] = []
     previous = swarm if previous is None else previous
     peers = [one.peer for one in voters]
     for number in range(first, first + rounds):
-        result = make_result(number, previous, peers, dict.fromkeys(peers, tokens))
+        result = make_result(number, previous, peers, dict.fromkeys(peers, tokens), parts=parts)
         log.append(certify(swarm, result, voters))
         previous = digest_record(result)
     return log

@@ -15,7 +15,8 @@ from shoal.crdt.own_chain import CLONE_MARK, SKEW_MS
 from shoal.node import ledger_sync
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
-from shoal.protocol.messages import LedgerEntries, Presence
+from shoal.protocol.messages import LedgerEntries, Presence, digest_record
+from tests.unit.crdt.certificates import make_log, reroot
 from tests.unit.node.node_samples import (
     Chain,
     Peer,
@@ -269,3 +270,36 @@ async def test_a_peer_that_is_eras_ahead_confirms_nothing(tmp_path: Path) -> Non
         certify_all(ann, make_chain(swarm, 30))
         await wait_until(lambda: ann.ledger.state().leases.keys() == {ann.me, bob.me})
         assert ann.ledger.held is None
+
+
+async def test_the_lighter_of_two_logs_is_entered_once(tmp_path: Path) -> None:
+    """Nothing counts of it, and so it is missing in the fold for ever."""
+    swarm = make_samples()
+    async with open_peers(tmp_path, 2, swarm) as (ann, bob):
+        theirs = reroot(swarm.id, 1, swarm.id, [IDENTITIES[2]], IDENTITIES[0])
+        heavy = make_log(
+            swarm.id, [IDENTITIES[2]], 1, previous=digest_record(theirs.result), first=2, tokens=10**9, parts=3
+        )
+        other = make_chain(swarm, 6)
+        certify_all(ann, other)
+        for certificate in (theirs, *heavy):
+            bob.state.save_certificate(certificate)
+        for peer in (ann, bob):
+            keep_up(peer)
+        for peer in (ann, bob):
+            ledger = peer.ledger.ledger
+            await wait_until(lambda ledger=ledger: ledger.follows(other.heads[6].digest))  # type: ignore[misc]
+            await wait_until(
+                lambda peer=peer: peer.ledger.state().verdicts.head.digest == digest_record(heavy[0].result)  # type: ignore[misc]
+            )
+        lengths = [len(peer.ledger.ledger) for peer in (ann, bob)]
+        periods = 0
+
+        def count() -> dict[PeerId, Presence]:
+            nonlocal periods
+            periods += 1
+            return ann.membership.table.live()
+
+        ann.spawn(ann.ledger.keep_up(count, 1))
+        await wait_until(lambda: periods > 10)
+        assert [len(peer.ledger.ledger) for peer in (ann, bob)] == lengths
