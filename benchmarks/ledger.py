@@ -1,0 +1,344 @@
+"""What the ledger costs: processor time, disk, bytes on the wire, periods until all agree; and pycrdt beside it.
+
+    python -m benchmarks.ledger [--only PART ...] [--rounds N] [--seeds N] [--json FILE]
+
+Parts:
+
+    speed       entries decoded, verified and folded per second and core, leases and certificates
+    store       the SQLite file after --rounds rounds of 32 peers, with and without truncation, and the time to open it
+    bytes       what it costs two stores of 10,000 entries to become equal, over control messages
+    converge    64 replicas with 10,000 entries that never heard of each other, 20 % of all messages lost
+    pycrdt      the histories of `speed` in pycrdt (Yjs), and what it makes of a forked client id
+
+Times are processor time of this one process: other jobs on the machine distort them less than wall time. pycrdt is
+installed into an environment of its own under build/; nothing of the project depends on it.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
+from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
+from shoal.crdt.ledger import Draft, Ledger, LedgerRules
+from shoal.node.ledger_store import LedgerStore, StoredCertificate
+from shoal.protocol.identity import Identity
+from shoal.protocol.messages import Certificate, Member, PartResult, Result, digest_record
+from shoal.protocol.quorum import Authority, QuorumRule, make_bitmap
+from shoal.protocol.wire import encode_record
+from tests.properties.reconciliation_cost import LAYOUTS, MISSED_BY, Cost, compare, fill, make_pair, write_many
+from tests.sim.replicas import measure_convergence, shared_verification
+from tests.unit.crdt.certificates import certify
+
+SWARM = b"s" * 32
+START_MS = 1_700_000_000_000
+PEERS, VOTERS, QUORUM, PARTS = 32, 31, 16, 32
+ENTRIES = 10_000
+ROUNDS_PER_ERA = 256
+CERTIFICATES_TIMED = 300
+IDENTITIES = [Identity(f"peer {number}".encode().ljust(32)) for number in range(PEERS)]
+PYCRDT = "pycrdt==0.14.13"
+PYCRDT_ENV = Path("build/pycrdt-env")
+
+Row = dict[str, Any]
+
+
+def make_rules(*, with_rounds: bool) -> LedgerRules:
+    """Of a swarm that trusts its members to crash only; without rounds no certificate is judged."""
+    owner = IDENTITIES[0].peer
+    authority = Authority(swarm=SWARM, rule=QuorumRule.MAJORITY, owner=owner, parts=PARTS, may_declare=True)
+    return LedgerRules(
+        swarm=SWARM,
+        owner=owner,
+        is_valid_snapshot=lambda *_: False,
+        authority=authority if with_rounds else None,
+        founders=tuple(identity.peer for identity in IDENTITIES[:VOTERS]),
+        rounds_per_era=ROUNDS_PER_ERA,
+    )
+
+
+def make_ledger(number: int = 0, *, with_rounds: bool = True) -> Ledger:
+    """The empty ledger of one of the peers."""
+    return Ledger(identity=IDENTITIES[number], rules=make_rules(with_rounds=with_rounds))
+
+
+def make_certificate(number: int, previous: bytes) -> Certificate:
+    """A round with 32 members, 32 parts, 31 voters and the votes of a quorum."""
+    everybody = make_bitmap(frozenset(range(PEERS)), PEERS)
+    members = (
+        Member(peer=one.peer, contribution_root=bytes(32), tokens=40_960, steps=20, weight=1.0) for one in IDENTITIES
+    )
+    result = Result(
+        round=number,
+        previous=previous,
+        base_root=bytes(32),
+        codec="int8",
+        members=tuple(members),
+        parts=(PartResult(digest=number.to_bytes(32, "big"), contributors=everybody),) * PARTS,
+        voters=tuple(one.peer for one in IDENTITIES[:VOTERS]),
+    )
+    return certify(SWARM, result, IDENTITIES[:QUORUM])
+
+
+def make_log(rounds: int) -> Iterable[Certificate]:
+    """Consecutive certified rounds from the first on."""
+    previous = SWARM
+    for number in range(1, rounds + 1):
+        certificate = make_certificate(number, previous)
+        previous = digest_record(certificate.result)
+        yield certificate
+
+
+def clock(work: Callable[[], object]) -> float:
+    """The processor seconds that `work` takes."""
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+def write_leases(entries_per_batch: int) -> list[bytes]:
+    """ENTRIES leases of eight bytes by 32 peers, in turn, as encoded batches."""
+    ledgers = [make_ledger(number, with_rounds=False) for number in range(PEERS)]
+    encoded = []
+    for index in range(ENTRIES // entries_per_batch):
+        values = (index * entries_per_batch + offset for offset in range(entries_per_batch))
+        drafts = [Draft(kind=Kind.LEASE, body=RegisterBody(value=value.to_bytes(8, "big"))) for value in values]
+        batch = ledgers[index % PEERS].write(drafts, START_MS + index)
+        ledgers[index % PEERS].accept(batch)
+        encoded.append(encode_batch(batch))
+    return encoded
+
+
+def time_intake(encoded: list[bytes], entries: int, *, with_rounds: bool) -> Row:
+    """Seconds and rates of each step from bytes to a fold."""
+    batches: list[Batch] = []
+    decoding_s = clock(lambda: batches.extend(map(decode_batch_untrusted, encoded)))
+    ledger = make_ledger(with_rounds=with_rounds)
+    accepting_s = clock(lambda: [ledger.accept(batch) for batch in batches])
+    folding_s = clock(lambda: ledger.fold(START_MS + 10**9))
+    assert len(ledger) == entries
+    return {
+        "entries": entries,
+        "batches": len(encoded),
+        "bytes": sum(map(len, encoded)),
+        "decoding_s": decoding_s,
+        "accepting_s": accepting_s,
+        "folding_s": folding_s,
+        "entries_per_s": entries / (decoding_s + accepting_s + folding_s),
+    }
+
+
+def measure_speed() -> dict[str, Row]:
+    rows = {
+        f"leases, {size} a batch": time_intake(write_leases(size), ENTRIES // size * size, with_rounds=False)
+        for size in (1, 16, 64)
+    }
+    writer, encoded = make_ledger(), []
+    for certificate in make_log(CERTIFICATES_TIMED):
+        body = RoundBody(round=certificate.result.round, value=encode_record(certificate))
+        batch = writer.write([Draft(kind=Kind.CERTIFICATE, body=body)], START_MS + certificate.result.round)
+        writer.accept(batch)
+        encoded.append(encode_batch(batch))
+    rows[f"certificates, {QUORUM} votes"] = time_intake(encoded, CERTIFICATES_TIMED, with_rounds=True)
+    return rows
+
+
+# -- store -------------------------------------------------------------------------------------------------------------
+
+
+def measure_store(rounds: int, folder: Path) -> Row:
+    """Two files of the same rounds, one of a ledger that truncates and one of a ledger that does not."""
+    row: Row = {"rounds": rounds, "peers": PEERS, "voters": VOTERS, "votes": QUORUM}
+    paths = {"truncated": folder / "truncated.sqlite", "whole": folder / "whole.sqlite"}
+    write_stores(rounds, paths, row)
+    for name, path in paths.items():
+        row[f"{name}_bytes"] = path.stat().st_size
+        row[f"{name}_open_s"], row[f"{name}_entries"] = open_store(path)
+    with LedgerStore.open(folder / "rounds.sqlite") as store:
+        certificates = (
+            StoredCertificate(round=one.result.round, result_digest=digest_record(one.result), body=encode_record(one))
+            for one in make_log(min(rounds, 100))
+        )
+        store.fill(batches=(), certificates=certificates, abandoned=(), records={})
+    row["round_log_bytes_a_round"] = (folder / "rounds.sqlite").stat().st_size / min(rounds, 100)
+    return row
+
+
+def write_stores(rounds: int, paths: dict[str, Path], row: Row) -> None:
+    """As the daemon does: a lease of every peer in each era, a certificate a round. Fsyncs are left out."""
+    ledger = make_ledger()
+    leased_era = 0
+    with LedgerStore.open(paths["truncated"]) as truncated, LedgerStore.open(paths["whole"]) as whole:
+        for certificate in make_log(rounds):
+            number = certificate.result.round
+            body = encode_record(certificate)
+            row["certificate_bytes"] = len(body)
+            written = []
+            if ledger.own_slot.era != leased_era:
+                leased_era = ledger.own_slot.era
+                written = write_era_leases(ledger, number)
+            draft = Draft(kind=Kind.CERTIFICATE, body=RoundBody(round=number, value=body))
+            written.append(ledger.write([draft], START_MS + 1000 * number))
+            for batch in written:
+                ledger.accept(batch)
+            for store in (truncated, whole):
+                store.append(written, own=False)
+            done = ledger.truncate()
+            if done is not None:
+                truncated.truncate(done)
+    row["era"] = ledger.era
+
+
+def write_era_leases(ledger: Ledger, number: int) -> list[Batch]:
+    """One of each peer, of the others as they would have come from them."""
+    draft = Draft(kind=Kind.LEASE, body=RegisterBody(value=number.to_bytes(8, "big")))
+    batches = [ledger.write([draft], START_MS + 1000 * number)]
+    for identity in IDENTITIES[1:]:
+        other = Ledger(identity=identity, rules=make_rules(with_rounds=True))
+        if ledger.base.round:
+            other.settle(ledger.base)
+        batches.append(other.write([draft], START_MS + 1000 * number))
+    return batches
+
+
+def open_store(path: Path) -> tuple[float, int]:
+    """Processor seconds from the file to a fold, every signature of a vote that counts checked; and entries."""
+    begun = time.process_time()
+    with LedgerStore.open(path) as store:
+        ledger = make_ledger()
+        ledger.restore(store.load(), store.load_base())
+        state = ledger.fold(START_MS + 10**12)
+        assert state.certificates, "the newest rounds count"
+    return time.process_time() - begun, len(ledger)
+
+
+# -- bytes and periods -------------------------------------------------------------------------------------------------
+
+
+def measure_bytes(seeds: int) -> list[Row]:
+    pool = write_many(ENTRIES)
+    equal: Cost = compare(fill(pool), fill(pool))
+    rows: list[Row] = [{"differences": 0, "bytes": equal.frame_bytes, "bound": 200}]
+    for count in (1, 10, 100, 1000):
+        for layout in LAYOUTS:
+            of_layout = [measure_difference(pool, layout, count, by, seed) for by in MISSED_BY for seed in range(seeds)]
+            rows.append(max(of_layout, key=lambda row: row["bytes"] / row["bound"]))
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def measure_difference(pool: list[Batch], layout: str, count: int, missed_by: str, seed: int) -> Row:
+    entropy = random.Random(f"{count} {layout} {missed_by} {seed}")
+    opener, other, _ = make_pair(pool, layout, count, missed_by, entropy)
+    cost = compare(opener, other, seed=entropy.randrange(2**32))
+    assert len(opener) == len(other) == ENTRIES
+    return {
+        "differences": count,
+        "layout": layout,
+        "missed_by": missed_by,
+        "round_trips": cost.round_trips,
+        "payload": cost.entry_bytes,
+        "bytes": cost.frame_bytes,
+        "bound": 2048 + 1.3 * cost.entry_bytes,
+    }
+
+
+def measure_periods(seeds: int) -> list[Row]:
+    rows = []
+    for seed in range(seeds):
+        begun = time.process_time()
+        with shared_verification():
+            periods, swarm = measure_convergence(replicas=64, entries=ENTRIES, loss=0.2, seed=seed)
+            assert len(swarm.fold_digests()) == 1
+        traffic = swarm.traffic
+        rows.append(
+            {
+                "seed": seed,
+                "periods": periods,
+                "messages": traffic.messages,
+                "lost": traffic.lost,
+                "bytes_a_replica": traffic.frame_bytes // 64,
+                "simulation_s": time.process_time() - begun,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+# -- pycrdt ------------------------------------------------------------------------------------------------------------
+
+
+def measure_pycrdt() -> Row:
+    """Run the script in an environment of its own, which is made on the first run."""
+    python = PYCRDT_ENV / "bin" / "python"
+    if not python.exists():
+        venv.create(PYCRDT_ENV, with_pip=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", PYCRDT], check=True)
+    script = Path(__file__).with_name("pycrdt_histories.py")
+    done = subprocess.run([python, script, str(ENTRIES), str(PEERS)], check=True, capture_output=True, text=True)
+    row: Row = json.loads(done.stdout)
+    with shared_verification():
+        encoded = write_leases(1)
+        ledger = make_ledger(with_rounds=False)
+        # Every signature is checked once before, so that what is timed is the merge alone, which is what pycrdt does.
+        for raw in encoded:
+            ledger.accept(decode_batch_untrusted(raw))
+        row["shoal_without_signatures"] = time_intake(encoded, ENTRIES, with_rounds=False)
+    row["shoal_forked_chain"] = fork_a_chain()
+    return row
+
+
+def fork_a_chain() -> Row:
+    """What forks the client id in pycrdt: one key, two first entries, which reach two replicas in either order."""
+    twins = [make_ledger(1, with_rounds=False), make_ledger(1, with_rounds=False)]
+    drafts = [Draft(kind=Kind.LEASE, body=RegisterBody(value=value)) for value in (b"one", b"other")]
+    batches = [twin.write([draft], START_MS) for twin, draft in zip(twins, drafts, strict=True)]
+    replicas = [make_ledger(2, with_rounds=False), make_ledger(3, with_rounds=False)]
+    for replica, order in zip(replicas, (batches, batches[::-1]), strict=True):
+        for batch in order:
+            replica.accept(batch)
+    states = [replica.fold(START_MS + 10**6) for replica in replicas]
+    return {
+        "replicas_agree": states[0].encode() == states[1].encode(),
+        "authors_excluded": len(states[0].excluded),
+        "proofs": [len(replica.list_evidence()) for replica in replicas],
+    }
+
+
+def main() -> None:
+    parts = ("speed", "store", "bytes", "converge", "pycrdt")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--rounds", type=int, default=10_000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        measures: dict[str, Callable[[], Any]] = {
+            "speed": measure_speed,
+            "store": lambda: measure_store(options.rounds, Path(folder)),
+            "bytes": lambda: measure_bytes(options.seeds),
+            "converge": lambda: measure_periods(options.seeds),
+            "pycrdt": measure_pycrdt,
+        }
+        for part in options.only:
+            figures[part] = measures[part]()
+            print(json.dumps({part: figures[part]}, indent=1), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
