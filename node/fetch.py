@@ -3,8 +3,8 @@
 Every piece arrives in memory of its own, is checked against its digest by the link, and is handed to `take`, which puts
 it on the disk; only then it counts as here. A slow disk holds up the donors when OPEN_BYTES_MAX wait for it.
 
-Invariants: at most OPEN_BYTES_MAX bytes of buffers are held, whatever donors do; every ask ends within its time-out;
-when the transfer is left, no task of it goes on.
+Invariants: at most OPEN_BYTES_MAX bytes and a piece are held in buffers, whatever donors do; every ask ends within its
+time-out; when the transfer is left, no task of it goes on.
 """
 
 import asyncio

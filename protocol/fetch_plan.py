@@ -171,13 +171,13 @@ class FetchPlan:
     # -- what to do --------------------------------------------------------------------------------------------------
 
     def take_asks(self, now: float, bytes_max: int) -> list[Ask]:
-        """What to ask now, so that at most `bytes_max` bytes are open. Each one must be reported back."""
+        """What to ask now, so that at most `bytes_max` bytes are open, or one piece. Each must be reported back."""
         asks: list[Ask] = []
         room = bytes_max - self.open_bytes
         for donor, one in self._by_rate(now):
             while len(one.open) < self._window(one):
                 piece = self._next_waiting(one) or self._next_late(donor, one, now)
-                if piece is None or (piece.nbytes > room and self._asked):
+                if piece is None or room <= 0 or (piece.nbytes > room and self._asked):
                     break
                 room -= piece.nbytes
                 asks.append(self._ask(donor, one, piece, now))

@@ -102,10 +102,20 @@ class _Process:
         self._daemon = daemon
         self._bucket = _Bucket(options.rate) if options.rate else None
         self._served = 0
+        self._came_s = 0.0
         self._file = (Path(options.data_dir) / EVENTS).open("a", buffering=1)
 
     def tell(self, kind: str, **fields: object) -> None:
         self._file.write(json.dumps({"kind": kind, "at_s": time.monotonic(), **fields}) + "\n")
+
+    async def _watch_bytes(self) -> None:
+        """When the last byte of a piece came."""
+        before = -1
+        while True:
+            came = sum(one.payload_bytes_in for one in self._daemon.links.statistics().peers)
+            if came != before:
+                before, self._came_s = came, time.monotonic()
+            await asyncio.sleep(LOOK_S)
 
     def change(self, daemon: Daemon) -> None:
         """The daemon is ready: put in place what the options ask for."""
@@ -130,15 +140,20 @@ class _Process:
                 await asyncio.sleep(LOOK_S)
             if daemon.catch_up.active or daemon.core.head.round >= target:
                 return
+            cpu_s = time.process_time()
             began_s, first, before = time.monotonic(), daemon.core.head.round, daemon.catch_up.fetched_bytes
             self.tell("began", head=first, target=target)
+            watching = asyncio.create_task(self._watch_bytes())
             await honest_run(peer, target)
+            watching.cancel()
             route = daemon.catch_up.route
             self.tell(
                 "ended",
                 head=daemon.core.head.round,
                 first=first,
                 seconds=time.monotonic() - began_s,
+                fetch_s=self._came_s - began_s,
+                cpu_s=time.process_time() - cpu_s,
                 nbytes=daemon.catch_up.fetched_bytes - before,
                 root=daemon.core.head.state_root.hex(),
                 snapshot=0 if route is None or route.snapshot is None else route.snapshot.round,

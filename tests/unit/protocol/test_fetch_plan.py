@@ -86,6 +86,7 @@ def test_open_bytes_are_bounded() -> None:
 
 def test_one_piece_is_asked_for_whatever_the_bound() -> None:
     plan = begin(*make_pieces(2, 8 * MIB), donors=((A, 1e6),))
+    assert plan.take_asks(0.0, 0) == [] == plan.take_asks(0.0, -MIB)
     assert len(plan.take_asks(0.0, MIB)) == 1
 
 
