@@ -18,7 +18,6 @@ import argparse
 import json
 import random
 import subprocess
-import sys
 import tempfile
 import time
 import venv
@@ -341,4 +340,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

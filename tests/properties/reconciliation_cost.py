@@ -63,13 +63,15 @@ def take(ledger: Ledger, batches: Iterable[bytes]) -> None:
 
 def converse(opener: Ledger, other: Ledger, cost: Cost, salt: bytes, round_trips_max: int = ROUND_TRIPS_MAX) -> bool:
     """One conversation; returns whether it came to its end."""
-    conversation = Conversation(opener, salt)
+    conversation, is_settled = Conversation(opener, salt), False
     cost.conversations += 1
     for _ in range(round_trips_max):
-        assert conversation.request is not None
+        question = conversation.request
+        if question is None:
+            break
         cost.round_trips += 1
-        cost.send(Reconcile(payload=conversation.request))
-        response = answer(other, conversation.request)
+        cost.send(Reconcile(payload=question))
+        response = answer(other, question)
         reply = LedgerEntries(payload=response.reply or b"", batches=response.batches)
         cost.send(reply)
         take(opener, reply.batches)
@@ -79,8 +81,8 @@ def converse(opener: Ledger, other: Ledger, cost: Cost, salt: bytes, round_trips
             take(other, lacking)
         if conversation.request is None:
             # What ended it: nothing to add, or the last round trip that it had.
-            return not reply.payload or answer(opener, reply.payload).reply is None
-    return False
+            is_settled = not reply.payload or answer(opener, reply.payload).reply is None
+    return is_settled
 
 
 def compare(opener: Ledger, other: Ledger, seed: int = 0, round_trips_max: int = ROUND_TRIPS_MAX) -> Cost:

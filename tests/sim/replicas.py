@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 
 from shoal.crdt import ledger as ledger_module
@@ -45,7 +45,7 @@ def shared_verification() -> Iterator[None]:
             verify_batch(batch)
             verified.add(signed)
 
-    original = ledger_module.verify_batch
+    original = ledger_module.__dict__["verify_batch"]
     ledger_module.__dict__["verify_batch"] = verify_once
     try:
         yield
@@ -111,7 +111,7 @@ class ReplicaSwarm:
     def start(self) -> None:
         """Every replica begins to compare at some time within the first period."""
         for replica in self.replicas:
-            self._schedule(self._rng.uniform(0, PERIOD_S), lambda replica=replica: self._begin_period(replica))
+            self._schedule(self._rng.uniform(0, PERIOD_S), partial(self._begin_period, replica))
 
     def run_until(self, end_s: float) -> None:
         while self._due and self._due[0][0] <= end_s:
