@@ -16,7 +16,6 @@ from dataclasses import replace
 import numpy as np
 
 from shoal.node.answers import Answers
-from shoal.node.blobs import BlobStore
 from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
 from shoal.node.conduct import Conduct
@@ -24,7 +23,6 @@ from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import BootstrapFailed, ControlConfig, ControlHandlers
 from shoal.node.disk_watch import DiskPorts, DiskWatch
 from shoal.node.exchange import ExchangePorts, PartExchange
-from shoal.node.feedback import FeedbackStore
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.head_watch import HeadWatch
 from shoal.node.intake import Intake, IntakePorts
@@ -32,7 +30,7 @@ from shoal.node.ledger_sync import LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
-from shoal.node.local_state import LocalState, Stores
+from shoal.node.local_state import LocalState, open_stores
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
 from shoal.node.membership import Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
@@ -44,10 +42,8 @@ from shoal.node.providers import Providers
 from shoal.node.reach import Reach
 from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
-from shoal.node.retention import GIB
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.running import forget_running, note_running
-from shoal.node.snapshots import SnapshotStore
 from shoal.node.task_set import TaskSet
 from shoal.node.trainer import SharedParameters, TrainerProcess
 from shoal.node.training.messages import Ready as TrainerReady
@@ -178,15 +174,8 @@ class Daemon:
         self._store, repair = await asyncio.to_thread(open_ledger, folder / "ledger.sqlite", self.me, swarm)
         if repair is not None:
             self.reporter.happen(HappeningKind.DISK, repair.text, Severity.WARNING)
-        stores = Stores(
-            ledger=self._store,
-            blobs=await asyncio.to_thread(BlobStore, folder / "blobs"),
-            snapshots=await asyncio.to_thread(SnapshotStore, folder / "snapshots"),
-            snapshots_kept=self.config.store.snapshots_kept,
-            rounds_kept=self.config.store.rounds_kept,
-            bytes_max=int(self.config.store.gib_max * GIB),
-            feedback=FeedbackStore(folder / "feedback", self._store) if self.config.node.role == TRAINER else None,
-        )
+        trains = self.config.node.role == TRAINER
+        stores = await asyncio.to_thread(open_stores, folder, self._store, self.config.store, contributes=trains)
         params, momentum = self._allocate(self.manifest)
         self.state = LocalState(self.manifest, swarm, stores, params, momentum)
         self.exchange = PartExchange(self.me, self.manifest, stores.blobs, stores.snapshots)
@@ -197,7 +186,7 @@ class Daemon:
             identity=self.identity,
             rules=self.manifest.rounds,
             authority=self.manifest.authority(swarm),
-            trains=self.config.node.role == TRAINER,
+            trains=trains,
         )
         vote = await asyncio.to_thread(self.state.load_vote)
         loop = asyncio.get_running_loop()

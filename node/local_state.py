@@ -12,13 +12,15 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from shoal.node.blobs import BlobStore
+from shoal.node.config import StoreTable
 from shoal.node.feedback import FeedbackStore, Settled
 from shoal.node.ledger_store import LedgerStore, StoredCertificate, StoreError
-from shoal.node.retention import Holdings, Limits, Sizes, first_rebuildable, plan_removal
+from shoal.node.retention import GIB, Holdings, Limits, Sizes, first_rebuildable, plan_removal
 from shoal.node.snapshots import LEASES_MAX, SnapshotStore
 from shoal.protocol.codecs import CODECS, Float32s
 from shoal.protocol.contribution import Contributor, Frozen
@@ -48,6 +50,19 @@ class Stores:
     rounds_kept: int = 0  # more than the manifest's, where this peer wants them
     bytes_max: int = 0  # of updates and snapshots; 0 is no limit
     feedback: FeedbackStore | None = None  # of a peer that contributes
+
+
+def open_stores(folder: Path, ledger: LedgerStore, limits: StoreTable, *, contributes: bool) -> Stores:
+    """The places in a peer's data folder. Blocking; raises OSError."""
+    return Stores(
+        ledger=ledger,
+        blobs=BlobStore(folder / "blobs"),
+        snapshots=SnapshotStore(folder / "snapshots"),
+        snapshots_kept=limits.snapshots_kept,
+        rounds_kept=limits.rounds_kept,
+        bytes_max=int(limits.gib_max * GIB),
+        feedback=FeedbackStore(folder / "feedback", ledger) if contributes else None,
+    )
 
 
 class LocalState:

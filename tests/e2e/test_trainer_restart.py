@@ -85,7 +85,7 @@ def test_no_batch_is_trained_twice_or_skipped_silently(swarm: Swarm) -> None:
             second.kill()
             second.start("join", uri)
         lives += 1
-        swarm.wait(f"it contributes after its {deed} was killed", lambda: second.contributes_after(at + 1))  # noqa: B023
+        swarm.wait(f"its {deed} was killed, it contributes", lambda: second.contributes_after(at + 1))  # noqa: B023
     for peer in (first, second):
         assert peer.process is not None
         peer.process.send_signal(signal.SIGINT)
