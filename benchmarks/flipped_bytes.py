@@ -97,7 +97,8 @@ class _Flipper:
         self._snapshot = snapshot
         self._raw = bytearray(snapshot.path.read_bytes())
         self._index = snapshot.index
-        self._partial = PartialSnapshot(folder / "catchup", self._index)
+        PartialSnapshot(folder / "catchup", self._index).close()
+        self._partial = PartialSnapshot(folder / "catchup", self._index)  # one that is found after a restart
         chunks = [read_chunk(snapshot, number) for number in range(self._index.chunks)]
         self._chunks = [chunk for chunk in chunks if chunk is not None]
         assert len(self._chunks) == self._index.chunks

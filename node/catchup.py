@@ -79,7 +79,7 @@ class CatchUp:
         self.active = False
         self.detail = ""
         self.fetched_bytes = 0  # in all catch-ups
-        self.route: Route | None = None  # the last one that was chosen
+        self.snapshots_taken = 0
         self._manifest = manifest
         self._links = links
         self._state = state
@@ -146,7 +146,6 @@ class CatchUp:
         if not page:
             return False
         route = choose_route(await self._measure(page, target), await asyncio.to_thread(self._list_offers))
-        self.route = route
         log.info("from round %d to %d: %s", head.round, target, _describe(route))
         if route is not None and route.snapshot is not None:
             jump = await self._jump(page, peer, target)
@@ -265,6 +264,7 @@ class CatchUp:
         if head.round <= self._state.head.round:
             return True  # the swarm's live rounds have led past it
         await self._ports.install(head, *map_state(snapshot))
+        self.snapshots_taken += 1
         self._install_s = asyncio.get_running_loop().time() - began_s
         return True
 

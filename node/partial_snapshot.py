@@ -31,7 +31,8 @@ class PartialSnapshot:
         folder.mkdir(parents=True, exist_ok=True)
         for other in set(folder.glob(f"*{_SUFFIX}")) - {self.path}:
             other.unlink()  # of a snapshot that the donors have replaced since
-        if not self.path.exists() or self.path.stat().st_size != size:
+        self._is_new = not self.path.exists() or self.path.stat().st_size != size
+        if self._is_new:
             with self.path.open("wb") as file:
                 file.truncate(size)
         self._descriptor = os.open(self.path, os.O_RDWR)
@@ -42,7 +43,9 @@ class PartialSnapshot:
         os.close(self._descriptor)
 
     def find_held(self) -> list[int]:
-        """The chunks that are here. Reads all of the file."""
+        """The chunks that are here from before. Reads all of the file, unless it has just been made."""
+        if self._is_new:
+            return []
         return [number for number in range(self.index.chunks) if self._holds(number)]
 
     def write(self, number: int, raw: memoryview) -> None:
@@ -51,6 +54,10 @@ class PartialSnapshot:
         while raw:
             written = os.pwrite(self._descriptor, raw, place)
             raw, place = raw[written:], place + written
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        os.fsync(self._descriptor)
 
     def finish(self, store: SnapshotStore) -> None:
         """Every chunk is here: the file becomes a snapshot of this store."""

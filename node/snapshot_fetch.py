@@ -21,6 +21,8 @@ from shoal.protocol.fetch_plan import Piece
 from shoal.protocol.identity import PeerId
 from shoal.protocol.state import SnapshotIndex, chunk_digests
 
+SYNC_BYTES = 64 * 2**20
+
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +50,7 @@ class SnapshotFetch:
         for number in range(index.chunks):
             self._numbers.setdefault(index.digest(number), []).append(number)
         self._here = 0
+        self._unsynced_bytes = 0
 
     async def run(self, donor: PeerId) -> Snapshot | None:
         """The snapshot, whole and in the store; None where chunks of it are to be had nowhere. `donor` has it."""
@@ -76,6 +79,11 @@ class SnapshotFetch:
             for number in self._numbers[piece.digest]:
                 await asyncio.to_thread(partial.write, number, raw)
             self._note_progress(len(self._numbers[piece.digest]))
+            self._unsynced_bytes += piece.nbytes
+            if self._unsynced_bytes >= SYNC_BYTES:
+                # As it comes, or all of it would be waited for at the end.
+                self._unsynced_bytes = 0
+                await asyncio.to_thread(partial.sync)
 
         ports = TransferPorts(
             sources=self._list_sources, address_of=self._donors.ports.address_of, take=take,

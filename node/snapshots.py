@@ -130,24 +130,17 @@ class SnapshotStore:
             self._leases[number] = began_s, min(now + LEASE_S, began_s + LEASE_S_MAX)
 
     def lent(self) -> list[int]:
-        """The snapshots that are being fetched, those first that have been for longest."""
-        now = self._clock()
+        """The snapshots that stay because they are being fetched: those that have been for longest, LEASES_MAX of
+        them. The newest one stays anyway."""
+        now, newest = self._clock(), max(self._snapshots, default=0)
         leases = sorted((began_s, number) for number, (began_s, until_s) in list(self._leases.items()) if now < until_s)
-        return [number for _, number in leases]
+        return [number for _, number in leases if number != newest][:LEASES_MAX]
 
     def remove(self, number: int) -> None:
         self._snapshots.pop(number, None)
         self._leases.pop(number, None)
         self._path(number).with_suffix(_INDEX_SUFFIX).unlink(missing_ok=True)
         self._path(number).unlink(missing_ok=True)
-
-    def keep_newest(self, count: int) -> None:
-        """Remove all but the newest `count` and those that are lent."""
-        old = self.rounds()[:-count]
-        kept = [number for number in self.lent() if number in old][:LEASES_MAX]
-        for number in old:
-            if number not in kept:
-                self.remove(number)
 
     def _path(self, number: int) -> Path:
         return self._folder / (_stem(number) + _STATE_SUFFIX)

@@ -14,7 +14,7 @@ from shoal.node.config import MANIFEST_FILE
 from shoal.node.ledger_store import LedgerStore, StoredCertificate
 from shoal.node.snapshots import SnapshotStore
 from shoal.protocol.codecs import BLOCK_ELEMENTS, CODECS
-from shoal.protocol.identity import Identity
+from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import (
     Draft,
@@ -37,6 +37,7 @@ from shoal.protocol.messages import (
 )
 from shoal.protocol.quorum import Head, make_bitmap
 from shoal.protocol.replica import Replica
+from shoal.protocol.state import chunk_digests, state_root
 from shoal.protocol.wire import encode_record
 
 FOUNDERS = tuple(Identity(bytes([number]) * 32) for number in (201, 202, 203))  # who certifies; none of them runs
@@ -69,7 +70,8 @@ class Log:
 def make_log(
     folder: Path, elements: int, rounds: int, *, updates_from: int = 1, snapshots: Iterable[int] = (), parts: int = 128
 ) -> Log:
-    """Make one. Updates before `updates_from` are all alike and not kept, so that a long log is made quickly."""
+    """Make one. Rounds before `updates_from` change the voters' order and nothing else, so that a long log is made
+    quickly."""
     part_elements = max(1024, -(-elements // parts // BLOCK_ELEMENTS) * BLOCK_ELEMENTS)
     rules = Rounds(part_elements=part_elements, presence_period_s=0.5, presence_timeout_s=8.0, rounds_kept=1000)
     layout = Layout(tensors=(TensorSpec(name="w", shape=(elements,), init="uniform", std=0.02),))
@@ -80,7 +82,10 @@ def make_log(
     kept = tuple(sorted(snapshots))
     maker = _Maker(folder, manifest, swarm)
     for number in range(1, rounds + 1):
-        maker.add(number, keep=number >= updates_from)
+        if number < updates_from:
+            maker.add_empty(number)
+        else:
+            maker.add(number)
         if number in kept:
             maker.snapshots.write(maker.replica.index(), maker.replica.params, maker.replica.momentum)
     return Log(
@@ -104,6 +109,7 @@ class _Maker:
         self.certificates: list[Certificate] = []
         self._manifest = manifest
         self._swarm = swarm
+        self._digests: tuple[bytes, bytes] | None = None
         self._head = genesis_head(manifest, swarm, self.replica.reset())
         self.roots = [self._head.state_root]
         entropy = np.random.default_rng(7)
@@ -111,36 +117,56 @@ class _Maker:
         noise = {size: entropy.standard_normal(size, dtype=np.float32) * np.float32(1e-3) for size in sizes}
         self._pattern = {size: bytes(CODEC.encode(values)) for size, values in noise.items()}
 
-    def add(self, number: int, *, keep: bool) -> None:
+    def add_empty(self, number: int) -> None:
+        """The vectors stay as they are, and with them their digests."""
+        replica = self.replica
+        if self._digests is None:
+            self._digests = chunk_digests(replica.params), chunk_digests(replica.momentum)
+        replica.round = number
+        voters = (*self._head.voters[1:], self._head.voters[0])
+        result = self._make_result(number, (), (), voters)
+        self._append(result, state_root(number, replica.params.size, *self._digests))
+
+    def add(self, number: int) -> None:
+        """A round with an update of its own."""
+        self._digests = None
         encoded: dict[bytes, bytes] = {}
         digests = []
         for part in range(self._manifest.parts):
             first, end = self._manifest.part_range(part)
             raw = bytearray(self._pattern[end - first])
-            # The last codes tell parts and, among those that are kept, rounds from each other.
-            raw[-4:] = bytes(value % 100 for value in (part, part // 100, number * keep, number * keep // 100))
+            # The last codes tell parts and rounds from each other.
+            raw[-4:] = bytes(value % 100 for value in (part, part // 100, number, number // 100))
             digest = blake3(raw).digest()
             encoded[digest] = bytes(raw)
             digests.append(digest)
-            if keep:
-                self.blobs.write(digest, raw)
+            self.blobs.write(digest, raw)
         bitmap = make_bitmap(frozenset({0}), 1)
-        result = Result(
+        member = Member(peer=FOUNDERS[0].peer, contribution_root=bytes(32), tokens=1000, steps=10, weight=1.0)
+        parts = tuple(PartResult(digest=digest, contributors=bitmap) for digest in digests)
+        result = self._make_result(number, (member,), parts, self._head.voters)
+        self._append(result, self.replica.apply(result, encoded))
+
+    def _make_result(
+        self, number: int, members: tuple[Member, ...], parts: tuple[PartResult, ...], voters: tuple[PeerId, ...]
+    ) -> Result:
+        return Result(
             round=number,
             previous=self._head.digest,
             base_root=self._head.state_root,
             codec="int8",
-            members=(Member(peer=FOUNDERS[0].peer, contribution_root=bytes(32), tokens=1000, steps=10, weight=1.0),),
-            parts=tuple(PartResult(digest=digest, contributors=bitmap) for digest in digests),
-            voters=self._head.voters,
+            members=members,
+            parts=parts,
+            voters=voters,
         )
-        digest = digest_record(result)
+
+    def _append(self, result: Result, root: bytes) -> None:
+        number, digest = result.round, digest_record(result)
         votes = tuple(
             sign_message(one, self._swarm, Vote(voter=one.peer, round=number, attempt=0, result_digest=digest))
             for one in FOUNDERS
         )
         self.certificates.append(Certificate(result=result, attempt=0, votes=votes))
-        root = self.replica.apply(result, encoded)
         self.roots.append(root)
         self._head = Head(round=number, digest=digest, state_root=root, voters=result.voters)
 

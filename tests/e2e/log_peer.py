@@ -146,7 +146,6 @@ class _Process:
             watching = asyncio.create_task(self._watch_bytes())
             await honest_run(peer, target)
             watching.cancel()
-            route = daemon.catch_up.route
             self.tell(
                 "ended",
                 head=daemon.core.head.round,
@@ -156,7 +155,7 @@ class _Process:
                 cpu_s=time.process_time() - cpu_s,
                 nbytes=daemon.catch_up.fetched_bytes - before,
                 root=daemon.core.head.state_root.hex(),
-                snapshot=0 if route is None or route.snapshot is None else route.snapshot.round,
+                snapshots=daemon.catch_up.snapshots_taken,
             )
 
         daemon.exchange.serve = serve  # type: ignore[method-assign]

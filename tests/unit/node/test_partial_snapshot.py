@@ -34,7 +34,10 @@ def test_chunks_in_any_order_become_a_snapshot(tmp_path: Path, order: tuple[int,
     assert partial.find_held() == []
     for count, number in enumerate(order, 1):
         partial.write(number, chunk(number, index, params, momentum))
-        assert partial.find_held() == sorted(order[:count])
+        again = PartialSnapshot(tmp_path / "catchup", index)
+        assert again.find_held() == sorted(order[:count])
+        again.close()
+    partial.sync()
     store = SnapshotStore(tmp_path / "snapshots")
     partial.finish(store)
     partial.close()

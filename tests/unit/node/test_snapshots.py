@@ -181,17 +181,6 @@ def test_writing_a_round_again_replaces_it(tmp_path: Path) -> None:
     assert read(store, 8)
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    store = SnapshotStore(tmp_path)
-    for number in (16, 4, 12, 8):
-        write(store, number)
-    store.keep_newest(5)
-    assert store.rounds() == [4, 8, 12, 16]
-    store.keep_newest(2)
-    assert store.rounds() == SnapshotStore(tmp_path).rounds() == [12, 16]
-    assert len(names(tmp_path)) == 4
-
-
 def test_chunks_are_served_from_the_file(tmp_path: Path) -> None:
     store = SnapshotStore(tmp_path)
     index = write(store, 8, LARGE)
@@ -245,20 +234,17 @@ class Clock:
         return self.now
 
 
-def test_a_snapshot_that_is_fetched_stays_until_some_time_after_its_last_chunk(tmp_path: Path) -> None:
+def test_a_snapshot_is_lent_until_some_time_after_its_last_chunk(tmp_path: Path) -> None:
     clock = Clock()
     store = SnapshotStore(tmp_path, clock)
     index = write(store, 4)
-    write(store, 8)
-    for number in (12, 16, 20):
+    for number in (8, 12, 16):
         assert store.find_chunk(index.digest(1)) is not None
         write(store, number)
-        store.keep_newest(2)
-        assert store.rounds() == [4, number - 4, number]
+        assert store.lent() == [4]
         clock.now += LEASE_S - 1
+        assert store.lent() == [4]
     clock.now += 1
-    store.keep_newest(2)
-    assert store.rounds() == [16, 20]
     assert store.lent() == []
 
 
@@ -270,12 +256,10 @@ def test_nobody_is_lent_a_snapshot_for_ever(tmp_path: Path) -> None:
     ends_s = clock.now + LEASE_S_MAX
     while clock.now < ends_s:
         store.lend(4)
-        store.keep_newest(1)
-        assert store.rounds() == [4, 8]
+        assert store.lent() == [4]
         clock.now += LEASE_S / 2
     store.lend(4)
-    store.keep_newest(1)
-    assert store.rounds() == [8]
+    assert store.lent() == []
 
 
 def test_so_many_are_lent_and_who_came_first_keeps_them(tmp_path: Path) -> None:
@@ -286,7 +270,17 @@ def test_so_many_are_lent_and_who_came_first_keeps_them(tmp_path: Path) -> None:
         write(store, number)
         store.lend(number)
         clock.now += 1
-    store.keep_newest(1)
-    assert store.rounds() == [*numbers[:LEASES_MAX], numbers[-1]]
+    assert store.lent() == numbers[:LEASES_MAX]
+    store.remove(numbers[0])
+    assert store.lent() == numbers[1 : LEASES_MAX + 1]
     store.lend(999)
     assert 999 not in store.lent()
+
+
+def test_the_newest_snapshot_takes_no_place_among_the_lent(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path, Clock())
+    write(store, 4)
+    store.lend(4)
+    assert store.lent() == []
+    write(store, 8)
+    assert store.lent() == [4]
