@@ -41,6 +41,7 @@ from shoal.protocol.state import chunk_digests, state_root
 from shoal.protocol.wire import encode_record
 
 FOUNDERS = tuple(Identity(bytes([number]) * 32) for number in (201, 202, 203))  # who certifies; none of them runs
+PART_ELEMENTS_MAX = 1 << 20  # the manifest's
 CODEC = CODECS["int8"]
 
 
@@ -72,7 +73,7 @@ def make_log(
 ) -> Log:
     """Make one. Rounds before `updates_from` change the voters' order and nothing else, so that a long log is made
     quickly."""
-    part_elements = max(1024, -(-elements // parts // BLOCK_ELEMENTS) * BLOCK_ELEMENTS)
+    part_elements = min(max(1024, -(-elements // parts // BLOCK_ELEMENTS) * BLOCK_ELEMENTS), PART_ELEMENTS_MAX)
     rules = Rounds(part_elements=part_elements, presence_period_s=0.5, presence_timeout_s=8.0, rounds_kept=1000)
     layout = Layout(tensors=(TensorSpec(name="w", shape=(elements,), init="uniform", std=0.02),))
     draft = Draft(name="log", task=Task(kind="none"), seed=5, rounds=rules)

@@ -141,3 +141,11 @@ async def test_what_is_no_question_gets_no_answer(tmp_path: Path, raw: object, r
         with pytest.raises(ProtocolError) as caught:
             await peer.answers.answer(peer.me, raw(peer.swarm.id))
         assert caught.value.refusal is refusal
+
+
+async def test_a_snapshot_that_is_offered_is_lent(tmp_path: Path) -> None:
+    async with open_donor(tmp_path) as (peer, _):
+        store = peer.state.stores.snapshots
+        await ask(peer, GetSnapshot(round_max=SNAPSHOT), SnapshotAnswer)
+        await peer.state.write_snapshot()
+        assert store.rounds() == [SNAPSHOT, ROUNDS] and store.lent() == [SNAPSHOT], "it is not the newest any more"
