@@ -13,10 +13,10 @@ been asked what they hold:
 A peer that sees nobody writes nothing. There is nobody to ask, and nobody to write for: what it has to say is said when
 somebody comes. So a fresh swarm begins to write when two of its peers have met, however they are started.
 
-An own entry that comes from elsewhere and is younger than this process was signed by somebody else with the same key:
-a clone is running. From then on this process writes nothing more than one mark, by which the other one learns of it,
-too. What no reachable peer holds cannot be fetched; such an entry, when it comes to light, still excludes its author,
-and the owner of the swarm can re-admit it.
+An own entry, or presence, that comes from elsewhere and is younger than this process was signed by somebody else with
+the same key: a clone is running. From then on this process writes nothing more than one mark, by which the other one
+learns of it, too. What no reachable peer holds cannot be fetched; such an entry, when it comes to light, still excludes
+its author, and the owner of the swarm can re-admit it.
 
 Time is an argument: seconds of any clock that does not jump.
 """
@@ -105,5 +105,12 @@ class OwnChain:
     def meet(self, hlc: Hlc) -> bool:
         """An own entry of this time came from elsewhere; whether that shows that a clone is running."""
         if wall_ms_of(hlc) > self._started_ms + SKEW_MS:
+            self._is_cloned = True
+        return self._is_cloned
+
+    def meet_presence(self, incarnation: int, sent_at_s: float, own_incarnation: int) -> bool:
+        """A presence with this peer's key has come; whether it shows that a clone is running. The count of starts is no
+        less than the clock's seconds at the start, so what was sent later under another one is of no earlier process."""
+        if incarnation != own_incarnation and sent_at_s > own_incarnation + 1:
             self._is_cloned = True
         return self._is_cloned

@@ -271,6 +271,7 @@ class Daemon:
                 misbehaved=self.intake.misbehaved,
                 refuses=self.intake.refuses,
                 spawn=self._spawn,
+                own=self.ledger.meet_presence,
             ),
         )
         self.membership.table.expect(self.core.head.voters, asyncio.get_running_loop().time())

@@ -42,6 +42,7 @@ from shoal.protocol.messages import (
     decode_message_untrusted,
     digest_record,
     encode_message,
+    verify_message,
 )
 from shoal.protocol.wire import encode_record
 
@@ -93,6 +94,7 @@ class LedgerSync:
         self._gap = Gap()
         self._mark_due = False
         self._fork_told = False
+        self._incarnation: int | None = None
         # Told when others hold own entries that this disk lacks; whether they are of a clone that is running.
         self.on_forgotten: Callable[[bool], None] = lambda is_cloned: None
         self.own_chain = OwnChain(started_ms=_wall_ms(), spread_s=random.SystemRandom().uniform(0, SPREAD_S))
@@ -207,8 +209,17 @@ class LedgerSync:
         if is_cloned and not was_cloned:
             # Whoever was told by a mark is known to the other one already.
             self._mark_due = not batch.entries[-1].body.startswith(CLONE_MARK)
-            text = "another process signs with this peer's key; nothing more is written here. Fix: stop one of the two"
-            log.error("%s: %s, and give it a new identity", Failure.CHAIN_CLONED, text)
+            _tell_of_clone()
+
+    def meet_presence(self, presence: Presence) -> None:
+        """What others know of this peer's presence; raises ProtocolError for a forged one."""
+        if self._incarnation in (None, presence.incarnation) or self.own_chain.held is Failure.CHAIN_CLONED:
+            return
+        verify_message(self._identity.peer, self._swarm, presence)
+        assert self._incarnation is not None, "looked at above"
+        if self.own_chain.meet_presence(presence.incarnation, presence.sent_at_s, self._incarnation):
+            self.on_forgotten(True)
+            _tell_of_clone()
 
     async def _truncate(self) -> None:
         """Drop what has no meaning any more, here and on the disk."""
@@ -276,6 +287,7 @@ class LedgerSync:
 
     async def keep_up(self, list_live: Callable[[], Mapping[PeerId, Presence]], incarnation: int) -> None:
         """Period after period: compare ledgers with live peers, follow the own log, write what is to be written."""
+        self._incarnation = incarnation
         while True:
             begun_s = time.monotonic()
             self._live = list_live()
@@ -338,6 +350,11 @@ class LedgerSync:
         if self._gap.periods > turns.index(self._identity.peer):
             for certificate in missing:
                 await self.write_certificate(certificate, live)
+
+
+def _tell_of_clone() -> None:
+    text = "another process signs with this peer's key; nothing more is written here. Fix: stop one of the two"
+    log.error("%s: %s, and give it a new identity", Failure.CHAIN_CLONED, text)
 
 
 def _wall_ms() -> int:

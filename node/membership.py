@@ -9,6 +9,7 @@ on a failure of somebody else.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -32,6 +33,7 @@ from shoal.protocol.presence import PeerLost, PresenceTable
 
 DIALS_AT_ONCE_MAX = 8
 DISCOVERY_PERIOD_S = 5.0
+EXCHANGE_PERIODS = 6  # of these from one exchange of known peers to the next
 CONNECTIONS_WANTED = 16
 CLOCK_SKEW_WARN_S = 30.0
 
@@ -48,6 +50,7 @@ class MembershipPorts:
     misbehaved: Callable[[PeerId, ProtocolError], None]
     refuses: Callable[[PeerId], bool]  # whether it has misbehaved so often that nothing of it is wanted for now
     spawn: Callable[[Coroutine[object, object, object]], None]
+    own: Callable[[Presence], None] = lambda presence: None  # a presence of this peer, as others know it, unchecked
 
 
 class Membership:
@@ -111,6 +114,8 @@ class Membership:
             self._ports.misbehaved(source, error)
 
     def _take(self, presence: Presence) -> None:
+        if presence.peer == self._me:
+            self._ports.own(presence)
         if self._ports.refuses(presence.peer):
             return
         seen = self.table.receive(presence, asyncio.get_running_loop().time())
@@ -197,8 +202,9 @@ class Membership:
         return known.head_round if known else 0
 
     async def discover(self) -> None:
-        """Announce in the DHT, look up others there, and keep dialling peers from the book."""
-        while True:
+        """Announce in the DHT, look up others there, keep dialling peers from the book, and ask now and then whom
+        others know: they may know of another process with this peer's key."""
+        for period in itertools.count(1):
             for intent in self._schedule.poll(time.time()):
                 match intent:
                     case Announce():
@@ -207,6 +213,9 @@ class Membership:
                     case LookUp():
                         await self._look_up(intent)
             await self._dial_known()
+            connected = self._control.peers()
+            if period % EXCHANGE_PERIODS == 0 and connected:
+                self._ports.spawn(self._exchange_peers(connected[period // EXCHANGE_PERIODS % len(connected)].peer))
             await asyncio.sleep(DISCOVERY_PERIOD_S)
 
     async def _look_up(self, intent: LookUp) -> None:

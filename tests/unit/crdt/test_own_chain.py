@@ -64,3 +64,21 @@ def test_an_own_entry_that_is_younger_than_this_process_is_a_clones(is_open: boo
 def test_the_delay_is_bounded() -> None:
     with pytest.raises(AssertionError):
         make_own_chain(spread_s=SPREAD_S + 1)
+
+
+@pytest.mark.parametrize(
+    ("incarnation", "sent_at_s", "is_cloned"),
+    [
+        (100, 500.0, False),  # its own
+        (90, 100.9, False),  # of the process before, killed within the same second
+        (90, 101.1, True),
+        (130, 131.0, True),
+        (130, 95.0, False),  # of a time when the clock was wrong
+    ],
+)
+def test_a_presence_that_was_sent_since_the_start_by_another_process_is_a_clones(
+    incarnation: int, sent_at_s: float, is_cloned: bool
+) -> None:
+    own = make_own_chain()
+    assert own.meet_presence(incarnation, sent_at_s, 100) is is_cloned
+    assert (own.held is Failure.CHAIN_CLONED) is is_cloned

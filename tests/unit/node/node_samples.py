@@ -373,6 +373,7 @@ class Peer:
                 misbehaved=self.misbehaved,
                 refuses=self.intake.refuses,
                 spawn=self.spawn,
+                own=self.ledger.meet_presence,
             ),
         )
         self.catch_up = CatchUp(

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from shoal.crdt.kinds import Kind, RegisterBody
 from shoal.crdt.ledger import Draft, Ledger
 from shoal.crdt.own_chain import CLONE_MARK, SKEW_MS
 from shoal.node import ledger_sync
-from shoal.protocol.errors import Failure
+from shoal.protocol.errors import Failure, ProtocolError
 from shoal.protocol.identity import PeerId
-from shoal.protocol.messages import LedgerEntries, Presence, digest_record
+from shoal.protocol.messages import LedgerEntries, Presence, digest_record, encode_message, sign_message
 from tests.unit.crdt.certificates import make_log, reroot
 from tests.unit.node.node_samples import (
     Chain,
@@ -149,6 +150,23 @@ async def test_a_clone_is_met_and_told(tmp_path: Path, caplog: pytest.LogCapture
         assert any("chain_cloned" in one for one in ann.reporter.build_status().warnings)
         assert b'shoal_ledger_held{reason="chain_cloned"} 1.0' in ann.reporter.render_metrics()
         assert ann.ledger.ledger.forks == {}
+
+
+async def test_a_clone_is_met_by_its_presence_as_others_know_it(tmp_path: Path) -> None:
+    async with open_peers(tmp_path, 2) as (ann, bob):
+        keep_up(ann)
+        await wait_until(lambda: ann.ledger.held is None)
+        forgotten: list[bool] = []
+        ann.ledger.on_forgotten = forgotten.append
+        clones = replace(ann.presence.describe(), incarnation=9, sent_at_s=time.time(), signature=bytes(64))
+        with pytest.raises(ProtocolError):
+            ann.ledger.meet_presence(clones)
+        assert ann.ledger.held is None
+        bob.membership.take_presence(
+            encode_message(bob.swarm.id, sign_message(ann.identity, bob.swarm.id, clones)), ann.me
+        )
+        await ann.membership._exchange_peers(bob.me)
+        assert ann.ledger.held is Failure.CHAIN_CLONED and forgotten == [True]
 
 
 async def _find_mark(peer: Peer) -> Batch:
