@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from blake3 import blake3
 
@@ -20,10 +22,11 @@ from shoal.crdt.reconciliation import (
     answer,
     begin,
 )
-from shoal.crdt.sketch import CELL_BYTES, CELLS_MIN, SHORT_ID_BYTES, Sketch, shorten
+from shoal.crdt.sketch import CELL_BYTES, CELLS_MIN, HASHES, SHORT_ID_BYTES, Sketch, shorten
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import LedgerEntries, Reconcile, decode_message_untrusted, encode_message
+from tests.unit.protocol.test_readme import describe
 
 NOW_MS = 1_700_000_000_000
 SALT = b"saltsalt"
@@ -287,3 +290,13 @@ def test_a_reply_to_the_most_that_can_be_asked_is_within_its_bound() -> None:
     assert reply is not None
     assert len(reply) <= COMPARISON_BYTES_MAX
     assert len(read(reply)) == RANGES_MAX
+
+
+@pytest.mark.parametrize("record", [Comparison, KeyRange], ids=lambda one: one.__name__)
+def test_the_protocols_book_has_the_fields_and_bounds(record: type) -> None:
+    text = (Path(__file__).parents[3] / "protocol" / "README.md").read_text()
+    assert f"| {record.__name__} | {describe(record)} |" in text
+    assert f"at most {COMPARISON_BYTES_MAX:,} bytes" in text
+    assert f"the first {SHORT_ID_BYTES} bytes of BLAKE3(salt, id)" in text
+    assert f"at least {CELLS_MIN} cells of {CELL_BYTES} bytes, a multiple of {HASHES}" in text
+    assert f"count u32 big-endian, the first {FINGERPRINT_BYTES} bytes" in text
