@@ -12,6 +12,7 @@ byte flipped and counts the refusals.
 
 import argparse
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -128,6 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as made:
         base = Path(made)
         if options.flips:
+            logging.disable(logging.WARNING)  # every refusal is told there, too
             results["flips"] = count_refusals(base, options.flips)
             print(json.dumps(results["flips"]))
         else:

@@ -3,7 +3,6 @@
 What is counted is what was believed.
 """
 
-import logging
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -64,7 +63,6 @@ class _Sink:
 
 def count_refusals(folder: Path, trials: int, seed: int = 1) -> dict[str, dict[str, int]]:
     """For each kind, how many were tried and how many were believed; the trials are shared out evenly."""
-    logging.disable(logging.WARNING)  # every refusal is told there, too
     log = make_log(folder / "log", ELEMENTS, ROUNDS, snapshots=[SNAPSHOT], parts=4)
     flipper = _Flipper(log, folder, random.Random(seed))
     kinds: dict[str, Callable[[], bool]] = {

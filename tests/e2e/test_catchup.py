@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.flipped_bytes import count_refusals
 from tests.e2e.certified_log import Log, fill_folder, make_log
 from tests.e2e.log_peer import LogPeer
 from tests.e2e.shaping_proxy import choose_port
@@ -111,7 +112,6 @@ def scene(tmp_path: Path, log: Log) -> Iterator[Scene]:
     try:
         yield one
     finally:
-
         for process in one.processes.values():
             process.kill()
             process.wait(10)
@@ -168,3 +168,9 @@ def test_the_only_donor_is_killed_and_comes_back(scene: Scene) -> None:
     scene.start(donor)
     scene.wait_until_caught_up()
     assert scene.served_bytes(donor) <= STATE_BYTES + 2 * scene.log.update_bytes + WASTE_BYTES
+
+
+def test_no_flipped_byte_is_believed(tmp_path: Path) -> None:
+    counts = count_refusals(tmp_path, 700)
+    assert {kind: count["believed"] for kind, count in counts.items()} == dict.fromkeys(counts, 0)
+    assert len(counts) == 7 and all(count["tried"] == 100 for count in counts.values())
