@@ -9,6 +9,7 @@ there.
 
 import json
 import os
+import threading
 from pathlib import Path
 
 from shoal.node.snapshots import SnapshotStore, chunk_offset
@@ -35,12 +36,16 @@ class PartialSnapshot:
         if self._is_new:
             with self.path.open("wb") as file:
                 file.truncate(size)
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._descriptor = os.open(self.path, os.O_RDWR)
         os.pwrite(self._descriptor, header, 0)
 
     def close(self) -> None:
-        """No other call may follow."""
-        os.close(self._descriptor)
+        """What a thread writes after this, because its task has ended, goes nowhere."""
+        with self._lock:
+            self._is_closed = True
+            os.close(self._descriptor)
 
     def find_held(self) -> list[int]:
         """The chunks that are here from before. Reads all of the file, unless it has just been made."""
@@ -51,13 +56,21 @@ class PartialSnapshot:
     def write(self, number: int, raw: memoryview) -> None:
         """Put a chunk, checked by whoever fetched it, in its place."""
         place = self._place(number)
-        while raw:
-            written = os.pwrite(self._descriptor, raw, place)
-            raw, place = raw[written:], place + written
+        with self._lock:  # a descriptor that was closed may be another file's by now
+            while raw and not self._is_closed:
+                written = os.pwrite(self._descriptor, raw, place)
+                raw, place = raw[written:], place + written
 
     def sync(self) -> None:
         """Force what was written to the disk."""
-        os.fsync(self._descriptor)
+        with self._lock:
+            if self._is_closed:
+                return
+            descriptor = os.dup(self._descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def finish(self, store: SnapshotStore) -> None:
         """Every chunk is here: the file becomes a snapshot of this store."""

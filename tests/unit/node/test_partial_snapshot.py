@@ -89,3 +89,16 @@ def test_one_file_is_kept(tmp_path: Path) -> None:
     PartialSnapshot(tmp_path, first).close()
     PartialSnapshot(tmp_path, second).close()
     assert [path.name[:8] for path in tmp_path.iterdir()] == ["00000012"]
+
+
+def test_what_is_written_after_the_end_goes_nowhere(tmp_path: Path) -> None:
+    index, params, momentum = make_state(8)
+    partial = PartialSnapshot(tmp_path, index)
+    partial.close()
+    with (tmp_path / "another file").open("w+b") as other:  # takes the number of the closed descriptor
+        partial.write(0, chunk(0, index, params, momentum))
+        partial.sync()
+        assert other.read() == b""
+    again = PartialSnapshot(tmp_path, index)
+    assert again.find_held() == []
+    again.close()
