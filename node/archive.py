@@ -72,8 +72,8 @@ class Archive:
         if not 0 <= number <= self.certificates.newest:
             raise ArchiveError(f"round {number} is not certified: the newest round here is {self.certificates.newest}")
         starts = [one for one in reversed(self.snapshots.rounds()) if one <= number]
-        usable = (state for start in starts if (state := self._load(start)) is not None)
-        state = next(usable, None) or self._begin()
+        usable = (state for start in starts if (state := self._load(start, number)) is not None)
+        state = next(usable, None) or self._begin(number)
         while state.head.round < number:
             self.advance(state)
         return state
@@ -103,13 +103,24 @@ class Archive:
             encoded[one.digest] = raw
         return encoded
 
-    def _begin(self) -> RebuiltState:
+    def _check_updates(self, start: int, number: int) -> None:
+        """Raise ArchiveError where a part of the updates in between is not on this disk: before anything is read."""
+        for between in range(start + 1, number + 1):
+            for part, one in enumerate(self.certificate(between).result.parts):
+                if not blob_path(self._blobs, one.digest).exists():
+                    gone = f"part {part} of round {between} is not on this disk"
+                    raise ArchiveError(f"{gone}, and the newest snapshot before it is of round {start}")
+
+    def _begin(self, number: int) -> RebuiltState:
         """Round 0."""
+        self._check_updates(0, number)
         replica = self._allocate(0)
         return RebuiltState(replica=replica, head=genesis_head(self.manifest, self.swarm, replica.reset()), start=0)
 
-    def _load(self, start: int) -> RebuiltState | None:
-        """The state of a snapshot; None where it cannot be used."""
+    def _load(self, start: int, number: int) -> RebuiltState | None:
+        """The state of a snapshot; None where it cannot be used. Raises ArchiveError where the updates from it to round
+        `number` are not all here."""
+        self._check_updates(start, number)
         snapshot = self.snapshots.get(start)
         assert snapshot is not None, "one of its rounds"
         own = self.certificate(start)

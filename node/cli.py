@@ -355,7 +355,7 @@ def _run_export(options: argparse.Namespace) -> int:
     write = write_hf_folder if options.format == "hf" else write_model
     write(model, options.out)
     if model.is_snapshot:
-        print("the peer is running: this is its newest snapshot; stop it to export its newest round")
+        print("the peer is running: this is its newest snapshot; --round takes a later round")
     print(f"{options.out}: {model.params.size:,} parameters at round {model.round}")
     print(f"state root {model.state_root.hex()}")
     return 0
