@@ -122,6 +122,8 @@ def measure(kind: str, peers: int, seconds: float, round_time_s: float, seed: in
             "faults_per_hour": round(len(faults.killed) / took_s * 3600, 1),
             "faults_held_back": faults.held_back,
             "back_after_s": round(statistics.median(faults.back_s), 2) if faults.back_s else None,
+            # What faults cost beyond the time in which a dead peer is not there at all.
+            "answering_share": round(statistics.mean(len(names) for _, names in answering) / peers, 4),
             "members_mean": round(statistics.mean(len(one.members) for one in measured), 2),
             "live_taking_part": round(statistics.mean(share for share in shares if share is not None), 4),
             "rounds_with_all_live": round(sum(share == 1.0 for share in shares) / len(shares), 4),
@@ -158,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results[kind] = figures = measure(kind, options.peers, options.seconds, options.round_time, options.seed)
         if kind != CALM and CALM in results:
             figures["goodput"] = round(figures["tokens_per_s"] / results[CALM]["tokens_per_s"], 4)
+            figures["goodput_of_the_answering"] = round(figures["goodput"] / figures["answering_share"], 4)
         print(f"{kind}: {json.dumps(figures)}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")

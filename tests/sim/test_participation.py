@@ -4,6 +4,8 @@ Trainings are long beside the grace window, and two ready peers are the minimum 
 go on without the others, and the others without them, for ever.
 """
 
+import random
+
 import pytest
 
 from tests.sim.stage import NAMES, Stage
@@ -76,3 +78,30 @@ def test_a_trainer_that_hangs_is_not_waited_for_longer_than_it_ever_took() -> No
     stage.run_to_round(BEFORE + 2)
     assert "cid" not in members(stage, BEFORE + 1) + members(stage, BEFORE + 2)
     assert stage.now - began_s < 2 * TRAINING_S + 2 * RULES["grace_s"] + 1.0
+
+
+def certified_steps_per_s(rounds: int, lost: float) -> tuple[float, float]:
+    """Each peer dies with this probability as a round is certified and is back after two fifths of the next one; also
+    the share of the peers that lived all through a round and are in it."""
+    stage, entropy = start(), random.Random(1)
+    began_s, shares = stage.now, len(stage.checker.shares)
+    for number in range(BEFORE + 1, BEFORE + rounds + 1):
+        stage.run_until(lambda: any(peer.core.head.round >= number for peer in stage.up()))  # noqa: B023
+        for name in NAMES[:COUNT]:
+            if entropy.random() < lost and stage.peer(name).up and len(stage.up()) > COUNT // 2 + 1:
+                stage.kill(stage.peer(name))
+                stage.schedule(0.4 * TRAINING_S, stage.restart, name)
+    certificates = {number: one for peer in stage.peers for number, one in peer.disk.certificates.items()}
+    members = [certificates[BEFORE + number].result.members for number in range(1, rounds + 1)]
+    total = sum(member.steps for round_members in members for member in round_members)
+    measured = stage.checker.shares[shares:]
+    return total / (stage.now - began_s), sum(measured) / len(measured)
+
+
+def test_one_in_ten_dies_in_every_round_and_all_who_live_go_on() -> None:
+    """What is lost is what the dead did not do. Without the rules above goodput is 0.82 here, and 3.6 of 6 peers are in
+    a round; the published anchor (Decoupled DiLoCo) is 0.88."""
+    calm, everybody = certified_steps_per_s(12, 0.0)
+    under_faults, share = certified_steps_per_s(12, 0.1)
+    assert everybody == 1.0 and share > 0.95
+    assert under_faults / calm > 0.92
