@@ -167,7 +167,7 @@ class CatchUp:
             updates_from=min((source.first_round for source in sources), default=0),
             updates_held=await asyncio.to_thread(self._count_held, page),
             bytes_per_s=self.donors.rate_of([source.peer for source in sources]),
-            apply_s=self._apply_s,
+            apply_s=self._apply_s if self._apply_s is not None else self._state.apply_s,
             install_s=self._install_s,
         )
 

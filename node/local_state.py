@@ -10,6 +10,7 @@ used only when its index hashes to the state root that the next certificate name
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ class LocalState:
         self.replica = Replica(manifest, params, momentum)
         self.contributor = Contributor(manifest)
         self.head: Head
+        self.apply_s: float | None = None  # what the last outer step took
         self.roots: dict[int, bytes] = {}  # state roots by round, for the report; bounded by rounds_kept
         self._snapshot_task: asyncio.Task[None] | None = None
         self._updates: dict[int, Sizes] = {}  # the retained rounds' blobs; bounded by what is kept
@@ -190,6 +192,7 @@ class LocalState:
     def _advance(self, result: Result, encoded: Mapping[bytes, bytes | memoryview]) -> Head:
         root = self.replica.apply(result, encoded)
         return Head(round=result.round, digest=digest_record(result), state_root=root, voters=result.voters)
+        self.apply_s = time.perf_counter() - began_s if result.parts else self.apply_s
 
     def save_certificate(self, certificate: Certificate) -> None:
         """Durable on return. Blocking; raises StoreError."""

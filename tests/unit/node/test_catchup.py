@@ -52,6 +52,7 @@ async def test_missed_rounds_are_replayed_with_parts_from_both_donors(tmp_path: 
         # A part may be asked of a second donor where the first one is late.
         assert set(served) == set(chain.blobs) and max(served.values()) <= ASKS_PER_PIECE_MAX
         assert newcomer.core.round == 6
+        assert newcomer.state.apply_s is not None and newcomer.state.apply_s > 0, "the next choice of a way knows it"
 
 
 async def test_more_rounds_than_one_answer_holds_are_replayed(tmp_path: Path) -> None:
