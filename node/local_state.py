@@ -190,6 +190,7 @@ class LocalState:
         return head
 
     def _advance(self, result: Result, encoded: Mapping[bytes, bytes | memoryview]) -> Head:
+        began_s = time.perf_counter()
         root = self.replica.apply(result, encoded)
         return Head(round=result.round, digest=digest_record(result), state_root=root, voters=result.voters)
         self.apply_s = time.perf_counter() - began_s if result.parts else self.apply_s
