@@ -109,8 +109,8 @@ class OwnChain:
         return self._is_cloned
 
     def meet_presence(self, incarnation: int, sent_at_s: float, own_incarnation: int) -> bool:
-        """A presence with this peer's key has come; whether it shows that a clone is running. The count of starts is no
-        less than the clock's seconds at the start, so what was sent later under another one is of no earlier process."""
+        """A presence with this peer's key has come; whether it shows that a clone is running. The count of starts is
+        no less than the clock's seconds then, so what was sent later under another one is of no earlier process."""
         if incarnation != own_incarnation and sent_at_s > own_incarnation + 1:
             self._is_cloned = True
         return self._is_cloned

@@ -304,12 +304,10 @@ async def test_the_lighter_of_two_logs_is_entered_once(tmp_path: Path) -> None:
             bob.state.save_certificate(certificate)
         for peer in (ann, bob):
             keep_up(peer)
+        newest = digest_record(heavy[0].result)
         for peer in (ann, bob):
-            ledger = peer.ledger.ledger
-            await wait_until(lambda ledger=ledger: ledger.follows(other.heads[6].digest))  # type: ignore[misc]
-            await wait_until(
-                lambda peer=peer: peer.ledger.state().verdicts.head.digest == digest_record(heavy[0].result)  # type: ignore[misc]
-            )
+            await wait_until(lambda peer=peer: peer.ledger.ledger.follows(other.heads[6].digest))  # type: ignore[misc]
+            await wait_until(lambda peer=peer: peer.ledger.state().verdicts.head.digest == newest)  # type: ignore[misc]
         lengths = [len(peer.ledger.ledger) for peer in (ann, bob)]
         periods = 0
 
