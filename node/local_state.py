@@ -192,8 +192,8 @@ class LocalState:
     def _advance(self, result: Result, encoded: Mapping[bytes, bytes | memoryview]) -> Head:
         began_s = time.perf_counter()
         root = self.replica.apply(result, encoded)
-        return Head(round=result.round, digest=digest_record(result), state_root=root, voters=result.voters)
         self.apply_s = time.perf_counter() - began_s if result.parts else self.apply_s
+        return Head(round=result.round, digest=digest_record(result), state_root=root, voters=result.voters)
 
     def save_certificate(self, certificate: Certificate) -> None:
         """Durable on return. Blocking; raises StoreError."""
