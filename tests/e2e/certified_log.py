@@ -141,7 +141,7 @@ class _Maker:
             digest = blake3(raw).digest()
             encoded[digest] = bytes(raw)
             digests.append(digest)
-            self.blobs.write(digest, raw)
+            self.blobs.write(digest, memoryview(raw))
         bitmap = make_bitmap(frozenset({0}), 1)
         member = Member(peer=FOUNDERS[0].peer, contribution_root=bytes(32), tokens=1000, steps=10, weight=1.0)
         parts = tuple(PartResult(digest=digest, contributors=bitmap) for digest in digests)

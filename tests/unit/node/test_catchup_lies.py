@@ -219,7 +219,7 @@ async def test_a_snapshot_whose_index_is_not_the_certified_one_is_refused(tmp_pa
 
         async def serve(peer: PeerId, digest: bytes) -> memoryview | Refusal | None:
             asked[digest] += 1
-            return memoryview(chunks[digest]) if digest in chunks else None
+            return chunks[digest].data if digest in chunks else None
 
         for donor in donors:
             donor.exchange.serve = serve  # type: ignore[method-assign]
@@ -271,8 +271,8 @@ async def test_donors_that_refuse_or_cannot_be_asked_end_the_catch_up(tmp_path: 
 
 async def test_a_liar_that_answers_with_nothing_ends_the_catch_up(tmp_path: Path) -> None:
     async with open_swarm(tmp_path, FAR, donors=1) as (newcomer, donors, chain):
-        empty = {CertificatesAnswer: CertificatesAnswer(certificates=())}
-        rewrite_answers(donors[0], lambda one: empty.get(type(one), one))  # type: ignore[call-overload]
+        empty = CertificatesAnswer(certificates=())
+        rewrite_answers(donors[0], lambda one: empty if isinstance(one, CertificatesAnswer) else one)
         await newcomer.catch_up.run(donors[0].me, FAR)
         assert_untouched(newcomer, chain)
 
