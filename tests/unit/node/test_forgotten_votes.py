@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,15 @@ from tests.unit.node.node_samples import Peer, make_samples, open_peer, open_pee
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_presence
 
 
+def have_reached(peers: list[Peer], number: int) -> bool:
+    return all(peer.core.head.round >= number for peer in peers)
+
+
 async def commit_rounds(peers: list[Peer], first: int, last: int) -> None:
     for number in range(first, last + 1):
         for seed, peer in enumerate(peers):
             await peer.contribute(100 * number + seed)
-        await wait_until(lambda number=number: all(peer.core.head.round >= number for peer in peers))  # type: ignore[misc]
+        await wait_until(partial(have_reached, peers, number))
 
 
 def watch_ballots(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> list[object]:
