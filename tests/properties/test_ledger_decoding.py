@@ -16,6 +16,7 @@ from shoal.crdt.entries import (
     encode_batch,
     sign_batch,
 )
+from shoal.crdt.eras import PERMANENT_ERA
 from shoal.crdt.key_set import KEY_END
 from shoal.crdt.kinds import (
     EntryId,
@@ -55,7 +56,14 @@ BATCH = sign_batch(
     [
         EntryContent(deps=(), hlc=Hlc(index + 1), kind=kind, body=body)
         for index, (kind, body) in enumerate(BODIES.items())
+        if kind is not Kind.MANIFEST
     ],
+)
+DECREE = sign_batch(
+    ANNA,
+    RULES.swarm,
+    ChainPosition(seq=0, prev=NO_ENTRY, hlc=HLC_ZERO, era=PERMANENT_ERA),
+    [EntryContent(deps=(), hlc=Hlc(1), kind=Kind.MANIFEST, body=BODIES[Kind.MANIFEST])],
 )
 DEPENDENT = sign_batch(
     Identity(b"c" * 32),
@@ -103,7 +111,7 @@ def take_message(raw: bytes) -> None:
 
 
 TAKERS: list[tuple[Callable[[bytes], None], list[bytes]]] = [
-    (take_batch, [encode_batch(batch) for batch in (BATCH, BATCH.suffix(2), DEPENDENT)]),
+    (take_batch, [encode_batch(batch) for batch in (BATCH, BATCH.suffix(2), DECREE, DEPENDENT)]),
     (take_body, list(BODIES.values())),
     (take_message, [begin(make_ledger(), bytes(SALT_BYTES)), MESSAGE]),
 ]
