@@ -15,7 +15,8 @@ demo: setup  ## the main job: a local swarm that trains, loses a peer and gains 
 	$(SHOAL) demo $(if $(TEXT),--text $(TEXT)) $(if $(REPORT),--report $(REPORT))
 
 test: setup  ## unit, property, simulation and end-to-end tests
-	$(BIN)/python -m pytest tests/unit tests/properties tests/sim tests/e2e
+	$(BIN)/python -m pytest -n $(JOBS) tests/unit tests/properties tests/sim
+	$(BIN)/python -m pytest tests/e2e
 
 lint: setup  ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff format --check .
