@@ -8,7 +8,7 @@ Nothing is believed because it lies on the own disk; but where a piece is not re
 instead of guessing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -29,6 +29,16 @@ class Finding(StrEnum):
     UNKNOWN = "cannot be told"
 
 
+# Of every command that verifies.
+EXIT_CODES = {Finding.HOLDS: 0, Finding.FAILS: 3, Finding.UNKNOWN: 4}
+
+
+def conclude(findings: Iterable[Finding]) -> Finding:
+    """What several findings come to: one that fails decides, then one that cannot be told."""
+    found = set(findings)
+    return next((one for one in (Finding.FAILS, Finding.UNKNOWN) if one in found), Finding.HOLDS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """One thing that was looked at."""
@@ -47,8 +57,7 @@ class Audit:
 
     @property
     def finding(self) -> Finding:
-        found = {check.finding for check in self.checks}
-        return next((one for one in (Finding.FAILS, Finding.UNKNOWN) if one in found), Finding.HOLDS)
+        return conclude(check.finding for check in self.checks)
 
 
 def audit_round(archive: Archive, number: int) -> Audit:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from shoal.node.durability import sync_path
+
 SYNCS_AT_ONCE = 8
 
 _TEMPORARY = ".partial"
@@ -117,12 +119,3 @@ def blob_path(folder: Path, digest: bytes) -> Path:
     """Where a blob lies in a store's folder."""
     name = digest.hex()
     return folder / name[:2] / name
-
-
-def sync_path(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from shoal.protocol.identity import Identity, PeerId
 
 EXIT_INPUT = 1
-EXIT_FAILS = 3
-EXIT_UNKNOWN = 4
 EXIT_INTERRUPTED = 130
 
 
@@ -375,7 +373,7 @@ def _run_checkout(options: argparse.Namespace) -> int:
 
 def _run_verify(options: argparse.Namespace) -> int:
     from shoal.node.archive import open_archive
-    from shoal.node.audit import Finding, audit_round, audit_rounds
+    from shoal.node.audit import EXIT_CODES, Finding, audit_round, audit_rounds, conclude
 
     with open_archive(_data_dir(options.data_dir)) as archive:
         newest = archive.certificates.newest
@@ -397,9 +395,7 @@ def _run_verify(options: argparse.Namespace) -> int:
                     print(f"  {check.name:<13} {check.finding}: {check.detail}")
     if options.all:
         print(", ".join(f"{count} rounds: {finding}" for finding, count in counts.items() if count))
-    if counts[Finding.FAILS]:
-        return EXIT_FAILS
-    return EXIT_UNKNOWN if counts[Finding.UNKNOWN] else 0
+    return EXIT_CODES[conclude(finding for finding, count in counts.items() if count)]
 
 
 def _run_ledger(options: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from shoal.node.blobs import sync_path
+from shoal.node.durability import sync_path
 from shoal.node.ledger_store import LedgerStore, StoreError
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Contributor, Frozen

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shoal.node.durability import sync_path
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.identity import SEED_BYTES, Identity, format_peer_id
 
@@ -37,7 +38,7 @@ def create_identity(path: Path) -> Identity:
         _write_durably(draft, f"{_HEADER}\n{seed.hex()}\n{_PEER_NOTE}{format_peer_id(identity.peer)}\n")
         # A link, unlike a rename, never replaces what is there.
         os.link(draft, path)
-        _sync_folder(path)
+        sync_path(path.parent)
     except FileExistsError as error:
         raise ConfigError(str(path), "is there already", "use it, or move it away first") from error
     except OSError as error:
@@ -126,7 +127,7 @@ def next_incarnation(path: Path, now_s: float) -> int:
     try:
         _write_durably(draft, f"{incarnation}\n")
         draft.replace(path)
-        _sync_folder(path)
+        sync_path(path.parent)
     except OSError as error:
         with suppress(OSError):
             draft.unlink()
@@ -147,14 +148,6 @@ def _make_folder(path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise _unusable(path.parent, "made", error) from error
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unusable(path: Path, verb: str, error: OSError) -> ConfigError:

@@ -10,7 +10,8 @@ from shoal.crdt.entries import NO_ENTRY, decode_batch_untrusted, encode_batch, v
 from shoal.crdt.eras import PERMANENT_ERA
 from shoal.crdt.ledger import Ledger
 from shoal.node.audit import Check, Finding
-from shoal.node.ledger_view import LedgerView, Tell, list_entries, make_rules
+from shoal.node.ledger_sync import make_rules
+from shoal.node.ledger_view import LedgerView, Tell, list_entries
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import Identity, format_peer_id
 from shoal.protocol.messages import digest_record

@@ -12,8 +12,6 @@ from shoal.protocol.errors import ConfigError, Failure, ProtocolError
 if TYPE_CHECKING:
     from shoal.node.ledger_view import LedgerView
 
-EXIT_FAILS = 3
-EXIT_UNKNOWN = 4
 PROGRESS_AFTER_S = 2.0
 PROGRESS_PERIOD_S = 0.5
 WAITING_LINE_PERIOD_S = 10.0
@@ -62,7 +60,7 @@ def add_ledger_parsers(ledger: argparse.ArgumentParser) -> None:
 
 def run_ledger(options: argparse.Namespace, data_dir: Path, say: Say) -> int:
     """Run one of them; returns the exit code."""
-    from shoal.node.audit import Finding
+    from shoal.node.audit import EXIT_CODES, Finding
     from shoal.node.ledger_store import StoreError
     from shoal.node.ledger_view import open_source, read_view
 
@@ -81,7 +79,7 @@ def run_ledger(options: argparse.Namespace, data_dir: Path, say: Say) -> int:
             raise
         say(f"ledger {Finding.FAILS}")
         say(f"  {'file':<13} {Finding.FAILS}: {error}")
-        return EXIT_FAILS
+        return EXIT_CODES[Finding.FAILS]
     except ProtocolError as error:
         fix = "start the peer: it puts the file aside, keeps what is whole, and fetches the rest from other peers"
         raise ConfigError("--data-dir", f"{data_dir} holds entries that are damaged ({error})", fix) from error
@@ -98,17 +96,17 @@ def _show(view: "LedgerView", say: Say) -> int:
 
 
 def _verify(view: "LedgerView", progress: Progress, say: Say) -> int:
-    from shoal.node.audit import Finding
+    from shoal.node.audit import EXIT_CODES, Finding, conclude
     from shoal.node.ledger_audit import audit_ledger
 
-    findings = set()
+    findings: set[Finding] = set()
     for check in audit_ledger(view, progress):
         progress.end()
         findings.add(check.finding)
         say(f"  {check.name:<13} {check.finding}: {check.detail}")
-    verdict = next((one for one in (Finding.FAILS, Finding.UNKNOWN) if one in findings), Finding.HOLDS)
+    verdict = conclude(findings)
     say(f"ledger {verdict}")
-    return {Finding.FAILS: EXIT_FAILS, Finding.UNKNOWN: EXIT_UNKNOWN}.get(verdict, 0)
+    return EXIT_CODES[verdict]
 
 
 def _export(view: "LedgerView", out: Path | None, say: Say) -> int:

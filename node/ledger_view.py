@@ -18,7 +18,6 @@ from typing import Annotated
 from shoal.crdt.certified import ChainBase, decode_base_untrusted
 from shoal.crdt.clock import Hlc, wall_ms_of
 from shoal.crdt.entries import BATCH_BYTES_MAX, Batch, Entry, decode_batch_untrusted
-from shoal.crdt.eras import choose_rounds_per_era
 from shoal.crdt.fold import LedgerState
 from shoal.crdt.kinds import (
     BanBody,
@@ -31,7 +30,7 @@ from shoal.crdt.kinds import (
     VersionedBody,
     decode_body_untrusted,
 )
-from shoal.crdt.ledger import Ledger, LedgerRules
+from shoal.crdt.ledger import Ledger
 from shoal.node.certificate_source import (
     LEDGER_FILE,
     AskedCertificates,
@@ -40,6 +39,7 @@ from shoal.node.certificate_source import (
 )
 from shoal.node.config import MANIFEST_FILE
 from shoal.node.ledger_store import LedgerStore, StoreError
+from shoal.node.ledger_sync import make_rules
 from shoal.node.manifest_source import read_manifest_file
 from shoal.node.repair import abstains
 from shoal.node.running import read_running
@@ -178,18 +178,6 @@ class _AskedBatches:
         except (OSError, urllib.error.URLError, http.client.HTTPException, ProtocolError) as error:
             fix = "stop it and try again: then its folder is read"
             raise ConfigError("--data-dir", f"the running daemon gives no ledger ({error})", fix) from error
-
-
-def make_rules(manifest: Manifest, swarm: bytes) -> LedgerRules:
-    """What every replica of this swarm agrees on."""
-    return LedgerRules(
-        swarm=swarm,
-        owner=manifest.owner,
-        is_valid_snapshot=lambda number, body: False,
-        authority=manifest.authority(swarm),
-        founders=manifest.founders,
-        rounds_per_era=choose_rounds_per_era(manifest.rounds.snapshot_every),
-    )
 
 
 def read_view(source: LedgerSource, progress: Tell) -> LedgerView:

@@ -13,7 +13,6 @@ before the mark is lowered.
 """
 
 import logging
-import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shoal.crdt.entries import Batch, decode_batch_untrusted, verify_batch
+from shoal.node.durability import sync_path
 from shoal.node.ledger_store import (
     CHECKSUMS,
     CHECKSUMS_VERSION,
@@ -181,11 +181,11 @@ def _write_anew(path: Path, me: PeerId, salvage: Salvage) -> None:
             records=salvage.records,
         )
     fresh.with_suffix(".mark").unlink(missing_ok=True)
-    _sync(fresh)
+    sync_path(fresh)
     # The old log must not be replayed into the new file.
     Path(f"{path}-wal").unlink(missing_ok=True)
     fresh.replace(path)
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
 def _fresh_path(path: Path) -> Path:
@@ -201,14 +201,6 @@ def _remove_leftovers(path: Path) -> None:
     for base in (_fresh_path(path), _copy_path(path)):
         for leftover in (base, Path(f"{base}-wal"), Path(f"{base}-shm"), base.with_suffix(".mark")):
             leftover.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- row by row --------------------------------------------------------------------------------------------------------

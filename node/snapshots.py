@@ -13,7 +13,6 @@ and none for longer than LEASE_S_MAX.
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from shoal.node.durability import sync_path
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.state import SnapshotIndex, StateVector, chunk_digests, decode_index_untrusted
@@ -90,12 +90,12 @@ class SnapshotStore:
     def adopt(self, index: SnapshotIndex, file: Path) -> None:
         """Make a file that holds all of this snapshot a part of the store. Raises OSError."""
         path = self._path(index.round)
-        _sync_file(file)
+        sync_path(file)
         file.replace(path)
         try:
             path.with_suffix(_INDEX_SUFFIX).write_bytes(encode_record(index))
-            _sync_file(path.with_suffix(_INDEX_SUFFIX))
-            _sync_file(self._folder)
+            sync_path(path.with_suffix(_INDEX_SUFFIX))
+            sync_path(self._folder)
         except OSError:
             self.remove(index.round)
             raise
@@ -192,11 +192,3 @@ def _open_snapshot(path: Path) -> Snapshot | None:
     except (OSError, ProtocolError):
         return None
     return Snapshot(path=path, index=index, data_start=8 + header_bytes)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

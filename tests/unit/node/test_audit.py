@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from shoal.node import cli
 from shoal.node.archive import ArchiveError, open_archive, write_checkout
-from shoal.node.audit import Audit, Finding, audit_round, audit_rounds
+from shoal.node.audit import EXIT_CODES, Audit, Finding, audit_round, audit_rounds
 from shoal.node.blobs import blob_path
 from shoal.node.certificate_source import AskedCertificates, open_certificates
 from shoal.node.config import MANIFEST_FILE
@@ -346,10 +346,13 @@ def test_the_commands_say_plainly_what_holds(
     path = blob_path(folder / "blobs", chain.certificates[9].result.parts[2].digest)
     flip(path, 0)
     code, out, _ = verify("--round", 10)
-    assert code == cli.EXIT_FAILS and "round 10 does not hold" in out and "part 2 has not the digest" in out
+    assert code == EXIT_CODES[Finding.FAILS] and "round 10 does not hold" in out and "part 2 has not the digest" in out
     path.unlink()
     code, out, _ = verify("--all")
-    assert code == cli.EXIT_UNKNOWN and out.splitlines()[-1] == f"{ROUNDS - 3} rounds: holds, 3 rounds: cannot be told"
+    assert (
+        code == EXIT_CODES[Finding.UNKNOWN]
+        and out.splitlines()[-1] == f"{ROUNDS - 3} rounds: holds, 3 rounds: cannot be told"
+    )
     code, _, err = run(capsys, "checkout", "--round", 11, "--data-dir", folder, "--out", tmp_path / "eleven")
     assert code == 1 and "part 2 of round 10 is not on this disk" in err
     assert not (tmp_path / "eleven").exists()

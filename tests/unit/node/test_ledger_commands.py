@@ -18,9 +18,10 @@ from shoal.crdt.kinds import BanBody, Body, Kind, RegisterBody, RoundBody, TagBo
 from shoal.crdt.ledger import Draft, Ledger
 from shoal.node import cli, ledger_view
 from shoal.node.answers import ANSWER_BYTES_MAX
+from shoal.node.audit import EXIT_CODES, Finding
 from shoal.node.config import MANIFEST_FILE
 from shoal.node.happenings import HappeningFeed
-from shoal.node.ledger_commands import EXIT_FAILS, EXIT_UNKNOWN, PROGRESS_AFTER_S, Progress
+from shoal.node.ledger_commands import PROGRESS_AFTER_S, Progress
 from shoal.node.ledger_store import LedgerStore, compute_checksum
 from shoal.node.ledger_view import PAGE_BYTES_MAX, LedgerPage, make_page, make_rules
 from shoal.node.repair import begin_abstention
@@ -173,7 +174,7 @@ def drop_votes(folder: Path) -> None:
 def test_verify_names_what_does_not_hold(folder: Path, run: Run, spoil: Callable[[Path], None], named: str) -> None:
     spoil(folder)
     code, out, _ = run("verify", "--data-dir", folder)
-    assert code == EXIT_FAILS
+    assert code == EXIT_CODES[Finding.FAILS]
     assert named in out
     assert out.splitlines()[-1] == "ledger does not hold"
 
@@ -183,7 +184,7 @@ def test_verify_says_what_it_cannot_tell(folder: Path, run: Run) -> None:
         connection.execute("DELETE FROM certificates WHERE round IN (2, 3)")
         connection.execute("DELETE FROM batches WHERE position = 4")
     code, out, _ = run("verify", "--data-dir", folder)
-    assert code == EXIT_UNKNOWN
+    assert code == EXIT_CODES[Finding.UNKNOWN]
     assert "rounds 2 to 3 are not here, so what follows them is not proven by this disk" in out
     assert "ancestors     cannot be told" in out
     assert out.splitlines()[-1] == "ledger cannot be told"
@@ -194,7 +195,7 @@ def test_a_damaged_file_does_not_hold_and_is_left_as_it_is(folder: Path, run: Ru
     raw[raw.index(b"best")] ^= 1
     (folder / LEDGER).write_bytes(raw)
     code, out, _ = run("verify", "--data-dir", folder)
-    assert code == EXIT_FAILS and "1 damaged row in the table batches. Fix: start the peer" in out
+    assert code == EXIT_CODES[Finding.FAILS] and "1 damaged row in the table batches. Fix: start the peer" in out
     code, _, err = run("show", "--data-dir", folder)
     assert code == cli.EXIT_INPUT and "Fix: start the peer" in err
     assert (folder / LEDGER).read_bytes()[100:] == raw[100:]

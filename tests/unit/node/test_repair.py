@@ -265,7 +265,7 @@ def test_certificates_that_do_not_follow_are_left_out(path: Path) -> None:
     assert found == {1, 2, 3, 4, 6, 7, 8, 10, 11}
 
 
-STEPS = ("_put_aside", "_salvage", "_write_anew", "_sync", "begin_abstention")
+STEPS = ("_put_aside", "_salvage", "_write_anew", "sync_path", "begin_abstention")
 
 
 class KilledError(Exception):

@@ -153,7 +153,7 @@ def test_a_crash_between_state_and_index_leaves_no_snapshot(tmp_path: Path) -> N
     assert read(store, 4)
 
 
-@pytest.mark.parametrize("place", ["save_file", "_sync_file", "encode_record"])
+@pytest.mark.parametrize("place", ["save_file", "sync_path", "encode_record"])
 def test_a_full_disk_is_left_nothing_to_carry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     def fail(*arguments: object, **_: object) -> None:
         if place == "save_file":
