@@ -32,9 +32,10 @@ sim: setup  ## simulate rounds under faults: ROUNDS=n (5000), SECONDS=n; SEED=n 
 	  $(if $(TRACE),--trace),--rounds $(or $(ROUNDS),5000) $(if $(SECONDS),--seconds $(SECONDS)) \
 	  $(if $(JSON),--json $(JSON)))
 
-sim-long: setup  ## a night's run: 1,000,000 rounds on all cores, summed up in build/sim-long.json
+sim-long: setup  ## a night's run: 1,000,000 rounds on all cores, summed up in build/sim-long.json; goes on where it was stopped
 	@mkdir -p build
-	$(BIN)/python -m tests.sim.world --jobs $(JOBS) --rounds 1000000 --keep-going --json build/sim-long.json
+	$(BIN)/python -m tests.sim.world --jobs $(JOBS) --rounds 1000000 --keep-going --resume build/sim-long.place \
+	  --json build/sim-long.json
 
 chaos: setup  ## kill, stop and cut real daemons and check what must hold: SECONDS=n (default 120), SEED=n, PEERS=n (8)
 	$(BIN)/python -m benchmarks.chaos --seconds $(or $(SECONDS),120) --peers $(or $(PEERS),8) \

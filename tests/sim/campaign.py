@@ -1,7 +1,9 @@
-"""The command line of the simulator: replay one seed, or run many on all cores and sum up."""
+"""The command line of the simulator: replay one seed, or run many on all cores and sum up.
+
+A long run keeps its place in a file, so that an interrupted night is not lost: same command, and it goes on.
+"""
 
 import argparse
-import itertools
 import json
 import secrets
 import subprocess
@@ -21,6 +23,7 @@ SEEDS_AT_ONCE = 4  # that a worker runs before it reports
 WAITING_PER_JOB = 2  # pieces of work that lie ready for each worker
 PROGRESS_S = 15.0
 QUIET_S = 2.0  # what is over within this needs no progress line
+SAVE_PERIOD_S = 30.0
 
 
 @dataclass(slots=True)
@@ -107,38 +110,101 @@ class Limits:
     keep_going: bool
 
 
-def run_many(first_seed: int, limits: Limits) -> tuple[Tally, float]:
-    """Seeds from `first_seed` on until a limit is reached; the sum, and the seconds it took."""
-    tally, started = Tally(), time.monotonic()
-    last_line = started - PROGRESS_S + QUIET_S
-    for part in _run_pieces(first_seed, limits.jobs):
+@dataclass(slots=True)
+class Place:
+    """Where a run stands: what was counted, and which seeds were not."""
+
+    commit: str
+    first_seed: int
+    next_seed: int  # from here on nobody has been given any
+    given: list[int] = field(default_factory=list)  # the first seeds of the pieces that are being run
+    left: list[int] = field(default_factory=list)  # of those that were under way when the run was stopped
+    sittings: int = 0  # how often it was started
+    seconds: float = 0.0
+    tally: Tally = field(default_factory=Tally)
+
+    def take(self) -> int:
+        """The first seed of the next piece of work."""
+        if self.left:
+            first = self.left.pop()
+        else:
+            first, self.next_seed = self.next_seed, self.next_seed + SEEDS_AT_ONCE
+        self.given.append(first)
+        return first
+
+    def save(self, path: Path) -> None:
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text(json.dumps(_describe(self)) + "\n")
+        fresh.replace(path)
+
+
+def _describe(one: Place | Tally) -> dict[str, object]:
+    values = {each.name: getattr(one, each.name) for each in fields(one)}
+    return {name: _describe(value) if isinstance(value, Tally) else value for name, value in values.items()}
+
+
+def open_place(path: Path | None, first_seed: int | None) -> Place:
+    """The place that `path` keeps, or a new one; raises SystemExit when it is of other code or other seeds."""
+    commit = name_commit()
+    if path is None or not path.exists():
+        first = secrets.randbits(32) if first_seed is None else first_seed
+        return Place(commit=commit, first_seed=first, next_seed=first)
+    kept = json.loads(path.read_text())
+    if kept["commit"] != commit or first_seed not in (None, kept["first_seed"]):
+        raise SystemExit(
+            f"{path} is of commit {kept['commit']}, seeds from {kept['first_seed']} on, and this is commit {commit}. "
+            f"Fix: go on at that commit, or remove {path}"
+        )
+    kept["left"] += kept.pop("given")
+    counted = kept.pop("tally")
+    broken = [(seed, name, detail) for seed, name, detail in counted.pop("broken")]
+    counters = {name: Counter(value) for name, value in counted.items() if isinstance(value, dict)}
+    return Place(**kept, tally=Tally(**{**counted, **counters, "broken": broken}))
+
+
+def run_many(place: Place, limits: Limits, path: Path | None = None) -> None:
+    """Seeds from where `place` stands until a limit is reached, counted in `place` and kept in `path`."""
+    tally, started, before_s, before_rounds = place.tally, time.monotonic(), place.seconds, place.tally.rounds
+    last_line, last_save = started - PROGRESS_S + QUIET_S, started
+    place.sittings += 1
+    for part in _run_pieces(place, limits.jobs):
         tally.add(part)
-        seconds = time.monotonic() - started
-        if tally.rounds >= limits.rounds or seconds >= limits.seconds or (tally.broken and not limits.keep_going):
+        now = time.monotonic()
+        place.seconds = before_s + now - started
+        over = tally.rounds >= limits.rounds or now - started >= limits.seconds
+        if over or (tally.broken and not limits.keep_going):
             break
-        if time.monotonic() - last_line >= PROGRESS_S:
-            last_line = time.monotonic()
-            speed = tally.rounds / seconds * 60
-            left_s = min((limits.rounds - tally.rounds) / max(speed, 1) * 60, limits.seconds - seconds)
+        if now - last_line >= PROGRESS_S:
+            last_line = now
+            speed = (tally.rounds - before_rounds) / (now - started) * 60
+            left_s = min((limits.rounds - tally.rounds) / max(speed, 1) * 60, limits.seconds - (now - started))
             print(
                 f"{tally.rounds} rounds, {speed:.0f}/min, {len(tally.broken)} broken, {left_s:.0f} s left", flush=True
             )
-    return tally, time.monotonic() - started
+        if path is not None and now - last_save >= SAVE_PERIOD_S:
+            last_save = now
+            place.save(path)
+    if path is not None:
+        place.save(path)
 
 
-def _run_pieces(first_seed: int, jobs: int) -> Iterator[Tally]:
-    firsts = itertools.count(first_seed, SEEDS_AT_ONCE)
+def _run_pieces(place: Place, jobs: int) -> Iterator[Tally]:
     if jobs == 1:
         while True:
-            yield run_seeds(next(firsts), SEEDS_AT_ONCE)
+            first = place.take()
+            part = run_seeds(first, SEEDS_AT_ONCE)
+            place.given.remove(first)
+            yield part
     with ProcessPoolExecutor(jobs) as pool:
-        running: set[Future[Tally]] = set()
+        running: dict[Future[Tally], int] = {}
         try:
             while True:
                 while len(running) < jobs * WAITING_PER_JOB:
-                    running.add(pool.submit(run_seeds, next(firsts), SEEDS_AT_ONCE))
-                done, running = wait(running, return_when=FIRST_COMPLETED)
+                    first = place.take()
+                    running[pool.submit(run_seeds, first, SEEDS_AT_ONCE)] = first
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for one in done:
+                    place.given.remove(running.pop(one))
                     yield one.result()
         finally:
             for one in running:
@@ -188,6 +254,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, help="write the summary to this file")
     parser.add_argument("--keep-going", action="store_true", help="run on after a failure")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="keep the place in this file and go on from it")
     return parser.parse_args()
 
 
@@ -195,13 +262,16 @@ def main() -> int:
     options = parse_options()
     if options.seed is not None:
         return replay(options.seed, options.faults, options.trace)
-    first = secrets.randbits(32) if options.first_seed is None else options.first_seed
-    print(f"seeds from {first} on, {options.jobs} processes, commit {name_commit()}", flush=True)
+    place = open_place(options.resume, options.first_seed)
+    since = f" ({place.tally.rounds} rounds are done)" if place.sittings else ""
+    print(f"seeds from {place.first_seed} on, {options.jobs} processes, commit {place.commit}{since}", flush=True)
     limits = Limits(rounds=options.rounds, seconds=options.seconds, jobs=options.jobs, keep_going=options.keep_going)
-    tally, seconds = run_many(first, limits)
+    run_many(place, limits, options.resume)
+    tally, seconds = place.tally, place.seconds
     summary = {
-        "commit": name_commit(),
-        "first_seed": first,
+        "commit": place.commit,
+        "first_seed": place.first_seed,
+        "sittings": place.sittings,
         "jobs": options.jobs,
         "seconds": round(seconds, 1),
         "rounds_per_minute": round(tally.rounds / seconds * 60),

@@ -179,3 +179,30 @@ def test_many_seeds_are_summed_up(
     assert said["rounds_per_minute_and_core"] > 0 and said["participants_per_round"] > 1
     assert said["faults"]["delay"] == said["seeds"] and said["rates_on_share"]["delay_mean_s"] == 1.0
     assert f"{said['rounds']} rounds" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_seeds_that_it_owes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, summary = tmp_path / "place", tmp_path / "summary.json"
+
+    def run(rounds: int, jobs: int, *more: str) -> dict[str, object]:
+        kept = ["--resume", str(place), "--json", str(summary), "--jobs", str(jobs), "--rounds", str(rounds)]
+        monkeypatch.setattr(sys, "argv", ["sim", *kept, *more])
+        assert main() == 0
+        counted: dict[str, object] = json.loads(summary.read_text())
+        return counted
+
+    first = run(1, 2, "--first-seed", "705")
+    owed = json.loads(place.read_text())
+    assert owed["given"] and owed["next_seed"] > max(owed["given"]), "pieces were under way when it stopped"
+    then = run(int(str(first["rounds"])) + 1, 1)
+    settled = json.loads(place.read_text())
+    assert then["sittings"] == 2 and then["seeds"] == int(str(first["seeds"])) + 4
+    assert settled["next_seed"] == owed["next_seed"]
+    assert [*settled["left"], *settled["given"]] == owed["given"][:-1], "the last of them was run, none was forgotten"
+    settled["commit"] = "another"
+    place.write_text(json.dumps(settled))
+    with pytest.raises(SystemExit, match=r"of commit another, seeds from 705 on.* Fix: go on at that"):
+        run(1, 1)
+    assert f"({first['rounds']} rounds are done)" in capsys.readouterr().out
