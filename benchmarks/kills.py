@@ -43,6 +43,7 @@ ROUND_TIME_S = 1.5
 PAUSE_S = (0.2, 1.6)  # between two kills: as long as a round at most, so that every phase is hit
 RESTART_S_MAX = 10.0
 SETTLE_S = 90.0
+NO_ENTRY = (-1, -1)  # before the first era and number
 
 
 class Witness:
@@ -57,8 +58,8 @@ class Witness:
         self.entries_read = 0
         self._results: dict[int, bytes] = {}
         self._votes: dict[tuple[PeerId, int, int], bytes] = {}
-        self._entries: dict[tuple[str, int], bytes] = {}
-        self._chain_ends: dict[str, int] = {}  # the highest number of an author's entries in anybody's database
+        self._entries: dict[tuple[str, int, int], bytes] = {}  # by author, era and number
+        self._chain_ends: dict[str, tuple[int, int]] = {}  # an author's newest era and number in anybody's database
 
     def read(self, member: Member, peer: str, shown: int) -> None:
         """The database of `peer`, which is down; `shown` is the newest certified round that it had shown."""
@@ -90,20 +91,21 @@ class Witness:
                 self.faults.append(f"{format_peer_id(vote.voter)} has voted twice in {vote.round}/{vote.attempt}")
 
     def _take_batches(self, name: str, peer: str, batches: Sequence[Batch]) -> None:
-        own_end = -1
+        own_end = NO_ENTRY
         for batch in batches:
             author = format_peer_id(batch.author)
             for entry, entry_id in zip(batch.entries, batch.ids, strict=True):
                 self.entries_read += 1
-                if self._entries.setdefault((author, entry.seq), entry_id) != entry_id:
+                if self._entries.setdefault((author, entry.era, entry.seq), entry_id) != entry_id:
                     self.equivocations += 1
-                    self.faults.append(f"{author} has signed two entries {entry.seq}")
-                self._chain_ends[author] = max(self._chain_ends.get(author, -1), entry.seq)
-                own_end = max(own_end, entry.seq) if author == peer else own_end
-        lost = self._chain_ends.get(peer, -1) - own_end
-        if lost > 0:
-            self.entries_lost += lost
-            self.faults.append(f"{name} holds its own entries up to {own_end} only, {lost} fewer than others")
+                    self.faults.append(f"{author} has signed two entries {entry.seq} of era {entry.era}")
+                end = entry.era, entry.seq
+                self._chain_ends[author] = max(self._chain_ends.get(author, NO_ENTRY), end)
+                own_end = max(own_end, end) if author == peer else own_end
+        known = self._chain_ends.get(peer, NO_ENTRY)
+        if known > own_end:
+            self.entries_lost += known[1] - own_end[1] if known[0] == own_end[0] else known[1] + 1
+            self.faults.append(f"{name} holds its own entries up to {own_end} (era, number), others up to {known}")
 
 
 class Trials:
