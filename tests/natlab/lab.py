@@ -1,0 +1,266 @@
+"""The lab: a public network, routers of each kind, networks behind them, and hosts that can be moved.
+
+    with Lab() as lab:
+        relay = lab.add_host("relay")
+        home = lab.add_router("home", Nat.PORT_RESTRICTED)
+        peer = home.add_host("peer")
+        peer.exec("ping", "-c", "1", relay.address)
+
+The public network is 45.0.0.0/16: addresses that a program takes for public. No packet leaves the namespaces, which
+have no link to the machine's own network. Networks behind routers are 192.168.N.0/24, behind a carrier's 100.64.N.0/24.
+"""
+
+import socket
+import struct
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import IO, Self, TypeVar
+
+from tests.natlab.namespace import Namespace, remove_stale
+from tests.natlab.rules import Nat, Policy, write_rules
+from tests.natlab.wire import Impairment, Wire
+
+PUBLIC = "45.0"
+OUTSIDE = "wan"
+INSIDE = "lan"
+LINK = "eth0"
+
+Result = TypeVar("Result")
+
+
+class Network:
+    """One broadcast domain: a bridge in a namespace. It gives out addresses and never gives one out twice."""
+
+    def __init__(self, space: Namespace, bridge: str, base: str, mask: int) -> None:
+        self.space = space
+        self.bridge = bridge
+        self.base = base
+        self.mask = mask
+        self.gateway = f"{base}.0.1" if mask == 16 else f"{base}.1"
+        self._given = 1
+        self._ports = 0
+        # Without a querier, snooping would forget groups after some minutes, and with them mDNS.
+        space.ip("link", "add", bridge, "type", "bridge", "mcast_snooping", "0", "forward_delay", "0")
+        space.ip("address", "add", f"{self.gateway}/{mask}", "dev", bridge)
+        space.ip("link", "set", bridge, "up")
+        space.set(ipv4__ip_forward=1)
+
+    def next_address(self) -> str:
+        self._given += 1
+        high, low = divmod(self._given, 250)
+        return f"{self.base}.{high}.{low}" if self.mask == 16 else f"{self.base}.{self._given}"
+
+    def next_port(self) -> str:
+        self._ports += 1
+        return f"{self.bridge}{self._ports}"
+
+    def attach(self, space: Namespace, link: str, impairment: Impairment | None = None) -> Wire | None:
+        """A cable from the namespace to this network; one with an impairment runs through this program."""
+        port = self.next_port()
+        wire = None
+        if impairment is None:
+            space.ip("link", "add", link, "type", "veth", "peer", "name", port, "netns", self.space.name)
+        else:
+            wire = Wire(space, link, self.space, port, impairment)
+        self.space.ip("link", "set", port, "master", self.bridge, "up")
+        return wire
+
+
+class Node:
+    """A namespace with one link upwards: what hosts and routers have in common."""
+
+    def __init__(self, name: str, network: Network, link: str, impairment: Impairment | None) -> None:
+        self.name = name
+        self.space = Namespace(name)
+        self.network = network
+        self.link = link
+        self.address = ""
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.wire: Wire | None = None  # of a cable with an impairment
+        self.plug(network, impairment)
+
+    def plug(self, network: Network, impairment: Impairment | None = None, address: str = "") -> None:
+        """Into this network, with a new address of it (or this one). What it was plugged into before is unplugged."""
+        if self.address:
+            self.unplug()
+        self.network = network
+        self.wire = network.attach(self.space, self.link, impairment)
+        self.address = address or network.next_address()
+        self.space.ip("address", "add", f"{self.address}/{network.mask}", "dev", self.link)
+        self.space.ip("link", "set", self.link, "up")
+        self.space.ip("route", "add", "default", "via", network.gateway)
+
+    def unplug(self) -> None:
+        """The cable is gone, and the address with it: connections hear nothing of it."""
+        if self.wire is None:
+            self.space.ip("link", "delete", self.link)
+        else:
+            self.wire.close()
+        self.wire, self.address = None, ""
+
+    def exec(self, *command: str) -> str:
+        """What a command prints that is run here."""
+        return self.space.exec(*command)
+
+    def popen(self, *command: str, stdout: int | IO[bytes] = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+        """A process that runs here until the lab ends."""
+        command = (*self.space.prefix, *command)
+        self.processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stdout))
+        return self.processes[-1]
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """What the function returns, called here: its sockets stay here."""
+        return self.space.call(function)
+
+    def close(self) -> None:
+        if self.wire is not None:
+            self.wire.close()
+        self.space.remove()
+        for process in self.processes:
+            process.wait()
+
+
+class Host(Node):
+    """A computer on the public network or behind a router."""
+
+    def move(self, network: "Network | Router", impairment: Impairment | None = None) -> None:
+        """From one network to another, as a laptop does: it has another address afterwards."""
+        self.plug(network.lan if isinstance(network, Router) else network, impairment)
+
+
+class Router(Node):
+    """A router with one network behind it. Where the kind is NONE it is not needed: put the host on the network."""
+
+    def __init__(
+        self, name: str, network: Network, policy: Policy, base: str, lab: "Lab", impairment: Impairment | None
+    ) -> None:
+        super().__init__(name, network, OUTSIDE, impairment)
+        self.policy = policy
+        self._lab = lab
+        self.lan = Network(self.space, INSIDE, base, 24)
+        self._apply()
+
+    def _apply(self) -> None:
+        self.space.exec("nft", "-f", "-", text=write_rules(self.policy, OUTSIDE))
+
+    def add_host(self, name: str, impairment: Impairment | None = None) -> Host:
+        return self._lab.keep(Host(name, self.lan, LINK, impairment))
+
+    def add_router(self, name: str, nat: Nat, rejects: bool = False, impairment: Impairment | None = None) -> "Router":
+        """A router behind this one: double NAT."""
+        policy = Policy(nat=nat, rejects=rejects)
+        return self._lab.make_router(name, self.lan, policy, self._lab.choose_base(), impairment)
+
+    def change(self, *, nat: Nat | None = None, rejects: bool | None = None, blocks_udp: bool | None = None) -> None:
+        """Another policy from now on; connections that it knows go on, other than those that are blocked."""
+        asked = {"nat": nat, "rejects": rejects, "blocks_udp": blocks_udp}
+        self.policy = replace(self.policy, **{name: value for name, value in asked.items() if value is not None})
+        self._apply()
+
+    def stop(self) -> None:
+        """Its power is off: nothing passes."""
+        self.space.ip("link", "set", OUTSIDE, "down")
+
+    def start(self, new_address: bool = True) -> None:
+        """It has forgotten every connection and mapping, and often gets another address from outside."""
+        self.forget()
+        self.plug(self.network, address="" if new_address else self.address)
+
+    def reboot(self, new_address: bool = True) -> None:
+        self.stop()
+        self.start(new_address)
+
+    def forget(self) -> None:
+        """Every mapping and connection."""
+        self.space.call(_flush_tracked)
+        self._apply()
+
+
+class Lab:
+    """Everything that was made; its end leaves no namespace and no process in one."""
+
+    def __init__(self) -> None:
+        remove_stale()
+        self._nodes: list[Node] = []
+        self._networks = 0
+        self._internet = Namespace("internet")
+        self.internet = Network(self._internet, "net", PUBLIC, 16)
+        # Nobody answers for what is not there: a dial to a private address elsewhere waits, as it does outside.
+        self._internet.ip("route", "add", "blackhole", "default")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def choose_base(self, carrier: bool = False) -> str:
+        """The first three numbers of a network that no other one has."""
+        self._networks += 1
+        return f"{'100.64' if carrier else '192.168'}.{self._networks}"
+
+    def keep(self, node: Host) -> Host:
+        self._nodes.append(node)
+        return node
+
+    def add_host(self, name: str, impairment: Impairment | None = None) -> Host:
+        """On the public network."""
+        return self.keep(Host(name, self.internet, LINK, impairment))
+
+    def add_router(
+        self,
+        name: str,
+        nat: Nat,
+        *,
+        rejects: bool = False,
+        carrier: bool = False,
+        base: str = "",
+        impairment: Impairment | None = None,
+    ) -> Router:
+        """On the public network. Many homes have the same `base`, such as 192.168.1: it may be given here."""
+        base = base or self.choose_base(carrier)
+        return self.make_router(name, self.internet, Policy(nat=nat, rejects=rejects), base, impairment)
+
+    def add_peer(self, name: str, nat: Nat) -> Host:
+        """A host behind a router of its own of this kind; on the public network if the kind is none."""
+        return self.add_host(name) if nat is Nat.NONE else self.add_router(f"{name}-router", nat).add_host(name)
+
+    def make_router(
+        self, name: str, network: Network, policy: Policy, base: str, impairment: Impairment | None
+    ) -> Router:
+        router = Router(name, network, policy, base, self, impairment)
+        self._nodes.append(router)
+        return router
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        return self._nodes
+
+    def close(self) -> None:
+        for node in reversed(self._nodes):
+            node.close()
+        self._nodes.clear()
+        self._internet.remove()
+
+
+# struct nfgenmsg and nlmsghdr of linux/netlink.h: "delete, of every family, without naming one" empties the table.
+NETLINK_NETFILTER = 12
+CONNTRACK_DELETE = (1 << 8) | 2
+REQUEST_AND_ACK = 0x1 | 0x4
+
+
+def _flush_tracked() -> None:
+    """Forget all tracked connections of the namespace, as `conntrack -F` does (no more to install)."""
+    body = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)
+    request = struct.pack("=IHHII", 16 + len(body), CONNTRACK_DELETE, REQUEST_AND_ACK, 1, 0) + body
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as link:
+        link.settimeout(5.0)
+        link.send(request)
+        answer = link.recv(4096)
+    (code,) = struct.unpack_from("=i", answer, 16)
+    if code:
+        raise OSError(-code, "conntrack flush")

@@ -1,0 +1,203 @@
+"""The lab is what it says: each kind of router maps and filters as named, proved by packets of plain sockets."""
+
+import contextlib
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.natlab import namespace, probes
+from tests.natlab.lab import Host, Lab
+from tests.natlab.rules import Nat
+from tests.natlab.wire import Impairment
+
+NATTED = (Nat.FULL_CONE, Nat.PORT_RESTRICTED, Nat.SYMMETRIC)
+CONES = (Nat.FULL_CONE, Nat.PORT_RESTRICTED)
+PROBES = {"tcp": probes.probe_tcp, "udp": probes.probe_udp}
+PUNCHES = {"tcp": probes.punch_tcp, "udp": probes.punch_udp}
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    with Lab() as made:
+        yield made
+
+
+@pytest.fixture
+def servers(lab: Lab) -> tuple[Host, Host]:
+    return lab.add_host("first"), lab.add_host("second")
+
+
+@pytest.mark.parametrize("protocol", PROBES)
+@pytest.mark.parametrize("nat", Nat)
+def test_each_kind_maps_and_filters_as_named(lab: Lab, servers: tuple[Host, Host], nat: Nat, protocol: str) -> None:
+    peer = lab.add_peer("peer", nat)
+    found = PROBES[protocol](peer, *servers)
+    outside = peer.address if nat is Nat.NONE else lab.nodes[2].address
+    assert {address for address, _ in found.seen} == {outside}
+    assert found.keeps_mapping is (nat is not Nat.SYMMETRIC), found.seen
+    assert (found.seen[0][1] == probes.PORT) is (nat is not Nat.SYMMETRIC)
+    assert found.known_port
+    assert found.other_port is found.other_host is (nat in (Nat.NONE, Nat.FULL_CONE))
+    assert found.unused_port is (nat is Nat.NONE)
+
+
+@pytest.mark.parametrize("protocol", PUNCHES)
+@pytest.mark.parametrize(
+    "left,right", list(itertools.combinations_with_replacement(NATTED, 2)), ids=lambda nat: nat.value
+)
+def test_which_pairs_can_meet(lab: Lab, servers: tuple[Host, Host], left: Nat, right: Nat, protocol: str) -> None:
+    """A symmetric NAT meets only who lets everybody in."""
+    met = PUNCHES[protocol](lab.add_peer("left", left), lab.add_peer("right", right), servers[0])
+    assert met is (Nat.SYMMETRIC not in (left, right) or Nat.FULL_CONE in (left, right))
+
+
+@pytest.mark.parametrize("protocol", PUNCHES)
+def test_routers_that_answer_unasked_packets(lab: Lab, servers: tuple[Host, Host], protocol: str) -> None:
+    """They map and filter like the others. (Whether two can meet depends on whose packet is first.)"""
+    router = lab.add_router("home", Nat.PORT_RESTRICTED, rejects=True)
+    found = PROBES[protocol](router.add_host("peer"), *servers)
+    assert found.keeps_mapping and not found.other_port and not found.other_host
+
+
+def test_double_nat(lab: Lab, servers: tuple[Host, Host]) -> None:
+    carrier = lab.add_router("carrier", Nat.PORT_RESTRICTED, carrier=True)
+    home = carrier.add_router("home", Nat.FULL_CONE)
+    peer = home.add_host("peer")
+    assert home.address.startswith("100.64.") and peer.address.startswith("192.168.")
+    found = probes.probe_tcp(peer, *servers)
+    assert set(found.seen) == {(carrier.address, probes.PORT)}
+    assert not found.other_port and not found.other_host
+    other = lab.add_peer("other", Nat.PORT_RESTRICTED)
+    assert probes.punch_tcp(peer, other, servers[0])
+
+
+def test_two_homes_with_the_same_addresses(lab: Lab, servers: tuple[Host, Host]) -> None:
+    peers = [lab.add_router(name, Nat.PORT_RESTRICTED, base="192.168.1").add_host(f"in-{name}") for name in ("a", "b")]
+    assert peers[0].address == peers[1].address
+    assert probes.punch_tcp(*peers, servers[0])
+
+
+def test_blocked_udp(lab: Lab, servers: tuple[Host, Host]) -> None:
+    router = lab.add_router("office", Nat.FULL_CONE)
+    peer = router.add_host("peer")
+    router.change(blocks_udp=True)
+    assert probes.probe_tcp(peer, *servers).keeps_mapping
+    with pytest.raises(TimeoutError):
+        probes.probe_udp(peer, *servers)
+    router.change(blocks_udp=False)
+    assert probes.probe_udp(peer, *servers).keeps_mapping
+
+
+@pytest.mark.parametrize("nat", NATTED)
+@pytest.mark.parametrize("new_address", [True, False])
+def test_a_rebooted_router_has_forgotten_everything(
+    lab: Lab, servers: tuple[Host, Host], nat: Nat, new_address: bool
+) -> None:
+    router = lab.add_router("home", nat)
+    peer = router.add_host("peer")
+    before = router.address
+    with (
+        probes.open_socket(servers[0], socket.SOCK_STREAM, 7100, listens=True) as listener,
+        probes.open_socket(peer, socket.SOCK_STREAM, probes.PORT) as own,
+    ):
+        own.connect((servers[0].address, 7100))
+        accepted, _ = listener.accept()
+        with accepted:
+            router.reboot(new_address)
+            assert (router.address != before) is new_address
+            accepted.send(b"in?")
+            own.settimeout(probes.SILENCE_S)
+            with pytest.raises(TimeoutError):
+                own.recv(64)
+    assert {address for address, _ in probes.probe_tcp(peer, *servers).seen} == {router.address}
+
+
+def test_a_host_moves(lab: Lab, servers: tuple[Host, Host]) -> None:
+    home, cafe = lab.add_router("home", Nat.FULL_CONE), lab.add_router("cafe", Nat.SYMMETRIC)
+    peer = home.add_host("peer")
+    for network, outside in ((home, home), (cafe, cafe), (home, home)):
+        peer.move(network)
+        assert {address for address, _ in probes.probe_udp(peer, *servers).seen} == {outside.address}
+    peer.move(lab.internet)
+    assert {address for address, _ in probes.probe_udp(peer, *servers).seen} == {peer.address}
+
+
+def test_a_foreign_private_address_is_silence(lab: Lab) -> None:
+    """A dial to where nobody is waits, as on the real network; it is not refused at once."""
+    peer = lab.add_peer("peer", Nat.PORT_RESTRICTED)
+    with probes.open_socket(peer, socket.SOCK_STREAM, 0) as own:
+        own.settimeout(probes.SILENCE_S)
+        with pytest.raises(TimeoutError):
+            own.connect(("192.168.77.7", 4001))
+
+
+def test_a_wire_delays_loses_and_is_cut(lab: Lab) -> None:
+    near = lab.add_host("near", Impairment(delay_s=0.05))
+    far = lab.add_host("far")
+    assert near.wire is not None
+    assert 0.1 <= probes.measure_round_trip_s(near, far) < 1
+    near.wire.impairment = Impairment(loss=0.5)
+    with (
+        probes.open_socket(near, socket.SOCK_DGRAM, 1) as sender,
+        probes.open_socket(far, socket.SOCK_DGRAM, 2) as inbox,
+    ):
+        for _ in range(200):
+            sender.sendto(b"x", (far.address, 2))
+        got = 0
+        with contextlib.suppress(TimeoutError):
+            while inbox.recv(8):
+                got += 1
+        assert 50 < got < 150
+        near.wire.is_cut = True
+        sender.sendto(b"x", (far.address, 2))
+        with pytest.raises(TimeoutError):
+            inbox.recv(8)
+
+
+def test_the_machines_own_network_is_left_alone() -> None:
+    def look() -> list[str]:
+        forwarding = Path("/proc/sys/net/ipv4/ip_forward").read_text()
+        return [forwarding, *(namespace.run("ip", "-o", *words) for words in (["link"], ["route"], ["address"]))]
+
+    before = look(), namespace.list_own()
+    with Lab() as lab:
+        router = lab.add_router("home", Nat.FULL_CONE)
+        router.add_host("peer", Impairment()).popen("sleep", "1000")
+        assert look() == before[0]
+        inside = namespace.run("ip", "netns", "pids", lab.nodes[1].space.name).split()
+        assert len(inside) == 1
+    assert (look(), namespace.list_own()) == before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(inside[0]), 0)
+
+
+def test_what_a_dead_run_left_is_removed() -> None:
+    """By the next one; what belongs to a run that lives stays."""
+    script = """if True:
+        import os, signal
+        from tests.natlab.lab import Lab
+        from tests.natlab.namespace import list_own
+        from tests.natlab.rules import Nat
+        lab = Lab()
+        sleeper = lab.add_router("home", Nat.SYMMETRIC).add_host("peer").popen("sleep", "1000")
+        print(sleeper.pid, *list_own(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)"""
+    with Lab() as lab:
+        lab.add_host("stays")
+        mine = set(namespace.list_own())
+        done = subprocess.run(
+            [sys.executable, "-c", script], timeout=60, check=False, stdout=subprocess.PIPE, text=True
+        )
+        pid, *left = done.stdout.split()
+        assert done.returncode == -9 and len(left) == 3
+        namespace.remove_stale()
+        present = {file.name for file in namespace.FOLDER.iterdir()}
+        assert mine <= present and not present & set(left)
+        with contextlib.suppress(FileNotFoundError):  # gone, or dead and not yet collected by its parent
+            assert ") Z " in Path(f"/proc/{pid}/stat").read_text()
