@@ -10,15 +10,16 @@ The public network is 45.0.0.0/16: addresses that a program takes for public. No
 have no link to the machine's own network. Networks behind routers are 192.168.N.0/24, behind a carrier's 100.64.N.0/24.
 """
 
+import json
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import IO, Self, TypeVar
 
-from tests.natlab.namespace import Namespace, remove_stale
+from tests.natlab.namespace import LabError, Namespace, remove_stale
 from tests.natlab.rules import Nat, Policy, write_rules
 from tests.natlab.wire import Impairment, Wire
 
@@ -26,6 +27,8 @@ PUBLIC = "45.0"
 OUTSIDE = "wan"
 INSIDE = "lan"
 LINK = "eth0"
+LINK_UP_S = 10.0
+POLL_S = 0.02
 
 Result = TypeVar("Result")
 
@@ -67,6 +70,18 @@ class Network:
         self.space.ip("link", "set", port, "master", self.bridge, "up")
         return wire
 
+    def await_ports(self) -> None:
+        """Until the bridge forwards at every port: the kernel tells it of a new link up to a second later."""
+        end_s = time.monotonic() + LINK_UP_S
+        while any(state != "forwarding" for state in self._list_states()):
+            if time.monotonic() > end_s:
+                raise LabError(f"{self.bridge} of {self.space.name} does not forward")
+            time.sleep(POLL_S)
+
+    def _list_states(self) -> list[str]:
+        found = json.loads(self.space.ip("-details", "-json", "link", "show", "master", self.bridge))
+        return [one["linkinfo"]["info_slave_data"]["state"] for one in found if "UP" in one["flags"]]
+
 
 class Node:
     """A namespace with one link upwards: what hosts and routers have in common."""
@@ -91,6 +106,7 @@ class Node:
         self.space.ip("address", "add", f"{self.address}/{network.mask}", "dev", self.link)
         self.space.ip("link", "set", self.link, "up")
         self.space.ip("route", "add", "default", "via", network.gateway)
+        network.await_ports()
 
     def unplug(self) -> None:
         """The cable is gone, and the address with it: connections hear nothing of it."""
@@ -155,8 +171,12 @@ class Router(Node):
 
     def change(self, *, nat: Nat | None = None, rejects: bool | None = None, blocks_udp: bool | None = None) -> None:
         """Another policy from now on; connections that it knows go on, other than those that are blocked."""
-        asked = {"nat": nat, "rejects": rejects, "blocks_udp": blocks_udp}
-        self.policy = replace(self.policy, **{name: value for name, value in asked.items() if value is not None})
+        before = self.policy
+        self.policy = Policy(
+            nat=before.nat if nat is None else nat,
+            rejects=before.rejects if rejects is None else rejects,
+            blocks_udp=before.blocks_udp if blocks_udp is None else blocks_udp,
+        )
         self._apply()
 
     def stop(self) -> None:

@@ -78,9 +78,10 @@ def test_double_nat(lab: Lab, servers: tuple[Host, Host]) -> None:
 
 
 def test_two_homes_with_the_same_addresses(lab: Lab, servers: tuple[Host, Host]) -> None:
-    peers = [lab.add_router(name, Nat.PORT_RESTRICTED, base="192.168.1").add_host(f"in-{name}") for name in ("a", "b")]
-    assert peers[0].address == peers[1].address
-    assert probes.punch_tcp(*peers, servers[0])
+    homes = [lab.add_router(name, Nat.PORT_RESTRICTED, base="192.168.1") for name in ("left", "right")]
+    left, right = homes[0].add_host("in-left"), homes[1].add_host("in-right")
+    assert left.address == right.address
+    assert probes.punch_tcp(left, right, servers[0])
 
 
 def test_blocked_udp(lab: Lab, servers: tuple[Host, Host]) -> None:
