@@ -29,7 +29,7 @@ from tests.e2e.certified_log import Log, make_log
 ELEMENTS = 600_000
 ROUNDS = 3
 SNAPSHOT = 2
-LINK = LinkConfig(host="127.0.0.1", reuse_port=False, tick_s=0.05, goodbye_timeout_s=0.2, half_open_per_host_max=32)
+LINK = LinkConfig(host="127.0.0.1", tick_s=0.05, goodbye_timeout_s=0.2, half_open_per_host_max=32)
 ASKER, LIAR = Identity(b"\x01" * 32), Identity(b"\x02" * 32)
 
 

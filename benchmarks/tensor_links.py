@@ -122,9 +122,9 @@ async def measure_connect(address: tuple[str, int], repeats: int) -> dict[str, f
         links = TensorLinks(SENDER, SWARM, CONFIG, Sink())
         await links.start()
         began_s = time.perf_counter()
-        await links.fetch(RECEIVER.peer, address, digest, into, 5.0)
+        await links.fetch(RECEIVER.peer, (address,), digest, into, 5.0)
         middle_s = time.perf_counter()
-        await links.fetch(RECEIVER.peer, address, digest, into, 5.0)
+        await links.fetch(RECEIVER.peer, (address,), digest, into, 5.0)
         connects.append(middle_s - began_s)
         fetches.append(time.perf_counter() - middle_s)
         await links.stop()
@@ -150,7 +150,7 @@ async def transfer(
         nonlocal left
         while left:
             left -= 1
-            await links.send(RECEIVER.peer, address, header, payload)
+            await links.send(RECEIVER.peer, (address,), header, payload)
 
     await asyncio.gather(*(push() for _ in range(in_flight)))
     receiver_cpu = await loop.run_in_executor(None, pipe.recv)

@@ -45,7 +45,7 @@ class Answers:
     ledger: LedgerSync
     membership: Membership
     links: TensorLinks
-    address_of: Callable[[PeerId], Address | None]
+    addresses_of: Callable[[PeerId], tuple[Address, ...]]
 
     async def answer(self, peer: PeerId, raw: bytes) -> bytes:
         """The encoded answer; raises ProtocolError for a question that has none."""
@@ -97,10 +97,9 @@ class Answers:
 
     async def _check_reach(self, peer: PeerId) -> ReachAnswer:
         """Dial the asker's announced tensor address anew; an open link would say nothing about that."""
-        address = self.address_of(peer)
-        if address is None:
-            return ReachAnswer(known=False, reached=False)
         try:
-            return ReachAnswer(known=True, reached=await self.links.probe(peer, address))
+            told = [await self.links.probe(peer, address) for address in self.addresses_of(peer)]
         except LinkLost:
             return ReachAnswer(known=False, reached=False)
+        known = any(one is not None for one in told)
+        return ReachAnswer(known=known, reached=any(told))

@@ -44,7 +44,7 @@ class CatchUpPorts:
     """What catch-up asks of the daemon."""
 
     live: Callable[[], Mapping[PeerId, Presence]]  # who is there
-    address_of: Callable[[PeerId], Address | None]
+    addresses_of: Callable[[PeerId], tuple[Address, ...]]
     take_certificate: Callable[[Certificate, PeerId], None]  # to the round core, which checks and commits it
     wait_past: Callable[[int, float], Awaitable[bool]]  # whether the head got past a round within so many seconds
     other_log: Callable[[PeerId], None]
@@ -97,7 +97,7 @@ class CatchUp:
             links,
             DonorPorts(
                 live=ports.live,
-                address_of=ports.address_of,
+                addresses_of=ports.addresses_of,
                 misbehaved=ports.misbehaved,
                 failed=ports.donor_failed,
             ),

@@ -70,6 +70,7 @@ class TensorTable:
     """[tensor]: the port that tensor links come in on."""
 
     host: Host = "0.0.0.0"
+    """0.0.0.0 and :: both mean every address of this machine, IPv4 and IPv6."""
     port: Port = TENSOR_PORT
     announce_host: Annotated[str | None, Bound(1, 253)] = None
     """The IP address or DNS name under which others reach this port, where the observed one is wrong."""

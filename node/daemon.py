@@ -22,6 +22,7 @@ from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import BootstrapFailed, ControlConfig, ControlHandlers
 from shoal.node.disk_watch import DiskPorts, DiskWatch
+from shoal.node.endpoints import parse_endpoints_untrusted
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.head_watch import HeadWatch
@@ -179,7 +180,7 @@ class Daemon:
         params, momentum = self._allocate(self.manifest)
         self.state = LocalState(self.manifest, swarm, stores, params, momentum)
         self.exchange = PartExchange(self.me, self.manifest, stores.blobs, stores.snapshots)
-        link_config = LinkConfig(host=self.config.tensor.host, port=self.config.tensor.port, reuse_port=False)
+        link_config = LinkConfig(host=self.config.tensor.host, port=self.config.tensor.port)
         self.links = TensorLinks(self.identity, swarm, link_config, self.exchange)
         head = await self.state.restore()
         setting = Setting(
@@ -214,7 +215,7 @@ class Daemon:
         )
         self.exchange.core, self.exchange.links = self.core, self.links
         self.exchange.ports = ExchangePorts(
-            address_of=self._address_of,
+            addresses_of=self._addresses_of,
             pump=self.driver.pump,
             now=loop.time,
             link_lost=lambda peer, reason: log.debug("tensor link to %s ended: %s", short_peer_id(peer), reason),
@@ -285,7 +286,7 @@ class Daemon:
             folder=self.config.data_path / "catchup",
             ports=CatchUpPorts(
                 live=self.membership.table.live,
-                address_of=self._address_of,
+                addresses_of=self._addresses_of,
                 take_certificate=lambda one, peer: self.driver.receive(Certified(certificate=one), peer),
                 wait_past=self.head_watch.wait_past,
                 other_log=lambda peer: self._spawn(self._part(peer)),
@@ -336,7 +337,7 @@ class Daemon:
             ledger=self.ledger,
             membership=self.membership,
             links=self.links,
-            address_of=self._address_of,
+            addresses_of=self._addresses_of,
         )
         ports = IntakePorts(
             round_message=self.driver.receive,
@@ -443,12 +444,11 @@ class Daemon:
 
     # -- presence ----------------------------------------------------------------------------------------------------
 
-    def _address_of(self, peer: PeerId) -> Address | None:
+    def _addresses_of(self, peer: PeerId) -> tuple[Address, ...]:
         known = self.membership.table.newest(peer)
-        if known is None or not known.tensor_addresses or self.intake.refuses(peer):
-            return None
-        host, _, port = known.tensor_addresses[0].rpartition(":")
-        return (host, int(port)) if port.isdigit() else None
+        if known is None or self.intake.refuses(peer):
+            return ()
+        return parse_endpoints_untrusted(known.tensor_addresses)
 
     def _observed(self, presence: Presence, first: bool) -> None:
         now = asyncio.get_running_loop().time()

@@ -42,7 +42,7 @@ class DonorPorts:
     that gave nothing."""
 
     live: Callable[[], Mapping[PeerId, Presence]]
-    address_of: Callable[[PeerId], Address | None]
+    addresses_of: Callable[[PeerId], tuple[Address, ...]]
     misbehaved: Callable[[PeerId, ProtocolError], None]
     failed: Callable[[PeerId, Failure], None]
 

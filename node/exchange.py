@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 class ExchangePorts:
     """What the exchange needs of the daemon. `pump` carries out the effects that a call to the core has made."""
 
-    address_of: Callable[[PeerId], Address | None]
+    addresses_of: Callable[[PeerId], tuple[Address, ...]]
     pump: Callable[[], None]
     now: Callable[[], float]
     link_lost: Callable[[PeerId, LinkEnd], None]
@@ -226,7 +226,7 @@ class PartExchange:
             if header.round != self.core.round:
                 return
             try:
-                await self.links.send(peer, self.ports.address_of(peer), header, payload)
+                await self.links.send(peer, self.ports.addresses_of(peer), header, payload)
                 return
             except LinkLost as error:
                 log.debug("%s, try %d of %d", error, attempt, SEND_TRIES)
@@ -280,8 +280,8 @@ class PartExchange:
                     return
                 buffer = memoryview(bytearray(self.part_bytes(effect.part)))
                 try:
-                    address = self.ports.address_of(peer)
-                    await self.links.fetch(peer, address, effect.digest, buffer, FETCH_TIMEOUT_S)
+                    addresses = self.ports.addresses_of(peer)
+                    await self.links.fetch(peer, addresses, effect.digest, buffer, FETCH_TIMEOUT_S)
                 except (LinkLost, FetchFailed) as error:
                     self._tell_donor_failed(peer, effect, error)
                     continue

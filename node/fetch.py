@@ -40,7 +40,7 @@ class TransferPorts:
     `lied` of one that sent other bytes."""
 
     sources: Callable[[], Sequence[Source]]
-    address_of: Callable[[PeerId], Address | None]
+    addresses_of: Callable[[PeerId], tuple[Address, ...]]
     take: Callable[[Piece, memoryview], Awaitable[None]]
     failed: Callable[[PeerId, Failure], None]
     lied: Callable[[PeerId], None]
@@ -163,8 +163,8 @@ class Transfer:
     async def _carry_out(self, ask: Ask) -> None:
         buffer = memoryview(bytearray(ask.piece.nbytes))
         try:
-            address = self._ports.address_of(ask.donor)
-            await self._links.fetch(ask.donor, address, ask.piece.digest, buffer, ask.timeout_s)
+            addresses = self._ports.addresses_of(ask.donor)
+            await self._links.fetch(ask.donor, addresses, ask.piece.digest, buffer, ask.timeout_s)
         except (LinkLost, FetchFailed) as error:
             self._fail(ask, error)
             return

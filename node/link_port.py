@@ -31,6 +31,15 @@ class LinkEnd(StrEnum):
     PEER_SAID_GOODBYE = "peer_said_goodbye"
     LIMIT = "limit"  # one of our own limits
     STOPPED = "stopped"
+    OUTRUN = "outrun"  # another address of the peer answered first
+
+
+class LinkPath(StrEnum):
+    """How the connection under a link came about."""
+
+    DIRECT = "direct"
+    PUNCHED = "punched"  # both sides dialled at once, through their routers
+    RELAYED = "relayed"  # a member of the swarm passes the sealed bytes on
 
 
 class LinkLost(ShoalError):
@@ -109,17 +118,18 @@ class LinkSink(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkConfig:
-    """Settings of the tensor links. Port 0 lets the kernel choose.
+    """Settings of the tensor links. Port 0 lets the kernel choose; a wildcard host means IPv6 and IPv4.
 
     Every deadline is judged at each tick, so it holds to within `tick_s`.
     """
 
     host: str = "0.0.0.0"
     port: int = 0
-    reuse_port: bool = True  # holes are punched from the listening port
     backlog: int = 64
     tick_s: float = 0.5
     connect_timeout_s: float = 5.0
+    head_start_s: float = 0.25  # of one address of a peer before the next one is tried beside it (RFC 8305)
+    addresses_tried_max: int = 8  # of one peer, by one dial
     handshake_timeout_s: float = 5.0
     ping_period_s: float = 5.0
     silence_timeout_s: float = 15.0

@@ -12,12 +12,12 @@ ends once, with one reason.
 
 import asyncio
 import socket
-from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Protocol, cast
+from typing import cast
 
+from shoal.node.link_host import LinkHost
 from shoal.node.link_inlet import Fetch, FetchTable, PayloadInlet, answers
-from shoal.node.link_port import LinkConfig, LinkEnd, LinkLost, LinkSink
+from shoal.node.link_port import Address, LinkEnd, LinkLost, LinkPath
 from shoal.node.link_records import SCRATCH, LinkDeadlines, LinkSigns, RecordInbox, RecordKind
 from shoal.node.link_traffic import PeerTraffic
 from shoal.protocol.errors import ProtocolError, Refusal
@@ -49,39 +49,16 @@ UNSENT_HEADERS_MAX = 64
 _HEADER_RECORD_BYTES = HEADER_BYTES + RECORD_OVERHEAD_BYTES
 
 
-class LinkHost(Protocol):
-    """What a link needs of the table that it stands in."""
-
-    config: LinkConfig
-    sink: LinkSink
-    stopping: bool
-
-    def connected(self, link: "Link") -> bool:
-        """The socket is connected; False ends the link before its handshake."""
-
-    def link_opened(self, link: "Link", peer: PeerId) -> Refusal | None:
-        """The handshake has proven `peer`; a refusal ends the link."""
-
-    def link_ended(self, link: "Link") -> None:
-        """The link takes and brings nothing more."""
-
-    def traffic_with(self, peer: PeerId) -> PeerTraffic:
-        """The counters of this peer."""
-
-    def disconnected(self, link: "Link") -> None:
-        """The link's socket is gone."""
-
-    def spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run this as a task that ends with the table."""
-
-
 class Link(asyncio.BufferedProtocol):
     """One connection to one peer, in either direction. Made by TensorLinks, which alone calls it.
 
-    `expected` is the only peer that will do, None for an accepted connection.
+    `expected` is the only peer that will do, None for an accepted connection. `binding` names the connection alike at
+    both ends, once it is proven.
     """
 
-    def __init__(self, host: LinkHost, handshake: Handshake, expected: PeerId | None) -> None:
+    def __init__(
+        self, host: LinkHost["Link"], handshake: Handshake, expected: PeerId | None, path: LinkPath = LinkPath.DIRECT
+    ) -> None:
         self._host = host
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
@@ -90,7 +67,10 @@ class Link(asyncio.BufferedProtocol):
         self._opener: RecordOpener
         self.expected = expected
         self.peer: PeerId | None = None
-        self.remote_host = ""
+        self.path = path
+        self.binding = b""
+        self.local: Address = ("", 0)
+        self.remote: Address = ("", 0)
         self.ended: LinkEnd | None = None
         self.refusal: Refusal | None = None
         self.opened: asyncio.Future[None] = self._loop.create_future()  # fails with LinkLost
@@ -233,8 +213,9 @@ class Link(asyncio.BufferedProtocol):
         lowat = getattr(socket, "TCP_NOTSENT_LOWAT", None)
         if lowat is not None:
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, lowat, KERNEL_UNSENT_BYTES_MAX)
-        peername = transport.get_extra_info("peername")
-        self.remote_host = str(peername[0]) if peername else ""
+        # None where the other side has hung up already.
+        self.local = (transport.get_extra_info("sockname") or self.local)[:2]
+        self.remote = (transport.get_extra_info("peername") or self.remote)[:2]
         if self._host.connected(self):
             self._send_handshake()
         else:
@@ -304,7 +285,7 @@ class Link(asyncio.BufferedProtocol):
         self._handshake = None
         self._request = int(dialer)
         self._sealer, self._opener = channel.sealer, channel.opener
-        self.peer = channel.peer
+        self.peer, self.binding = channel.peer, channel.binding
         self._traffic = self._host.traffic_with(channel.peer)
         self._traffic.wire_bytes_in += self._wire_bytes_in
         self._traffic.wire_bytes_out += self._wire_bytes_out

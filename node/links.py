@@ -8,17 +8,20 @@ buffer) and one at the receiver (opening, from the inbox into the sink's buffer)
 
 Invariants: memory that others can make us hold is bounded by LinkConfig (links, half-open links, one inbox and one
 record buffer of 256 KiB each per busy link) plus what the sink reserves; every dial, fetch and silent or stuck link
-ends within its deadline; after `stop` no task and no socket is left.
+ends within its deadline; after `stop` no task and no socket is left; several addresses of a peer are dialled with a
+head start each, and all but the first link that has proven its peer are closed.
 
 Memory handed to `send` is read until the call returns or is cancelled, memory handed to `fetch` is written until then.
 """
 
 import asyncio
+import errno
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 
+from shoal.node.link_listen import open_listeners
 from shoal.node.link_port import (
     Address,
     FetchFailed,
@@ -26,11 +29,13 @@ from shoal.node.link_port import (
     LinkConfig,
     LinkEnd,
     LinkLost,
+    LinkPath,
     LinkSink,
     LinkStatistics,
     PeerLinkStatistics,
 )
 from shoal.node.link_protocol import Link
+from shoal.node.link_race import race, resolve
 from shoal.node.link_traffic import PeerTraffic
 from shoal.protocol.errors import Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
@@ -39,7 +44,8 @@ from shoal.protocol.secure_channel import STATIC_KEY_BYTES, ChannelKeys, Handsha
 
 # A frame that met the orderly end of its link goes to another one, this often.
 LINKS_TRIED_MAX = 3
-_ORDERLY_ENDS = (LinkEnd.IDLE, LinkEnd.PEER_SAID_GOODBYE)
+_ORDERLY_ENDS = (LinkEnd.IDLE, LinkEnd.PEER_SAID_GOODBYE, LinkEnd.OUTRUN)
+_NO_WAY = (errno.ENETUNREACH, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _PUSHED = (FrameKind.CONTRIBUTION, FrameKind.RESULT)
 
 
@@ -50,11 +56,13 @@ class TensorLinks:
         self.config = config
         self.sink = sink
         self.stopping = False
-        self.accepted = 0  # proven links that others have dialled: where there is one, this port can be reached
+        self.accepted = 0  # proven links that others have dialled
+        # A proven link that a peer has dialled, with its local and its remote address.
+        self.on_accepted: Callable[[PeerId, Address, Address], None] = lambda peer, local, remote: None
         self._peer = identity.peer
         self._swarm = swarm_id
         self._keys = ChannelKeys(identity, os.urandom(STATIC_KEY_BYTES))
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._connected: set[Link] = set()  # every link whose socket is still there
         self._links: dict[PeerId, list[Link]] = {}
@@ -65,22 +73,19 @@ class TensorLinks:
     async def start(self) -> Address:
         """Listen; returns the bound host and port. Raises OSError when the port cannot be had."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            self._make_inbound,
-            self.config.host,
-            self.config.port,
-            backlog=self.config.backlog,
-            reuse_port=self.config.reuse_port or None,
-        )
+        sockets = open_listeners(self.config.host, self.config.port)
+        port = sockets[0].getsockname()[1]
+        for one in sockets:
+            server = await loop.create_server(self._make_inbound, sock=one, backlog=self.config.backlog)
+            self._servers.append(server)
         self._timer = loop.call_later(self.config.tick_s, self._tick)
-        bound = self._server.sockets[0].getsockname()
-        return bound[0], bound[1]
+        return self.config.host, port
 
     async def stop(self) -> None:
         """Say goodbye to every peer, then close everything. Waiting senders and fetchers get LinkLost(STOPPED)."""
         self.stopping = True
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for dial in list(self._dials.values()):
             dial.cancel()
         for link in list(self._connected):
@@ -95,11 +100,11 @@ class TensorLinks:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-        if self._server is not None:
-            await self._server.wait_closed()
+        for server in self._servers:
+            await server.wait_closed()
 
-    async def send(self, peer: PeerId, address: Address | None, header: FrameHeader, payload: memoryview) -> None:
-        """Push a CONTRIBUTION or a RESULT, over an open link or a new one to `address`; raises LinkLost.
+    async def send(self, peer: PeerId, addresses: Sequence[Address], header: FrameHeader, payload: memoryview) -> None:
+        """Push a CONTRIBUTION or a RESULT, over an open link or a new one by `addresses`; raises LinkLost.
 
         Returns when the kernel has taken the last byte, which is no receipt: a refusal comes to `sink.refused`.
         Cancelling stops the payload and tells the peer so.
@@ -107,7 +112,7 @@ class TensorLinks:
         assert header.kind in _PUSHED and header.nbytes == payload.nbytes, "send pushes what its header describes"
         lost: LinkLost | None = None
         for _ in range(LINKS_TRIED_MAX):
-            link = await self._link_to(peer, address)
+            link = await self._link_to(peer, addresses)
             try:
                 await link.send_frame(header, payload.cast("B"))
                 return
@@ -119,7 +124,7 @@ class TensorLinks:
         raise lost
 
     async def fetch(
-        self, peer: PeerId, address: Address | None, digest: bytes, into: memoryview, timeout_s: float
+        self, peer: PeerId, addresses: Sequence[Address], digest: bytes, into: memoryview, timeout_s: float
     ) -> None:
         """Fill `into` with the blob of exactly its length that has this digest; it has been checked on return.
 
@@ -130,7 +135,7 @@ class TensorLinks:
         try:
             async with asyncio.timeout(timeout_s):
                 for _ in range(LINKS_TRIED_MAX):
-                    link = await self._link_to(peer, address)
+                    link = await self._link_to(peer, addresses)
                     try:
                         await link.fetch(digest, target)
                         return
@@ -143,14 +148,14 @@ class TensorLinks:
         assert lost is not None
         raise lost
 
-    async def adopt(self, connection: socket.socket, peer: PeerId, *, dialer: bool) -> None:
+    async def adopt(self, connection: socket.socket, peer: PeerId, *, dialer: bool, path: LinkPath) -> None:
         """Make a link of a connected socket, such as one that came through a punched hole; raises LinkLost.
 
         The two sides must have agreed on which of them is the dialer. The socket is ours from here on.
         """
         loop = asyncio.get_running_loop()
         try:
-            _, link = await loop.create_connection(lambda: self._make_link(peer, dialer), sock=connection)
+            _, link = await loop.create_connection(lambda: self._make_link(peer, dialer, path), sock=connection)
         except OSError as error:
             connection.close()
             raise LinkLost(peer, LinkEnd.UNREACHABLE) from error
@@ -165,15 +170,17 @@ class TensorLinks:
         """Whether a frame to this peer would find an open link."""
         return any(link.is_usable for link in self._links.get(peer, ()))
 
-    async def probe(self, peer: PeerId, address: Address) -> bool:
-        """Whether `peer` can be dialled there now, whatever links to it are open. Raises LinkLost(LIMIT)."""
+    async def probe(self, peer: PeerId, address: Address) -> bool | None:
+        """Whether `peer` can be dialled there now, whatever links to it are open; None where this machine has no way to
+        such an address at all. Raises LinkLost(LIMIT)."""
         if self.stopping or len(self._connected) + len(self._dials) >= self.config.links_max:
             raise LinkLost(peer, LinkEnd.LIMIT)
         open_before = self.is_linked(peer)
         try:
-            link = await self._dial(peer, address)
-        except LinkLost:
-            return False
+            link = await self._dial_address(peer, address)
+        except LinkLost as lost:
+            cause = lost.__cause__
+            return None if isinstance(cause, OSError) and cause.errno in _NO_WAY else False
         if open_before:
             # It has told what it was made for, and would count against the other side's limit.
             link.leave(LinkEnd.IDLE)
@@ -199,7 +206,7 @@ class TensorLinks:
             return True
         inbound = sum(1 for other in self._connected if other.expected is None)
         half_open = list(self._half_open())
-        same_host = sum(1 for other in half_open if other.remote_host == link.remote_host)
+        same_host = sum(1 for other in half_open if other.remote[0] == link.remote[0])
         if (
             inbound > self.config.inbound_links_max
             or len(half_open) > self.config.half_open_max
@@ -218,7 +225,9 @@ class TensorLinks:
         if refusal is not None:
             return refusal
         self._links[peer] = [*links, link]
-        self.accepted += link.expected is None
+        if link.expected is None:
+            self.accepted += 1
+            self.on_accepted(peer, link.local, link.remote)
         if not links:
             self.sink.link_up(peer)
         return None
@@ -263,13 +272,13 @@ class TensorLinks:
     def _make_inbound(self) -> Link:
         return Link(self, Handshake(self._keys, self._swarm, dialer=False), expected=None)
 
-    def _make_link(self, peer: PeerId, dialer: bool) -> Link:
-        return Link(self, Handshake(self._keys, self._swarm, dialer=dialer, expected=peer), expected=peer)
+    def _make_link(self, peer: PeerId, dialer: bool, path: LinkPath = LinkPath.DIRECT) -> Link:
+        return Link(self, Handshake(self._keys, self._swarm, dialer=dialer, expected=peer), peer, path)
 
     def _half_open(self) -> Iterable[Link]:
         return (link for link in self._connected if link.peer is None and link.expected is None)
 
-    async def _link_to(self, peer: PeerId, address: Address | None) -> Link:
+    async def _link_to(self, peer: PeerId, addresses: Sequence[Address]) -> Link:
         usable = [link for link in self._links.get(peer, ()) if link.is_usable]
         if usable:
             return min(usable, key=lambda link: link.waiting_sends)
@@ -278,11 +287,11 @@ class TensorLinks:
             raise LinkLost(peer, LinkEnd.STOPPED)
         dial = self._dials.get(peer)
         if dial is None:
-            if address is None:
+            if not addresses:
                 raise LinkLost(peer, LinkEnd.NO_ADDRESS)
             if len(self._connected) + len(self._dials) >= self.config.links_max:
                 raise LinkLost(peer, LinkEnd.LIMIT)
-            dial = asyncio.get_running_loop().create_task(self._dial(peer, address))
+            dial = asyncio.get_running_loop().create_task(self._dial(peer, addresses))
             self._dials[peer] = dial
             dial.add_done_callback(lambda done: self._finish_dial(peer, done))
         try:
@@ -293,15 +302,30 @@ class TensorLinks:
                 raise LinkLost(peer, LinkEnd.STOPPED) from None
             raise
 
-    async def _dial(self, peer: PeerId, address: Address) -> Link:
+    async def _dial(self, peer: PeerId, addresses: Sequence[Address]) -> Link:
+        found = await resolve(addresses, self.config.addresses_tried_max, self.config.connect_timeout_s)
+        if not found:
+            raise LinkLost(peer, LinkEnd.UNREACHABLE)
+        return await race(
+            found,
+            lambda address: self._dial_address(peer, address),
+            self.config.head_start_s,
+            discard=lambda link: link.leave(LinkEnd.OUTRUN),
+        )
+
+    async def _dial_address(self, peer: PeerId, address: Address) -> Link:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.config.connect_timeout_s):
                 _, link = await loop.create_connection(lambda: self._make_link(peer, True), *address)
         except (OSError, TimeoutError) as error:
             raise LinkLost(peer, LinkEnd.UNREACHABLE) from error
-        # The link's own deadline bounds the handshake.
-        await asyncio.shield(link.opened)
+        try:
+            # The link's own deadline bounds the handshake.
+            await asyncio.shield(link.opened)
+        except asyncio.CancelledError:
+            link.leave(LinkEnd.OUTRUN)
+            raise
         return link
 
     def _finish_dial(self, peer: PeerId, dial: asyncio.Task[Link]) -> None:

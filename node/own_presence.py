@@ -13,6 +13,7 @@ from shoal.dht.holdings import Holdings
 from shoal.node.compute import Compute
 from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import ControlPlane
+from shoal.node.endpoints import format_endpoint, is_wildcard
 from shoal.node.status import TrainerState
 from shoal.protocol.abstention import ABSTAINING
 from shoal.protocol.identity import Identity
@@ -74,8 +75,8 @@ class OwnPresence:
         port = self.config.tensor.announce_port or port
         if self.config.tensor.announce_host is not None:
             hosts: tuple[str, ...] = (self.config.tensor.announce_host,)
-        elif host not in ("0.0.0.0", "::"):
+        elif not is_wildcard(host):
             hosts = (host,)
         else:
             hosts = tuple(parse_address(text).host for text in self.control.addresses())
-        return tuple(dict.fromkeys(f"{one}:{port}" for one in hosts))[:ADDRESSES_MAX]
+        return tuple(dict.fromkeys(format_endpoint((one, port)) for one in hosts))[:ADDRESSES_MAX]

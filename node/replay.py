@@ -65,7 +65,7 @@ class Replay:
         """Up to round `target`, or as far as the donors lead. `page` is checked and begins after the head."""
         ports = TransferPorts(
             sources=lambda: self._donors.of_updates(self._state.head.round + 1),
-            address_of=self._donors.ports.address_of,
+            addresses_of=self._donors.ports.addresses_of,
             take=self._take,
             failed=self._donors.ports.failed,
             lied=self._donors.liars.add,

@@ -86,7 +86,7 @@ class SnapshotFetch:
                 await asyncio.to_thread(partial.sync)
 
         ports = TransferPorts(
-            sources=self._list_sources, address_of=self._donors.ports.address_of, take=take,
+            sources=self._list_sources, addresses_of=self._donors.ports.addresses_of, take=take,
             failed=self._donors.ports.failed,
             lied=self._donors.liars.add,
         )  # fmt: skip

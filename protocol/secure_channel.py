@@ -90,9 +90,11 @@ class ChannelKeys:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SecureChannel:
-    """What a finished handshake yields. `leftover` are bytes that arrived behind it: the first records."""
+    """What a finished handshake yields. `leftover` are bytes that arrived behind it: the first records. `binding` is
+    Noise's handshake hash: the same at both ends, and of no other connection."""
 
     peer: PeerId
+    binding: bytes
     sealer: "RecordSealer"
     opener: "RecordOpener"
     leftover: bytes
@@ -204,6 +206,7 @@ class Handshake:
         noise = self._noise.noise_protocol
         return SecureChannel(
             peer=peer,
+            binding=bytes(noise.handshake_hash),
             sealer=RecordSealer(noise.cipher_state_encrypt.k),
             opener=RecordOpener(noise.cipher_state_decrypt.k),
             leftover=bytes(self._inbox),

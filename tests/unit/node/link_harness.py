@@ -153,8 +153,12 @@ class Node:
     def peer(self) -> PeerId:
         return self.identity.peer
 
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        return (self.address,)
+
     async def push(self, to: "Node", payload: bytes | memoryview, part: int = 0) -> None:
-        await self.links.send(to.peer, to.address, describe(payload, part=part), memoryview(payload))
+        await self.links.send(to.peer, to.addresses, describe(payload, part=part), memoryview(payload))
 
 
 @contextlib.asynccontextmanager

@@ -80,7 +80,7 @@ from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
 PATIENCE_S = 20.0
 TICK_S = 0.005
-LINKS = LinkConfig(host="127.0.0.1", reuse_port=False, tick_s=0.05, goodbye_timeout_s=2.0)
+LINKS = LinkConfig(host="127.0.0.1", tick_s=0.05, goodbye_timeout_s=2.0)
 # Nothing that a test waits for is a time-out, unless it is about one.
 RULES = Rounds(
     peers_min=2,
@@ -134,6 +134,9 @@ class Swarm:
     signed: bytes
     network: MemoryNetwork = field(default_factory=MemoryNetwork)
     addresses: dict[PeerId, Address] = field(default_factory=dict)  # of tensor ports
+
+    def addresses_of(self, peer: PeerId) -> tuple[Address, ...]:
+        return (self.addresses[peer],) if peer in self.addresses else ()
 
 
 # -- a certified log -------------------------------------------------------------------------------------------------
@@ -327,7 +330,7 @@ class Peer:
         )
         self.exchange.core, self.exchange.links = self.core, self.links
         self.exchange.ports = ExchangePorts(
-            address_of=self._address_of,
+            addresses_of=self._addresses_of,
             pump=self.driver.pump,
             now=loop.time,
             link_lost=lambda peer, reason: None,
@@ -385,7 +388,7 @@ class Peer:
             folder=self.folder / "catchup",
             ports=CatchUpPorts(
                 live=self.membership.table.live,
-                address_of=swarm.addresses.get,
+                addresses_of=swarm.addresses_of,
                 take_certificate=lambda one, peer: self.driver.receive(Certified(certificate=one), peer),
                 wait_past=self._wait_past,
                 other_log=self.other_logs.append,
@@ -403,7 +406,7 @@ class Peer:
             ledger=self.ledger,
             membership=self.membership,
             links=self.links,
-            address_of=swarm.addresses.get,
+            addresses_of=swarm.addresses_of,
         )
         self.answer = self.answers.answer
         self.reporter.subjects = Subjects(
@@ -535,8 +538,8 @@ class Peer:
         self.dropped.append((peer, refusal))
         self.intake.part_dropped(peer, refusal)
 
-    def _address_of(self, peer: PeerId) -> Address | None:
-        return None if self.intake.refuses(peer) else self.swarm.addresses.get(peer)
+    def _addresses_of(self, peer: PeerId) -> tuple[Address, ...]:
+        return () if self.intake.refuses(peer) else self.swarm.addresses_of(peer)
 
     def _observed(self, presence: Presence, first: bool) -> None:
         self.seen.append((presence.peer, first))

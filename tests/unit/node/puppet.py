@@ -101,7 +101,7 @@ class Puppet:
 
     async def push(self, peer: Peer, header: FrameHeader, payload: bytes) -> None:
         """Send a frame over a tensor link."""
-        await self.links.send(peer.me, self.swarm.addresses[peer.me], header, memoryview(payload))
+        await self.links.send(peer.me, self.swarm.addresses_of(peer.me), header, memoryview(payload))
 
 
 @asynccontextmanager

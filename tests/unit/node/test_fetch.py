@@ -68,7 +68,7 @@ class Sink:
     async def open(self) -> AsyncIterator[Transfer]:
         ports = TransferPorts(
             sources=lambda: self.sources,
-            address_of=lambda peer: ("127.0.0.1", 1),
+            addresses_of=lambda peer: (("127.0.0.1", 1),),
             take=lambda piece, raw: self.take(piece, raw),
             failed=self.note_failure,
             lied=self.liars.add,

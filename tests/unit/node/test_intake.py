@@ -196,7 +196,7 @@ async def test_bytes_that_are_altered_on_the_way_accuse_nobody(tmp_path: Path) -
                 ended = len(peer.tensor_refusals)
                 for _ in range(8):
                     with contextlib.suppress(LinkLost):
-                        await puppet.links.send(peer.me, address, header, memoryview(payload))
+                        await puppet.links.send(peer.me, (address,), header, memoryview(payload))
                 await wait_until(lambda ended=ended: len(peer.tensor_refusals) > ended)  # type: ignore[misc]
                 await wait_until(lambda: not peer.links.is_linked(puppet.me))
         assert {accused for accused, _ in peer.tensor_refusals} == {None}

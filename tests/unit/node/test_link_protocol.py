@@ -220,7 +220,7 @@ async def test_peer_that_does_not_read_its_answers_is_cut_off() -> None:
 
         async def push_until_stuck() -> None:
             while True:
-                await bob.links.send(CAROL.peer, None, describe(payload), memoryview(payload))
+                await bob.links.send(CAROL.peer, (), describe(payload), memoryview(payload))
 
         pushing = asyncio.create_task(push_until_stuck())
         sent, unchanged = 0, 0
@@ -313,7 +313,7 @@ async def test_more_fetches_than_may_be_served_are_refused() -> None:
 async def test_frame_under_way_is_finished_after_the_peers_goodbye() -> None:
     async with node(BOB) as bob, RawPeer.dialled(bob) as raw:
         payload = os.urandom(PART_BYTES_MAX)
-        send = asyncio.create_task(bob.links.send(CAROL.peer, None, describe(payload), memoryview(payload)))
+        send = asyncio.create_task(bob.links.send(CAROL.peer, (), describe(payload), memoryview(payload)))
         await raw.read_header(FrameKind.CONTRIBUTION)
         raw.write_header(FrameHeader(kind=FrameKind.GOODBYE))
         received = b"".join([(await raw.read_record())[1] for _ in range(PART_BYTES_MAX // RECORD_BYTES_MAX)])

@@ -10,7 +10,7 @@ import sys
 import pytest
 from blake3 import blake3
 
-from shoal.node.link_port import FetchFailed, FetchFailure, LinkEnd, LinkLost
+from shoal.node.link_port import FetchFailed, FetchFailure, LinkEnd, LinkLost, LinkPath
 from shoal.node.link_records import SMALL_INBOX_BYTES
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.frames import PART_BYTES_MAX, FrameKind
@@ -37,7 +37,7 @@ async def test_payloads_arrive_byte_for_byte_in_both_directions_over_one_link() 
         for part, size in enumerate(SIZES):
             there, back = os.urandom(size), os.urandom(size)
             await alice.push(bob, there, part=part)
-            await bob.links.send(alice.peer, None, describe(back, FrameKind.RESULT, part), memoryview(back))
+            await bob.links.send(alice.peer, (), describe(back, FrameKind.RESULT, part), memoryview(back))
             await bob.sink.until(lambda part=part: len(bob.sink.payloads) == part + 1)
             await alice.sink.until(lambda part=part: len(alice.sink.payloads) == part + 1)
             assert bob.sink.payloads[-1] == (alice.peer, describe(there, part=part), there)
@@ -65,7 +65,7 @@ async def test_fetch_fills_the_callers_buffer() -> None:
             digest = blake3(blob).digest()
             bob.sink.blobs[digest] = memoryview(blob)
             into = bytearray(size)
-            await alice.links.fetch(bob.peer, bob.address, digest, memoryview(into), 30.0)
+            await alice.links.fetch(bob.peer, bob.addresses, digest, memoryview(into), 30.0)
             assert into == blob
 
 
@@ -80,7 +80,7 @@ async def test_fetch_tells_why_it_failed() -> None:
         }
         for digest, outcome in expected.items():
             with pytest.raises(FetchFailed) as caught:
-                await alice.links.fetch(bob.peer, bob.address, digest, memoryview(bytearray(10)), 30.0)
+                await alice.links.fetch(bob.peer, bob.addresses, digest, memoryview(bytearray(10)), 30.0)
             assert (caught.value.reason, caught.value.refusal) == outcome
         assert alice.links.is_linked(bob.peer)
 
@@ -90,7 +90,7 @@ async def test_donor_that_sends_other_bytes_is_refused() -> None:
     async with pair() as (alice, bob):
         bob.sink.blobs[b"w" * 32] = memoryview(bytes(300_000))
         with pytest.raises(FetchFailed) as caught:
-            await alice.links.fetch(bob.peer, bob.address, b"w" * 32, memoryview(bytearray(300_000)), 30.0)
+            await alice.links.fetch(bob.peer, bob.addresses, b"w" * 32, memoryview(bytearray(300_000)), 30.0)
         assert caught.value.reason is FetchFailure.WRONG_DIGEST
         assert alice.sink.refusals_made == [(bob.peer, Refusal.WRONG_DIGEST)]
         await bob.sink.until(lambda: bob.sink.ends)
@@ -106,13 +106,13 @@ async def test_late_answer_does_not_touch_the_buffer_and_does_no_harm() -> None:
         bob.sink.serving = asyncio.Event()
         abandoned, kept = bytearray(1_000_000), bytearray(1_000_000)
         with pytest.raises(FetchFailed) as caught:
-            await alice.links.fetch(bob.peer, bob.address, digest, memoryview(abandoned), 0.05)
+            await alice.links.fetch(bob.peer, bob.addresses, digest, memoryview(abandoned), 0.05)
         assert caught.value.reason is FetchFailure.TIMEOUT
         # A frame behind the withdrawal shows that it has arrived.
         await alice.push(bob, b"behind it")
         await bob.sink.until(lambda: bob.sink.payloads)
         bob.sink.serving.set()
-        await alice.links.fetch(bob.peer, bob.address, digest, memoryview(kept), 30.0)
+        await alice.links.fetch(bob.peer, bob.addresses, digest, memoryview(kept), 30.0)
         assert kept == blob
         assert not any(abandoned)
         assert alice.sink.refusals_made == bob.sink.refusals_made == []
@@ -127,13 +127,13 @@ async def test_fetch_given_up_midway_is_abandoned_by_the_donor() -> None:
         digest = blake3(blob).digest()
         bob.sink.blobs[digest] = memoryview(blob)
         into = bytearray(PART_BYTES_MAX)
-        fetch = asyncio.create_task(alice.links.fetch(bob.peer, bob.address, digest, memoryview(into), 30.0))
+        fetch = asyncio.create_task(alice.links.fetch(bob.peer, bob.addresses, digest, memoryview(into), 30.0))
         while not any(peer.payload_bytes_in for peer in alice.links.statistics().peers):
             await asyncio.sleep(0)
         fetch.cancel()
         await asyncio.gather(fetch, return_exceptions=True)
         before = bytes(into)
-        await alice.links.fetch(bob.peer, bob.address, digest, memoryview(bytearray(PART_BYTES_MAX)), 30.0)
+        await alice.links.fetch(bob.peer, bob.addresses, digest, memoryview(bytearray(PART_BYTES_MAX)), 30.0)
         assert into == before != blob
         assert alice.links.statistics().links == 1
 
@@ -187,7 +187,7 @@ async def test_cancelled_send_is_abandoned_and_the_link_goes_on() -> None:
 @on_both_loops
 async def test_wrong_peer_at_the_address_is_refused() -> None:
     async with node(ALICE) as alice, node(BOB) as bob:
-        send = alice.links.send(CAROL.peer, bob.address, describe(b"for carol"), memoryview(b"for carol"))
+        send = alice.links.send(CAROL.peer, bob.addresses, describe(b"for carol"), memoryview(b"for carol"))
         assert await lost_reason(send) == (LinkEnd.MISBEHAVED, Refusal.WRONG_PEER)
         # The peer that was expected is not to blame for who sits at its address.
         assert alice.sink.refusals_made == [(None, Refusal.WRONG_PEER)]
@@ -216,8 +216,8 @@ async def test_no_way_to_a_peer_has_a_name() -> None:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             dead = unused.getsockname()
-            for address, reason in ((None, LinkEnd.NO_ADDRESS), (dead, LinkEnd.UNREACHABLE)):
-                send = alice.links.send(BOB.peer, address, describe(b"x"), memoryview(b"x"))
+            for addresses, reason in (((), LinkEnd.NO_ADDRESS), ((dead,), LinkEnd.UNREACHABLE)):
+                send = alice.links.send(BOB.peer, addresses, describe(b"x"), memoryview(b"x"))
                 assert await lost_reason(send) == (reason, None)
 
 
@@ -231,7 +231,7 @@ async def test_handshake_that_gets_no_answer_ends() -> None:
     server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
     async with node(ALICE, handshake_timeout_s=0.1) as alice:
         address = server.sockets[0].getsockname()
-        send = alice.links.send(BOB.peer, address, describe(b"x"), memoryview(b"x"))
+        send = alice.links.send(BOB.peer, (address,), describe(b"x"), memoryview(b"x"))
         assert await lost_reason(send) == (LinkEnd.HANDSHAKE_TIMEOUT, None)
         assert alice.links.statistics().dials == 0
     server.close()
@@ -302,9 +302,9 @@ async def test_pings_keep_a_quiet_link_and_measure_it() -> None:
 async def test_vanished_peer_is_noticed_by_its_silence() -> None:
     deadlines = {"ping_period_s": 0.05, "silence_timeout_s": 0.3}
     async with pair(**deadlines) as (alice, bob), Proxy.before(bob.address) as (proxy, address):
-        await alice.links.send(bob.peer, address, describe(b"x"), memoryview(b"x"))
+        await alice.links.send(bob.peer, (address,), describe(b"x"), memoryview(b"x"))
         proxy.flowing.clear()
-        fetch = alice.links.fetch(bob.peer, None, bytes(32), memoryview(bytearray(9)), 30.0)
+        fetch = alice.links.fetch(bob.peer, (), bytes(32), memoryview(bytearray(9)), 30.0)
         assert await lost_reason(fetch) == (LinkEnd.SILENT, None)
         assert alice.sink.ends == [(bob.peer, LinkEnd.SILENT)]
         proxy.cut()
@@ -313,7 +313,7 @@ async def test_vanished_peer_is_noticed_by_its_silence() -> None:
 @on_both_loops
 async def test_reset_connection_is_a_loss_on_both_sides() -> None:
     async with pair() as (alice, bob), Proxy.before(bob.address) as (proxy, address):
-        await alice.links.send(bob.peer, address, describe(b"x"), memoryview(b"x"))
+        await alice.links.send(bob.peer, (address,), describe(b"x"), memoryview(b"x"))
         await bob.sink.until(lambda: bob.sink.payloads)
         proxy.cut()
         await alice.sink.until(lambda: alice.sink.ends)
@@ -325,10 +325,10 @@ async def test_reset_connection_is_a_loss_on_both_sides() -> None:
 @on_both_loops
 async def test_altered_byte_kills_the_link_with_a_reason() -> None:
     async with pair() as (alice, bob), Proxy.before(bob.address) as (proxy, address):
-        await alice.links.send(bob.peer, address, describe(b"x"), memoryview(b"x"))
+        await alice.links.send(bob.peer, (address,), describe(b"x"), memoryview(b"x"))
         proxy.flip_at = proxy.forwarded_bytes + 1_000_000
         payload = bytes(PART_BYTES_MAX)
-        send = alice.links.send(bob.peer, None, describe(payload, part=5), memoryview(payload))
+        send = alice.links.send(bob.peer, (), describe(payload, part=5), memoryview(payload))
         assert await lost_reason(send) == (LinkEnd.REFUSED_BY_PEER, Refusal.NOT_AUTHENTIC)
         assert bob.sink.refusals_made == [(None, Refusal.NOT_AUTHENTIC)], "nothing proves who altered it"
         assert [header.part for header in bob.sink.aborts] == [5]
@@ -357,12 +357,12 @@ async def test_killed_peer_is_lost_to_the_waiting_sender() -> None:
     host, port = (await victim.stdout.readline()).split()
     payload = bytes(PART_BYTES_MAX)
     async with node(ALICE) as alice:
-        send = alice.links.send(BOB.peer, (host.decode(), int(port)), describe(payload), memoryview(payload))
+        send = alice.links.send(BOB.peer, [(host.decode(), int(port))], describe(payload), memoryview(payload))
         await send
 
         async def push_until_lost() -> None:
             while True:
-                await alice.links.send(BOB.peer, None, describe(payload), memoryview(payload))
+                await alice.links.send(BOB.peer, (), describe(payload), memoryview(payload))
 
         pushing = asyncio.create_task(push_until_lost())
         while alice.links.statistics().peers[0].payload_bytes_out < 4 * PART_BYTES_MAX:
@@ -410,7 +410,7 @@ async def test_stop_tells_everyone_who_waits() -> None:
         await alice.push(bob, b"x")
         into = memoryview(bytearray(5))
         waiting = [
-            asyncio.create_task(alice.links.fetch(bob.peer, None, bytes(32), into, 30.0)),
+            asyncio.create_task(alice.links.fetch(bob.peer, (), bytes(32), into, 30.0)),
             *(asyncio.create_task(alice.push(bob, bytes(PART_BYTES_MAX))) for _ in range(8)),
         ]
         await bob.sink.until(lambda: bob.sink.serves and len(bob.sink.reserved) == bob.links.config.completions_max)
@@ -430,14 +430,15 @@ async def test_adopted_sockets_make_a_link() -> None:
             left = socket.create_connection(listener.getsockname())
             right, _ = listener.accept()
         await asyncio.gather(
-            alice.links.adopt(left, bob.peer, dialer=True), bob.links.adopt(right, alice.peer, dialer=False)
+            alice.links.adopt(left, bob.peer, dialer=True, path=LinkPath.PUNCHED),
+            bob.links.adopt(right, alice.peer, dialer=False, path=LinkPath.PUNCHED),
         )
-        await bob.links.send(alice.peer, None, describe(b"punched"), memoryview(b"punched"))
+        await bob.links.send(alice.peer, (), describe(b"punched"), memoryview(b"punched"))
         await alice.sink.until(lambda: alice.sink.payloads)
         blob = os.urandom(70_000)
         alice.sink.blobs[blake3(blob).digest()] = memoryview(blob)
         into = bytearray(70_000)
-        await bob.links.fetch(alice.peer, None, blake3(blob).digest(), memoryview(into), 30.0)
+        await bob.links.fetch(alice.peer, (), blake3(blob).digest(), memoryview(into), 30.0)
         assert into == blob
 
 

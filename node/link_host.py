@@ -1,0 +1,37 @@
+"""What one tensor link asks of the table that it stands in: limits, the sink, and where to be counted."""
+
+from collections.abc import Coroutine
+from typing import Protocol, TypeVar
+
+from shoal.node.link_port import LinkConfig, LinkSink
+from shoal.node.link_traffic import PeerTraffic
+from shoal.protocol.errors import Refusal
+from shoal.protocol.identity import PeerId
+
+L = TypeVar("L", contravariant=True)  # node.link_protocol.Link, which imports this module
+
+
+class LinkHost(Protocol[L]):
+    """What a link needs of the table that it stands in."""
+
+    config: LinkConfig
+    sink: LinkSink
+    stopping: bool
+
+    def connected(self, link: L) -> bool:
+        """The socket is connected; False ends the link before its handshake."""
+
+    def link_opened(self, link: L, peer: PeerId) -> Refusal | None:
+        """The handshake has proven `peer`; a refusal ends the link."""
+
+    def link_ended(self, link: L) -> None:
+        """The link takes and brings nothing more."""
+
+    def traffic_with(self, peer: PeerId) -> PeerTraffic:
+        """The counters of this peer."""
+
+    def disconnected(self, link: L) -> None:
+        """The link's socket is gone."""
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run this as a task that ends with the table."""
