@@ -1,6 +1,9 @@
 """Where a peer can be dialled: the part of multiaddr that this project uses, as text and as a value.
 
     /ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>[/p2p/<peer id>]
+    /ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>/p2p/<relay's id>/p2p-circuit[/p2p/<peer id>]
+
+The second form is a circuit: the endpoint is the relay's, and the peer is reached through it.
 
 Invariant: one address, one text; what parses formats back to the same text (libp2p addressing specification).
 """
@@ -22,6 +25,7 @@ AddressText = Annotated[str, Bound(1, ADDRESS_CHARS_MAX)]
 Addresses = Annotated[tuple[AddressText, ...], Bound(0, ADDRESSES_PER_PEER_MAX)]
 
 _EXAMPLE = "/ip4/203.0.113.5/tcp/4001/p2p/12D3KooW…"
+_CIRCUIT = "p2p-circuit"
 _NETS = ("ip4", "ip6", "dns", "dns4", "dns6")
 _PORT = re.compile(r"0|[1-9][0-9]{0,4}")
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_](?:[a-z0-9_-]{0,62})(?:\.[a-z0-9_][a-z0-9_-]{0,62})*")
@@ -29,16 +33,31 @@ _HOST_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_](?:[a-z0-9_-]{0,62})(?:\.[a-z0-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """One TCP endpoint, and the peer that must answer there, where that is known."""
+    """One TCP endpoint, and the peer that must answer there, where that is known.
+
+    With `relay`, that peer answers at the endpoint, and `peer` is on the other side of it.
+    """
 
     net: str
     host: str
     port: int
     peer: PeerId | None = None
+    relay: PeerId | None = None
 
     def __str__(self) -> str:
+        circuit = "" if self.relay is None else f"/p2p/{format_peer_id(self.relay)}/{_CIRCUIT}"
         tail = "" if self.peer is None else f"/p2p/{format_peer_id(self.peer)}"
-        return f"/{self.net}/{self.host}/tcp/{self.port}{tail}"
+        return f"/{self.net}/{self.host}/tcp/{self.port}{circuit}{tail}"
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether this leads through another peer."""
+        return self.relay is not None
+
+    @property
+    def is_global(self) -> bool:
+        """Whether anybody on the internet may dial it; a name may."""
+        return self.net not in ("ip4", "ip6") or ipaddress.ip_address(self.host).is_global
 
     @property
     def is_wildcard(self) -> bool:
@@ -54,17 +73,22 @@ class Address:
 def parse_address(text: str) -> Address:
     """Inverse of `str(Address)`; raises UriError naming what is wrong with `text`."""
     parts = text.split("/")
-    if len(text) > ADDRESS_CHARS_MAX or len(parts) not in (5, 7) or parts[0] or parts[3] != "tcp":
+    if len(text) > ADDRESS_CHARS_MAX or len(parts) not in (5, 7, 8, 10) or parts[0] or parts[3] != "tcp":
         raise _malformed(text, "is not a TCP multiaddr")
     if parts[1] not in _NETS:
         raise _malformed(text, f"starts with {parts[1]!r}, not with one of {', '.join(_NETS)}")
     if not _PORT.fullmatch(parts[4]) or int(parts[4]) > 65535:
         raise _malformed(text, f"has the port {parts[4]!r}")
-    if len(parts) == 7 and parts[5] != "p2p":
-        raise _malformed(text, f"goes on with {parts[5]!r}")
     _check_host(text, parts[1], parts[2])
-    peer = parse_peer_id(parts[6]) if len(parts) == 7 else None
-    return Address(net=parts[1], host=parts[2], port=int(parts[4]), peer=peer)
+    relay, rest = None, parts[5:]
+    if len(rest) > 2:
+        relay, rest = _parse_tail(text, rest[:2]), rest[3:]
+        if parts[7] != _CIRCUIT:
+            raise _malformed(text, f"goes on with {parts[7]!r}")
+    peer = _parse_tail(text, rest) if rest else None
+    if relay is not None and relay == peer:
+        raise _malformed(text, "leads to a relay through itself")
+    return Address(net=parts[1], host=parts[2], port=int(parts[4]), peer=peer, relay=relay)
 
 
 def parse_peer_address(text: str) -> tuple[PeerId, Address]:
@@ -85,6 +109,8 @@ def parse_address_untrusted(text: str, peer: PeerId) -> Address:
         raise ProtocolError(Refusal.MALFORMED, f"address {error.problem}") from error
     if address.is_wildcard:
         raise ProtocolError(Refusal.OUT_OF_RANGE, f"{text!r} cannot be dialled")
+    if address.relay == peer:
+        raise ProtocolError(Refusal.OUT_OF_RANGE, f"{text!r} leads to a relay through itself")
     if address.peer not in (None, peer):
         raise ProtocolError(Refusal.WRONG_PEER, f"{text!r} is another peer's address")
     return address
@@ -104,6 +130,12 @@ def keep_dialable(texts: Iterable[str], peer: PeerId) -> tuple[str, ...]:
         except ProtocolError:
             continue
     return tuple(kept)
+
+
+def _parse_tail(text: str, parts: list[str]) -> PeerId:
+    if parts[0] != "p2p":
+        raise _malformed(text, f"goes on with {parts[0]!r}")
+    return parse_peer_id(parts[1])
 
 
 def _check_host(text: str, net: str, host: str) -> None:

@@ -10,6 +10,7 @@ longer than its named timeout; every queue is bounded.
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from shoal.protocol.errors import Failure, ProtocolError, Refusal, ShoalError
@@ -54,10 +55,14 @@ class ControlStopped(ShoalError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerAddresses:
-    """A peer and where it can be dialled, the most promising first; no addresses when only it can dial."""
+    """A peer and where it can be dialled, the most promising first; no addresses when only it can dial.
+
+    `relayed`: it is connected, and through a relay only.
+    """
 
     peer: PeerId
     addresses: tuple[str, ...]
+    relayed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +76,49 @@ class BootstrapFailed:
     failure: Failure = Failure.BOOTSTRAP_UNREACHABLE
 
 
+class Reachability(StrEnum):
+    """Whether others can dial this peer's control port."""
+
+    UNKNOWN = "unknown"
+    CONFIRMED = "confirmed"
+    PRIVATE = "private"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayLimits:
+    """What a relay gives to others: circuits, each a stream of bytes between two peers that it cannot read.
+
+    A reservation is a peer that may be reached through the relay. Beyond these numbers it refuses; a circuit past its
+    time or bytes ends, and its peers make another.
+    """
+
+    reservations_max: int = 128
+    reservations_per_host_max: int = 32
+    reservation_s: float = 3600.0
+    circuits_max: int = 256
+    circuits_per_peer_max: int = 48
+    circuit_s: float = 3600.0
+    circuit_bytes_max: int = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayCounts:
+    """What a relay does at this moment, and how many bytes it has passed on so far."""
+
+    reservations: int = 0
+    circuits: int = 0
+    relayed_bytes: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlConfig:
     """What a control plane is started with.
 
     `listen` and `announce` are multiaddrs without a peer id; port 0 lets the kernel choose. Without `announce`, the
     machine's own addresses are announced where `listen` has a wildcard. `bootstrap` addresses end in /p2p/<peer id>;
-    any of them may be dead. `listen_field` is what an error about `listen` calls it.
+    any of them may be dead. `listen_field` is what an error about `listen` calls it. Without `relay` this peer relays
+    for nobody; `relays_wanted` is at how many others it asks to be relayed to while nobody can dial it. `reachability`
+    stands instead of what would be found out.
     """
 
     identity: Identity
@@ -88,6 +129,9 @@ class ControlConfig:
     connections_max: int = 200
     presences_per_s_max: float = 200.0
     serves_dht: bool = True
+    relay: RelayLimits | None = RelayLimits()
+    relays_wanted: int = 2
+    reachability: Reachability | None = None
     listen_field: str = "control.port"
 
 

@@ -3,13 +3,16 @@
 The library's own dialling is gone around: it waits out a quarter of a second after success, refuses to dial a peer
 that failed within the last minute, has no time limit of its own, and resolves names past the system's resolver.
 
-Invariants: at most one dial per peer at a time; every dial ends within CONNECT_TIMEOUT_S; a bootstrap peer that cannot
-be reached is dialled again after a pause that doubles up to BOOTSTRAP_RETRY_MAX_S, and costs nothing else.
+Invariants: at most one dial per peer at a time; every dial ends within CONNECT_TIMEOUT_S; circuits through relays are
+tried after every direct address; a bootstrap peer that cannot be reached is dialled again after a pause that doubles up
+to BOOTSTRAP_RETRY_MAX_S, and costs nothing else.
 """
 
 import random
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 
 import trio
 from libp2p.exceptions import BaseLibp2pError
@@ -50,6 +53,10 @@ class Dialer:
         """Whether any connection to the peer stands."""
         return any(not connection.is_closed for connection in self._swarm.get_connections(_peer_id(peer)))
 
+    def is_directly_connected(self, peer: PeerId) -> bool:
+        """Whether a connection to the peer stands that goes through no relay."""
+        return self._swarm.is_directly_connected(_peer_id(peer))
+
     def known_addresses(self, peer: PeerId) -> tuple[str, ...]:
         """What the peer said of itself, or others of it, in canonical form."""
         try:
@@ -58,17 +65,23 @@ class Dialer:
             return ()
         return keep_dialable((str(address) for address in known), peer)
 
-    async def connect(self, peer: PeerId, addresses: Sequence[Address] = ()) -> None:
-        """Connect by these addresses, or by those that are known; raises PeerUnreachable within CONNECT_TIMEOUT_S."""
+    async def connect(self, peer: PeerId, addresses: Sequence[Address] = (), *, directly: bool = False) -> None:
+        """Connect by these addresses, or by those that are known; raises PeerUnreachable within CONNECT_TIMEOUT_S.
+
+        `directly`: a connection through a relay is not enough.
+        """
         errors: list[str] = []
+        is_connected = self.is_directly_connected if directly else self.is_connected
         with trio.move_on_after(CONNECT_TIMEOUT_S) as limit:
-            while not self.is_connected(peer) and (ongoing := self._dials.get(peer)) is not None:
+            while not is_connected(peer) and (ongoing := self._dials.get(peer)) is not None:
                 await ongoing.wait()
-            if self.is_connected(peer):
+            if is_connected(peer):
                 return
             if self._closed or peer == self._me:
                 raise _unreachable(peer, "this node is stopping" if self._closed else "that is this node itself")
             targets = addresses or [parse_address(text) for text in self.known_addresses(peer)]
+            if directly:
+                targets = [target for target in targets if not target.is_relayed]
             if not targets:
                 raise _unreachable(peer, "no address is known")
             self._dials[peer] = trio.Event()
@@ -76,7 +89,7 @@ class Dialer:
                 await self._dial(peer, targets, errors)
             finally:
                 self._dials.pop(peer).set()
-        if not self.is_connected(peer):
+        if not is_connected(peer):
             if limit.cancelled_caught:
                 errors.append(f"no answer within {CONNECT_TIMEOUT_S:.0f} s")
             raise _unreachable(peer, "; ".join(errors) or "hung up at once")
@@ -85,6 +98,7 @@ class Dialer:
         peer_id = _peer_id(peer)
 
         async def attempt(target: Address, failed: trio.Event) -> None:
+            target = replace(target, peer=peer)
             try:
                 await self._swarm.dial_addr(Multiaddr(str(target)), peer_id)
             except (BaseLibp2pError, OSError) as error:
@@ -95,7 +109,7 @@ class Dialer:
             attempts.cancel_scope.cancel()
 
         async with trio.open_nursery() as attempts:
-            for target in await _resolve(targets, errors):
+            for target in order_targets(await _resolve(targets, errors)):
                 failed = trio.Event()
                 attempts.start_soon(attempt, target, failed)
                 with trio.move_on_after(HEAD_START_S):
@@ -125,6 +139,18 @@ class Dialer:
             pause_s = min(2 * pause_s, BOOTSTRAP_RETRY_MAX_S)
 
 
+def order_targets(targets: Sequence[Address]) -> list[Address]:
+    """Direct addresses first, the families by turns as RFC 8305 has it, in their order otherwise; then circuits."""
+    ordered: list[Address] = []
+    for through_relays in (False, True):
+        same = [target for target in targets if target.is_relayed == through_relays]
+        six = [target for target in same if target.net == "ip6"]
+        four = [target for target in same if target.net != "ip6"]
+        turns = zip_longest(six, four) if same and same[0].net == "ip6" else zip_longest(four, six)
+        ordered.extend(target for turn in turns for target in turn if target is not None)
+    return list(dict.fromkeys(ordered))
+
+
 async def _resolve(targets: Sequence[Address], errors: list[str]) -> list[Address]:
     resolved: list[Address] = []
     for target in targets:
@@ -138,7 +164,7 @@ async def _resolve(targets: Sequence[Address], errors: list[str]) -> list[Addres
             continue
         for family, _, _, _, endpoint in found:
             net = "ip6" if family == socket.AF_INET6 else "ip4"
-            resolved.append(Address(net=net, host=str(endpoint[0]), port=target.port, peer=target.peer))
+            resolved.append(replace(target, net=net, host=str(endpoint[0])))
     return resolved
 
 

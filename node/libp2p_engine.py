@@ -8,8 +8,8 @@ there; every task here ends with the run.
 import collections
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -17,7 +17,9 @@ import trio
 from libp2p.abc import INetConn, INetStream, INetwork, INotifee
 from libp2p.custom_types import TProtocol
 from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.rcmgr import Direction
 from libp2p.utils.address_validation import expand_wildcard_address
@@ -29,11 +31,18 @@ from shoal.node.control import (
     LOOKUP_TIMEOUT_S,
     PRESENCE_BYTES_MAX,
     PROVIDERS_MAX,
+    REQUEST_TIMEOUT_S,
     ControlConfig,
     ControlHandlers,
     PeerAddresses,
+    PeerUnreachable,
+    Reachability,
+    RelayCounts,
 )
+from shoal.node.libp2p_connections import is_relayed, transport_of
 from shoal.node.libp2p_dialer import Dialer
+from shoal.node.libp2p_hop import HOP_PROTOCOL, STOP_PROTOCOL, HopService
+from shoal.node.libp2p_relays import CircuitTransport, RelayClient
 from shoal.node.libp2p_stack import (
     LISTEN_BACKLOG,
     build_dht,
@@ -42,7 +51,6 @@ from shoal.node.libp2p_stack import (
     forget_strangers,
     quiet_libp2p,
     run_service,
-    tcp_stream_of,
 )
 from shoal.node.libp2p_streams import (
     CONTROL_PROTOCOL,
@@ -56,11 +64,13 @@ from shoal.node.libp2p_streams import (
     answer_requests,
     receive_messages,
 )
-from shoal.protocol.errors import ConfigError, ProtocolError, Refusal, ShoalError
+from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal, ShoalError
 from shoal.protocol.identity import PeerId, decode_libp2p_peer_id, encode_libp2p_peer_id, format_peer_id
 
 UPKEEP_INTERVAL_S = 60.0
 PROVIDER_QUERIES_MAX = 10
+# How long the circuits to a peer stay that can be reached directly by now: what was asked over them is answered then.
+RETIRE_S = REQUEST_TIMEOUT_S
 IDLE_CONNECTION_S = 600.0
 PRESENCES_WAITING_MAX = 1024
 # Opening a stream has its own limits; this one is for what the library forgot to limit.
@@ -83,6 +93,7 @@ class AsyncioSide(Protocol):
 @dataclass(slots=True, kw_only=True)
 class _ConnectedPeer:
     addresses: tuple[str, ...]
+    relayed: bool = False
     used_s: float = field(default_factory=trio.current_time)
     lost: trio.Event = field(default_factory=trio.Event)
 
@@ -128,6 +139,16 @@ class ControlEngine:
         self._router, self._pubsub = build_gossip(self._host, self._topic, config.presences_per_s_max)
         self._dht = build_dht(self._host, config.serves_dht)
         self._dialer = Dialer(self._swarm, self._me)
+        self._swarm.dial_known = self._dial_known
+        self._relays = RelayClient(self._me, self._swarm, self._open_direct_stream, self._refresh_addresses)
+        self._swarm.transport_manager.add_transport(
+            CircuitTransport(self._relays, partial(self._dialer.connect, directly=True))
+        )
+        self._hop: HopService | None = None
+        if config.relay is not None:
+            self._hop = HopService(
+                config.relay, self._own_addresses, self._open_connected_stream, self._swarm.is_directly_connected
+            )
         self._peers: dict[PeerId, _ConnectedPeer] = {}
         self._outboxes: dict[PeerId, Outbox] = {}
         self._askers: dict[PeerId, Asker] = {}
@@ -145,6 +166,9 @@ class ControlEngine:
         self._swarm.register_notifee(_ConnectionEvents(self._note_connected, self._note_closed))
         self._host.set_stream_handler(CONTROL_PROTOCOL, self._serve_messages)
         self._host.set_stream_handler(REQUEST_PROTOCOL, self._serve_requests)
+        self._host.set_stream_handler(STOP_PROTOCOL, self._relays.serve)
+        if self._hop is not None and self._config.reachability is not Reachability.PRIVATE:
+            self._host.set_stream_handler(HOP_PROTOCOL, self._hop.serve)
         self._host.on_identified = self._note_identified
         self._pubsub.set_topic_validator(self._topic, self._is_presence_valid, is_async_validator=False)
         self._pubsub.on_message = self._receive_presence
@@ -157,6 +181,7 @@ class ControlEngine:
                 self._refresh_addresses()
                 await self._pubsub.subscribe(self._topic)
                 self._tasks.start_soon(self._keep_up)
+                self._tasks.start_soon(self._relays.keep_reserved, self._count_relays_wanted, self._known_relays)
                 for peer, addresses in bootstraps.items():
                     self._tasks.start_soon(self._keep_bootstrapped, peer, addresses)
                 yield self
@@ -171,12 +196,13 @@ class ControlEngine:
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close the peer's sockets. The rest follows as if it had hung up."""
-        for connection in self._swarm.get_connections(ID(encode_libp2p_peer_id(peer))):
+        for connection in self._swarm.get_connections(_libp2p_id(peer)):
             await _close_socket(connection)
 
     async def _close(self) -> None:
         self._dialer.close()
-        for connection in self._swarm.get_connections():
+        # Circuits end with the connections that they run in.
+        for connection in sorted(self._swarm.get_connections(), key=lambda one: is_relayed(one.muxed_conn)):
             await _close_socket(connection)
         assert self._tasks is not None
         self._tasks.cancel_scope.cancel()
@@ -193,9 +219,15 @@ class ControlEngine:
         """Once most places are taken, hang up on the peers of least use: look-ups connect and never let go."""
         excess = len(self._peers) - self._config.connections_max * 3 // 4
         unused_since_s = trio.current_time() - IDLE_CONNECTION_S
-        for peer in sorted(self._peers, key=lambda peer: self._peers[peer].used_s)[: max(0, excess)]:
+        unbound = [peer for peer in self._peers if not self._is_bound(peer)]
+        for peer in sorted(unbound, key=lambda peer: self._peers[peer].used_s)[: max(0, excess)]:
             if self._peers[peer].used_s < unused_since_s:
                 await self.disconnect(peer)
+
+    def _is_bound(self, peer: PeerId) -> bool:
+        """Whether others are reached through this peer, or it is reached through this node."""
+        relaying = self._hop is not None and self._hop.is_used_by(_libp2p_id(peer))
+        return relaying or self._relays.is_bound_to(peer)
 
     def _bootstraps(self) -> dict[PeerId, list[Address]]:
         by_peer: dict[PeerId, list[Address]] = {}
@@ -214,17 +246,35 @@ class ControlEngine:
 
     def _note_connected(self, connection: INetConn) -> None:
         peer = _ed25519_peer(connection.muxed_conn.peer_id)
-        if peer is None or peer == self._me or peer in self._peers or connection.is_closed:
+        if peer is None or peer == self._me or connection.is_closed:
+            return
+        relayed = is_relayed(connection.muxed_conn)
+        if peer in self._peers:
+            if self._peers[peer].relayed and not relayed:
+                self._prefer_direct(peer)
             return
         dialled = isinstance(connection, SwarmConn) and connection.direction is Direction.OUTBOUND
         remote = [str(address) for address in connection.get_transport_addresses()] if dialled else []
-        self._peers[peer] = _ConnectedPeer(addresses=_with_peer(keep_dialable(remote, peer), peer))
+        addresses = _with_peer(keep_dialable(remote, peer), peer)
+        self._peers[peer] = _ConnectedPeer(addresses=addresses, relayed=relayed)
         self._publish_peers()
         self._asyncio.deliver(self._handlers.on_peer_connected, peer)
 
     def _note_closed(self, connection: INetConn) -> None:
-        peer = _ed25519_peer(connection.muxed_conn.peer_id)
-        if peer is None or peer not in self._peers or self._dialer.is_connected(peer):
+        peer_id = connection.muxed_conn.peer_id
+        peer = _ed25519_peer(peer_id)
+        if not self._swarm.is_directly_connected(peer_id):
+            if self._hop is not None:
+                self._hop.forget(peer_id)
+            if peer is not None:
+                self._relays.forget(peer)
+        if peer is None or peer not in self._peers:
+            return
+        if self._dialer.is_connected(peer):
+            self._peers[peer].relayed = not self._dialer.is_directly_connected(peer)
+            # The library opens its gossip stream with a peer's first connection only, and this may have been that.
+            self._pubsub._schedule_peer_stream_retry(peer_id)
+            self._publish_peers()
             return
         lost = self._peers.pop(peer)
         self._askers.pop(peer, None)
@@ -234,7 +284,25 @@ class ControlEngine:
         self._asyncio.deliver(self._handlers.on_peer_lost, peer)
         lost.lost.set()
 
+    def _prefer_direct(self, peer: PeerId) -> None:
+        """The peer that was reached through a relay is reached directly by now."""
+        assert self._tasks is not None
+        self._peers[peer].relayed = False
+        self._publish_peers()
+        if outbox := self._outboxes.get(peer):
+            outbox.move()
+        if asker := self._askers.get(peer):
+            self._tasks.start_soon(asker.move)
+        self._tasks.start_soon(self._retire_circuits, peer)
+
+    async def _retire_circuits(self, peer: PeerId) -> None:
+        await trio.sleep(RETIRE_S)
+        for connection in self._swarm.get_connections(_libp2p_id(peer)):
+            if is_relayed(connection.muxed_conn) and self._dialer.is_directly_connected(peer):
+                await _close_socket(connection)
+
     async def _note_identified(self, peer_id: ID) -> None:
+        self._relays.wake()
         await self._dht.add_peer(peer_id)
         peer = _ed25519_peer(peer_id)
         if peer is None or peer not in self._peers:
@@ -244,8 +312,10 @@ class ControlEngine:
             self._publish_peers()
 
     def _publish_peers(self) -> None:
-        peers = (PeerAddresses(peer=peer, addresses=known.addresses) for peer, known in self._peers.items())
-        self.peers = tuple(peers)
+        self.peers = tuple(
+            PeerAddresses(peer=peer, addresses=known.addresses, relayed=known.relayed)
+            for peer, known in self._peers.items()
+        )
 
     # -- messages and requests
 
@@ -279,7 +349,24 @@ class ControlEngine:
 
     async def _open_stream(self, peer: PeerId, protocol: TProtocol) -> INetStream:
         with trio.fail_after(OPEN_STREAM_TIMEOUT_S):
-            return await self._host.new_stream(ID(encode_libp2p_peer_id(peer)), [protocol])
+            return await self._host.new_stream(_libp2p_id(peer), [protocol])
+
+    async def _open_direct_stream(self, peer: PeerId, protocol: TProtocol) -> INetStream:
+        if not self._dialer.is_directly_connected(peer):
+            raise PeerUnreachable(peer, Failure.PEER_LOST, "not connected")
+        return await self._open_stream(peer, protocol)
+
+    async def _open_connected_stream(self, peer_id: ID, protocol: TProtocol) -> INetStream:
+        return await self._host.new_stream(peer_id, [protocol])
+
+    async def _dial_known(self, peer_id: ID) -> None:
+        peer = _ed25519_peer(peer_id)
+        if peer is None:
+            raise SwarmException("only peers with Ed25519 keys are dialled")
+        try:
+            await self._dialer.connect(peer)
+        except PeerUnreachable as error:
+            raise SwarmException(error.detail) from error
 
     async def _serve_messages(self, stream: INetStream) -> None:
         if (peer := await self._admit(stream)) is None:
@@ -388,7 +475,7 @@ class ControlEngine:
         """Ask the nodes closest to `peer` for its addresses."""
         texts: tuple[str, ...] = ()
         with trio.move_on_after(LOOKUP_TIMEOUT_S):
-            found = await self._dht.peer_routing.find_peer(ID(encode_libp2p_peer_id(peer)))
+            found = await self._dht.peer_routing.find_peer(_libp2p_id(peer))
             texts = keep_dialable(map(str, found.addrs), peer) if found is not None else ()
         return PeerAddresses(peer=peer, addresses=_with_peer(texts, peer)) if texts else None
 
@@ -401,6 +488,28 @@ class ControlEngine:
             forget_strangers(self._swarm, self._router)
             await self._make_room()
 
+    def _count_relays_wanted(self) -> int:
+        return self._config.relays_wanted if self._config.reachability is Reachability.PRIVATE else 0
+
+    def _known_relays(self) -> list[PeerId]:
+        """Connected peers that relay for others, bootstrap peers first."""
+        relays = []
+        for peer in self._peers:
+            with suppress(PeerStoreError):
+                protocols = self._swarm.peerstore.get_protocols(_libp2p_id(peer))
+                if HOP_PROTOCOL in protocols and self._dialer.is_directly_connected(peer):
+                    relays.append(peer)
+        bootstraps = self._bootstraps()
+        return sorted(relays, key=lambda peer: peer not in bootstraps)
+
+    def relay_counts(self) -> RelayCounts:
+        """What is relayed for others now. Callable from any thread."""
+        return self._hop.counts() if self._hop is not None else RelayCounts()
+
+    def _own_addresses(self) -> list[Multiaddr]:
+        """Where others reach this node by itself."""
+        return [address for address in self._host.get_addrs() if not parse_address(str(address)).is_relayed]
+
     def _refresh_addresses(self) -> None:
         interfaces: dict[str, Multiaddr] = {}
         for listener in self._swarm.listeners.values():
@@ -412,15 +521,17 @@ class ControlEngine:
 
     def _announced(self, candidates: list[Multiaddr]) -> list[Multiaddr]:
         """What the host advertises: the configured addresses, or its own and those that others saw it by."""
+        circuits = [Multiaddr(str(replace(address, peer=None))) for address in self._relays.addresses()]
         if self._config.announce:
-            return [Multiaddr(text) for text in self._config.announce]
+            given = (replace(parse_address(text), peer=None) for text in self._config.announce)
+            return [*(Multiaddr(str(address)) for address in given), *circuits]
         known = {str(address) for address in self._interfaces}
         observed = [
             address
             for address in candidates
             if str(address) not in known and not parse_address(str(address)).is_wildcard
         ]
-        return [*self._interfaces, *observed]
+        return [*self._interfaces, *observed, *circuits]
 
 
 async def open_listeners(config: ControlConfig) -> list[Sequence[trio.SocketListener]]:
@@ -455,8 +566,7 @@ def _listen_error(config_field: str, address: Address, error: OSError) -> Config
 
 
 async def _close_socket(connection: INetConn) -> None:
-    # Closing the socket never blocks, unlike the library's farewell to a peer that has stopped reading.
-    await trio.aclose_forcefully(tcp_stream_of(connection.muxed_conn).stream)
+    await transport_of(connection.muxed_conn).abort()
 
 
 def _dialable_forms(bound: Multiaddr) -> list[Multiaddr]:
@@ -466,6 +576,10 @@ def _dialable_forms(bound: Multiaddr) -> list[Multiaddr]:
     forms = [form for form in expand_wildcard_address(bound) if not parse_address(str(form)).is_wildcard]
     outward = [form for form in forms if not parse_address(str(form)).is_loopback]
     return outward or forms
+
+
+def _libp2p_id(peer: PeerId) -> ID:
+    return ID(encode_libp2p_peer_id(peer))
 
 
 def _ed25519_peer(peer_id: ID) -> PeerId | None:

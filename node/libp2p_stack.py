@@ -15,74 +15,63 @@ protocol ids (libp2p specifications). Imported only in a process that starts a h
 
 import collections
 import logging
-import socket
-import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from types import TracebackType
 from typing import Any
 
 import libp2p.network.connection.swarm_connection
 import libp2p.stream_muxer.yamux.yamux
 import trio
-from libp2p.abc import IListener, IMuxedConn, INetStream, IRawConnection, ISecureConn
+from libp2p.abc import INetConn, INetStream
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
-from libp2p.custom_types import THandler, TProtocol
+from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.abc import ReadWriteCloser
-from libp2p.io.exceptions import ConnectionClosedError
-from libp2p.io.trio import TrioTCPStream
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.metrics.swarm import SwarmEvent
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.peer.peerstore import PeerStore
-from libp2p.protocol_muxer.exceptions import MultiselectError
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.score import ScoreParams, TopicScoreParams
 from libp2p.records.validator import NamespacedValidator
-from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.security.secure_session import SecureSession
-from libp2p.stream_muxer.yamux.yamux import FLAG_SYN, TYPE_PING, YAMUX_HEADER_FORMAT, Yamux, YamuxStream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
+from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.tools.anyio_service import TrioManager
 from libp2p.tools.anyio_service.api import ServiceAPI
 from libp2p.tools.anyio_service.exceptions import LifecycleError
 from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
-from libp2p.transport.exceptions import MuxerUpgradeFailure
-from libp2p.transport.tcp.tcp import TCP
-from libp2p.transport.upgrader import TransportUpgrader
 from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
 from shoal.node.control import ControlConfig
+from shoal.node.libp2p_connections import (
+    BoundedYamux,
+    CircuitStream,
+    Contained,
+    SteadyWindowStream,
+    TcpListener,
+    TcpTransport,
+    YamuxUpgrader,
+    is_relayed,
+    make_raw_connection,
+)
 from shoal.protocol.identity import encode_libp2p_peer_id
 
 HANDSHAKE_TIMEOUT_S = 5.0
 NEGOTIATION_TIMEOUT_S = 5.0
-# A peer whose kernel acknowledges nothing for this long is hung up on.
-LINK_TIMEOUT_S = 20
-# And one that sends no byte for this long after a ping, too: a relay's kernel may acknowledge for it.
-PING_PERIOD_S = 4.0
-SILENCE_TIMEOUT_S = 8.0
-SECOND_LOOK_S = 1.0
 LISTEN_BACKLOG = 128
-READ_BYTES_MAX = 64 * 1024
 STREAMS_PER_PEER_MAX = 64
-STREAM_WINDOW_BYTES = 1024 * 1024
-CREDIT_BYTES_MIN = 16 * 1024
-UNREAD_BYTES_PER_CONNECTION_MAX = 16 * STREAM_WINDOW_BYTES
 CONNECTIONS_PER_PEER_MAX = 3
 PROVIDED_KEYS_MAX = 4096
 ADDRESSES_PER_PROVIDER_MAX = 8
@@ -103,177 +92,6 @@ def quiet_libp2p() -> None:
     # This module logs to the root logger, and so would configure it.
     module: Any = libp2p.network.connection.swarm_connection
     module.logging = logging.getLogger(module.__name__)
-
-
-class Contained:
-    """A barrier for what remote bytes can make the library raise, which is anything.
-
-    Its errors have no common root, and one that passes ends the run for every peer; so this ends what failed, and
-    only that. Cancellation passes.
-    """
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self.failed = False
-
-    def __enter__(self) -> "Contained":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        self.failed = isinstance(error, Exception)
-        if self.failed:
-            _log.debug("%s failed: %r", self._what, error)
-        return self.failed
-
-
-class BufferedTcpStream(TrioTCPStream):
-    """A TCP stream whose `read(n)` returns n bytes unless the peer hangs up, with one system call for many reads."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        super().__init__(stream)
-        self.received_bytes = 0
-        self._unread = bytearray()
-        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # Not every system has these; there, the daemon's own heartbeats are all there is.
-        for name, value in (
-            ("TCP_USER_TIMEOUT", LINK_TIMEOUT_S * 1000),
-            ("TCP_KEEPIDLE", LINK_TIMEOUT_S // 2),
-            ("TCP_KEEPINTVL", LINK_TIMEOUT_S // 4),
-        ):
-            if hasattr(socket, name):
-                stream.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        try:
-            # The library's own reading of it fails for IPv6.
-            host, port = stream.socket.getpeername()[:2]
-        except OSError:
-            return
-        self._cached_remote_address = (str(host), int(port))
-
-    async def read(self, n: int | None = None) -> bytes:
-        enough = 1 if n is None else min(n, READ_BYTES_MAX)
-        while len(self._unread) < enough:
-            chunk = await super().read(READ_BYTES_MAX)
-            if not chunk:
-                break
-            self.received_bytes += len(chunk)
-            self._unread += chunk
-        count = len(self._unread) if n is None else enough
-        taken = bytes(self._unread[:count])
-        del self._unread[:count]
-        return taken
-
-
-class TcpListener(IListener):
-    """Listens on sockets that were opened before, so that a port that is taken is known before anything else starts."""
-
-    def __init__(self, handler: THandler, sockets: Sequence[trio.SocketListener]) -> None:
-        self._handler = handler
-        self._sockets = sockets
-        self._scope = trio.CancelScope()
-        self._addresses = tuple(multiaddr_from_socket(opened.socket) for opened in sockets)
-
-    async def listen(self, maddr: Multiaddr) -> None:
-        """Serve until `close`; the address was settled when the sockets were opened."""
-        with self._scope:
-            await trio.serve_listeners(self._serve, list(self._sockets))
-
-    def get_addrs(self) -> tuple[Multiaddr, ...]:
-        return self._addresses
-
-    async def close(self) -> None:
-        self._scope.cancel()
-        for opened in self._sockets:
-            await opened.aclose()
-
-    async def _serve(self, stream: trio.SocketStream) -> None:
-        with Contained("an incoming connection"):
-            await self._handler(BufferedTcpStream(stream))
-
-
-class TcpTransport(TCP):
-    """The library's dialler over `BufferedTcpStream`."""
-
-    async def _dial_resolved(self, maddr: Multiaddr, source: tuple[str, int] | None = None) -> IRawConnection:
-        dialled = await super()._dial_resolved(maddr, source)
-        assert isinstance(dialled, RawConnection) and isinstance(dialled.stream, TrioTCPStream)
-        return RawConnection(BufferedTcpStream(dialled.stream.stream), True)
-
-
-class SteadyWindowStream(YamuxStream):
-    """A stream with a window of STREAM_WINDOW_BYTES, topped up in few large steps.
-
-    The library sends an update for every read, which costs more than a small message itself.
-    """
-
-    async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
-        self._pending_recv_release += bytes_read
-        if self._pending_recv_release < CREDIT_BYTES_MIN:
-            return
-        unread = len(self.conn.stream_buffers.get(self.stream_id, b""))
-        missing = STREAM_WINDOW_BYTES - self.recv_window - unread
-        if missing >= STREAM_WINDOW_BYTES // 2:
-            self._pending_recv_release = 0
-            self.recv_window += missing
-            await self.send_window_update(missing)
-
-
-class BoundedYamux(Yamux):
-    """Yamux that hangs up on a peer that sends more than the windows it was given, and on one that falls silent."""
-
-    async def _measure_rtt_loop(self) -> None:
-        """Ping, and watch for any byte in return."""
-        stream = tcp_stream_of(self)
-        while True:
-            with trio.move_on_after(PING_PERIOD_S):
-                await self.event_shutting_down.wait()
-            if self.event_shutting_down.is_set():
-                return
-            before_bytes = stream.received_bytes
-            with Contained("a ping"), trio.move_on_after(SILENCE_TIMEOUT_S):
-                await self._ping()
-            if stream.received_bytes == before_bytes and not self.event_shutting_down.is_set():
-                # This process may have been stopped for so long itself, with the answer waiting to be read.
-                await trio.sleep(SECOND_LOOK_S)
-            if stream.received_bytes == before_bytes:
-                await trio.aclose_forcefully(stream.stream)
-                return
-
-    async def _ping(self) -> None:
-        self._ping_id += 1
-        self._ping_event = trio.Event()
-        await self._write_frame(struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, self._ping_id))
-        self._ping_sent_time = trio.current_time()
-        await self._ping_event.wait()
-
-    async def _read_data_body(self, length: int) -> bytes:
-        unread = sum(len(buffer) for buffer in self.stream_buffers.values())
-        if length > STREAM_WINDOW_BYTES or unread + length > UNREAD_BYTES_PER_CONNECTION_MAX:
-            await self._cleanup_on_error()
-            raise ConnectionClosedError(f"{unread} bytes unread and {length} more announced")
-        return await super()._read_data_body(length)
-
-
-def tcp_stream_of(muxed: IMuxedConn) -> BufferedTcpStream:
-    """The TCP stream under a connection of this module."""
-    assert isinstance(muxed, Yamux) and isinstance(muxed.secured_conn, SecureSession)
-    noise = muxed.secured_conn.conn
-    assert isinstance(noise, NoiseTransportReadWriter)
-    raw = noise.read_writer.read_write_closer
-    assert isinstance(raw, RawConnection) and isinstance(raw.stream, BufferedTcpStream)
-    return raw.stream
-
-
-class YamuxUpgrader(TransportUpgrader):
-    """Multiplexes every connection with `BoundedYamux`; the library takes its own class, whatever it is given."""
-
-    async def upgrade_connection(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
-        try:
-            await self.muxer_multistream.select_transport(conn)
-        except MultiselectError as error:
-            raise MuxerUpgradeFailure("the peer does not speak Yamux") from error
-        return BoundedYamux(conn, peer_id, is_initiator=conn.is_initiator)
 
 
 class ContainedTasks(TrioManager):
@@ -325,11 +143,31 @@ class _NoAutoConnector(AutoConnector):
 
 
 class BoundedSwarm(Swarm):
-    """A swarm that listens on given sockets and frees the place of an accepted connection when it closes."""
+    """A swarm that listens on given sockets and frees the place of an accepted connection when it closes.
+
+    Whatever in the library needs a connection gets it from `dial_known`.
+    """
+
+    dial_known: Callable[[ID], Awaitable[None]]
 
     def _init_connection_management(self) -> None:
         super()._init_connection_management()
         self.auto_connector = _NoAutoConnector(swarm=self)
+
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        await self.dial_known(peer_id)
+        return self.get_connections(peer_id)
+
+    async def accept(self, circuit: CircuitStream) -> None:
+        """Serve a connection that a relay has brought, until it closes."""
+        await self._handle_inbound_connection(circuit, circuit.address)
+
+    def is_directly_connected(self, peer_id: ID) -> bool:
+        """Whether a connection to the peer stands that goes through nobody else."""
+        return any(
+            not connection.is_closed and not is_relayed(connection.muxed_conn)
+            for connection in self.get_connections(peer_id)
+        )
 
     def add_listener(self, sockets: Sequence[trio.SocketListener], nursery: trio.Nursery) -> None:
         """Accept connections on these sockets from now on."""
@@ -345,7 +183,7 @@ class BoundedSwarm(Swarm):
     async def _do_handle_inbound_connection(
         self, read_write_closer: ReadWriteCloser, maddr: Multiaddr, failure_event: SwarmEvent
     ) -> None:
-        muxed = await self.upgrade_inbound_raw_conn(RawConnection(read_write_closer, False), maddr)
+        muxed = await self.upgrade_inbound_raw_conn(make_raw_connection(read_write_closer, is_initiator=False), maddr)
         assert isinstance(muxed, Yamux)
         await muxed.event_closed.wait()
 
@@ -357,15 +195,25 @@ class BoundedHost(BasicHost):
         self._streams: collections.Counter[ID] = collections.Counter()
         self._advertised: list[Multiaddr] = []
         self.on_identified: Callable[[ID], Awaitable[None]] | None = None
-        super().__init__(swarm, addrs_factory=announced, negotiate_timeout=int(NEGOTIATION_TIMEOUT_S))
+        self._announced = announced
+        super().__init__(swarm, negotiate_timeout=int(NEGOTIATION_TIMEOUT_S))
 
     def get_addrs(self) -> list[Multiaddr]:
         # Asked for at every message; what makes up the answer changes rarely.
         return list(self._advertised)
 
-    def refresh_addrs(self) -> None:
-        """Work out anew what to advertise."""
-        self._advertised = super().get_addrs()
+    def refresh_addrs(self) -> bool:
+        """Work out anew what to advertise; whether that has changed."""
+        # The library would cut a circuit address off at its relay, and so claim the relay's.
+        me = Multiaddr(f"/p2p/{self.get_id()}")
+        texts = {str(address): address for address in self._announced(self._candidates())}
+        advertised = [address.encapsulate(me) for address in texts.values()]
+        changed, self._advertised = advertised != self._advertised, advertised
+        return changed
+
+    def _candidates(self) -> list[Multiaddr]:
+        observed = self._observed_addr_manager.addrs() if self._observed_addr_manager is not None else []
+        return [*self.get_transport_addrs(), *observed]
 
     async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
         await super()._identify_peer(peer_id, reason=reason)

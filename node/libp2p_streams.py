@@ -20,6 +20,7 @@ import trio
 from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.network.stream.net_stream import NetStream
 
 from shoal.node.control import FRAME_BYTES_MAX, REQUESTS_PER_PEER_MAX, SENDS_QUEUED_MAX, PeerUnreachable, RequestRefused
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
@@ -54,6 +55,12 @@ def encode_frame(body: bytes) -> bytes:
     return bytes(prefix) + body
 
 
+async def end_writing(stream: INetStream) -> None:
+    """Tell the other side that nothing follows; its own bytes still come."""
+    assert isinstance(stream, NetStream)
+    await stream.close_write()
+
+
 class FrameReader:
     """Reads frames off a stream."""
 
@@ -79,6 +86,11 @@ class FrameReader:
         body = bytes(self._unread[start : start + length])
         del self._unread[: start + length]
         return body
+
+    def take_rest(self) -> bytes:
+        """What was read beyond the last frame, where the stream goes on in another protocol."""
+        rest, self._unread = bytes(self._unread), bytearray()
+        return rest
 
     async def _fill(self) -> bool:
         try:
@@ -127,6 +139,13 @@ class PeerLink:
         except STREAM_ERRORS as error:
             raise self.unreachable(Failure.PEER_LOST, f"write failed: {error}") from error
 
+    async def finish(self, stream: INetStream) -> None:
+        """Say that nothing follows, and return when the other side has read everything or is gone."""
+        with suppress(*STREAM_ERRORS), trio.move_on_after(WRITE_TIMEOUT_S):
+            await end_writing(stream)
+            await stream.read(1)
+        await self.reset(stream)
+
     async def reset(self, stream: INetStream) -> None:
         """Give the stream up, whatever state it is in."""
         with suppress(PeerUnreachable):
@@ -169,6 +188,7 @@ class Outbox:
         self._queue: collections.deque[_Message] = collections.deque()
         self._wake = trio.Event()
         self._closed = False
+        self._moving = False
 
     @property
     def is_closed(self) -> bool:
@@ -188,6 +208,11 @@ class Outbox:
         self._closed = True
         self._wake.set()
 
+    def move(self) -> None:
+        """The peer has a better connection: use that one for what comes next, in order as ever."""
+        self._moving = True
+        self._wake.set()
+
     async def run(self) -> None:
         """Send until `close`, or until the peer cannot be reached."""
         stream: INetStream | None = None
@@ -195,6 +220,11 @@ class Outbox:
         error = self._link.unreachable(Failure.PEER_LOST, "the connection closed")
         try:
             while not self._closed:
+                if self._moving:
+                    self._moving = False
+                    if stream is not None:
+                        await self._link.finish(stream)
+                        stream = None
                 if not self._queue:
                     self._wake = trio.Event()
                     await self._wake.wait()
@@ -232,18 +262,26 @@ class Asker:
         self._link = link
         self._places = trio.CapacityLimiter(REQUESTS_PER_PEER_MAX)
         self._idle: list[tuple[INetStream, FrameReader]] = []
+        self._moves = 0
+
+    async def move(self) -> None:
+        """The peer has a better connection: what is asked from now on goes there."""
+        self._moves += 1
+        left, self._idle = self._idle, []
+        for stream, _ in left:
+            await self._link.reset(stream)
 
     async def ask(self, question: bytes) -> bytes:
         """The answer to `question`; the caller sets the time limit. Raises as ControlPlane.request does."""
         async with self._places:
             stream, reader = self._idle.pop() if self._idle else await self._open()
-            answered = False
+            answered, moves = False, self._moves
             try:
                 await self._link.write(stream, encode_frame(question))
                 answer = await self._read_answer(reader)
                 answered = True
             finally:
-                if answered:
+                if answered and moves == self._moves:
                     self._idle.append((stream, reader))
                 else:
                     await self._link.reset(stream)

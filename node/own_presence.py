@@ -78,5 +78,6 @@ class OwnPresence:
         elif not is_wildcard(host):
             hosts = (host,)
         else:
-            hosts = tuple(parse_address(text).host for text in self.control.addresses())
+            announced = map(parse_address, self.control.addresses())
+            hosts = tuple(one.host for one in announced if not one.is_relayed)
         return tuple(dict.fromkeys(format_endpoint((one, port)) for one in hosts))[:ADDRESSES_MAX]

@@ -36,6 +36,59 @@ def test_what_parses_formats_back(text: str, net: str, host: str, port: int) -> 
         assert str(address) == whole
 
 
+@pytest.mark.parametrize("endpoint", ["/ip4/203.0.113.5/tcp/4001", "/dns/relay.example/tcp/1"])
+def test_a_circuit_names_the_relay_and_the_peer(endpoint: str) -> None:
+    through = f"{endpoint}/p2p/{format_peer_id(OTHER)}/p2p-circuit"
+    for whole, peer in ((through, None), (through + TAIL, PEER)):
+        address = parse_address(whole)
+        assert (address.relay, address.peer, address.is_relayed) == (OTHER, peer, True)
+        assert str(address) == whole
+    assert parse_peer_address(through + TAIL) == (PEER, parse_address(through + TAIL))
+    assert keep_dialable([through], PEER) == (through,)
+    assert not parse_address(endpoint).is_relayed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/ip4/1.2.3.4/tcp/1/p2p-circuit",
+        "/ip4/1.2.3.4/tcp/1/p2p-circuit" + TAIL,
+        f"/ip4/1.2.3.4/tcp/1{TAIL}/p2p-circuit/",
+        f"/ip4/1.2.3.4/tcp/1{TAIL}/p2p-circuit{TAIL}",
+        f"/ip4/1.2.3.4/tcp/1{TAIL}/p2p-circuit/ip4/1.2.3.4",
+        f"/ip4/1.2.3.4/tcp/1{TAIL}/circuit{TAIL}",
+        f"/ip4/1.2.3.4/tcp/1/ip4/1.2.3.4/p2p-circuit{TAIL}",
+        f"/ip4/1.2.3.4/tcp/1{TAIL}/p2p-circuit{TAIL}/p2p-circuit",
+    ],
+)
+def test_what_is_no_circuit_is_refused(text: str) -> None:
+    with pytest.raises(UriError):
+        parse_address(text)
+
+
+def test_nobody_is_reached_through_himself_or_through_a_wildcard() -> None:
+    for text in (
+        f"/ip4/1.2.3.4/tcp/1{TAIL}/p2p-circuit",
+        f"/ip4/0.0.0.0/tcp/1/p2p/{format_peer_id(OTHER)}/p2p-circuit",
+    ):
+        with pytest.raises(ProtocolError) as caught:
+            parse_address_untrusted(text, PEER)
+        assert caught.value.refusal is Refusal.OUT_OF_RANGE
+
+
+@pytest.mark.parametrize(
+    ("text", "is_global"),
+    [
+        ("/ip4/45.0.0.1/tcp/1", True),
+        ("/ip4/10.0.0.1/tcp/1", False),
+        ("/ip6/fd00::1/tcp/1", False),
+        ("/dns/a/tcp/1", True),
+    ],
+)
+def test_what_the_internet_may_dial_is_told_apart(text: str, is_global: bool) -> None:
+    assert parse_address(text).is_global == is_global
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -12,15 +12,16 @@ from contextlib import suppress
 import pytest
 
 from shoal.dht.addresses import parse_peer_address
-from shoal.node import libp2p_stack
+from shoal.node import libp2p_connections
 from shoal.node.control import (
     ControlConfig,
     ControlHandlers,
     ControlPlane,
     PeerUnreachable,
 )
+from shoal.node.libp2p_connections import UNREAD_BYTES_PER_CONNECTION_MAX
 from shoal.node.libp2p_host import Libp2pHost
-from shoal.node.libp2p_stack import STREAMS_PER_PEER_MAX, UNREAD_BYTES_PER_CONNECTION_MAX
+from shoal.node.libp2p_stack import STREAMS_PER_PEER_MAX
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, format_peer_id
 from tests.e2e.shaping_proxy import ShapedNetwork
@@ -159,9 +160,9 @@ async def test_a_killed_peer_is_lost(members: Members) -> None:
 async def test_a_peer_that_something_else_answers_for_is_lost(
     members: Members, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libp2p_stack, "PING_PERIOD_S", 0.1)
-    monkeypatch.setattr(libp2p_stack, "SILENCE_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(libp2p_stack, "SECOND_LOOK_S", 0.1)
+    monkeypatch.setattr(libp2p_connections, "PING_PERIOD_S", 0.1)
+    monkeypatch.setattr(libp2p_connections, "SILENCE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(libp2p_connections, "SECOND_LOOK_S", 0.1)
     one, other, third = await members.start(3)
     network = ShapedNetwork()
     _, address = parse_peer_address(one.plane.addresses()[0])

@@ -12,12 +12,12 @@ from multiaddr import Multiaddr
 
 from shoal.node import libp2p_stack
 from shoal.node.control import ControlConfig
+from shoal.node.libp2p_connections import Contained
 from shoal.node.libp2p_stack import (
     ADDRESSES_PER_PROVIDER_MAX,
     PROVIDED_KEYS_MAX,
     SEEN_MESSAGES_TTL_S,
     BoundedProviders,
-    Contained,
     SeenMessages,
     build_dht,
     build_host,
