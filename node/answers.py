@@ -5,7 +5,7 @@ Invariant: every answer is bounded by its message's schema; a question that no h
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.ledger_view import make_page
@@ -13,6 +13,7 @@ from shoal.node.link_port import Address, LinkLost
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
 from shoal.node.membership import Membership
+from shoal.node.upload_meter import UploadMeter
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
@@ -24,6 +25,7 @@ from shoal.protocol.messages import (
     GetPeers,
     GetSnapshot,
     ManifestAnswer,
+    MeasureUpload,
     ReachAnswer,
     Reconcile,
     SnapshotAnswer,
@@ -46,6 +48,7 @@ class Answers:
     membership: Membership
     links: TensorLinks
     addresses_of: Callable[[PeerId], tuple[Address, ...]]
+    upload_meter: UploadMeter = field(default_factory=UploadMeter)
 
     async def answer(self, peer: PeerId, raw: bytes) -> bytes:
         """The encoded answer; raises ProtocolError for a question that has none."""
@@ -63,6 +66,8 @@ class Answers:
                 answer = self.membership.answer_peers()
             case CheckReach():
                 answer = await self._check_reach(peer)
+            case MeasureUpload():
+                answer = await self.upload_meter.measure(self.links, peer, question)
             case _:
                 raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(question).__name__} is no question")
         return encode_message(self.swarm, answer)

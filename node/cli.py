@@ -78,6 +78,8 @@ def _make_parser() -> argparse.ArgumentParser:
     status.add_argument("--web-port", type=int, default=None)
     status.set_defaults(run=_run_status)
 
+    _add_doctor_command(commands)
+
     swarm = commands.add_parser("swarm", help="make a swarm").add_subparsers(required=True, metavar="COMMAND")
     create = swarm.add_parser("create", help="make and sign a manifest from a draft, and print the swarm's URI")
     create.add_argument("draft", type=Path, help="a TOML file; see configs/tiny.manifest.toml")
@@ -114,6 +116,19 @@ def _make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--report", type=Path, help="write the summary as JSON here, too")
     demo.set_defaults(run=_run_demo)
     return parser
+
+
+def _add_doctor_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from shoal.node.config import FLAGS
+
+    doctor = commands.add_parser("doctor", help="look for what keeps this machine from taking part, within 15 s")
+    doctor.add_argument("uri", nargs="?", help="shoal://… of the swarm; default: that of the data directory")
+    doctor.add_argument("--json", action="store_true", help="one JSON object")
+    doctor.add_argument("--config", type=Path, help="as for `up`, and the same options")
+    for flag, field in FLAGS.items():
+        if flag != "swarm":
+            doctor.add_argument(f"--{flag}", metavar="VALUE", help=f"overrides {field}")
+    doctor.set_defaults(run=_run_doctor)
 
 
 def _add_decree_commands(swarm: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -255,6 +270,27 @@ def _run_status(options: argparse.Namespace) -> int:
     else:
         print_status(status)
     return 0
+
+
+def _run_doctor(options: argparse.Namespace) -> int:
+    from shoal.node.config import FLAGS
+    from shoal.node.doctor import run
+    from shoal.node.doctor_findings import Verdict
+    from shoal.node.terminal import print_table, show_progress
+
+    given = {flag: getattr(options, flag.replace("-", "_"), None) for flag in FLAGS} | {"swarm": options.uri}
+    overrides = {flag: value for flag, value in given.items() if value is not None}
+    with show_progress("looking at") as noticed:
+        report = run(options.config, overrides, noticed)
+    if options.json:
+        print(report.to_json())
+        return 0 if report.takes_part else EXIT_INPUT
+    styles = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red", Verdict.NOT_CHECKED: "dim"}
+    rows = [((one.verdict, one.check, one.text, one.next_step), styles[one.verdict]) for one in report.findings]
+    print_table(("", "", "finding", "next step"), rows)
+    answer = "nothing stands in the way of taking part" if report.takes_part else "this machine cannot take part yet"
+    print(f"{answer} ({report.took_s:.1f} s)")
+    return 0 if report.takes_part else EXIT_INPUT
 
 
 def _run_create(options: argparse.Namespace) -> int:

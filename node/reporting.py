@@ -379,6 +379,10 @@ class Reporter:
             tensor_received_bytes=sum(one.wire_bytes_in for one in peers),
             contribution_bytes=exchange.encoded_bytes,
             fp32_bytes=exchange.fp32_bytes,
+            tensor_send_bytes_per_s=max((one.send_bytes_per_s for one in peers if one.send_bytes_per_s), default=None),
+            tensor_receive_bytes_per_s=max(
+                (one.receive_bytes_per_s for one in peers if one.receive_bytes_per_s), default=None
+            ),
         )
 
     def _disk_status(self) -> DiskStatus:

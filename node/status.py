@@ -125,7 +125,8 @@ class TrainingStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrafficStatus:
-    """Bytes since the daemon's start; `fp32_bytes` is what the same contributions take uncompressed."""
+    """Bytes since the daemon's start; `fp32_bytes` is what the same contributions take uncompressed. The rates are
+    those of the fastest peer in recent large payloads, None before there were any."""
 
     control_sent_bytes: int
     control_received_bytes: int
@@ -133,6 +134,8 @@ class TrafficStatus:
     tensor_received_bytes: int
     contribution_bytes: int
     fp32_bytes: int
+    tensor_send_bytes_per_s: float | None = None
+    tensor_receive_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -228,6 +228,36 @@ def describe_demo(view: DemoView) -> str:
     )
 
 
+def print_table(columns: Sequence[str], rows: Iterable[tuple[Sequence[str], str]]) -> None:
+    """Rows of cells, each with a style: a table on a terminal, elsewhere a line, and one for each further cell."""
+    if not sys.stdout.isatty():
+        for (verdict, name, text, *more), _ in rows:
+            print("\n    -> ".join([f"{verdict:<12}{name:<15}{text}", *(cell for cell in more if cell)]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="dim", expand=False)
+    for column in columns:
+        table.add_column(column)
+    for cells, style in rows:
+        table.add_row(*(Text(clean_text(cell, 500), style if place < 2 else "") for place, cell in enumerate(cells)))
+    Console().print(table)
+
+
+@contextmanager
+def show_progress(title: str) -> Iterator[Callable[[str], None]]:
+    """A line on the terminal's standard error while something takes its time; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(title) as line:
+        yield lambda text: line.update(f"{title}: {text}")
+
+
 def print_status(status: Status) -> None:
     """The status once: a table on a terminal, plain lines elsewhere."""
     if sys.stdout.isatty():

@@ -35,6 +35,7 @@ ADDRESSES_MAX = 8
 SNAPSHOTS_TOLD_MAX = 4
 CERTIFICATES_PER_ANSWER = 16
 PEERS_PER_ANSWER = 64
+UPLOAD_BYTES_MAX = 4 << 20
 
 Peer = Annotated[PeerId, Bound(32, 32)]
 Bitmap = Annotated[bytes, Bound(1, ROSTER_MAX // 8)]
@@ -338,6 +339,19 @@ class ReachAnswer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureUpload:
+    """Asks the other one to fetch these bytes over the asker's tensor link, and to say how long that took."""
+
+    digest: Bytes32
+    nbytes: Annotated[int, Bound(1, UPLOAD_BYTES_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadAnswer:
+    seconds: Annotated[float, Bound(0, 3600)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
     """What a control frame carries. The version and the swarm are readable before the body is."""
 
@@ -375,6 +389,8 @@ SCHEMA = Schema(
         39: PeersAnswer,
         40: CheckReach,
         41: ReachAnswer,
+        60: MeasureUpload,
+        61: UploadAnswer,
     }
 )
 # What may be larger than MESSAGE_BYTES_MAX: answers that carry state. Everything else is refused past it.

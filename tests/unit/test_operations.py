@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from shoal.node import conduct
+from shoal.node.doctor import DEADLINE_S
+from shoal.node.doctor_findings import Check
+from shoal.node.doctor_swarm import RATE_BYTES_MAX, RATE_TIMEOUT_S
 from shoal.node.metrics import Deadline, Metrics
 from shoal.protocol.effects import Phase
 from shoal.protocol.errors import Failure, Refusal
@@ -39,6 +42,16 @@ def test_every_word_has_its_line(heading: str, words: set[str]) -> None:
     table = read_table(heading)
     assert set(table) == words
     assert all(row[0] for row in table.values())
+
+
+def test_every_line_of_the_doctor_is_described() -> None:
+    section = TEXT.partition("\n## `shoal doctor`\n")[2].partition("\n## ")[0]
+    words = re.findall(
+        r"`([^`]+)`", " ".join(row.split("|")[1] for row in section.splitlines() if row.startswith("| "))
+    )
+    assert sorted(words) == sorted(one.value for one in Check)
+    assert f"within {DEADLINE_S:.0f} s" in section
+    assert f"at most {RATE_BYTES_MAX >> 20} MiB and {RATE_TIMEOUT_S:.0f} s each" in section
 
 
 def test_the_limits_that_the_status_names_are_described() -> None:

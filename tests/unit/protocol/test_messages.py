@@ -33,6 +33,7 @@ from shoal.protocol.messages import (
     LockCertificate,
     Locked,
     ManifestAnswer,
+    MeasureUpload,
     Member,
     Nack,
     PartDone,
@@ -49,6 +50,7 @@ from shoal.protocol.messages import (
     Result,
     RosterEntry,
     SnapshotAnswer,
+    UploadAnswer,
     Vote,
     contribution_root,
     decode_message_untrusted,
@@ -127,6 +129,8 @@ SAMPLES = (
     PeersAnswer(presences=(make_presence(0),)),
     CheckReach(),
     ReachAnswer(known=True, reached=False),
+    MeasureUpload(digest=b"u" * 32, nbytes=1),
+    UploadAnswer(seconds=0.5),
 )
 SIGNED = {
     Presence: make_presence(1),

@@ -1,0 +1,409 @@
+"""`shoal doctor`: looks at everything at once, within DEADLINE_S, and says what it found.
+
+With a running daemon on the data folder it asks that one what it knows, by its local web port, and visits the swarm
+under a key made for the purpose; without one it uses the peer's own key, if there is one, so that what the swarm says
+to this peer is seen.
+
+Invariants: nothing that it looks at can fail or hold up the command: what is not seen in time is said to be not
+checked; it makes no key and changes no file of the folder.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+
+from shoal.node.config import BOOTSTRAP, MANIFEST_FILE, TRAINER, NodeConfig, load_config
+from shoal.node.control import STOP_TIMEOUT_S, ControlStopped
+from shoal.node.doctor_findings import (
+    Check,
+    ClockSeen,
+    ConfigFault,
+    DiskSeen,
+    Finding,
+    IdentitySeen,
+    ModelSeen,
+    TorchSeen,
+    Unknown,
+    can_take_part,
+    judge_clock,
+    judge_configuration,
+    judge_disk,
+    judge_identity,
+    judge_torch,
+    judge_versions,
+    not_checked,
+    order,
+    to_json_tree,
+)
+from shoal.node.doctor_machine import (
+    count_dials,
+    list_listeners,
+    look,
+    measure_folder,
+    see_disk,
+    see_firewall,
+    see_identity,
+    see_ports,
+    see_source,
+    see_synchronized,
+    see_torch,
+    see_versions,
+)
+from shoal.node.doctor_network import (
+    NAME_A_SWARM,
+    BandwidthSeen,
+    FirewallSeen,
+    PeersSeen,
+    PortSeen,
+    ReachSeen,
+    judge_bandwidth,
+    judge_bootstraps,
+    judge_daemon,
+    judge_dht,
+    judge_families,
+    judge_firewall,
+    judge_listeners,
+    judge_ports,
+    judge_reach,
+)
+from shoal.node.doctor_swarm import SwarmView, SwarmVisit, part_bytes, visitor_config, visitor_handlers
+from shoal.node.identity_file import IDENTITY_FILE, load_identity
+from shoal.node.libp2p_host import Libp2pHost
+from shoal.node.manifest_source import read_manifest_file
+from shoal.node.peer_book_file import load_peer_book
+from shoal.node.running import RUNNING_FILE, read_running
+from shoal.node.status import Status, fetch_status
+from shoal.protocol.errors import ConfigError, InputError, ShoalError
+from shoal.protocol.identity import SEED_BYTES, Identity, PeerId, format_peer_id, parse_peer_id
+from shoal.protocol.manifest import Manifest, parse_uri, read_manifest_untrusted
+
+DEADLINE_S = 15.0  # from the start of the process to its last line
+PRINTING_S = 0.7
+LOOKS_END_S = DEADLINE_S - PRINTING_S
+# Its host takes up to that long to hang up.
+VISIT_END_S = LOOKS_END_S - STOP_TIMEOUT_S
+STATUS_TIMEOUT_S = 2.0
+KNOWN_PEERS_MAX = 6
+PEER_BOOK_FILE = "peers.book"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What is printed."""
+
+    findings: tuple[Finding, ...]
+    peer: str
+    swarm: str
+    took_s: float
+
+    @property
+    def takes_part(self) -> bool:
+        return can_take_part(self.findings)
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        about = {"peer": self.peer, "swarm": self.swarm, "can_take_part": self.takes_part, "took_s": self.took_s}
+        return json.dumps(to_json_tree(self.findings, **about), ensure_ascii=False)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Observations:
+    """What was seen so far; None where it was not."""
+
+    status: Status | None = None
+    listeners: tuple[tuple[str, int], ...] = ()
+    ports: tuple[PortSeen, ...] | None = None
+    firewall: FirewallSeen | None = None
+    disk: DiskSeen | None = None
+    torch: TorchSeen | Unknown | None = None
+    swarm: SwarmView = field(default_factory=SwarmView)
+    visit_fault: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Swarm:
+    """Which swarm, as far as the configuration and the folder say."""
+
+    id: bytes
+    bootstraps: tuple[str, ...]
+    manifest: Manifest | None
+
+
+async def examine(path: Path | None, overrides: Mapping[str, str], noticed: Callable[[str], None]) -> Report:
+    """Look at everything. `noticed` is told what has been seen, for a progress line."""
+    began_s = time.monotonic() - (time.time() - psutil.Process().create_time())
+    config, fault = read_config(path, overrides)
+    folder = config.data_path
+    seen = _Observations()
+    with hold_key(folder / IDENTITY_FILE) as held:
+        in_use = held is None and (folder / RUNNING_FILE).exists()
+        identity_seen = see_identity(folder / IDENTITY_FILE, in_use)
+        await _ask_daemon(folder, seen)
+        swarm = find_swarm(config, seen.status)
+        key = held or Identity(secrets.token_bytes(SEED_BYTES))
+        await _look_around(config, seen, swarm, key, began_s, noticed)
+    findings = _judge(config, fault, path, seen, swarm, identity_seen)
+    return Report(
+        findings=tuple(order(findings)),
+        peer=identity_seen.peer,
+        swarm=swarm.id.hex() if swarm else "",
+        took_s=round(time.monotonic() - began_s, 2),
+    )
+
+
+def read_config(path: Path | None, overrides: Mapping[str, str]) -> tuple[NodeConfig, ConfigFault | None]:
+    """The configuration; where it is refused, why, and as much of it as can be had."""
+    try:
+        return load_config(path, overrides), None
+    except InputError as error:
+        fault = ConfigFault(field=error.field, fault=error.problem, fix=error.fix)
+    # A trainer that nobody has told its swarm is still a machine to look at; so is one whose file is wrong.
+    folder = {name: text for name, text in overrides.items() if name == "data-dir"}
+    for file, given in ((path, {**overrides, "role": "bootstrap"}), (None, {**folder, "role": "bootstrap"})):
+        with contextlib.suppress(InputError):
+            return with_role(load_config(file, given), overrides.get("role")), fault
+    return with_role(NodeConfig(), overrides.get("role")), fault
+
+
+def with_role(config: NodeConfig, role: str | None) -> NodeConfig:
+    """It was read as a bootstrap peer's, which needs least, and is judged as what it is to be."""
+    return replace(config, node=replace(config.node, role=BOOTSTRAP if role == BOOTSTRAP else TRAINER))
+
+
+def find_swarm(config: NodeConfig, status: Status | None) -> _Swarm | None:
+    """From the URI, the manifest file, the folder, or the running daemon; nothing is moved aside or mended."""
+    uri = None
+    with contextlib.suppress(InputError):
+        uri = parse_uri(config.node.swarm or (status.uri if status else ""))
+    signed: bytes | None = None
+    swarm = uri.swarm if uri else None
+    for path in (config.node.manifest, str(config.data_path / MANIFEST_FILE)):
+        if path is not None and signed is None:
+            with contextlib.suppress(ConfigError):
+                found, its_swarm = read_manifest_file(Path(path))
+                if swarm in (None, its_swarm):
+                    signed, swarm = found, its_swarm
+    if swarm is None:
+        return None
+    bootstraps = tuple(dict.fromkeys((*(uri.bootstraps if uri else ()), *config.control.bootstraps)))
+    manifest = read_manifest_untrusted(signed, swarm)[0] if signed is not None else None
+    return _Swarm(id=swarm, bootstraps=bootstraps, manifest=manifest)
+
+
+@contextmanager
+def hold_key(path: Path) -> Iterator[Identity | None]:
+    """This peer's identity for as long as no daemon uses it; None where one does, or where there is no usable key."""
+    try:
+        identity = load_identity(path)
+        file = path.open("rb")
+    except (ConfigError, OSError):
+        yield None
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+            return
+        yield identity
+
+
+# -- looking -----------------------------------------------------------------------------------------------------------
+
+
+async def _ask_daemon(folder: Path, seen: _Observations) -> None:
+    try:
+        host, port = read_running(folder)
+        seen.status = await look(lambda: fetch_status(host, port, STATUS_TIMEOUT_S), STATUS_TIMEOUT_S + 0.5)
+        note = json.loads((folder / RUNNING_FILE).read_text(encoding="utf-8"))
+        if seen.status is not None and isinstance(note.get("pid"), int):
+            seen.listeners = list_listeners(note["pid"])
+    except (ShoalError, OSError, ValueError, AttributeError):
+        return  # none runs, or another version: it is looked at from outside
+
+
+async def _look_around(
+    config: NodeConfig,
+    seen: _Observations,
+    swarm: _Swarm | None,
+    identity: Identity,
+    began_s: float,
+    noticed: Callable[[str], None],
+) -> None:
+    """Everything at once; what is not there when its time is over stays None."""
+    folder = config.data_path
+
+    async def see_all_ports() -> None:
+        seen.ports = await look(lambda: see_ports(config))
+
+    async def see_walls() -> None:
+        seen.firewall = await see_firewall()
+
+    async def see_store() -> None:
+        with contextlib.suppress(OSError):
+            seen.disk = await look(lambda: see_disk(folder, measure_folder(folder)), 6.0)
+
+    async def see_trainer() -> None:
+        seen.torch = await see_torch()
+
+    looks = {"ports": see_all_ports(), "firewall": see_walls(), "disk": see_store(), "torch": see_trainer()}
+    tasks = {asyncio.create_task(work): name for name, work in looks.items()}
+    if swarm is not None:
+        tasks[asyncio.create_task(_visit(config, seen, swarm, identity, began_s + VISIT_END_S))] = "swarm"
+    waiting = set(tasks)
+    while waiting and (left_s := began_s + LOOKS_END_S - time.monotonic()) > 0:
+        noticed(", ".join(sorted(tasks[task] for task in waiting)))
+        _, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _visit(config: NodeConfig, seen: _Observations, swarm: _Swarm, identity: Identity, ends_s: float) -> None:
+    """Visit the swarm with a control host of its own, until `ends_s`."""
+    host = Libp2pHost(visitor_config(identity, swarm.id), visitor_handlers())
+    view = seen.swarm
+    view.manifest = swarm.manifest
+    own = seen.status.peer if seen.status else format_peer_id(identity.peer)
+    try:
+        async with asyncio.timeout(ends_s - time.monotonic()):
+            await host.start()
+            visit = SwarmVisit(identity, swarm.id, host, view)
+            bootstraps = [text for text in swarm.bootstraps if not text.endswith(f"/p2p/{own}")]
+            await visit.look(bootstraps, _known_peers(config, identity.peer, own))
+    except TimeoutError:
+        seen.visit_fault = f"the {DEADLINE_S:.0f} s of this command were over"
+    except (ShoalError, OSError) as error:
+        seen.visit_fault = str(error)
+    finally:
+        with contextlib.suppress(ControlStopped):
+            await host.stop()
+
+
+def _known_peers(config: NodeConfig, me: PeerId, own: str) -> list[tuple[PeerId, tuple[str, ...]]]:
+    book = load_peer_book(config.data_path / PEER_BOOK_FILE, me)
+    ranked = [known for known in book.ranked() if known.addresses and format_peer_id(known.peer) != own]
+    return [(known.peer, with_peer(known.peer, known.addresses)) for known in ranked[:KNOWN_PEERS_MAX]]
+
+
+def with_peer(peer: PeerId, addresses: tuple[str, ...]) -> tuple[str, ...]:
+    """The addresses with the id of the peer that must answer there."""
+    tail = f"/p2p/{format_peer_id(peer)}"
+    return tuple(text if text.endswith(tail) else text + tail for text in addresses)
+
+
+# -- judging -----------------------------------------------------------------------------------------------------------
+
+
+def _judge(
+    config: NodeConfig,
+    fault: ConfigFault | None,
+    path: Path | None,
+    seen: _Observations,
+    swarm: _Swarm | None,
+    identity: IdentitySeen,
+) -> list[Finding]:
+    view = seen.swarm
+    model = describe_model(view.manifest or (swarm.manifest if swarm else None))
+    agents = tuple(one.agent for one in view.presences.values())
+    status = seen.status
+    reached = any(row.me and row.owner for row in status.peers) if status else None
+    findings = [
+        judge_identity(identity),
+        judge_configuration(str(path) if path else "defaults and options", fault),
+        judge_versions(see_versions(agents, tuple(view.refusing))),
+        judge_torch(seen.torch or Unknown(why="importing torch took too long"), config, model),
+        judge_clock(ClockSeen(synchronized=see_synchronized(), ahead_s=tuple(view.ahead_s.values()))),
+        judge_daemon(status, config.data_path),
+    ]
+    if seen.disk is None:
+        findings.append(not_checked(Check.DISK, Unknown(why=f"{config.data_path} did not answer within 6 s")))
+    else:
+        findings.append(judge_disk(seen.disk, config, model))
+    findings += _judge_reachability(config, seen, reached)
+    findings += _judge_swarm(config, seen, swarm, identity, model)
+    return findings
+
+
+def _judge_reachability(config: NodeConfig, seen: _Observations, reached: bool | None) -> list[Finding]:
+    """Ports, firewall, address families, and whether anybody came in."""
+    findings: list[Finding] = []
+    ports = [config.control.port, config.tensor.port]
+    if seen.status is not None:
+        findings.append(judge_listeners(seen.listeners))
+        ports = [port for host, port in seen.listeners if not host.startswith("127.") and host != "::1"]
+    elif seen.ports is None:
+        findings.append(not_checked(Check.PORTS, Unknown(why="binding them took too long")))
+    else:
+        findings += judge_ports(seen.ports)
+    if seen.firewall is None:
+        findings.append(not_checked(Check.FIREWALL, Unknown(why="its rules were not read in time")))
+    else:
+        findings.append(judge_firewall(seen.firewall, ports, reached))
+    dials = seen.swarm.dials
+    findings += judge_families(count_dials(see_source(4), 4, dials), count_dials(see_source(6), 6, dials))
+    if seen.status is not None:
+        findings.append(judge_reach(ReachSeen(reached=reached, source="the running daemon"), ports))
+    return findings
+
+
+def _judge_swarm(
+    config: NodeConfig, seen: _Observations, swarm: _Swarm | None, identity: IdentitySeen, model: ModelSeen | None
+) -> list[Finding]:
+    if swarm is None:
+        unknown = Unknown(why="no swarm is known", next_step=NAME_A_SWARM)
+        return [not_checked(check, unknown) for check in (Check.BOOTSTRAP, Check.DHT, Check.BANDWIDTH)]
+    view = seen.swarm
+    late = seen.visit_fault or "it was not reached in time"
+    peers = PeersSeen(
+        bootstraps=tuple(view.bootstraps.values()),
+        known=tuple(view.known.values()),
+        founder=swarm.manifest is not None and _is_founder(swarm.manifest, identity.peer),
+        daemon_peers=sum(not row.me and row.alive for row in seen.status.peers) if seen.status else 0,
+    )
+    nobody = not any(one.reached for one in (*peers.bootstraps, *peers.known))
+    why = "no peer was reached to ask" if nobody else late
+    bandwidth: BandwidthSeen | Unknown = view.bandwidth or Unknown(
+        why=why if nobody or not view.rates_tried else "no member could be dialled on its tensor port"
+    )
+    if seen.status is not None:
+        sent, received = seen.status.traffic.tensor_send_bytes_per_s, seen.status.traffic.tensor_receive_bytes_per_s
+        if sent is not None or received is not None:
+            bandwidth = BandwidthSeen(
+                up_bytes_per_s=sent, down_bytes_per_s=received, source="as the daemon measures it"
+            )
+    return [
+        *judge_bootstraps(peers),
+        judge_dht(view.dht or Unknown(why=why)),
+        judge_bandwidth(bandwidth, config, model),
+    ]
+
+
+def _is_founder(manifest: Manifest, peer: str) -> bool:
+    return bool(peer) and parse_peer_id(peer) in manifest.founders
+
+
+def describe_model(manifest: Manifest | None) -> ModelSeen | None:
+    """What of a manifest decides about a machine."""
+    if manifest is None:
+        return None
+    return ModelSeen(
+        name=manifest.name,
+        parameters=manifest.layout.elements,
+        contribution_bytes=sum(part_bytes(manifest, part) for part in range(manifest.parts)),
+        exchange_timeout_s=manifest.rounds.exchange_timeout_s,
+    )
+
+
+def run(path: Path | None, overrides: Mapping[str, str], noticed: Callable[[str], None]) -> Report:
+    """`examine` on a loop of its own."""
+    return asyncio.run(examine(path, overrides, noticed))
