@@ -17,6 +17,7 @@ from shoal.crdt.key_set import KEY_END, KEY_FIRST, id_of_key
 from shoal.crdt.kinds import TAG_REMOVALS_MAX, BanBody, EntryId, Kind, ReadmissionBody
 from shoal.crdt.ledger import Draft, Ledger
 from shoal.node.config import MANIFEST_FILE
+from shoal.node.durability import sync_path
 from shoal.node.identity_file import load_identity
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.ledger_sync import make_rules
@@ -129,7 +130,9 @@ def _write_end(owner_key: Path, end: _ChainEnd) -> None:
     draft = path.with_name(f".{path.name}.new")
     try:
         draft.write_bytes(encode_record(end))
+        sync_path(draft)
         draft.replace(path)
+        sync_path(path.parent)
     except OSError as error:
         raise ConfigError(str(path), f"cannot be written: {error.strerror}", "check the folder's rights") from error
 

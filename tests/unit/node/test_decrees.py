@@ -10,6 +10,7 @@ from shoal.crdt.entries import NO_ENTRY, Batch, ChainPosition, EntryContent, sig
 from shoal.crdt.eras import PERMANENT_ERA
 from shoal.crdt.fold import LedgerState
 from shoal.crdt.ledger import Ledger
+from shoal.node import decrees
 from shoal.node.cli import main
 from shoal.node.config import MANIFEST_FILE
 from shoal.node.decrees import ban, readmit, unban
@@ -116,6 +117,23 @@ def test_a_folder_that_has_not_heard_of_the_last_decree_signs_none(swarm: Swarm,
     (tmp_path / "owner.chain").write_bytes(b"?")
     with pytest.raises(ConfigError, match="is damaged"):
         ban(other, key, PEERS[2], "", NOW_MS)
+
+
+def test_the_note_survives_a_power_cut_before_the_decree_is_stored(
+    swarm: Swarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, folder = make_key(tmp_path / "owner.key", find_seed()), make_folder(swarm, tmp_path / "peer")
+    steps: list[str] = []
+    append = LedgerStore.append
+
+    def store(self: LedgerStore, batches: Sequence[Batch], *, own: bool) -> None:
+        steps.append("stored")
+        append(self, batches, own=own)
+
+    monkeypatch.setattr(decrees, "sync_path", lambda path: steps.append(path.name))
+    monkeypatch.setattr(LedgerStore, "append", store)
+    ban(folder, key, LIAR.peer, "", NOW_MS)
+    assert steps == [".owner.chain.new", tmp_path.name, "stored"]
 
 
 def test_what_is_missing_or_wrong_is_named(swarm: Swarm, tmp_path: Path) -> None:
