@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from shoal.crdt.anti_entropy import ANSWER_TIMEOUTS_S, PERIOD_S, ROUND_TRIPS_MAX, Conversation, PeerChoice
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
-from shoal.crdt.eras import choose_rounds_per_era, era_of_round
+from shoal.crdt.eras import PERMANENT_ERA, choose_rounds_per_era, era_of_round, oldest_kept
 from shoal.crdt.fold import LedgerState
 from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
 from shoal.crdt.ledger import ChainForkedError, Draft, Ledger, LedgerRules
@@ -179,9 +179,9 @@ class LedgerSync:
                 for raw in message.batches:
                     # Ed25519 takes a quarter of a millisecond; between batches the loop may breathe.
                     batch = decode_batch_untrusted(raw)
-                    is_foreign = batch.entries[-1].seq >= self.ledger.next_seq(batch.era)
+                    is_unknown = self._is_unknown_own(batch)
                     fresh += self.ledger.accept(batch).accepted
-                    if is_foreign and batch.author == self._identity.peer:
+                    if is_unknown:
                         self._meet_own(batch)
                     await asyncio.sleep(0)
             finally:
@@ -199,6 +199,12 @@ class LedgerSync:
                     await asyncio.to_thread(self._store.append_recovered, batch)
                 except StoreError as error:
                     log.error("an own ledger entry that came from elsewhere was not stored: %s", error)
+
+    def _is_unknown_own(self, batch: Batch) -> bool:
+        # Where the chain of a dropped era ended is not known any more; whoever is a little behind sends of it still.
+        is_kept = batch.era == PERMANENT_ERA or batch.era >= oldest_kept(self.ledger.era)
+        is_own = batch.author == self._identity.peer
+        return is_own and is_kept and batch.entries[-1].seq >= self.ledger.next_seq(batch.era)
 
     def _meet_own(self, batch: Batch) -> None:
         """An own entry that this process has not written: of before a backup was put back, or of a clone. Either way

@@ -12,7 +12,7 @@ from shoal.crdt import eras, own_chain
 from shoal.crdt.entries import Batch, encode_batch
 from shoal.crdt.kinds import Kind, RegisterBody
 from shoal.crdt.ledger import Draft, Ledger
-from shoal.crdt.own_chain import CLONE_MARK, SKEW_MS
+from shoal.crdt.own_chain import CLONE_MARK, SKEW_MS, OwnChain
 from shoal.node import ledger_sync
 from shoal.protocol.errors import Failure, ProtocolError
 from shoal.protocol.identity import PeerId
@@ -150,6 +150,25 @@ async def test_a_clone_is_met_and_told(tmp_path: Path, caplog: pytest.LogCapture
         assert any("chain_cloned" in one for one in ann.reporter.build_status().warnings)
         assert b'shoal_ledger_held{reason="chain_cloned"} 1.0' in ann.reporter.render_metrics()
         assert ann.ledger.ledger.forks == {}
+
+
+async def test_own_entries_of_a_dropped_era_that_come_back_are_no_clones(tmp_path: Path) -> None:
+    """Peers that are a little behind keep an era longer, and send of it."""
+    swarm = make_samples()
+    async with open_peers(tmp_path, 2, swarm) as (ann, bob):
+        forgotten: list[bool] = []
+        ann.ledger.on_forgotten = forgotten.append
+        for peer in (ann, bob):
+            keep_up(peer)
+        await wait_until(lambda: len(bob.ledger.state().leases) == len(ann.ledger.state().leases) == 2)
+        own = [one for one in bob.state.stores.ledger.load() if one.author == ann.me]
+        assert {one.era for one in own} == {1}
+        certify_all(ann, make_chain(swarm, 2 * ROUNDS_PER_ERA + 1))
+        await wait_until(lambda: ann.ledger.ledger.next_seq(1) == 0 and ann.ledger.ledger.era == 3)
+        ann.ledger.own_chain = OwnChain(started_ms=0, spread_s=0.0)  # it has run for long
+        answer = LedgerEntries(payload=b"", batches=tuple(encode_batch(one) for one in own))
+        await ann.ledger.take(answer)
+        assert forgotten == [] and ann.ledger.held is not Failure.CHAIN_CLONED
 
 
 async def test_a_clone_is_met_by_its_presence_as_others_know_it(tmp_path: Path) -> None:
