@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-import voluptuous
 from async_upnp_client.client import UpnpRequester, UpnpService
 from async_upnp_client.client_factory import UpnpFactory
 from async_upnp_client.const import HttpRequest, HttpResponse
@@ -52,16 +51,7 @@ _SERVICE_TYPES = (
     "urn:schemas-upnp-org:service:WANPPPConnection:1",
 )
 # What the library raises over a description or an answer that it was not written for.
-_UNREADABLE = (
-    UpnpError,
-    voluptuous.Error,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    SyntaxError,
-    RecursionError,
-)
+_UNREADABLE = (UpnpError, LookupError, ValueError, TypeError, AttributeError, SyntaxError, RecursionError)
 
 
 class UpnpGateway:
