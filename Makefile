@@ -9,7 +9,7 @@ PACKAGES := protocol crdt dht node
 SHOAL := $(BIN)/shoal
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 
-.PHONY: demo test lint check sim sim-long chaos natlab fuzz setup bench clean
+.PHONY: demo test lint check sim sim-long chaos natlab interop fuzz setup bench clean
 
 demo: setup  ## the main job: a local swarm that trains, loses a peer and gains one (REPORT=file, TEXT=path)
 	$(SHOAL) demo $(if $(TEXT),--text $(TEXT)) $(if $(REPORT),--report $(REPORT))
@@ -44,6 +44,10 @@ chaos: setup  ## kill, stop and cut real daemons and check what must hold: SECON
 natlab: setup  ## hosts behind routers of each kind, as network namespaces; needs iproute2, nftables, root or user namespaces
 	@sh .ci/natlab-needs
 	$(BIN)/python -m tests.natlab.needs $(BIN)/python -m pytest tests/natlab
+
+interop: setup  ## js-libp2p and rust-libp2p against our node; needs Node.js 20 or newer, npm and the registries
+	@sh .ci/interop-needs $(BIN)/python
+	$(BIN)/python -m pytest tests/interop
 
 fuzz: setup  ## mutated inputs for every parser of bytes from outside: COUNT=n (1,000,000 each), SEED=n, PARSER=name, FROM=n
 	$(BIN)/python -m tests.properties.fuzz --count $(or $(COUNT),1000000) $(if $(SEED),--seed $(SEED)) \

@@ -1,4 +1,4 @@
-"""What a libp2p connection stands on: a TCP stream, or a circuit through a relay; Noise and Yamux above it.
+"""What a libp2p connection stands on: a TCP stream, or a circuit through a relay; Noise or TLS, and Yamux, above it.
 
 Invariants: nothing that a peer sends or leaves unsent keeps a connection: one that is silent after a ping, takes no
 bytes, or sends past its windows is dropped, over a relay as on its own socket; dropping one never waits for its peer;
@@ -26,7 +26,6 @@ from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.protocol_muxer.exceptions import MultiselectError
-from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.yamux.yamux import FLAG_SYN, TYPE_PING, YAMUX_HEADER_FORMAT, Yamux, YamuxStream
 from libp2p.transport.exceptions import MuxerUpgradeFailure
@@ -188,14 +187,6 @@ class CircuitStream(Transport):
         return None
 
 
-def format_multiaddr_untrusted(raw: bytes) -> str | None:
-    """The text of an address that somebody sent; None where it has none."""
-    try:
-        return str(Multiaddr(raw))
-    except (ValueError, LookupError, TypeError):
-        return None
-
-
 def make_raw_connection(transport: ReadWriteCloser, *, is_initiator: bool) -> RawConnection:
     """The library's connection over a transport of this module."""
     if isinstance(transport, CircuitStream):
@@ -309,9 +300,7 @@ class BoundedYamux(Yamux):
 def transport_of(muxed: IMuxedConn) -> Transport:
     """What carries a connection of this module."""
     assert isinstance(muxed, Yamux) and isinstance(muxed.secured_conn, SecureSession)
-    noise = muxed.secured_conn.conn
-    assert isinstance(noise, NoiseTransportReadWriter)
-    raw = noise.read_writer.read_write_closer
+    raw = muxed.secured_conn.conn.conn
     assert isinstance(raw, RawConnection) and isinstance(raw.stream, Transport)
     return raw.stream
 
