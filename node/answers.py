@@ -4,29 +4,25 @@ Invariant: every answer is bounded by its message's schema; a question that no h
 """
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.ledger_view import make_page
-from shoal.node.link_port import Address, LinkLost
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
 from shoal.node.membership import Membership
+from shoal.node.tensor_paths import TensorPaths
 from shoal.node.upload_meter import UploadMeter
-from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
     CERTIFICATES_PER_ANSWER,
     CertificatesAnswer,
-    CheckReach,
     GetCertificates,
     GetManifest,
     GetPeers,
     GetSnapshot,
     ManifestAnswer,
     MeasureUpload,
-    ReachAnswer,
     Reconcile,
     SnapshotAnswer,
     decode_message_untrusted,
@@ -47,7 +43,7 @@ class Answers:
     ledger: LedgerSync
     membership: Membership
     links: TensorLinks
-    addresses_of: Callable[[PeerId], tuple[Address, ...]]
+    paths: TensorPaths
     upload_meter: UploadMeter = field(default_factory=UploadMeter)
 
     async def answer(self, peer: PeerId, raw: bytes) -> bytes:
@@ -64,12 +60,10 @@ class Answers:
                 answer = self.ledger.answer_reconcile(question)
             case GetPeers():
                 answer = self.membership.answer_peers()
-            case CheckReach():
-                answer = await self._check_reach(peer)
             case MeasureUpload():
                 answer = await self.upload_meter.measure(self.links, peer, question)
             case _:
-                raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(question).__name__} is no question")
+                answer = await self.paths.answer(peer, question)
         return encode_message(self.swarm, answer)
 
     async def _answer_certificates(self, question: GetCertificates) -> CertificatesAnswer:
@@ -99,12 +93,3 @@ class Answers:
         if snapshot is not None:
             snapshots.lend(snapshot.index.round)  # whoever asks is about to fetch it
         return SnapshotAnswer(index=b"" if snapshot is None else encode_record(snapshot.index))
-
-    async def _check_reach(self, peer: PeerId) -> ReachAnswer:
-        """Dial the asker's announced tensor address anew; an open link would say nothing about that."""
-        try:
-            told = [await self.links.probe(peer, address) for address in self.addresses_of(peer)]
-        except LinkLost:
-            return ReachAnswer(known=False, reached=False)
-        known = any(one is not None for one in told)
-        return ReachAnswer(known=known, reached=any(told))

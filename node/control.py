@@ -117,8 +117,9 @@ class ControlConfig:
     `listen` and `announce` are multiaddrs without a peer id; port 0 lets the kernel choose. Without `announce`, the
     machine's own addresses are announced where `listen` has a wildcard. `bootstrap` addresses end in /p2p/<peer id>;
     any of them may be dead. `listen_field` is what an error about `listen` calls it. Without `relay` this peer relays
-    for nobody; `relays_wanted` is at how many others it asks to be relayed to while nobody can dial it. `reachability`
-    stands instead of what would be found out.
+    for nobody; with `relays_unconfirmed` it does so before anybody has told that it can be dialled. `relays_wanted` is
+    at how many others it asks to be relayed to while nobody can dial it. `reachability` stands instead of what would be
+    found out.
     """
 
     identity: Identity
@@ -130,9 +131,29 @@ class ControlConfig:
     presences_per_s_max: float = 200.0
     serves_dht: bool = True
     relay: RelayLimits | None = RelayLimits()
+    relays_unconfirmed: bool = False
     relays_wanted: int = 2
     reachability: Reachability | None = None
     listen_field: str = "control.port"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlReach:
+    """How others reach this peer's control port, as of now.
+
+    `confirmed` are the addresses that others have dialled when asked to, `seen_hosts` the IP addresses by which they
+    see this peer, `relays` those at which it holds a place, `servers` how many have said something lately and
+    `checked_s` how long ago one was asked. `serves`: it relays for others; `served` is what.
+    """
+
+    state: Reachability = Reachability.UNKNOWN
+    confirmed: tuple[str, ...] = ()
+    seen_hosts: tuple[str, ...] = ()
+    relays: tuple[PeerId, ...] = ()
+    servers: int = 0
+    checked_s: float | None = None
+    serves: bool = False
+    served: RelayCounts = RelayCounts()
 
 
 def _accept_presence(source: PeerId, payload: bytes) -> None:
@@ -150,8 +171,8 @@ class ControlHandlers:
     `on_request` may raise ProtocolError to refuse. `check_presence` is the exception to the rule about the loop: it
     runs in the host's own thread before a presence is passed on to others, raises ProtocolError to refuse it at the
     expense of the peer that sent it on, and so must be a pure function of its arguments that every peer agrees on (no
-    clock, no local state: an honest peer must never forward what another one refuses). After `on_crashed` the plane is
-    over; the owner makes another.
+    clock, no local state: an honest peer must never forward what another one refuses). `on_reach_changed` says that
+    `addresses` or `reach` have another answer. After `on_crashed` the plane is over; the owner makes another.
     """
 
     on_message: Callable[[PeerId, bytes], None]
@@ -161,6 +182,7 @@ class ControlHandlers:
     on_peer_lost: Callable[[PeerId], None]
     on_misbehaviour: Callable[[PeerId, ProtocolError], None] = _ignore
     on_bootstrap_failed: Callable[[BootstrapFailed], None] = _ignore
+    on_reach_changed: Callable[[], None] = _ignore
     on_crashed: Callable[[str], None] = _ignore
     check_presence: Callable[[PeerId, bytes], None] = _accept_presence
 
@@ -176,6 +198,18 @@ class ControlPlane(Protocol):
 
     def addresses(self) -> tuple[str, ...]:
         """Where this peer can be dialled."""
+
+    def reach(self) -> ControlReach:
+        """Whether and how others reach this peer."""
+
+    def offer(self, addresses: Sequence[str]) -> None:
+        """Addresses at which this peer may be reachable, such as a router's: announced once others have dialled them.
+
+        They take the place of those that were offered before. Raises UriError for a malformed one.
+        """
+
+    def refresh(self) -> None:
+        """The machine's addresses may have changed, or it has slept: look again, now."""
 
     def peers(self) -> tuple[PeerAddresses, ...]:
         """Who is connected now."""

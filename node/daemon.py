@@ -22,14 +22,14 @@ from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import BootstrapFailed, ControlConfig, ControlHandlers
 from shoal.node.disk_watch import DiskPorts, DiskWatch
-from shoal.node.endpoints import parse_endpoints_untrusted
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.head_watch import HeadWatch
 from shoal.node.intake import Intake, IntakePorts
+from shoal.node.interfaces import InterfaceWatch
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
-from shoal.node.link_port import Address, LinkConfig
+from shoal.node.link_port import LinkConfig
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState, open_stores
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
@@ -40,12 +40,13 @@ from shoal.node.own_presence import OwnPresence
 from shoal.node.parting import Parting, PartingPorts
 from shoal.node.peer_book_file import load_peer_book, save_peer_book
 from shoal.node.providers import Providers
-from shoal.node.reach import Reach
+from shoal.node.reach import ReachPorts
 from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.running import forget_running, note_running
 from shoal.node.task_set import TaskSet
+from shoal.node.tensor_paths import TensorPaths, list_seen_hosts
 from shoal.node.trainer import SharedParameters, TrainerProcess
 from shoal.node.training.messages import Ready as TrainerReady
 from shoal.node.web import WebServer
@@ -215,7 +216,7 @@ class Daemon:
         )
         self.exchange.core, self.exchange.links = self.core, self.links
         self.exchange.ports = ExchangePorts(
-            addresses_of=self._addresses_of,
+            addresses_of=lambda peer: self.membership.tensor_addresses_of(peer),
             pump=self.driver.pump,
             now=loop.time,
             link_lost=lambda peer, reason: log.debug("tensor link to %s ended: %s", short_peer_id(peer), reason),
@@ -286,7 +287,7 @@ class Daemon:
             folder=self.config.data_path / "catchup",
             ports=CatchUpPorts(
                 live=self.membership.table.live,
-                addresses_of=self._addresses_of,
+                addresses_of=lambda peer: self.membership.tensor_addresses_of(peer),
                 take_certificate=lambda one, peer: self.driver.receive(Certified(certificate=one), peer),
                 wait_past=self.head_watch.wait_past,
                 other_log=lambda peer: self._spawn(self._part(peer)),
@@ -319,6 +320,16 @@ class Daemon:
             raise ConfigError(
                 "tensor.port", problem, "stop the other program, or give --tensor-port another"
             ) from error
+        self.interfaces = InterfaceWatch()
+        reach_ports = ReachPorts(
+            live=self.membership.table.live,
+            addresses_of=lambda peer: self.membership.tensor_addresses_of(peer),
+            hosts=lambda: self.interfaces.now.hosts(),
+            seen_hosts=lambda: list_seen_hosts(self.control),
+            changed=self._reach_changed,
+        )
+        self.paths = TensorPaths(self.swarm, config.tensor, bound, self.control, self.links, reach_ports)
+        self.interfaces.subscribe(lambda _: self.paths.reach.addresses_changed())
         self.presence = OwnPresence(
             config=config,
             identity=self.identity,
@@ -327,7 +338,7 @@ class Daemon:
             control=self.control,
             core=self.core,
             compute=self.compute,
-            tensor=bound,
+            tensor_addresses=self.paths.reach.announced,
             holdings=lambda: self.providers.holdings,
         )
         answers = Answers(
@@ -337,7 +348,7 @@ class Daemon:
             ledger=self.ledger,
             membership=self.membership,
             links=self.links,
-            addresses_of=self._addresses_of,
+            paths=self.paths,
         )
         ports = IntakePorts(
             round_message=self.driver.receive,
@@ -348,7 +359,6 @@ class Daemon:
             forget=self.membership.connection_lost,
             spawn=self._spawn,
         )
-        self.reach = Reach(self.swarm, self.control, self.links, lambda: tuple(self.membership.table.live()))
         self._begin_reports()
         sources = self.reporter.make_sources(answers.list_certificates, answers.list_batches)
         self.web = WebServer(config.web.host, config.web.port, sources)
@@ -358,7 +368,8 @@ class Daemon:
             self.membership.beat(),
             self.membership.discover(),
             self.ledger.keep_up(self.membership.table.live, self._incarnation),
-            self.reach.watch(self._offer_again),
+            self.interfaces.run(),
+            self.paths.reach.watch(),
             self.providers.run(),
             self.disk_watch.watch(),
             self.reporter.watch_lag(),
@@ -383,6 +394,7 @@ class Daemon:
             state=self.state,
             exchange=self.exchange,
             links=self.links,
+            paths=self.paths,
             ledger=self.ledger,
             membership=self.membership,
             compute=self.compute,
@@ -444,12 +456,6 @@ class Daemon:
 
     # -- presence ----------------------------------------------------------------------------------------------------
 
-    def _addresses_of(self, peer: PeerId) -> tuple[Address, ...]:
-        known = self.membership.table.newest(peer)
-        if known is None or self.intake.refuses(peer):
-            return ()
-        return parse_endpoints_untrusted(known.tensor_addresses)
-
     def _observed(self, presence: Presence, first: bool) -> None:
         now = asyncio.get_running_loop().time()
         self.core.observe(presence, now)
@@ -471,13 +477,19 @@ class Daemon:
         self.driver.pump()
         self.reporter.peer_lost(lost.peer, Failure.PEER_LEFT if known and known.leaving else lost.reason)
 
-    def _offer_again(self) -> None:
-        """The READY that stands says that this peer owns nothing: say it anew, for as long as no plan uses it."""
+    def _owns(self) -> bool:
+        """Whether parts may be given to this peer: others can dial it, or there are no others."""
+        return self.paths.reach.reached or not self.membership.table.live()
+
+    def _reach_changed(self) -> None:
+        """Announce it. A READY that says otherwise is said anew, for as long as no plan uses it."""
+        self.reporter.reach_changed(self.paths.reach.describe())
+        self.membership.announce()
         signed, frozen = self.presence.ready, self.exchange.frozen
-        if signed is None or frozen is None or self.presence.leaving:
+        if signed is None or frozen is None or self.presence.leaving or signed.ready.owns == self._owns():
             return
-        if signed.ready.round == self.core.round and self.core.phase is Phase.GATHER and not signed.ready.owns:
-            self._publish_ready(replace(signed.ready, owns=True), frozen)
+        if signed.ready.round == self.core.round and self.core.phase is Phase.GATHER:
+            self._publish_ready(replace(signed.ready, owns=self._owns()), frozen)
 
     async def _save_peer_book(self) -> None:
         """At every new peer, so that even after kill -9 this one comes back without any bootstrap peer."""
@@ -505,7 +517,6 @@ class Daemon:
         if self.presence.leaving or frozen.round != self.core.round or self.core.phase is Phase.APPLY:
             return
         head = self.core.head
-        alone = not self.membership.table.live()
         said = Ready(
             round=frozen.round,
             base_root=head.state_root,
@@ -513,7 +524,7 @@ class Daemon:
             tokens=ready.tokens,
             steps=max(1, ready.steps),
             norm=frozen.norm,
-            owns=alone or self.reach.reached,
+            owns=self._owns(),
         )
         self._publish_ready(said, frozen)
 

@@ -80,6 +80,12 @@ REMEDIES: Mapping[Failure, str] = {
     Failure.CHAIN_UNCONFIRMED: "it asks other peers where its chain ends, and then goes on",
     Failure.CHAIN_CLONED: "another process signs with this key; stop one of the two and give it a new identity",
     Failure.CHAIN_FORKED: "ask the swarm's owner to re-admit it, or start it with a new identity",
+    Failure.NO_GATEWAY: "no port is mapped; it is looked for again",
+    Failure.GATEWAY_SILENT: "no port is mapped; switch on UPnP or NAT-PMP in the router, or forward the ports by hand",
+    Failure.GATEWAY_REFUSED: "no port is mapped; allow UPnP or NAT-PMP in the router, or forward the ports by hand",
+    Failure.GATEWAY_MALFORMED: "no port is mapped; forward the ports by hand",
+    Failure.PORT_TAKEN: "no port is mapped; remove old mappings in the router",
+    Failure.DOUBLE_NAT: "a mapping would not help; put the outer router into bridge mode, or forward its ports, too",
 }
 
 

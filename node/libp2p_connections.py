@@ -187,6 +187,14 @@ class CircuitStream(Transport):
         return None
 
 
+def format_multiaddr_untrusted(raw: bytes) -> str | None:
+    """The text of an address that somebody sent; None where it has none."""
+    try:
+        return str(Multiaddr(raw))
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
 def make_raw_connection(transport: ReadWriteCloser, *, is_initiator: bool) -> RawConnection:
     """The library's connection over a transport of this module."""
     if isinstance(transport, CircuitStream):

@@ -44,6 +44,12 @@ class Dialer:
         self._me = me
         self._dials: dict[PeerId, trio.Event] = {}
         self._closed = False
+        self._retry = trio.Event()
+
+    def retry(self) -> None:
+        """The way out may be another one now: dial lost bootstrap peers at once."""
+        self._retry.set()
+        self._retry = trio.Event()
 
     def close(self) -> None:
         """Refuse every later dial."""
@@ -135,8 +141,9 @@ class Dialer:
                 attempts, pause_s = 0, BOOTSTRAP_RETRY_MIN_S
                 await loss_of(peer).wait()
             # Not all peers that lost the same bootstrap peer come back at the same moment.
-            await trio.sleep(pause_s * random.uniform(0.75, 1.25))
-            pause_s = min(2 * pause_s, BOOTSTRAP_RETRY_MAX_S)
+            with trio.move_on_after(pause_s * random.uniform(0.75, 1.25)) as pause:
+                await self._retry.wait()
+            pause_s = min(2 * pause_s, BOOTSTRAP_RETRY_MAX_S) if pause.cancelled_caught else BOOTSTRAP_RETRY_MIN_S
 
 
 def order_targets(targets: Sequence[Address]) -> list[Address]:

@@ -6,9 +6,8 @@ there; every task here ends with the run.
 """
 
 import collections
-import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -22,29 +21,29 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.rcmgr import Direction
-from libp2p.utils.address_validation import expand_wildcard_address
 from multiaddr import Multiaddr
 
 from shoal.dht.addresses import Address, keep_dialable, parse_address, parse_peer_address
 from shoal.dht.keys import presence_topic
 from shoal.node.control import (
-    LOOKUP_TIMEOUT_S,
     PRESENCE_BYTES_MAX,
-    PROVIDERS_MAX,
     REQUEST_TIMEOUT_S,
     ControlConfig,
     ControlHandlers,
+    ControlReach,
     PeerAddresses,
     PeerUnreachable,
     Reachability,
     RelayCounts,
 )
+from shoal.node.libp2p_addresses import OwnAddresses, open_listeners
 from shoal.node.libp2p_connections import is_relayed, transport_of
 from shoal.node.libp2p_dialer import Dialer
+from shoal.node.libp2p_discovery import Discovery, ed25519_peer, libp2p_id, with_peer
 from shoal.node.libp2p_hop import HOP_PROTOCOL, STOP_PROTOCOL, HopService
+from shoal.node.libp2p_reach import AUTONAT_PROTOCOL, DialBacks, Observations, ReachCheck
 from shoal.node.libp2p_relays import CircuitTransport, RelayClient
 from shoal.node.libp2p_stack import (
-    LISTEN_BACKLOG,
     build_dht,
     build_gossip,
     build_host,
@@ -65,11 +64,14 @@ from shoal.node.libp2p_streams import (
     receive_messages,
 )
 from shoal.node.libp2p_tls import add_tls
-from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal, ShoalError
-from shoal.protocol.identity import PeerId, decode_libp2p_peer_id, encode_libp2p_peer_id, format_peer_id
+from shoal.protocol.errors import Failure, ProtocolError, Refusal, ShoalError
+from shoal.protocol.identity import PeerId
 
 UPKEEP_INTERVAL_S = 60.0
-PROVIDER_QUERIES_MAX = 10
+# Changes that come together are told together.
+SETTLE_S = 0.3
+# A peer that nobody has checked asks for relays, too, but leaves others this long to check it.
+UNKNOWN_GRACE_S = 10.0
 # How long the circuits to a peer stay that can be reached directly by now: what was asked over them is answered then.
 RETIRE_S = REQUEST_TIMEOUT_S
 IDLE_CONNECTION_S = 600.0
@@ -135,11 +137,17 @@ class ControlEngine:
         self._asyncio = asyncio_side
         self._me = config.identity.peer
         self._topic = presence_topic(config.swarm)
-        self._interfaces: tuple[Multiaddr, ...] = ()
-        self._host, self._swarm = build_host(config, self._announced)
+        self._own = OwnAddresses(config)
+        observations = Observations()
+        self._host, self._swarm = build_host(config, self._announced, observations)
         add_tls(self._swarm, config.identity)
         self._router, self._pubsub = build_gossip(self._host, self._topic, config.presences_per_s_max)
         self._dht = build_dht(self._host, config.serves_dht)
+        self.discovery = Discovery(self._dht, self._me)
+        self._reach = ReachCheck(self._me, observations, self._open_direct_stream, config.reachability)
+        self._dial_backs = DialBacks(self._swarm.upgrader)
+        self._changed = trio.Event()
+        self._started_s = 0.0
         self._dialer = Dialer(self._swarm, self._me)
         self._swarm.dial_known = self._dial_known
         self._relays = RelayClient(self._me, self._swarm, self._open_direct_stream, self._refresh_addresses)
@@ -149,7 +157,7 @@ class ControlEngine:
         self._hop: HopService | None = None
         if config.relay is not None:
             self._hop = HopService(
-                config.relay, self._own_addresses, self._open_connected_stream, self._swarm.is_directly_connected
+                config.relay, self._direct_addresses, self._open_connected_stream, self._swarm.is_directly_connected
             )
         self._peers: dict[PeerId, _ConnectedPeer] = {}
         self._outboxes: dict[PeerId, Outbox] = {}
@@ -157,6 +165,7 @@ class ControlEngine:
         self._presences: collections.deque[tuple[PeerId, bytes]] = collections.deque(maxlen=PRESENCES_WAITING_MAX)
         self._tasks: trio.Nursery | None = None
         # Snapshots for the asyncio thread: replaced as a whole, never changed.
+        self._reach_told = ControlReach()
         self.addresses: tuple[str, ...] = ()
         self.peers: tuple[PeerAddresses, ...] = ()
 
@@ -169,8 +178,7 @@ class ControlEngine:
         self._host.set_stream_handler(CONTROL_PROTOCOL, self._serve_messages)
         self._host.set_stream_handler(REQUEST_PROTOCOL, self._serve_requests)
         self._host.set_stream_handler(STOP_PROTOCOL, self._relays.serve)
-        if self._hop is not None and self._config.reachability is not Reachability.PRIVATE:
-            self._host.set_stream_handler(HOP_PROTOCOL, self._hop.serve)
+        self._host.set_stream_handler(AUTONAT_PROTOCOL, self._dial_backs.serve)
         self._host.on_identified = self._note_identified
         self._pubsub.set_topic_validator(self._topic, self._is_presence_valid, is_async_validator=False)
         self._pubsub.on_message = self._receive_presence
@@ -180,10 +188,21 @@ class ControlEngine:
             async with trio.open_nursery() as self._tasks:
                 for opened in sockets:
                     self._swarm.add_listener(opened, self._tasks)
+                self._started_s = trio.current_time()
                 self._refresh_addresses()
+                await self._note_reach()
                 await self._pubsub.subscribe(self._topic)
                 self._tasks.start_soon(self._keep_up)
-                self._tasks.start_soon(self._relays.keep_reserved, self._count_relays_wanted, self._known_relays)
+                self._tasks.start_soon(self._keep_told)
+                self._tasks.start_soon(
+                    self._reach.keep_checked,
+                    partial(self._find_serving, AUTONAT_PROTOCOL),
+                    self._candidates,
+                    self._note_reach,
+                )
+                self._tasks.start_soon(
+                    self._relays.keep_reserved, self._count_relays_wanted, partial(self._find_serving, HOP_PROTOCOL)
+                )
                 for peer, addresses in bootstraps.items():
                     self._tasks.start_soon(self._keep_bootstrapped, peer, addresses)
                 yield self
@@ -198,7 +217,7 @@ class ControlEngine:
 
     async def disconnect(self, peer: PeerId) -> None:
         """Close the peer's sockets. The rest follows as if it had hung up."""
-        for connection in self._swarm.get_connections(_libp2p_id(peer)):
+        for connection in self._swarm.get_connections(libp2p_id(peer)):
             await _close_socket(connection)
 
     async def _close(self) -> None:
@@ -228,7 +247,7 @@ class ControlEngine:
 
     def _is_bound(self, peer: PeerId) -> bool:
         """Whether others are reached through this peer, or it is reached through this node."""
-        relaying = self._hop is not None and self._hop.is_used_by(_libp2p_id(peer))
+        relaying = self._hop is not None and self._hop.is_used_by(libp2p_id(peer))
         return relaying or self._relays.is_bound_to(peer)
 
     def _bootstraps(self) -> dict[PeerId, list[Address]]:
@@ -247,7 +266,7 @@ class ControlEngine:
         return lost
 
     def _note_connected(self, connection: INetConn) -> None:
-        peer = _ed25519_peer(connection.muxed_conn.peer_id)
+        peer = ed25519_peer(connection.muxed_conn.peer_id)
         if peer is None or peer == self._me or connection.is_closed:
             return
         relayed = is_relayed(connection.muxed_conn)
@@ -257,14 +276,14 @@ class ControlEngine:
             return
         dialled = isinstance(connection, SwarmConn) and connection.direction is Direction.OUTBOUND
         remote = [str(address) for address in connection.get_transport_addresses()] if dialled else []
-        addresses = _with_peer(keep_dialable(remote, peer), peer)
+        addresses = with_peer(keep_dialable(remote, peer), peer)
         self._peers[peer] = _ConnectedPeer(addresses=addresses, relayed=relayed)
         self._publish_peers()
         self._asyncio.deliver(self._handlers.on_peer_connected, peer)
 
     def _note_closed(self, connection: INetConn) -> None:
         peer_id = connection.muxed_conn.peer_id
-        peer = _ed25519_peer(peer_id)
+        peer = ed25519_peer(peer_id)
         if not self._swarm.is_directly_connected(peer_id):
             if self._hop is not None:
                 self._hop.forget(peer_id)
@@ -299,18 +318,19 @@ class ControlEngine:
 
     async def _retire_circuits(self, peer: PeerId) -> None:
         await trio.sleep(RETIRE_S)
-        for connection in self._swarm.get_connections(_libp2p_id(peer)):
+        for connection in self._swarm.get_connections(libp2p_id(peer)):
             if is_relayed(connection.muxed_conn) and self._dialer.is_directly_connected(peer):
                 await _close_socket(connection)
 
     async def _note_identified(self, peer_id: ID) -> None:
         self._relays.wake()
-        await self._dht.add_peer(peer_id)
-        peer = _ed25519_peer(peer_id)
+        self._reach.wake()
+        await self.discovery.meet(peer_id, self._protocols_of(peer_id))
+        peer = ed25519_peer(peer_id)
         if peer is None or peer not in self._peers:
             return
         if addresses := self._dialer.known_addresses(peer):
-            self._peers[peer].addresses = _with_peer(addresses, peer)
+            self._peers[peer].addresses = with_peer(addresses, peer)
             self._publish_peers()
 
     def _publish_peers(self) -> None:
@@ -351,7 +371,7 @@ class ControlEngine:
 
     async def _open_stream(self, peer: PeerId, protocol: TProtocol) -> INetStream:
         with trio.fail_after(OPEN_STREAM_TIMEOUT_S):
-            return await self._host.new_stream(_libp2p_id(peer), [protocol])
+            return await self._host.new_stream(libp2p_id(peer), [protocol])
 
     async def _open_direct_stream(self, peer: PeerId, protocol: TProtocol) -> INetStream:
         if not self._dialer.is_directly_connected(peer):
@@ -362,7 +382,7 @@ class ControlEngine:
         return await self._host.new_stream(peer_id, [protocol])
 
     async def _dial_known(self, peer_id: ID) -> None:
-        peer = _ed25519_peer(peer_id)
+        peer = ed25519_peer(peer_id)
         if peer is None:
             raise SwarmException("only peers with Ed25519 keys are dialled")
         try:
@@ -387,7 +407,7 @@ class ControlEngine:
         peer_id = stream.muxed_conn.peer_id
         for connection in self._swarm.get_connections(peer_id):
             self._note_connected(connection)
-        peer = _ed25519_peer(peer_id)
+        peer = ed25519_peer(peer_id)
         if peer in self._peers:
             self._note_use(peer)
             return peer
@@ -412,7 +432,7 @@ class ControlEngine:
         await self._pubsub.publish(self._topic, payload)
 
     def _is_presence_valid(self, forwarder_id: ID, message: rpc_pb2.Message) -> bool:
-        source, forwarder = _ed25519_peer(ID(message.from_id)), _ed25519_peer(forwarder_id)
+        source, forwarder = ed25519_peer(ID(message.from_id)), ed25519_peer(forwarder_id)
         if source is None or forwarder == self._me:
             return source is not None
         try:
@@ -426,7 +446,7 @@ class ControlEngine:
         return True
 
     def _receive_presence(self, message: rpc_pb2.Message) -> None:
-        source = _ed25519_peer(ID(message.from_id))
+        source = ed25519_peer(ID(message.from_id))
         if source is not None and source != self._me:
             # While the loop is held up, a newer presence is worth more than an older one.
             self._presences.append((source, message.data))
@@ -437,160 +457,106 @@ class ControlEngine:
         if self._presences:
             self._handlers.on_presence(*self._presences.popleft())
 
-    # -- discovery
-
-    async def provide(self, key: bytes) -> bool:
-        """Store this peer as a provider of `key` at the nodes closest to it; whether one took it."""
-        stored = False
-        with trio.move_on_after(LOOKUP_TIMEOUT_S):
-            stored = await self._dht.provider_store.provide(key)
-        # When to announce what again is the daemon's schedule; the library would do so for ever.
-        self._dht.provider_store.providing_keys.discard(key)
-        return stored
-
-    async def find_providers(self, key: bytes) -> tuple[PeerAddresses, ...]:
-        """Ask the nodes closest to `key`. (The library's own look-up is content with what this node has stored.)"""
-        found: dict[PeerId, tuple[str, ...]] = {}
-
-        def add(peer_id: ID, addresses: Sequence[Multiaddr]) -> None:
-            peer = _ed25519_peer(peer_id)
-            if peer is not None and peer != self._me and (peer in found or len(found) < PROVIDERS_MAX):
-                found[peer] = keep_dialable((*found.get(peer, ()), *map(str, addresses)), peer)
-
-        async def query(node: ID) -> None:
-            async with places:
-                providers, _ = await self._dht.provider_store._get_providers_from_peer_with_closers(node, key)
-            for provider in providers:
-                add(provider.peer_id, provider.addrs)
-
-        for stored in self._dht.provider_store.get_providers(key):
-            add(stored.peer_id, stored.addrs)
-        places = trio.CapacityLimiter(PROVIDER_QUERIES_MAX)
-        with trio.move_on_after(LOOKUP_TIMEOUT_S):
-            closest = await self._dht.peer_routing.find_closest_peers_network(key)
-            async with trio.open_nursery() as queries:
-                for node in closest:
-                    queries.start_soon(query, node)
-        return tuple(PeerAddresses(peer=peer, addresses=_with_peer(texts, peer)) for peer, texts in found.items())
-
-    async def find_peer(self, peer: PeerId) -> PeerAddresses | None:
-        """Ask the nodes closest to `peer` for its addresses."""
-        texts: tuple[str, ...] = ()
-        with trio.move_on_after(LOOKUP_TIMEOUT_S):
-            found = await self._dht.peer_routing.find_peer(_libp2p_id(peer))
-            texts = keep_dialable(map(str, found.addrs), peer) if found is not None else ()
-        return PeerAddresses(peer=peer, addresses=_with_peer(texts, peer)) if texts else None
-
     # -- addresses and upkeep
 
     async def _keep_up(self) -> None:
         while True:
             await trio.sleep(UPKEEP_INTERVAL_S)
-            self._refresh_addresses()
+            await self._note_reach()
             forget_strangers(self._swarm, self._router)
             await self._make_room()
 
+    async def _keep_told(self) -> None:
+        """Tell the connected peers of what has changed, once for changes that come together."""
+        while True:
+            await self._changed.wait()
+            await trio.sleep(SETTLE_S)
+            self._changed = trio.Event()
+            await self._host.push_identify()
+
+    def refresh(self) -> None:
+        """What was true of this machine's addresses may be so no more."""
+        assert self._tasks is not None
+        self._reach.forget()
+        self._dialer.retry()
+        self._tasks.start_soon(self._note_reach)
+
+    def offer(self, addresses: Sequence[Address]) -> None:
+        """Addresses to be announced once others have dialled them."""
+        self._own.offered = tuple(replace(address, peer=None) for address in addresses)
+        self.refresh()
+
+    async def _note_reach(self) -> None:
+        """Act on whether this peer can be dialled."""
+        state = self._reach.state
+        serves = self._hop is not None and (
+            state is Reachability.CONFIRMED or (state is Reachability.UNKNOWN and self._config.relays_unconfirmed)
+        )
+        if serves != (HOP_PROTOCOL in self._host.get_mux().get_protocols()):
+            self._changed.set()
+            if serves and self._hop is not None:
+                self._host.set_stream_handler(HOP_PROTOCOL, self._hop.serve)
+            else:
+                self._host.remove_stream_handler(HOP_PROTOCOL)
+        self._refresh_addresses()
+        self._relays.wake()
+
     def _count_relays_wanted(self) -> int:
-        return self._config.relays_wanted if self._config.reachability is Reachability.PRIVATE else 0
+        waits = trio.current_time() < self._started_s + UNKNOWN_GRACE_S
+        state = self._reach.state
+        wants = state is Reachability.PRIVATE or (state is Reachability.UNKNOWN and not waits)
+        return self._config.relays_wanted if wants else 0
 
-    def _known_relays(self) -> list[PeerId]:
-        """Connected peers that relay for others, bootstrap peers first."""
-        relays = []
-        for peer in self._peers:
-            with suppress(PeerStoreError):
-                protocols = self._swarm.peerstore.get_protocols(_libp2p_id(peer))
-                if HOP_PROTOCOL in protocols and self._dialer.is_directly_connected(peer):
-                    relays.append(peer)
+    def _protocols_of(self, peer_id: ID) -> Sequence[str]:
+        try:
+            return self._swarm.peerstore.get_protocols(peer_id)
+        except PeerStoreError:
+            return ()
+
+    def _find_serving(self, protocol: TProtocol) -> list[PeerId]:
+        """Peers that serve this, connected without a relay between; bootstrap peers first."""
+        connected = [peer for peer in self._peers if self._dialer.is_directly_connected(peer)]
         bootstraps = self._bootstraps()
-        return sorted(relays, key=lambda peer: peer not in bootstraps)
+        serving = [peer for peer in connected if protocol in self._protocols_of(libp2p_id(peer))]
+        return sorted(serving, key=lambda peer: peer not in bootstraps)
 
-    def relay_counts(self) -> RelayCounts:
-        """What is relayed for others now. Callable from any thread."""
-        return self._hop.counts() if self._hop is not None else RelayCounts()
+    def _candidates(self) -> list[Address]:
+        return self._own.candidates(self._reach.seen_hosts())
 
-    def _own_addresses(self) -> list[Multiaddr]:
-        """Where others reach this node by itself."""
+    def reach(self) -> ControlReach:
+        """How others reach this peer. Callable from any thread."""
+        served = self._hop.counts() if self._hop is not None else RelayCounts()
+        return replace(self._reach_told, served=served, checked_s=self._reach.checked_ago_s())
+
+    def _direct_addresses(self) -> list[Multiaddr]:
+        """Where others reach this node without a relay."""
         return [address for address in self._host.get_addrs() if not parse_address(str(address)).is_relayed]
 
     def _refresh_addresses(self) -> None:
-        interfaces: dict[str, Multiaddr] = {}
-        for listener in self._swarm.listeners.values():
-            for bound in listener.get_addrs():
-                interfaces |= {str(address): address for address in _dialable_forms(bound)}
-        self._interfaces = tuple(interfaces.values())
-        self._host.refresh_addrs()
-        self.addresses = tuple(str(address) for address in self._host.get_addrs())
+        if self._own.read(bound for listener in self._swarm.listeners.values() for bound in listener.get_addrs()):
+            self._reach.forget()
+        if self._host.refresh_addrs():
+            self._changed.set()
+            self.addresses = tuple(str(address) for address in self._host.get_addrs())
+        reach = ControlReach(
+            state=self._reach.state,
+            confirmed=tuple(str(address) for address in self._reach.confirmed()),
+            seen_hosts=self._reach.seen_hosts(),
+            relays=self._relays.relays,
+            servers=self._reach.count(),
+            serves=HOP_PROTOCOL in self._host.get_mux().get_protocols(),
+        )
+        if reach != self._reach_told or self._changed.is_set():
+            self._reach_told = reach
+            self._asyncio.deliver(self._handlers.on_reach_changed)
 
-    def _announced(self, candidates: list[Multiaddr]) -> list[Multiaddr]:
-        """What the host advertises: the configured addresses, or its own and those that others saw it by."""
-        circuits = [Multiaddr(str(replace(address, peer=None))) for address in self._relays.addresses()]
-        if self._config.announce:
-            given = (replace(parse_address(text), peer=None) for text in self._config.announce)
-            return [*(Multiaddr(str(address)) for address in given), *circuits]
-        known = {str(address) for address in self._interfaces}
-        observed = [
-            address
-            for address in candidates
-            if str(address) not in known and not parse_address(str(address)).is_wildcard
-        ]
-        return [*self._interfaces, *observed, *circuits]
-
-
-async def open_listeners(config: ControlConfig) -> list[Sequence[trio.SocketListener]]:
-    """The sockets of `config.listen`, bound and listening; raises ConfigError naming the address that is taken."""
-    opened: list[Sequence[trio.SocketListener]] = []
-    for text in config.listen:
-        address = parse_address(text)
-        try:
-            opened.append(await trio.open_tcp_listeners(address.port, host=address.host, backlog=LISTEN_BACKLOG))
-        except OSError as error:
-            if (
-                address.net == "ip6"
-                and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-                and address.host == "::"
-            ):
-                continue
-            for sockets in opened:
-                for listener in sockets:
-                    await listener.aclose()
-            raise _listen_error(config.listen_field, address, error) from error
-    if not opened:
-        raise ConfigError(config.listen_field, "no address to listen on", "give one, such as /ip4/0.0.0.0/tcp/4001")
-    return opened
-
-
-def _listen_error(config_field: str, address: Address, error: OSError) -> ConfigError:
-    if error.errno == errno.EADDRINUSE:
-        problem = f"port {address.port} of {address.host} is in use by another program"
-        return ConfigError(config_field, problem, "choose another port, or 0 for any that is free")
-    problem = f"cannot listen on port {address.port} of {address.host}: {error.strerror or error}"
-    return ConfigError(config_field, problem, "choose an address of this machine and a port above 1023")
+    def _announced(self) -> list[Multiaddr]:
+        # A router's word counts until others have tried.
+        unknown = self._reach.state is Reachability.UNKNOWN
+        confirmed = self._own.offered if unknown else self._reach.confirmed()
+        addresses = self._own.announced(confirmed, self._relays.addresses())
+        return [Multiaddr(str(address)) for address in addresses]
 
 
 async def _close_socket(connection: INetConn) -> None:
     await transport_of(connection.muxed_conn).abort()
-
-
-def _dialable_forms(bound: Multiaddr) -> list[Multiaddr]:
-    """The address itself, or what a wildcard stands for: this machine's addresses, loopback only for want of others."""
-    if not parse_address(str(bound)).is_wildcard:
-        return [bound]
-    forms = [form for form in expand_wildcard_address(bound) if not parse_address(str(form)).is_wildcard]
-    outward = [form for form in forms if not parse_address(str(form)).is_loopback]
-    return outward or forms
-
-
-def _libp2p_id(peer: PeerId) -> ID:
-    return ID(encode_libp2p_peer_id(peer))
-
-
-def _ed25519_peer(peer_id: ID) -> PeerId | None:
-    try:
-        return decode_libp2p_peer_id(peer_id.to_bytes())
-    except ProtocolError:
-        return None
-
-
-def _with_peer(texts: Sequence[str], peer: PeerId) -> tuple[str, ...]:
-    tail = f"/p2p/{format_peer_id(peer)}"
-    return tuple(dict.fromkeys(text if text.endswith(tail) else text + tail for text in texts))

@@ -130,7 +130,7 @@ class HopService:
         for known in [known for known, place in self._reservations.items() if place.until_s <= now_s]:
             del self._reservations[known]
         remote = transport_of(stream.muxed_conn).get_remote_address()
-        host = _block_of(remote[0]) if remote else ""
+        host = block_of(remote[0]) if remote else ""
         others = [place for known, place in self._reservations.items() if known != peer]
         same_host = sum(place.host == host for place in others)
         if len(others) >= self._limits.reservations_max or same_host >= self._limits.reservations_per_host_max:
@@ -246,7 +246,7 @@ class _Way:
     first: bytes
 
 
-def _block_of(host: str) -> str:
+def block_of(host: str) -> str:
     """Whom places are counted for: an IPv4 address, or the /64 that one subscriber has of IPv6."""
     try:
         ip = ip_address(host)

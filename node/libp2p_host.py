@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from shoal.dht.addresses import parse_peer_address
+from shoal.dht.addresses import parse_address, parse_peer_address
 from shoal.node.control import (
     FRAME_BYTES_MAX,
     PRESENCE_BYTES_MAX,
@@ -18,6 +18,7 @@ from shoal.node.control import (
     STOP_TIMEOUT_S,
     ControlConfig,
     ControlHandlers,
+    ControlReach,
     ControlStopped,
     PeerAddresses,
     PeerUnreachable,
@@ -55,6 +56,18 @@ class Libp2pHost:
     def addresses(self) -> tuple[str, ...]:
         """As ControlPlane."""
         return self._running().addresses
+
+    def reach(self) -> ControlReach:
+        """As ControlPlane."""
+        return self._running().reach()
+
+    def offer(self, addresses: Sequence[str]) -> None:
+        """As ControlPlane."""
+        self._thread.post(self._running().offer, [parse_address(text) for text in addresses])
+
+    def refresh(self) -> None:
+        """As ControlPlane."""
+        self._thread.post(self._running().refresh)
 
     def peers(self) -> tuple[PeerAddresses, ...]:
         """As ControlPlane."""
@@ -101,15 +114,15 @@ class Libp2pHost:
 
     async def provide(self, key: bytes) -> bool:
         """As ControlPlane."""
-        return await self._thread.call(self._running().provide, key)
+        return await self._thread.call(self._running().discovery.provide, key)
 
     async def find_providers(self, key: bytes) -> tuple[PeerAddresses, ...]:
         """As ControlPlane."""
-        return await self._thread.call(self._running().find_providers, key)
+        return await self._thread.call(self._running().discovery.find_providers, key)
 
     async def find_peer(self, peer: PeerId) -> PeerAddresses | None:
         """As ControlPlane."""
-        return await self._thread.call(self._running().find_peer, peer)
+        return await self._thread.call(self._running().discovery.find_peer, peer)
 
     def _running(self) -> "ControlEngine":
         if self._engine is None:

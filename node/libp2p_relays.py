@@ -22,7 +22,7 @@ from multiaddr import Multiaddr
 
 from shoal.dht.addresses import Address, keep_dialable, parse_address
 from shoal.node.control import PeerUnreachable
-from shoal.node.libp2p_connections import CircuitStream, is_relayed, make_raw_connection
+from shoal.node.libp2p_connections import CircuitStream, format_multiaddr_untrusted, is_relayed, make_raw_connection
 from shoal.node.libp2p_hop import (
     EXCHANGE_TIMEOUT_S,
     HOP_PROTOCOL,
@@ -255,14 +255,6 @@ class CircuitTransport(ITransport):
 
     def protocols(self) -> list[str]:
         return ["p2p-circuit"]
-
-
-def format_multiaddr_untrusted(raw: bytes) -> str | None:
-    """The text of an address that somebody sent; None where it has none."""
-    try:
-        return str(Multiaddr(raw))
-    except (ValueError, LookupError, TypeError):
-        return None
 
 
 def _check_status(answer: HopMessage) -> None:

@@ -29,6 +29,8 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
+from libp2p.host.observed_addr_manager import ObservedAddrManager
+from libp2p.identity.identify_push.identify_push import ID_PUSH, identify_push_handler_for, push_identify_to_peer
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
 from libp2p.kad_dht.provider_store import ProviderStore
@@ -82,6 +84,8 @@ SEEN_MESSAGES_TTL_S = 120.0
 GOSSIP_RPC_BYTES_MAX = 256 * 1024
 GOSSIP_RPCS_QUEUED_MAX = 512
 HEARTBEAT_S = 1
+PUSHES_AT_ONCE_MAX = 8
+PUSH_TIMEOUT_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -192,12 +196,17 @@ class BoundedSwarm(Swarm):
 class BoundedHost(BasicHost):
     """A host with a bound on the streams of one peer, that says when a peer has identified itself."""
 
-    def __init__(self, swarm: BoundedSwarm, announced: Callable[[list[Multiaddr]], list[Multiaddr]]) -> None:
+    def __init__(
+        self, swarm: BoundedSwarm, announced: Callable[[], list[Multiaddr]], observations: ObservedAddrManager | None
+    ) -> None:
         self._streams: collections.Counter[ID] = collections.Counter()
         self._advertised: list[Multiaddr] = []
         self.on_identified: Callable[[ID], Awaitable[None]] | None = None
         self._announced = announced
         super().__init__(swarm, negotiate_timeout=int(NEGOTIATION_TIMEOUT_S))
+        self._observed_addr_manager = observations
+        self._take_push = identify_push_handler_for(self)
+        self.set_stream_handler(ID_PUSH, self._serve_push)
 
     def get_addrs(self) -> list[Multiaddr]:
         # Asked for at every message; what makes up the answer changes rarely.
@@ -207,20 +216,34 @@ class BoundedHost(BasicHost):
         """Work out anew what to advertise; whether that has changed."""
         # The library would cut a circuit address off at its relay, and so claim the relay's.
         me = Multiaddr(f"/p2p/{self.get_id()}")
-        texts = {str(address): address for address in self._announced(self._candidates())}
-        advertised = [address.encapsulate(me) for address in texts.values()]
+        advertised = [address.encapsulate(me) for address in self._announced()]
         changed, self._advertised = advertised != self._advertised, advertised
         return changed
 
-    def _candidates(self) -> list[Multiaddr]:
-        observed = self._observed_addr_manager.addrs() if self._observed_addr_manager is not None else []
-        return [*self.get_transport_addrs(), *observed]
+    async def push_identify(self) -> None:
+        """Tell every connected peer what has changed here."""
+        places = trio.CapacityLimiter(PUSHES_AT_ONCE_MAX)
 
-    async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
-        await super()._identify_peer(peer_id, reason=reason)
+        async def push(peer_id: ID) -> None:
+            with Contained(f"telling {peer_id}"), trio.move_on_after(PUSH_TIMEOUT_S):
+                await push_identify_to_peer(self, peer_id, limit=places)
+
+        async with trio.open_nursery() as pushes:
+            for peer_id in self.get_connected_peers():
+                pushes.start_soon(push, peer_id)
+
+    async def _serve_push(self, stream: INetStream) -> None:
+        await self._take_push(stream)
+        await self._tell_identified(stream.muxed_conn.peer_id)
+
+    async def _tell_identified(self, peer_id: ID) -> None:
         if self.on_identified is not None and self._network.get_connections(peer_id):
             with Contained(f"identifying {peer_id}"):
                 await self.on_identified(peer_id)
+
+    async def _identify_peer(self, peer_id: ID, *, reason: str) -> None:
+        await super()._identify_peer(peer_id, reason=reason)
+        await self._tell_identified(peer_id)
 
     async def _swarm_stream_handler(self, net_stream: INetStream) -> None:
         peer_id = net_stream.muxed_conn.peer_id
@@ -313,9 +336,11 @@ class DirectPubsub(Pubsub):
 
 
 def build_host(
-    config: ControlConfig, announced: Callable[[list[Multiaddr]], list[Multiaddr]]
+    config: ControlConfig,
+    announced: Callable[[], list[Multiaddr]],
+    observations: ObservedAddrManager | None = None,
 ) -> tuple[BoundedHost, BoundedSwarm]:
-    """A host with the identity of `config` that advertises what `announced` makes of its addresses."""
+    """A host with the identity of `config` that advertises `announced` and notes how others see it."""
     # Yamux makes its streams from whatever stands under this name.
     yamux: Any = libp2p.stream_muxer.yamux.yamux
     yamux.YamuxStream = SteadyWindowStream
@@ -351,7 +376,7 @@ def build_host(
         retry_config=RetryConfig(max_retries=0),
         connection_config=limits,
     )
-    return BoundedHost(swarm, announced), swarm
+    return BoundedHost(swarm, announced, observations), swarm
 
 
 def build_gossip(host: BoundedHost, topic: str, presences_per_s_max: float) -> tuple[LeanGossip, DirectPubsub]:

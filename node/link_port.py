@@ -150,6 +150,7 @@ class LinkConfig:
     fetches_max: int = 16  # per link
     bare_headers_per_tick_max: int = 4096  # per link
     peers_remembered_max: int = 1024
+    hole_life_s: float = 600.0  # so long a router may let somebody in whom this port has dialled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ import socket
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 
-from shoal.node.link_listen import open_listeners
+from shoal.node.link_listen import open_dialling, open_listeners
 from shoal.node.link_port import (
     Address,
     FetchFailed,
@@ -62,6 +62,8 @@ class TensorLinks:
         self._peer = identity.peer
         self._swarm = swarm_id
         self._keys = ChannelKeys(identity, os.urandom(STATIC_KEY_BYTES))
+        self._bound: Address = config.host, config.port
+        self._holes: OrderedDict[PeerId, float] = OrderedDict()  # when the listening port last dialled a peer
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._connected: set[Link] = set()  # every link whose socket is still there
@@ -79,7 +81,8 @@ class TensorLinks:
             server = await loop.create_server(self._make_inbound, sock=one, backlog=self.config.backlog)
             self._servers.append(server)
         self._timer = loop.call_later(self.config.tick_s, self._tick)
-        return self.config.host, port
+        self._bound = self.config.host, port
+        return self._bound
 
     async def stop(self) -> None:
         """Say goodbye to every peer, then close everything. Waiting senders and fetchers get LinkLost(STOPPED)."""
@@ -148,8 +151,9 @@ class TensorLinks:
         assert lost is not None
         raise lost
 
-    async def adopt(self, connection: socket.socket, peer: PeerId, *, dialer: bool, path: LinkPath) -> None:
-        """Make a link of a connected socket, such as one that came through a punched hole; raises LinkLost.
+    async def adopt(self, connection: socket.socket, peer: PeerId, *, dialer: bool, path: LinkPath) -> bytes:
+        """Make a link of a connected socket, such as one that came through a punched hole; its channel binding.
+        Raises LinkLost.
 
         The two sides must have agreed on which of them is the dialer. The socket is ours from here on.
         """
@@ -159,7 +163,53 @@ class TensorLinks:
         except OSError as error:
             connection.close()
             raise LinkLost(peer, LinkEnd.UNREACHABLE) from error
-        await asyncio.shield(link.opened)
+        try:
+            await asyncio.shield(link.opened)
+        except asyncio.CancelledError:
+            link.leave(LinkEnd.OUTRUN)
+            raise
+        return link.binding
+
+    async def dial_from_port(self, peer: PeerId, address: Address) -> bytes:
+        """A link that is dialled from the listening port, so that routers treat it like that port; its channel binding.
+        Raises LinkLost."""
+        connection = await self.connect_from_port(peer, address, self.config.connect_timeout_s)
+        return await self.adopt(connection, peer, dialer=True, path=LinkPath.DIRECT)
+
+    async def connect_from_port(self, peer: PeerId, address: Address, timeout_s: float) -> socket.socket:
+        """A socket from the listening port to an IP address of `peer`, to be adopted; raises LinkLost."""
+        if self.stopping or len(self._connected) + len(self._dials) >= self.config.links_max:
+            raise LinkLost(peer, LinkEnd.LIMIT)
+        self._note_hole(peer)
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        try:
+            connection = open_dialling(family, self._bound)
+        except OSError as error:
+            raise LinkLost(peer, LinkEnd.UNREACHABLE) from error
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.get_running_loop().sock_connect(connection, address)
+        except (OSError, TimeoutError) as error:
+            connection.close()
+            raise LinkLost(peer, LinkEnd.UNREACHABLE) from error
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+        return connection
+
+    def has_hole_to(self, peer: PeerId) -> bool:
+        """Whether this peer has lately dialled that one from its listening port: routers may let it in for that."""
+        opened_s = self._holes.get(peer)
+        return opened_s is not None and asyncio.get_running_loop().time() - opened_s < self.config.hole_life_s
+
+    def has_link(self, peer: PeerId, binding: bytes) -> bool:
+        """Whether the link with this channel binding is open."""
+        return any(link.binding == binding and link.is_usable for link in self._links.get(peer, ()))
+
+    def find_remote(self, peer: PeerId, binding: bytes) -> Address | None:
+        """The address by which `peer` came here on the link with this channel binding."""
+        found = (link for link in self._links.get(peer, ()) if link.binding == binding and link.expected is None)
+        return next((link.remote for link in found), None)
 
     def hang_up(self, peer: PeerId, refusal: Refusal) -> None:
         """End every link to this peer and tell it why; whether it may come back is `sink.admit`'s to say."""
@@ -175,13 +225,12 @@ class TensorLinks:
         such an address at all. Raises LinkLost(LIMIT)."""
         if self.stopping or len(self._connected) + len(self._dials) >= self.config.links_max:
             raise LinkLost(peer, LinkEnd.LIMIT)
-        open_before = self.is_linked(peer)
         try:
             link = await self._dial_address(peer, address)
         except LinkLost as lost:
             cause = lost.__cause__
             return None if isinstance(cause, OSError) and cause.errno in _NO_WAY else False
-        if open_before:
+        if len(self._links.get(peer, ())) > 1:
             # It has told what it was made for, and would count against the other side's limit.
             link.leave(LinkEnd.IDLE)
         return True
@@ -268,6 +317,12 @@ class TensorLinks:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             task.get_loop().call_exception_handler({"message": "a sink failed", "exception": error, "task": task})
+
+    def _note_hole(self, peer: PeerId) -> None:
+        self._holes[peer] = asyncio.get_running_loop().time()
+        self._holes.move_to_end(peer)
+        if len(self._holes) > self.config.peers_remembered_max:
+            self._holes.popitem(last=False)
 
     def _make_inbound(self) -> Link:
         return Link(self, Handshake(self._keys, self._swarm, dialer=False), expected=None)

@@ -19,6 +19,8 @@ from shoal.dht.addresses import keep_dialable
 from shoal.dht.announcements import Announce, AnnouncementSchedule, LookUp
 from shoal.dht.peer_book import PeerBook
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
+from shoal.node.endpoints import parse_endpoints_untrusted
+from shoal.node.link_port import Address
 from shoal.protocol.errors import ProtocolError, Refusal, UriError
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
@@ -200,6 +202,13 @@ class Membership:
         """The newest round that this peer has announced."""
         known = self.table.newest(peer)
         return known.head_round if known else 0
+
+    def tensor_addresses_of(self, peer: PeerId) -> tuple[Address, ...]:
+        """Where this peer's tensor port can be dialled; nowhere while nothing of it is wanted."""
+        known = self.table.newest(peer)
+        if known is None or self._ports.refuses(peer):
+            return ()
+        return parse_endpoints_untrusted(known.tensor_addresses)
 
     async def discover(self) -> None:
         """Announce in the DHT, look up others there, keep dialling peers from the book, and ask now and then whom

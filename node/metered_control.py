@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from shoal.node.control import REQUEST_TIMEOUT_S, ControlPlane, PeerAddresses
+from shoal.node.control import REQUEST_TIMEOUT_S, ControlPlane, ControlReach, PeerAddresses
 from shoal.node.metrics import Direction
 from shoal.protocol.identity import PeerId
 
@@ -22,6 +22,15 @@ class MeteredControl:
 
     def addresses(self) -> tuple[str, ...]:
         return self._inner.addresses()
+
+    def reach(self) -> ControlReach:
+        return self._inner.reach()
+
+    def offer(self, addresses: Sequence[str]) -> None:
+        self._inner.offer(addresses)
+
+    def refresh(self) -> None:
+        self._inner.refresh()
 
     def peers(self) -> tuple[PeerAddresses, ...]:
         return self._inner.peers()

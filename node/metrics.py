@@ -19,6 +19,7 @@ import prometheus_client
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from shoal.node.reachability import NatMapping, ReachReason, ReachState
 from shoal.protocol.effects import Phase
 from shoal.protocol.errors import Failure, Refusal
 
@@ -191,6 +192,14 @@ class Metrics:
         self.voters_live = table.gauge("voters_live", "Those of them that are live; too few certify nothing.")
         self.clock_skew_s = table.gauge(
             "peer_clock_skew_seconds", "The largest difference between a live peer's clock and this one's."
+        )
+
+        self.reachability = table.current(
+            "reachability", "1 for whether others can dial this peer's tensor port.", ReachState, "state"
+        )
+        self.reachability_reason = table.current("reachability_reason", "1 for why that is so.", ReachReason, "reason")
+        self.nat_mapping = table.current(
+            "nat_mapping", "1 for what routers make of the tensor port, as members see it.", NatMapping, "state"
         )
 
     def _declare_training(self, table: "_Table") -> None:

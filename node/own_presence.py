@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from shoal.dht.addresses import parse_address
 from shoal.dht.holdings import Holdings
 from shoal.node.compute import Compute
 from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import ControlPlane
-from shoal.node.endpoints import format_endpoint, is_wildcard
+from shoal.node.endpoints import format_endpoint
+from shoal.node.link_port import Address
 from shoal.node.status import TrainerState
 from shoal.protocol.abstention import ABSTAINING
 from shoal.protocol.identity import Identity
@@ -26,7 +26,7 @@ UNABLE = (TrainerState.STARTING, TrainerState.STALLED, TrainerState.STOPPED)
 
 @dataclass(slots=True, kw_only=True)
 class OwnPresence:
-    """`ready` is the READY of the open round, `tensor` the bound host and port of the tensor links."""
+    """`ready` is the READY of the open round."""
 
     config: NodeConfig
     identity: Identity
@@ -35,7 +35,7 @@ class OwnPresence:
     control: ControlPlane
     core: RoundCore
     compute: Compute
-    tensor: tuple[str, int]
+    tensor_addresses: Callable[[], tuple[Address, ...]]  # where others can dial the tensor port now
     holdings: Callable[[], Holdings] = Holdings  # what others can fetch here
     ready: SignedReady | None = None
     leaving: bool = False
@@ -61,7 +61,7 @@ class OwnPresence:
             state_root=head.state_root,
             attempt=self.core.attempt,
             phase=self.core.phase.value if self.core.abstention is None else ABSTAINING,
-            tensor_addresses=self._tensor_addresses(),
+            tensor_addresses=tuple(format_endpoint(one) for one in self.tensor_addresses()[:ADDRESSES_MAX]),
             control_addresses=self.control.addresses()[:ADDRESSES_MAX],
             tokens_per_s=progress.tokens_per_s if progress else 0.0,
             ready=self.ready if stands else None,
@@ -69,15 +69,3 @@ class OwnPresence:
             snapshots=holdings.snapshots,
         )
         return sign_message(self.identity, self.swarm, presence)
-
-    def _tensor_addresses(self) -> tuple[str, ...]:
-        host, port = self.tensor
-        port = self.config.tensor.announce_port or port
-        if self.config.tensor.announce_host is not None:
-            hosts: tuple[str, ...] = (self.config.tensor.announce_host,)
-        elif not is_wildcard(host):
-            hosts = (host,)
-        else:
-            announced = map(parse_address, self.control.addresses())
-            hosts = tuple(one.host for one in announced if not one.is_relayed)
-        return tuple(dict.fromkeys(format_endpoint((one, port)) for one in hosts))[:ADDRESSES_MAX]

@@ -40,6 +40,7 @@ from shoal.node.status import (
     clean_text,
     keep_peers,
 )
+from shoal.node.tensor_paths import TensorPaths
 from shoal.node.web import WebSources
 from shoal.protocol.abstention import Abstention
 from shoal.protocol.effects import (
@@ -80,6 +81,7 @@ class Subjects:
     state: LocalState
     exchange: PartExchange
     links: TensorLinks
+    paths: TensorPaths
     ledger: LedgerSync
     membership: Membership
     compute: Compute
@@ -129,6 +131,7 @@ class Reporter:
         self._aborted: Counter[str] = Counter()
         self._notes: list[Note] = []
         self._clock_told = False
+        self._reach_told = ""
         self._failures: dict[HappeningKind, _Failed] = {}
         self._phase: tuple[Phase, float] | None = None
         self._attempt = 0
@@ -243,6 +246,12 @@ class Reporter:
         severity = Severity.INFO if reason is Failure.PEER_LEFT else Severity.WARNING
         self.happen(HappeningKind.PEER_LOST, text, severity)
 
+    def reach_changed(self, text: str) -> None:
+        """Where others can dial this peer, if anywhere; said when it is another sentence than before."""
+        if text != self._reach_told:
+            self._reach_told = text
+            self.happen(HappeningKind.NETWORK, text)
+
     def disk_stopped(self, reason: Failure, detail: str) -> None:
         """This peer does not vote, because of its disk."""
         self._disk = reason, detail
@@ -302,6 +311,7 @@ class Reporter:
                 active=one.catch_up.active, rounds_behind=self._rounds_behind(live), detail=one.catch_up.detail
             ),
             disk=self._disk_status(),
+            reach=self.subjects.paths.reach.status(),
             peers=self._peer_rows(live),
             rounds_certified=self.rounds_certified,
             aborted=tuple(ReasonCount(reason=reason, count=count) for reason, count in sorted(self._aborted.items())),
@@ -413,7 +423,7 @@ class Reporter:
                 ready=me in view.ready,
                 participating=me in view.roster,
                 voter=me in head.voters,
-                owner=one.links.accepted > 0,
+                owner=one.paths.reach.reached,
                 tokens_per_s=self._tokens_per_s(),
                 head_round=head.round,
                 address="",
@@ -531,6 +541,10 @@ class Reporter:
         metrics.wire_bytes[Direction.RECEIVED, Plane.CONTROL].count_to(traffic.control_received_bytes)
         metrics.contribution_bytes.count_to(traffic.contribution_bytes)
         metrics.contribution_fp32_bytes.count_to(traffic.fp32_bytes)
+        reach = one.paths.reach
+        metrics.reachability.set(reach.state)
+        metrics.reachability_reason.set(reach.reason)
+        metrics.nat_mapping.set(reach.mapping)
         metrics.rounds_behind.set(self._rounds_behind(live))
         metrics.catching_up.set(one.catch_up.active)
         metrics.fetched_bytes.count_to(one.catch_up.fetched_bytes)

@@ -21,6 +21,7 @@ from enum import StrEnum
 from typing import Any
 
 from shoal.node.happenings import Happening, HappeningKind
+from shoal.node.reachability import NatMapping, ReachReason, ReachState
 from shoal.protocol.errors import InputError, ShoalError
 
 PEERS_SHOWN_MAX = 256
@@ -161,6 +162,26 @@ class DiskStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AddressStatus:
+    """One address of the tensor port, and what other peers have found there."""
+
+    address: str
+    state: ReachState
+    reason: ReachReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReachStatus:
+    """Whether others can dial this peer's tensor port, and so whether it may own parts; `mapping` is what routers on
+    the way make of that port."""
+
+    state: ReachState
+    reason: ReachReason
+    mapping: NatMapping
+    addresses: tuple[AddressStatus, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReasonCount:
     reason: str
     count: int
@@ -188,6 +209,7 @@ class Status:
     traffic: TrafficStatus
     catch_up: CatchUpStatus
     disk: DiskStatus
+    reach: ReachStatus
     peers: tuple[PeerStatus, ...]
     rounds_certified: int
     aborted: tuple[ReasonCount, ...]

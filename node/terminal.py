@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shoal.node.happenings import Happening, HappeningKind, Severity
+from shoal.node.reachability import ReachState
 from shoal.node.status import PeerStatus, Status, Verdict, clean_text, judge_health, judge_readiness
 from shoal.protocol.effects import Phase
 
@@ -444,6 +445,7 @@ def _figures(status: Status) -> "Table":
         ("rounds", f"{status.rounds_certified} certified; aborted attempts: {aborted}"),
         ("peers", f"{_count_peers(status.peers)}; {status.round.voters_live} of {status.round.voters} voters live"),
         ("traffic", f"{sent} sent, {received} received"),
+        ("reachable", f"{status.reach.state} ({status.reach.reason}){_addresses(status)}"),
         ("contributions", _compression(traffic.contribution_bytes, traffic.fp32_bytes)),
         (
             "disk",
@@ -458,6 +460,11 @@ def _figures(status: Status) -> "Table":
     for title, text in rows:
         table.add_row(Text(title, "dim"), Text(text, overflow="fold"))
     return table
+
+
+def _addresses(status: Status) -> str:
+    found = [one.address for one in status.reach.addresses if one.state is ReachState.REACHABLE]
+    return f" at {', '.join(found)}" if found else ""
 
 
 def _peer_table(peers: Iterable[PeerStatus]) -> "Table":

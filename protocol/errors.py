@@ -77,6 +77,12 @@ class Failure(StrEnum):
     CHAIN_UNCONFIRMED = "chain_unconfirmed"
     CHAIN_CLONED = "chain_cloned"
     CHAIN_FORKED = "chain_forked"
+    NO_GATEWAY = "no_gateway"
+    GATEWAY_SILENT = "gateway_silent"
+    GATEWAY_REFUSED = "gateway_refused"
+    GATEWAY_MALFORMED = "gateway_malformed"
+    PORT_TAKEN = "port_taken"
+    DOUBLE_NAT = "double_nat"
 
 
 class ShoalError(Exception):

@@ -326,16 +326,31 @@ class PeersAnswer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckReach:
-    """Asks the other one to dial this peer's announced tensor address."""
+class ProbeAddresses:
+    """Asks the other one to dial each of these addresses of this peer's tensor port."""
+
+    addresses: Annotated[tuple[Text, ...], Bound(1, ADDRESSES_MAX)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReachAnswer:
-    """`known` is false where an open link says nothing about dialling."""
+class ProbeAnswer:
+    """Whether each address led to the asker, in the order of the question; None where nothing can be said."""
 
-    known: bool
-    reached: bool
+    reached: Annotated[tuple[bool | None, ...], Bound(0, ADDRESSES_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetObserved:
+    """Asks by which address the other one sees the tensor link with this channel binding, which this peer dialled."""
+
+    binding: Bytes32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedAnswer:
+    """Empty when there is no such link."""
+
+    address: Text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -387,8 +402,11 @@ SCHEMA = Schema(
         37: LedgerEntries,
         38: GetPeers,
         39: PeersAnswer,
-        40: CheckReach,
-        41: ReachAnswer,
+        # 40 and 41 asked for the reachability of one address; they are not used again.
+        42: ProbeAddresses,
+        43: ProbeAnswer,
+        44: GetObserved,
+        45: ObservedAnswer,
         60: MeasureUpload,
         61: UploadAnswer,
     }

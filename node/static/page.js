@@ -124,7 +124,8 @@ function showFailures(failures) {
 }
 
 function showTiles(status) {
-  const { training, traffic, round, disk } = status;
+  const { training, traffic, round, disk, reach } = status;
+  const open = reach.addresses.filter((one) => one.state === "reachable").map((one) => one.address);
   const alive = status.peers.filter((peer) => peer.alive).length;
   const part = status.peers.filter((peer) => peer.participating).length;
   const aborted = status.aborted.reduce((sum, one) => sum + one.count, 0);
@@ -141,6 +142,7 @@ function showTiles(status) {
     ["Saved against fp32", formatBytes(Math.max(0, saved)), ratio ? `contributions ${ratio} times smaller` : "no contribution yet"],
     ["Rounds certified", whole.format(status.rounds_certified), aborted ? `${count(aborted, "attempt")} aborted, most: ${worst.reason}` : "no attempt aborted"],
     ["Sent", formatBytes(sent), `${formatBytes(received)} received`],
+    ["Reachable", reach.state, open.length ? open.join(", ") : reach.reason],
     ["Trainer", training.state, `${training.device || "no device"}${restarts}`],
     ["On disk", formatBytes(disk.blob_bytes), `${formatBytes(disk.free_bytes)} free, rounds from ${disk.oldest_round} on, snapshot of ${disk.snapshot_round}`],
   ];

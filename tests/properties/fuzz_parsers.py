@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 from functools import cache
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 from blake3 import blake3
@@ -33,6 +34,8 @@ from shoal.dht.addresses import parse_address_untrusted
 from shoal.dht.peer_book import PeerBook, decode_peer_book_untrusted
 from shoal.dht.records import AddressRecord, decode_address_record_untrusted, encode_signed_record
 from shoal.node.ledger_view import LedgerPage
+from shoal.node.nat_pmp import decode_answer_untrusted
+from shoal.node.upnp_gateway import read_location_untrusted
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.effects import VoteRecord
 from shoal.protocol.errors import ProtocolError, UriError
@@ -297,6 +300,19 @@ def list_contributions(codec: str) -> list[bytes]:
     return [bytes(CODECS[codec].encode(values)), bytes(CODECS[codec].encode(values * 1e-6))]
 
 
+# -- routers ----------------------------------------------------------------------------------------------------------
+
+
+def take_location(raw: bytes) -> None:
+    location = read_location_untrusted(raw, "192.168.1.1")
+    assert location is None or urlsplit(location).hostname == "192.168.1.1", "a router is asked at its own address"
+
+
+def list_pmp_answers() -> list[bytes]:
+    answers = ("0080000000000100cb007105", "008200000000010024f424f400000e10", "0082000200000100", "0081000000000000")
+    return [bytes.fromhex(one) for one in answers]
+
+
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 CERTIFICATES = [encode_record(CERTIFICATE), encode_record(certify(make_sample_result(make_head(), label="b"), 4, 2))]
@@ -424,6 +440,20 @@ PARSERS: tuple[Parser, ...] = (
             "protocol.secure_channel._verify_payload_untrusted",
             "protocol.secure_channel._decode_payload_untrusted",
         ),
+        is_packed=False,
+    ),
+    Parser(
+        name="nat_pmp",
+        take=decode_answer_untrusted,
+        samples=list_pmp_answers,
+        covers=("node.nat_pmp.decode_answer_untrusted",),
+        is_packed=False,
+    ),
+    Parser(
+        name="upnp_search",
+        take=take_location,
+        samples=lambda: [b"HTTP/1.1 200 OK\r\nLOCATION: http://192.168.1.1:5000/a.xml\r\nST: x\r\n\r\n"],
+        covers=("node.upnp_gateway.read_location_untrusted",),
         is_packed=False,
     ),
     *(

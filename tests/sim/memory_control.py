@@ -16,9 +16,11 @@ from shoal.node.control import (
     BootstrapFailed,
     ControlConfig,
     ControlHandlers,
+    ControlReach,
     ControlStopped,
     PeerAddresses,
     PeerUnreachable,
+    Reachability,
     RequestRefused,
 )
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal, UriError
@@ -94,6 +96,18 @@ class MemoryControl:
     def addresses(self) -> tuple[str, ...]:
         self._check_running()
         return self._addresses
+
+    def reach(self) -> ControlReach:
+        self._check_running()
+        return ControlReach(state=Reachability.CONFIRMED, confirmed=self._addresses)
+
+    def offer(self, addresses: Sequence[str]) -> None:
+        self._check_running()
+        for text in addresses:
+            parse_address(text)
+
+    def refresh(self) -> None:
+        self._check_running()
 
     def peers(self) -> tuple[PeerAddresses, ...]:
         self._check_running()

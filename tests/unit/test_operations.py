@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from shoal.node import conduct
+from shoal.node import conduct, reach
 from shoal.node.doctor import DEADLINE_S
 from shoal.node.doctor_findings import Check
 from shoal.node.doctor_swarm import RATE_BYTES_MAX, RATE_TIMEOUT_S
 from shoal.node.metrics import Deadline, Metrics
+from shoal.node.reachability import NatMapping, ReachReason, ReachState
 from shoal.protocol.effects import Phase
 from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.manifest import Rounds
@@ -52,6 +53,14 @@ def test_every_line_of_the_doctor_is_described() -> None:
     assert sorted(words) == sorted(one.value for one in Check)
     assert f"within {DEADLINE_S:.0f} s" in section
     assert f"at most {RATE_BYTES_MAX >> 20} MiB and {RATE_TIMEOUT_S:.0f} s each" in section
+
+
+def test_reachability_is_told_in_the_words_of_the_code() -> None:
+    assert set(read_table("Whether others can dial this peer")) == {one.value for one in (*ReachState, *ReachReason)}
+    section = TEXT.partition("\n## Whether others can dial this peer\n")[2].partition("\n## ")[0]
+    assert all(f"`{one.value}`" in section for one in NatMapping)
+    for period_s in (reach.REACHABLE_PERIOD_S, reach.PRIVATE_PERIOD_S, reach.UNKNOWN_PERIOD_S, reach.FAILED_PERIOD_S):
+        assert f"{period_s:g} s" in section
 
 
 def test_the_limits_that_the_status_names_are_described() -> None:

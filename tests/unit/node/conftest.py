@@ -5,12 +5,15 @@ import math
 import pytest
 
 from shoal.node.happenings import Happening, HappeningKind, Severity
+from shoal.node.reachability import NatMapping, ReachReason, ReachState
 from shoal.node.status import (
+    AddressStatus,
     CatchUpStatus,
     DiskStatus,
     FailureStatus,
     LossPoint,
     PeerStatus,
+    ReachStatus,
     ReasonCount,
     RoundStatus,
     Status,
@@ -119,6 +122,17 @@ def status() -> Status:
             ledger_entries=1_382,
             snapshot_round=120,
             oldest_round=60,
+        ),
+        reach=ReachStatus(
+            state=ReachState.REACHABLE,
+            reason=ReachReason.DIALLED_BACK,
+            mapping=NatMapping.ENDPOINT_INDEPENDENT,
+            addresses=(
+                AddressStatus(address="203.0.113.7:9461", state=ReachState.REACHABLE, reason=ReachReason.DIALLED_BACK),
+                AddressStatus(
+                    address="192.168.1.5:9461", state=ReachState.PRIVATE, reason=ReachReason.DIAL_BACK_FAILED
+                ),
+            ),
         ),
         peers=tuple(make_row(number) for number in range(len(NAMES))),
         rounds_certified=127,

@@ -37,7 +37,6 @@ from shoal.node.metered_control import MeteredControl
 from shoal.node.metrics import Metrics
 from shoal.node.own_presence import OwnPresence
 from shoal.node.providers import Providers
-from shoal.node.reach import Reach
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.snapshots import SnapshotStore
@@ -75,6 +74,7 @@ from shoal.protocol.rounds import RoundCore
 from shoal.protocol.state import SnapshotIndex, chunk_digests
 from shoal.protocol.wire import encode_record
 from tests.sim.memory_control import MemoryNetwork
+from tests.unit.node.path_samples import make_paths
 from tests.unit.node.planes import MakeControl, in_memory
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
@@ -251,6 +251,8 @@ class Peer:
         self.restarts: list[Failure] = []
         self.given_up: list[str] = []
         self.offers: list[Frozen] = []
+        self.reach_changes: list[str] = []
+        self.hosts: tuple[str, ...] = ()  # of this machine, as its pieces are told
         self.donor_failures: Counter[PeerId] = Counter()
         self.defects: list[BaseException] = []
         self.served: Counter[bytes] = Counter()
@@ -350,6 +352,7 @@ class Peer:
                 spawn=self.spawn,
             ),
         )
+        self.paths = make_paths(self, swarm.addresses[self.me])
         self.presence = OwnPresence(
             config=self.config,
             identity=self.identity,
@@ -358,7 +361,7 @@ class Peer:
             control=self.control,
             core=self.core,
             compute=self.compute,
-            tensor=swarm.addresses[self.me],
+            tensor_addresses=self.paths.reach.announced,
             holdings=lambda: self.providers.holdings,
         )
         self.providers = Providers(self.me, swarm.id, self.state, self.control)
@@ -398,7 +401,6 @@ class Peer:
                 find_donors=lambda first, last: self.providers.find(first, last, self.membership),
             ),
         )
-        self.reach = Reach(swarm.id, self.control, self.links, lambda: tuple(self.membership.table.live()))
         self.answers = Answers(
             swarm=swarm.id,
             signed_manifest=swarm.signed,
@@ -406,7 +408,7 @@ class Peer:
             ledger=self.ledger,
             membership=self.membership,
             links=self.links,
-            addresses_of=swarm.addresses_of,
+            paths=self.paths,
         )
         self.answer = self.answers.answer
         self.reporter.subjects = Subjects(
@@ -419,6 +421,7 @@ class Peer:
             state=self.state,
             exchange=self.exchange,
             links=self.links,
+            paths=self.paths,
             ledger=self.ledger,
             membership=self.membership,
             compute=self.compute,

@@ -1,5 +1,7 @@
 """What this peer answers: bounded, from what it holds, and nothing to a question that is none."""
 
+import asyncio
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -8,28 +10,40 @@ from typing import TypeVar
 
 import pytest
 
-from shoal.node import answers
+from shoal.node import answers, dial_back
+from shoal.node.endpoints import format_endpoint
 from shoal.node.link_port import LinkConfig
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.messages import (
     CERTIFICATES_PER_ANSWER,
     CertificatesAnswer,
-    CheckReach,
     GetCertificates,
     GetManifest,
+    GetObserved,
     GetPeers,
     GetSnapshot,
     ManifestAnswer,
+    ObservedAnswer,
     PeersAnswer,
     Prepare,
-    ReachAnswer,
+    ProbeAddresses,
+    ProbeAnswer,
     SnapshotAnswer,
     decode_message_untrusted,
     encode_message,
 )
 from shoal.protocol.state import decode_index_untrusted
 from shoal.protocol.wire import encode_record
-from tests.unit.node.node_samples import Chain, Peer, fill_folder, make_chain, make_samples, open_peer, open_peers
+from tests.unit.node.node_samples import (
+    Chain,
+    Peer,
+    fill_folder,
+    make_chain,
+    make_samples,
+    open_peer,
+    open_peers,
+    wait_until,
+)
 from tests.unit.node.puppet import open_puppet
 from tests.unit.protocol.samples import PEERS
 
@@ -106,23 +120,71 @@ async def test_peers_are_this_one_and_those_that_live(tmp_path: Path) -> None:
         assert {one.peer for one in answer.presences} == {ann.me, bob.me, cara.me}
 
 
-async def test_reachability_is_tried_and_not_guessed(tmp_path: Path) -> None:
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dial_back, "PERIOD_S", 0.0)
+
+
+@asynccontextmanager
+async def open_member(folder: Path) -> AsyncIterator[tuple[Peer, str]]:
+    """A peer that is asked, and the address of the member who asks."""
     swarm = make_samples()
-    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, ASKER, peer):
-        assert await ask(peer, CheckReach(), ReachAnswer) == ReachAnswer(known=True, reached=True)
-        swarm.addresses[PEERS[ASKER]] = ("127.0.0.1", 1)
-        assert await ask(peer, CheckReach(), ReachAnswer) == ReachAnswer(known=True, reached=False)
-        del swarm.addresses[PEERS[ASKER]]
-        assert await ask(peer, CheckReach(), ReachAnswer) == ReachAnswer(known=False, reached=False)
+    async with open_peer(swarm, 0, folder) as peer, open_puppet(swarm, ASKER, peer) as puppet:
+        puppet.show(peer)
+        yield peer, format_endpoint(swarm.addresses[puppet.me])
+
+
+async def test_reachability_is_tried_and_not_guessed(tmp_path: Path, no_pause: None) -> None:
+    async with open_member(tmp_path) as (peer, address):
+        question = ProbeAddresses(addresses=(address, "127.0.0.1:1", "nothing to dial"))
+        for _ in range(2):
+            assert await ask(peer, question, ProbeAnswer) == ProbeAnswer(reached=(True, False, None))
+            # A second link has told what it was made for, and goes.
+            await wait_until(lambda: peer.links.statistics().links == 1)
+
+
+async def test_an_address_of_a_family_that_this_peer_has_no_way_to_is_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_member(tmp_path) as (peer, _):
+
+        async def unreachable(*args: object, **options: object) -> None:
+            raise OSError(errno.ENETUNREACH, "no route")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", unreachable)
+        answer = await ask(peer, ProbeAddresses(addresses=("[2001:db8::1]:1",)), ProbeAnswer)
+        assert answer == ProbeAnswer(reached=(None,))
 
 
 async def test_a_peer_without_room_for_a_link_says_that_it_does_not_know(tmp_path: Path) -> None:
-    swarm = make_samples()
-    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, ASKER, peer):
+    async with open_member(tmp_path) as (peer, address):
         config: LinkConfig = peer.links.config
         peer.links.config = replace(config, links_max=0)
-        assert await ask(peer, CheckReach(), ReachAnswer) == ReachAnswer(known=False, reached=False)
+        assert await ask(peer, ProbeAddresses(addresses=(address,)), ProbeAnswer) == ProbeAnswer(reached=(None,))
         peer.links.config = config
+
+
+async def test_dial_backs_are_for_members_and_one_at_a_time(tmp_path: Path) -> None:
+    async with open_member(tmp_path) as (peer, address):
+        question = ProbeAddresses(addresses=(address,))
+        both = await asyncio.gather(
+            ask(peer, question, ProbeAnswer), ask(peer, question, ProbeAnswer), return_exceptions=True
+        )
+        assert both[0] == ProbeAnswer(reached=(True,))
+        assert isinstance(both[1], ProtocolError) and both[1].refusal is Refusal.LIMIT
+        with pytest.raises(ProtocolError) as caught:
+            await peer.paths.answer(PEERS[ASKER + 1], question)
+        assert caught.value.refusal is Refusal.NOT_A_MEMBER
+
+
+async def test_a_peer_is_told_how_its_link_is_seen(tmp_path: Path) -> None:
+    swarm = make_samples()
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, ASKER, peer) as puppet:
+        binding = await puppet.links.dial_from_port(peer.me, swarm.addresses[peer.me])
+        await wait_until(lambda: peer.links.is_linked(puppet.me))
+        seen = await ask(peer, GetObserved(binding=binding), ObservedAnswer)
+        assert seen.address == format_endpoint(swarm.addresses[puppet.me])
+        assert await ask(peer, GetObserved(binding=bytes(32)), ObservedAnswer) == ObservedAnswer(address="")
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from shoal.node.control import (
     Reachability,
     RelayLimits,
 )
-from shoal.node.libp2p_engine import ControlEngine, _libp2p_id
-from shoal.node.libp2p_hop import _Reservation
+from shoal.node.libp2p_discovery import libp2p_id
+from shoal.node.libp2p_engine import ControlEngine
+from shoal.node.libp2p_hop import HOP_PROTOCOL, _Reservation
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.protocol.identity import PeerId, short_peer_id
 from tests.unit.node.control_contract import PATIENCE_S, Member, Members, gossip_until_heard
@@ -49,6 +50,10 @@ class Net:
         member = self.members.make()
         await member.plane.start()
         return member
+
+    async def start_relay(self, **changes: object) -> Member:
+        """A member that knows that it can be dialled."""
+        return await self.start(reachability=Reachability.CONFIRMED, **changes)
 
     async def start_private(self, *relays: Member, **changes: object) -> Member:
         """A peer with a place at each of the relays."""
@@ -90,7 +95,7 @@ def path(member: Member, peer: PeerId) -> str:
 
 
 async def test_a_private_peer_is_reached_through_its_relay(net: Net) -> None:
-    relay = await net.start()
+    relay = await net.start_relay()
     private = await net.start_private(relay)
     other = await net.start()
     (address,) = circuits(private)
@@ -102,12 +107,12 @@ async def test_a_private_peer_is_reached_through_its_relay(net: Net) -> None:
     assert path(private, other.peer) == "relayed"
     large = bytes(FRAME_BYTES_MAX - 100)
     assert await other.plane.request(private.peer, large) == b"answer to " + large
-    assert engine_of(relay).relay_counts().circuits == 1
-    assert engine_of(relay).relay_counts().relayed_bytes > len(large)
+    assert relay.plane.reach().served.circuits == 1
+    assert relay.plane.reach().served.relayed_bytes > len(large)
 
 
 async def test_two_private_peers_reach_each_other_and_gossip(net: Net) -> None:
-    relay = await net.start()
+    relay = await net.start_relay()
     one, other = await net.start_private(relay), await net.start_private(relay)
     await other.plane.connect(circuits(one))
     await other.find("connected")
@@ -116,7 +121,7 @@ async def test_two_private_peers_reach_each_other_and_gossip(net: Net) -> None:
 
 
 async def test_direct_addresses_are_tried_before_circuits(net: Net) -> None:
-    relay = await net.start()
+    relay = await net.start_relay()
     private = await net.start_private(relay)
     other = await net.start()
     backwards = sorted(private.plane.addresses(), key=lambda text: not parse_address(text).is_relayed)
@@ -127,7 +132,7 @@ async def test_direct_addresses_are_tried_before_circuits(net: Net) -> None:
 
 async def test_a_direct_connection_takes_over(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libp2p_engine, "RETIRE_S", 0.2)
-    relay = await net.start()
+    relay = await net.start_relay()
     private = await net.start_private(relay)
     other = await net.start()
     await other.plane.connect(circuits(private))
@@ -146,7 +151,7 @@ async def test_a_direct_connection_takes_over(net: Net, monkeypatch: pytest.Monk
     await until(other, lambda: path(other, private.peer) == "direct", "the direct path")
     await sending
     assert [await private.find("message") for _ in numbers] == [(other.peer, number) for number in numbers]
-    await until(relay, lambda: not engine_of(relay).relay_counts().circuits, "the circuit's end")
+    await until(relay, lambda: not relay.plane.reach().served.circuits, "the circuit's end")
     await other.plane.send(private.peer, b"directly")
     assert await private.find("message") == (other.peer, b"directly")
     assert await other.plane.request(private.peer, b"still?") == b"answer to still?"
@@ -155,7 +160,7 @@ async def test_a_direct_connection_takes_over(net: Net, monkeypatch: pytest.Monk
 
 
 async def test_a_dead_relay_is_replaced(net: Net) -> None:
-    first, second, third = [await net.start() for _ in range(3)]
+    first, second, third = [await net.start_relay() for _ in range(3)]
     private = await net.start_private(first, second, relays_wanted=2)
     await private.plane.connect(third.plane.addresses())
     assert not circuits(private, third)
@@ -168,7 +173,7 @@ async def test_a_dead_relay_is_replaced(net: Net) -> None:
 
 
 async def test_a_lost_relay_loses_the_peers_behind_it(net: Net) -> None:
-    relay = await net.start()
+    relay = await net.start_relay()
     private = await net.start_private(relay)
     other = await net.start()
     await other.plane.connect(circuits(private))
@@ -179,7 +184,7 @@ async def test_a_lost_relay_loses_the_peers_behind_it(net: Net) -> None:
 
 
 async def test_who_stops_is_lost_over_a_circuit(net: Net) -> None:
-    relay = await net.start()
+    relay = await net.start_relay()
     private = await net.start_private(relay)
     other = await net.start()
     await other.plane.connect(circuits(private))
@@ -188,24 +193,24 @@ async def test_who_stops_is_lost_over_a_circuit(net: Net) -> None:
     assert await other.find("lost") == (private.peer,)
     assert await private.find("lost") == (other.peer,)
     assert path(private, relay.peer) == "direct"
-    await until(relay, lambda: not engine_of(relay).relay_counts().circuits, "the circuit's end")
+    await until(relay, lambda: not relay.plane.reach().served.circuits, "the circuit's end")
     await other.plane.connect(circuits(private))
     assert await other.plane.request(private.peer, b"again?") == b"answer to again?"
 
 
 async def test_who_has_no_place_is_not_reached(net: Net) -> None:
-    relay = await net.start()
+    relay = await net.start_relay()
     public = await net.start()
     await public.plane.connect(relay.plane.addresses())
     other = await net.start()
     through = replace(parse_address(relay.plane.addresses()[0]), relay=relay.peer, peer=public.peer)
     with pytest.raises(PeerUnreachable, match="NO_RESERVATION"):
         await other.plane.connect([str(through)])
-    assert engine_of(relay).relay_counts().circuits == 0
+    assert relay.plane.reach().served.circuits == 0
 
 
 async def test_places_and_circuits_are_bounded(net: Net) -> None:
-    relay = await net.start(relay=RelayLimits(reservations_max=1, circuits_per_peer_max=1))
+    relay = await net.start_relay(relay=RelayLimits(reservations_max=1, circuits_per_peer_max=1))
     first = await net.start_private(relay)
     second = await net.start(reachability=Reachability.PRIVATE, bootstrap=(relay.plane.addresses()[0],))
     await until(second, lambda: engine_of(second)._relays._refused_until_s, "a refusal")
@@ -214,12 +219,12 @@ async def test_places_and_circuits_are_bounded(net: Net) -> None:
     await one.plane.connect(circuits(first))
     with pytest.raises(PeerUnreachable, match="RESOURCE_LIMIT_EXCEEDED"):
         await other.plane.connect(circuits(first))
-    assert engine_of(relay).relay_counts().reservations == 1
+    assert relay.plane.reach().served.reservations == 1
 
 
 @pytest.mark.parametrize("limits", [RelayLimits(circuit_bytes_max=200_000), RelayLimits(circuit_s=0.5)])
 async def test_a_circuit_past_its_limits_ends_and_another_may_follow(net: Net, limits: RelayLimits) -> None:
-    relay = await net.start(relay=limits)
+    relay = await net.start_relay(relay=limits)
     private = await net.start_private(relay)
     other = await net.start()
     await other.plane.connect(circuits(private))
@@ -235,7 +240,7 @@ async def test_a_circuit_past_its_limits_ends_and_another_may_follow(net: Net, l
 
 
 async def test_a_silent_circuit_is_noticed(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    relay = await net.start()
+    relay = await net.start_relay()
     private = await net.start_private(relay)
     other = await net.start()
     monkeypatch.setattr(libp2p_connections, "PING_PERIOD_S", 0.1)
@@ -262,7 +267,7 @@ async def test_a_silent_circuit_is_noticed(net: Net, monkeypatch: pytest.MonkeyP
 
 async def test_a_place_is_renewed(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.node.libp2p_relays.RESERVATION_MIN_S", 0.5)
-    relay = await net.start(relay=RelayLimits(reservation_s=1.0))
+    relay = await net.start_relay(relay=RelayLimits(reservation_s=1.0))
     private = await net.start_private(relay)
     held = engine_of(private)._relays._held
     before = held[relay.peer].ends_at_s
@@ -271,12 +276,13 @@ async def test_a_place_is_renewed(net: Net, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def test_a_stranger_brings_no_connections(net: Net) -> None:
-    relay, stranger = await net.start(), await net.start()
+    relay, stranger = await net.start_relay(), await net.start_relay()
     private = await net.start_private(relay, relays_wanted=1)
-    await stranger.plane.connect(private.plane.addresses()[:1])
+    direct = [text for text in private.plane.addresses() if not parse_address(text).is_relayed]
+    await stranger.plane.connect(direct)
     hop = engine_of(stranger)._hop
     assert hop is not None
-    hop._reservations[_libp2p_id(private.peer)] = _Reservation("", float("inf"))
+    hop._reservations[libp2p_id(private.peer)] = _Reservation("", float("inf"))
     other = await net.start()
     through = replace(parse_address(stranger.plane.addresses()[0]), relay=stranger.peer, peer=private.peer)
     with pytest.raises(PeerUnreachable, match="CONNECTION_FAILED"):
@@ -284,8 +290,8 @@ async def test_a_stranger_brings_no_connections(net: Net) -> None:
 
 
 async def test_a_relay_that_is_switched_off_relays_nothing(net: Net) -> None:
-    off = await net.start(relay=None)
+    off = await net.start_relay(relay=None)
     private = await net.start(reachability=Reachability.PRIVATE, bootstrap=(off.plane.addresses()[0],))
     await private.find("connected")
     await private.plane.request(off.peer, b"identified by then")
-    assert engine_of(private)._known_relays() == []
+    assert engine_of(private)._find_serving(HOP_PROTOCOL) == []

@@ -71,7 +71,7 @@ def test_seen_messages_are_bounded_and_expire_without_a_sweeper(
 
 def test_provider_records_are_bounded() -> None:
     async def fill() -> BoundedProviders:
-        host, _ = build_host(CONFIG, lambda candidates: candidates)
+        host, _ = build_host(CONFIG, list)
         providers = build_dht(host, serves=True).provider_store
         assert isinstance(providers, BoundedProviders)
         addresses = [Multiaddr(f"/ip4/1.2.3.4/tcp/{port}") for port in range(1, 100)]
@@ -90,7 +90,7 @@ def test_known_peers_are_bounded_and_the_node_itself_stays(monkeypatch: pytest.M
     monkeypatch.setattr(libp2p_stack, "KNOWN_PEERS_MAX", 10)
 
     async def fill() -> int:
-        host, swarm = build_host(CONFIG, lambda candidates: candidates)
+        host, swarm = build_host(CONFIG, list)
         router, _ = libp2p_stack.build_gossip(host, "topic", 1.0)
         for number in range(100):
             swarm.peerstore.add_addr(peer_id(number), Multiaddr("/ip4/1.2.3.4/tcp/1"), 100)
@@ -103,7 +103,7 @@ def test_known_peers_are_bounded_and_the_node_itself_stays(monkeypatch: pytest.M
 
 def test_the_dht_takes_no_values() -> None:
     async def validate() -> None:
-        host, _ = build_host(CONFIG, lambda candidates: candidates)
+        host, _ = build_host(CONFIG, list)
         dht = build_dht(host, serves=True)
         assert dht.validator is not None
         for key in ("/pk/x", "/ipns/x", "/shoal/x", "plain"):

@@ -1,0 +1,23 @@
+"""The tensor paths of a test's peer: wired as the daemon wires them, with the machine that the test makes up."""
+
+from typing import TYPE_CHECKING
+
+from shoal.node.link_port import Address
+from shoal.node.reach import ReachPorts
+from shoal.node.tensor_paths import TensorPaths
+
+if TYPE_CHECKING:
+    from tests.unit.node.node_samples import Peer
+
+
+def make_paths(peer: "Peer", bound: Address) -> TensorPaths:
+    """`peer.hosts` are the machine's addresses."""
+    ports = ReachPorts(
+        live=lambda: peer.membership.table.live(),
+        addresses_of=lambda other: () if peer.intake.refuses(other) else peer.swarm.addresses_of(other),
+        hosts=lambda: peer.hosts,
+        seen_hosts=lambda: (),
+        changed=lambda: peer.reach_changes.append(peer.paths.reach.describe()),
+        now=lambda: peer.now_s(),
+    )
+    return TensorPaths(peer.swarm.id, peer.config.tensor, bound, peer.control, peer.links, ports)
