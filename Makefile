@@ -41,9 +41,9 @@ chaos: setup  ## kill, stop and cut real daemons and check what must hold: SECON
 	$(BIN)/python -m benchmarks.chaos --seconds $(or $(SECONDS),120) --peers $(or $(PEERS),8) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))
 
-natlab: setup  ## hosts behind routers of each kind, as network namespaces; needs iproute2, nftables, root or user namespaces
+natlab: setup  ## real daemons behind routers of each kind; needs iproute2, nftables, root or user namespaces: SHORT=1
 	@sh .ci/natlab-needs
-	$(BIN)/python -m tests.natlab.needs $(BIN)/python -m pytest tests/natlab
+	$(BIN)/python -m tests.natlab.needs $(BIN)/python -m pytest $(if $(SHORT),-m "not long") tests/natlab
 
 interop: setup  ## js-libp2p and rust-libp2p against our node; needs Node.js 20 or newer, npm and the registries
 	@sh .ci/interop-needs $(BIN)/python

@@ -334,6 +334,12 @@ class DirectPubsub(Pubsub):
         if queue := self.peer_queues.get(peer_id):
             queue._queue.max_size = GOSSIP_RPCS_QUEUED_MAX
 
+    def _forget_all_subscriptions(self, peer_id: ID) -> None:
+        # A peer subscribes once, on the stream that it opens. Who is back on a new connection, before the end of its
+        # old one was noticed here, would be sent nothing more when that one ends.
+        if not self._peer_is_connected(peer_id):
+            super()._forget_all_subscriptions(peer_id)
+
 
 def build_host(
     config: ControlConfig,

@@ -7,6 +7,10 @@ from tests.natlab.needs import find_missing
 MISSING = find_missing()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: real daemons for a minute or more; `make natlab SHORT=1` leaves them out")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if MISSING is not None:
         for item in items:

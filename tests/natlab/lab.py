@@ -156,6 +156,8 @@ class Router(Node):
         self.policy = policy
         self._lab = lab
         self.lan = Network(self.space, INSIDE, base, 24)
+        # Linux would take up connections that it has forgotten in the middle; not all routers do.
+        self.space.set(netfilter__nf_conntrack_tcp_loose=0)
         self._apply()
 
     def _apply(self) -> None:

@@ -51,7 +51,8 @@ def write_rules(policy: Policy, outside: str) -> str:
         lines += _write_chain("remember", "filter hook postrouting priority 300", _remember(outside))
     lines += _write_chain("outgoing", "nat hook postrouting priority srcnat", [f'oifname "{outside}" {masquerade}'])
     known = "ct state established,related accept"
-    blocked = ["meta l4proto udp drop"] if policy.blocks_udp else []
+    # What belongs to no connection that it knows would leave with an address of the inside.
+    blocked = ["ct state invalid drop", *(["meta l4proto udp drop"] if policy.blocks_udp else [])]
     lines += _write_chain(
         "forward", "filter hook forward priority filter", [*blocked, known, "ct status dnat accept", *refusals]
     )

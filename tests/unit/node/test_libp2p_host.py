@@ -184,6 +184,31 @@ async def test_a_peer_that_something_else_answers_for_is_lost(
         network.close()
 
 
+async def test_a_peer_that_is_back_before_its_loss_was_noticed_hears_presences(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind a router that got another address: this side still waits on the old connection."""
+    monkeypatch.setattr(libp2p_connections, "PING_PERIOD_S", 0.2)
+    monkeypatch.setattr(libp2p_connections, "SILENCE_TIMEOUT_S", 0.5)
+    (one,), other = await members.start(1), members.make()
+    await other.plane.start()
+    network = ShapedNetwork()
+    _, address = parse_peer_address(one.plane.addresses()[0])
+    port = network.open("one", address.port)
+    try:
+        await other.plane.connect([f"/ip4/127.0.0.1/tcp/{port}/p2p/{format_peer_id(one.peer)}"])
+        assert await other.find("connected") == (one.peer,)
+        await gossip_until_heard(one, other, b"before")
+        assert await asyncio.to_thread(network.freeze, "one") == 1
+        await other.plane.disconnect(one.peer)
+        assert await other.find("lost") == (one.peer,)
+        await other.plane.connect(one.plane.addresses())
+        assert await other.find("connected") == (one.peer,)
+        await gossip_until_heard(one, other, b"after")
+    finally:
+        network.close()
+
+
 async def test_a_peer_that_starts_again_is_heard_at_once(members: Members) -> None:
     (hearer,) = await members.start(1)
     for life in (b"first", b"second"):
