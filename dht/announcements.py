@@ -91,6 +91,12 @@ class AnnouncementSchedule:
         self._lookup_pause_s = LOOKUP_MIN_S if new_peers else min(2 * self._lookup_pause_s, LOOKUP_MAX_S)
         self._lookup_at_s = now_s + self._pause_between_lookups_s()
 
+    def note_addresses(self, now_s: float) -> None:
+        """This peer has other addresses than those that it announced."""
+        if self._announce_at_s is not None:
+            soon_s = max(now_s, self._announced_s + ANNOUNCE_RETRY_MIN_S)
+            self._announce_at_s = min(self._announce_at_s, soon_s)
+
     def note_peers(self, connected: int, now_s: float) -> None:
         """How many peers are connected now; call at every change."""
         met_first = connected > 0 and self._peers == 0

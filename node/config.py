@@ -63,6 +63,16 @@ class ControlTable:
     """Multiaddrs that others should dial, where the observed ones are wrong (a forwarded port, a DNS name)."""
     bootstraps: Annotated[tuple[str, ...], Bound(0, BOOTSTRAPS_MAX)] = ()
     """Multiaddrs with peer ids, besides those of the swarm's URI."""
+    connections_max: Annotated[int, Bound(8, 10_000)] = 200
+    """Connections of all peers together; a quarter of them is kept for those that this peer makes."""
+    relay: bool = True
+    """Carry control connections between peers that nobody can dial, while this one can be dialled. It reads none."""
+    relay_reservations_max: Annotated[int, Bound(1, 5_000)] = 64
+    """Peers that may be reached through this one at a time, and at most half of the connections."""
+    relay_circuit_mib_max: Annotated[int, Bound(1, 1 << 20)] = 64
+    """Bytes of one relayed connection, both ways together; its peers then make another."""
+    relays_wanted: Annotated[int, Bound(0, 3)] = 2
+    """At how many other peers this one asks to be relayed to, while nobody can dial it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,8 @@ from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
 from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
-from shoal.node.control import BootstrapFailed, ControlConfig, ControlHandlers
+from shoal.node.control import BootstrapFailed, ControlHandlers
+from shoal.node.control_setup import make_control_config
 from shoal.node.disk_watch import DiskPorts, DiskWatch
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
@@ -123,17 +124,7 @@ class Daemon:
     async def _start_control(self, choice: SwarmChoice) -> None:
         self.swarm = choice.swarm
         self.intake = Intake(choice.swarm, self.reporter, self.conduct)
-        table = self.config.control
-        net = "ip6" if ":" in table.host else "ip4"
-        host = "127.0.0.1" if table.host == "localhost" else table.host
-        config = ControlConfig(
-            identity=self.identity,
-            swarm=choice.swarm,
-            listen=(f"/{net}/{host}/tcp/{table.port}",),
-            announce=table.announce,
-            bootstrap=choice.bootstraps,
-            listen_field="control.port",
-        )
+        config = make_control_config(self.config.control, self.identity, choice.swarm, choice.bootstraps)
         handlers = ControlHandlers(
             on_message=self.intake.take_message,
             on_request=self.intake.answer,
@@ -142,6 +133,7 @@ class Daemon:
             on_peer_lost=lambda peer: self.membership.connection_lost(peer) if self.intake.is_open else None,
             on_misbehaviour=self.intake.misbehaved,
             on_bootstrap_failed=self._bootstrap_failed,
+            on_reach_changed=lambda: self.membership.addresses_changed() if self.intake.is_open else None,
             on_crashed=self._control_crashed,
         )
         self.control = MeteredControl(Libp2pHost(config, handlers))
@@ -330,6 +322,7 @@ class Daemon:
         )
         self.paths = TensorPaths(self.swarm, config.tensor, bound, self.control, self.links, reach_ports)
         self.interfaces.subscribe(lambda _: self.paths.reach.addresses_changed())
+        self.interfaces.subscribe(lambda _: self.control.refresh())
         self.presence = OwnPresence(
             config=config,
             identity=self.identity,
@@ -393,6 +386,7 @@ class Daemon:
             core=self.core,
             state=self.state,
             exchange=self.exchange,
+            control=self.control,
             links=self.links,
             paths=self.paths,
             ledger=self.ledger,

@@ -22,7 +22,7 @@ from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.node.endpoints import parse_endpoints_untrusted
 from shoal.node.link_port import Address
 from shoal.protocol.errors import ProtocolError, Refusal, UriError
-from shoal.protocol.identity import PeerId, short_peer_id
+from shoal.protocol.identity import PeerId, format_peer_id, short_peer_id
 from shoal.protocol.messages import (
     PEERS_PER_ANSWER,
     GetPeers,
@@ -161,12 +161,12 @@ class Membership:
         """Whether there is a control connection to this peer now; dials the addresses that it announced."""
         if any(one.peer == peer for one in self._control.peers()):
             return True
-        known = self.book.get(peer)
-        if known is None or not known.addresses or peer in self._dialling or self._ports.refuses(peer):
+        addresses = self._control_addresses_of(peer)
+        if not addresses or peer in self._dialling or self._ports.refuses(peer):
             return False
         self._dialling.add(peer)
         try:
-            await self._control.connect(known.addresses)
+            await self._control.connect(addresses)
         except (PeerUnreachable, UriError) as error:
             log.debug("%s", error)
             self.book.note_failure(peer, time.time())
@@ -174,6 +174,19 @@ class Membership:
         finally:
             self._dialling.discard(peer)
         return True
+
+    def _control_addresses_of(self, peer: PeerId) -> tuple[str, ...]:
+        """What it says now, and what has worked before."""
+        known, told = self.book.get(peer), self.table.newest(peer)
+        announced = keep_dialable(told.control_addresses, peer) if told else ()
+        tail = f"/p2p/{format_peer_id(peer)}"
+        texts = (*announced, *(known.addresses if known else ()))
+        return tuple(dict.fromkeys(text if text.endswith(tail) else text + tail for text in texts))
+
+    def addresses_changed(self) -> None:
+        """This peer can be dialled elsewhere than before: say so in the next presence, which is now, and in the DHT."""
+        self._schedule.note_addresses(time.time())
+        self.announce()
 
     def _note_peers(self) -> None:
         self._schedule.note_peers(len(self._control.peers()), time.time())

@@ -19,6 +19,7 @@ import prometheus_client
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from shoal.node.control import Reachability as ControlReachability
 from shoal.node.reachability import NatMapping, ReachReason, ReachState
 from shoal.protocol.effects import Phase
 from shoal.protocol.errors import Failure, Refusal
@@ -201,6 +202,14 @@ class Metrics:
         self.nat_mapping = table.current(
             "nat_mapping", "1 for what routers make of the tensor port, as members see it.", NatMapping, "state"
         )
+
+        self.control_reachability = table.current(
+            "control_reachability", "1 for whether others can dial the control port.", ControlReachability, "state"
+        )
+        self.relays = table.gauge("relays", "Other peers that carry control connections to this one.")
+        self.relay_reservations = table.gauge("relay_reservations", "Peers that are reached through this one.")
+        self.relay_circuits = table.gauge("relay_circuits", "Control connections of others that this peer carries.")
+        self.relayed_bytes = table.counter("relayed_bytes", "Bytes of such connections, both ways.")
 
     def _declare_training(self, table: "_Table") -> None:
         self.loss = table.gauge("loss", "The trainer's last loss; NaN before the first one.")

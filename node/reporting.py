@@ -17,6 +17,8 @@ from shoal.node.catchup import CatchUp
 from shoal.node.compute import Compute
 from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
+from shoal.node.control import ControlPlane
+from shoal.node.control_setup import describe_control
 from shoal.node.exchange import PartExchange
 from shoal.node.happenings import REMEDIES, Happening, HappeningFeed, HappeningKind, Severity, describe_notes
 from shoal.node.ledger_sync import LedgerSync
@@ -26,6 +28,7 @@ from shoal.node.membership import CLOCK_SKEW_WARN_S, Membership
 from shoal.node.metrics import Direction, LedgerHeld, Metrics, PeerState, Plane
 from shoal.node.status import (
     CatchUpStatus,
+    ControlStatus,
     DiskStatus,
     FailureStatus,
     LossHistory,
@@ -80,6 +83,7 @@ class Subjects:
     core: RoundCore
     state: LocalState
     exchange: PartExchange
+    control: ControlPlane
     links: TensorLinks
     paths: TensorPaths
     ledger: LedgerSync
@@ -312,6 +316,7 @@ class Reporter:
             ),
             disk=self._disk_status(),
             reach=self.subjects.paths.reach.status(),
+            control=self._control_status(),
             peers=self._peer_rows(live),
             rounds_certified=self.rounds_certified,
             aborted=tuple(ReasonCount(reason=reason, count=count) for reason, count in sorted(self._aborted.items())),
@@ -545,6 +550,12 @@ class Reporter:
         metrics.reachability.set(reach.state)
         metrics.reachability_reason.set(reach.reason)
         metrics.nat_mapping.set(reach.mapping)
+        control = self._control_status()
+        metrics.control_reachability.set(control.state)
+        metrics.relays.set(len(control.relays))
+        metrics.relay_reservations.set(control.reservations)
+        metrics.relay_circuits.set(control.circuits)
+        metrics.relayed_bytes.count_to(control.relayed_bytes)
         metrics.rounds_behind.set(self._rounds_behind(live))
         metrics.catching_up.set(one.catch_up.active)
         metrics.fetched_bytes.count_to(one.catch_up.fetched_bytes)
@@ -557,6 +568,12 @@ class Reporter:
         metrics.ledger_held.set(None if one.ledger.held is None else LedgerHeld(one.ledger.held))
         metrics.blob_bytes.set(disk.blob_bytes)
         return metrics.render()
+
+    def _control_status(self) -> ControlStatus:
+        if not self.control_up:
+            return ControlStatus()
+        control = self.subjects.control
+        return describe_control(control.reach(), control.addresses())
 
 
 def _name_in(presence: Presence) -> str:

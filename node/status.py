@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from shoal.node.control import Reachability as ControlReachability
 from shoal.node.happenings import Happening, HappeningKind
 from shoal.node.reachability import NatMapping, ReachReason, ReachState
 from shoal.protocol.errors import InputError, ShoalError
@@ -182,6 +183,21 @@ class ReachStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ControlStatus:
+    """Whether others can dial this peer's control port, at which `relays` it is reached while they cannot, and what it
+    relays for others itself."""
+
+    state: ControlReachability = ControlReachability.UNKNOWN
+    addresses: tuple[str, ...] = ()
+    confirmed: tuple[str, ...] = ()
+    relays: tuple[str, ...] = ()
+    relaying: bool = False
+    reservations: int = 0
+    circuits: int = 0
+    relayed_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReasonCount:
     reason: str
     count: int
@@ -210,6 +226,7 @@ class Status:
     catch_up: CatchUpStatus
     disk: DiskStatus
     reach: ReachStatus
+    control: ControlStatus = ControlStatus()
     peers: tuple[PeerStatus, ...]
     rounds_certified: int
     aborted: tuple[ReasonCount, ...]

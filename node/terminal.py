@@ -446,6 +446,7 @@ def _figures(status: Status) -> "Table":
         ("peers", f"{_count_peers(status.peers)}; {status.round.voters_live} of {status.round.voters} voters live"),
         ("traffic", f"{sent} sent, {received} received"),
         ("reachable", f"{status.reach.state} ({status.reach.reason}){_addresses(status)}"),
+        ("control port", _describe_control(status)),
         ("contributions", _compression(traffic.contribution_bytes, traffic.fp32_bytes)),
         (
             "disk",
@@ -460,6 +461,16 @@ def _figures(status: Status) -> "Table":
     for title, text in rows:
         table.add_row(Text(title, "dim"), Text(text, overflow="fold"))
     return table
+
+
+def _describe_control(status: Status) -> str:
+    control = status.control
+    parts = [str(control.state)]
+    if control.relays:
+        parts.append(f"reached through {len(control.relays)} relays")
+    if control.relaying:
+        parts.append(f"relays {control.circuits} connections for {control.reservations} peers")
+    return ", ".join(parts)
 
 
 def _addresses(status: Status) -> str:

@@ -111,3 +111,15 @@ def test_a_peer_that_comes_and_goes_does_not_make_it_hurry(schedule: Announcemen
     assert schedule.next_deadline() == START_S + ANNOUNCE_RETRY_MIN_S
     assert schedule.poll(START_S + ANNOUNCE_RETRY_MIN_S - 0.1) == ()
     assert schedule.poll(START_S + LOOKUP_MIN_S - 0.1) == (Announce(key=provider_key(SWARM, 1000)),)
+
+
+def test_other_addresses_are_announced_soon_and_not_at_every_change(schedule: AnnouncementSchedule) -> None:
+    schedule.poll(START_S)
+    schedule.note_addresses(START_S)  # it is being announced: what is stored may be either
+    schedule.note_announced(stored=True, now_s=START_S)
+    schedule.note_looked_up(1, START_S)
+    for second in (1, 2):
+        schedule.note_addresses(START_S + second)
+        assert schedule.next_deadline() == START_S + ANNOUNCE_RETRY_MIN_S
+    (intent,) = schedule.poll(START_S + ANNOUNCE_RETRY_MIN_S)
+    assert isinstance(intent, Announce)

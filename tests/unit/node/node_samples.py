@@ -420,6 +420,7 @@ class Peer:
             core=self.core,
             state=self.state,
             exchange=self.exchange,
+            control=self.control,
             links=self.links,
             paths=self.paths,
             ledger=self.ledger,
