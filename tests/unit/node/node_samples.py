@@ -57,15 +57,7 @@ from shoal.protocol.manifest import (
     read_manifest_untrusted,
     sign_manifest,
 )
-from shoal.protocol.messages import (
-    Certificate,
-    Certified,
-    Presence,
-    Ready,
-    digest_record,
-    encode_message,
-    sign_ready,
-)
+from shoal.protocol.messages import Certificate, Certified, Presence, Ready, digest_record, encode_message, sign_ready
 from shoal.protocol.presence import PeerLost, PresenceTable
 from shoal.protocol.quorum import Head, is_reroot
 from shoal.protocol.replica import Replica
