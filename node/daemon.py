@@ -27,7 +27,7 @@ from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.head_watch import HeadWatch
 from shoal.node.intake import Intake, IntakePorts
-from shoal.node.interfaces import InterfaceWatch
+from shoal.node.interfaces import Interfaces, InterfaceWatch
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.link_port import LinkConfig
@@ -321,8 +321,7 @@ class Daemon:
             changed=self._reach_changed,
         )
         self.paths = TensorPaths(self.swarm, config.tensor, bound, self.control, self.links, reach_ports)
-        self.interfaces.subscribe(lambda _: self.paths.reach.addresses_changed())
-        self.interfaces.subscribe(lambda _: self.control.refresh())
+        self.interfaces.subscribe(self._interfaces_changed)
         self.presence = OwnPresence(
             config=config,
             identity=self.identity,
@@ -474,6 +473,10 @@ class Daemon:
     def _owns(self) -> bool:
         """Whether parts may be given to this peer: others can dial it, or there are no others."""
         return self.paths.reach.reached or not self.membership.table.live()
+
+    def _interfaces_changed(self, _: Interfaces) -> None:
+        self.paths.reach.addresses_changed()
+        self.control.refresh()
 
     def _reach_changed(self) -> None:
         """Announce it. A READY that says otherwise is said anew, for as long as no plan uses it."""
