@@ -89,6 +89,22 @@ class TensorTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NatTable:
+    """[nat]: the router between this machine and the internet."""
+
+    port_mapping: bool = True
+    """Ask it by NAT-PMP and UPnP to lead the two ports to this machine, where they listen on more than loopback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanTable:
+    """[lan]: the network that this machine is in."""
+
+    mdns: bool = True
+    """Find peers of the swarm there, and be found. Everybody there learns this peer's id and addresses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WebTable:
     """[web]: metrics, health and the live page. Whoever reaches this port reads all of it."""
 
@@ -142,6 +158,8 @@ class NodeConfig:
     node: NodeTable = field(default_factory=NodeTable)
     control: ControlTable = field(default_factory=ControlTable)
     tensor: TensorTable = field(default_factory=TensorTable)
+    nat: NatTable = field(default_factory=NatTable)
+    lan: LanTable = field(default_factory=LanTable)
     web: WebTable = field(default_factory=WebTable)
     trainer: TrainerTable = field(default_factory=TrainerTable)
     store: StoreTable = field(default_factory=StoreTable)

@@ -27,7 +27,6 @@ from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.head_watch import HeadWatch
 from shoal.node.intake import Intake, IntakePorts
-from shoal.node.interfaces import Interfaces, InterfaceWatch
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.link_port import LinkConfig
@@ -46,6 +45,7 @@ from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.running import forget_running, note_running
+from shoal.node.surroundings import Surroundings
 from shoal.node.task_set import TaskSet
 from shoal.node.tensor_paths import TensorPaths, list_seen_hosts
 from shoal.node.trainer import SharedParameters, TrainerProcess
@@ -139,6 +139,9 @@ class Daemon:
         self.control = MeteredControl(Libp2pHost(config, handlers))
         self.reporter.control_bytes = self.control.bytes
         await self.control.start()
+        happen, spawn = self.reporter.happen, self._spawn
+        self.surroundings = Surroundings(self.config, self.me, choice.swarm, self.control, happen, spawn)
+        self.surroundings.start()
 
     async def _fetch_manifest(self, choice: SwarmChoice) -> bytes:
         def remind(problem: str) -> None:
@@ -312,16 +315,15 @@ class Daemon:
             raise ConfigError(
                 "tensor.port", problem, "stop the other program, or give --tensor-port another"
             ) from error
-        self.interfaces = InterfaceWatch()
         reach_ports = ReachPorts(
             live=self.membership.table.live,
             addresses_of=lambda peer: self.membership.tensor_addresses_of(peer),
-            hosts=lambda: self.interfaces.now.hosts(),
+            hosts=lambda: self.surroundings.interfaces.now.hosts(),
             seen_hosts=lambda: list_seen_hosts(self.control),
             changed=self._reach_changed,
         )
         self.paths = TensorPaths(self.swarm, config.tensor, bound, self.control, self.links, reach_ports)
-        self.interfaces.subscribe(self._interfaces_changed)
+        self.surroundings.interfaces.subscribe(lambda _: self._interfaces_changed())
         self.presence = OwnPresence(
             config=config,
             identity=self.identity,
@@ -360,13 +362,13 @@ class Daemon:
             self.membership.beat(),
             self.membership.discover(),
             self.ledger.keep_up(self.membership.table.live, self._incarnation),
-            self.interfaces.run(),
             self.paths.reach.watch(),
             self.providers.run(),
             self.disk_watch.watch(),
             self.reporter.watch_lag(),
         ):
             self._spawn(work)
+        self.surroundings.begin(bound, self.paths.reach.set_mapped, self.membership.hear)
         self.intake.open(self.control, ports)
         for one in self.control.peers():
             self._peer_connected(one.peer)
@@ -374,20 +376,20 @@ class Daemon:
             self._spawn(self.compute.start())
 
     def _begin_reports(self) -> None:
-        manifest_uri = SwarmUri(swarm=self.swarm, bootstraps=self.control.addresses()[:4])
         self.reporter.joined = self.core.head.round > 0 or self.me in self.core.head.voters
         self.reporter.subjects = Subjects(
             config=self.config,
             me=self.me,
             swarm=self.swarm,
             manifest=self.manifest,
-            uri=str(manifest_uri),
+            uri=str(SwarmUri(swarm=self.swarm, bootstraps=self.control.addresses()[:4])),
             core=self.core,
             state=self.state,
             exchange=self.exchange,
             control=self.control,
             links=self.links,
             paths=self.paths,
+            surroundings=self.surroundings,
             ledger=self.ledger,
             membership=self.membership,
             compute=self.compute,
@@ -432,6 +434,8 @@ class Daemon:
         if hasattr(self, "compute") and self.config.node.role == TRAINER:
             await self.compute.stop()
         await self._tasks.end()
+        if hasattr(self, "surroundings"):
+            await self.surroundings.close()
         if hasattr(self, "state"):
             await self.state.finish()
         if hasattr(self, "web"):
@@ -474,7 +478,7 @@ class Daemon:
         """Whether parts may be given to this peer: others can dial it, or there are no others."""
         return self.paths.reach.reached or not self.membership.table.live()
 
-    def _interfaces_changed(self, _: Interfaces) -> None:
+    def _interfaces_changed(self) -> None:
         self.paths.reach.addresses_changed()
         self.control.refresh()
 

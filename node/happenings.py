@@ -86,6 +86,7 @@ REMEDIES: Mapping[Failure, str] = {
     Failure.GATEWAY_MALFORMED: "no port is mapped; forward the ports by hand",
     Failure.PORT_TAKEN: "no port is mapped; remove old mappings in the router",
     Failure.DOUBLE_NAT: "a mapping would not help; put the outer router into bridge mode, or forward its ports, too",
+    Failure.MULTICAST_UNAVAILABLE: "peers on the LAN are not found by themselves; others are",
 }
 
 

@@ -209,6 +209,11 @@ class Membership:
         live = tuple(self.table.live().values())[: PEERS_PER_ANSWER - 1]
         return PeersAnswer(presences=(self._ports.describe(), *live))
 
+    def hear(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
+        """Nobody vouches for it, but this peer may be at these addresses: see."""
+        self.book.hear(peer, keep_dialable(addresses, peer), time.time())
+        self._ports.spawn(self.connect(peer))
+
     # -- discovery -------------------------------------------------------------------------------------------------
 
     def head_of(self, peer: PeerId) -> int:

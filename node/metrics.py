@@ -20,6 +20,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from shoal.node.control import Reachability as ControlReachability
+from shoal.node.port_mapping import MappingFailure, Way
 from shoal.node.reachability import NatMapping, ReachReason, ReachState
 from shoal.protocol.effects import Phase
 from shoal.protocol.errors import Failure, Refusal
@@ -202,6 +203,16 @@ class Metrics:
         self.nat_mapping = table.current(
             "nat_mapping", "1 for what routers make of the tensor port, as members see it.", NatMapping, "state"
         )
+        self.mapped_ports = table.gauges(
+            "mapped_ports", "1 for a port that the router leads to this machine.", ("plane", Plane)
+        )
+        self.port_mapping_failures = table.counters_by_two(
+            "port_mapping_failures",
+            "How often the router did not map the ports when it was asked.",
+            ("way", Way),
+            ("reason", MappingFailure),
+        )
+        self.lan_peers = table.gauge("lan_peers", "Peers of the swarm that were found on the LAN.")
 
         self.control_reachability = table.current(
             "control_reachability", "1 for whether others can dial the control port.", ControlReachability, "state"

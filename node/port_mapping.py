@@ -37,6 +37,17 @@ class Way(StrEnum):
     UPNP = "upnp"
 
 
+class MappingFailure(StrEnum):
+    """Those failures for which a router maps nothing."""
+
+    NO_GATEWAY = Failure.NO_GATEWAY.value
+    GATEWAY_SILENT = Failure.GATEWAY_SILENT.value
+    GATEWAY_REFUSED = Failure.GATEWAY_REFUSED.value
+    GATEWAY_MALFORMED = Failure.GATEWAY_MALFORMED.value
+    PORT_TAKEN = Failure.PORT_TAKEN.value
+    DOUBLE_NAT = Failure.DOUBLE_NAT.value
+
+
 class MappingState(StrEnum):
     OFF = "off"  # switched off, or no listener that others could reach by it
     TRYING = "trying"

@@ -43,6 +43,7 @@ from shoal.node.status import (
     clean_text,
     keep_peers,
 )
+from shoal.node.surroundings import Surroundings
 from shoal.node.tensor_paths import TensorPaths
 from shoal.node.web import WebSources
 from shoal.protocol.abstention import Abstention
@@ -86,6 +87,7 @@ class Subjects:
     control: ControlPlane
     links: TensorLinks
     paths: TensorPaths
+    surroundings: Surroundings
     ledger: LedgerSync
     membership: Membership
     compute: Compute
@@ -317,6 +319,7 @@ class Reporter:
             disk=self._disk_status(),
             reach=self.subjects.paths.reach.status(),
             control=self._control_status(),
+            router=self.subjects.surroundings.router_status(),
             peers=self._peer_rows(live),
             rounds_certified=self.rounds_certified,
             aborted=tuple(ReasonCount(reason=reason, count=count) for reason, count in sorted(self._aborted.items())),
@@ -482,6 +485,8 @@ class Reporter:
             )
         if not live:
             found.append("no other peer of the swarm is in sight")
+        if (router := self.subjects.surroundings.warning()) is not None:
+            found.append(router)
         held = self.subjects.ledger.held
         if held is not None and (live or held is not Failure.CHAIN_UNCONFIRMED):
             found.append(f"{held}: this peer writes nothing into the ledger; {REMEDIES[held]}")
@@ -556,6 +561,12 @@ class Reporter:
         metrics.relay_reservations.set(control.reservations)
         metrics.relay_circuits.set(control.circuits)
         metrics.relayed_bytes.count_to(control.relayed_bytes)
+        mapped = {port.listener.value for port in one.surroundings.mappings.mapped}
+        for plane, gauge in metrics.mapped_ports.items():
+            gauge.set(plane.value in mapped)
+        for key, count in one.surroundings.failures.items():
+            metrics.port_mapping_failures[key].count_to(count)
+        metrics.lan_peers.set(one.surroundings.lan_peers)
         metrics.rounds_behind.set(self._rounds_behind(live))
         metrics.catching_up.set(one.catch_up.active)
         metrics.fetched_bytes.count_to(one.catch_up.fetched_bytes)

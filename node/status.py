@@ -22,6 +22,7 @@ from typing import Any
 
 from shoal.node.control import Reachability as ControlReachability
 from shoal.node.happenings import Happening, HappeningKind
+from shoal.node.port_mapping import MappingState
 from shoal.node.reachability import NatMapping, ReachReason, ReachState
 from shoal.protocol.errors import InputError, ShoalError
 
@@ -198,6 +199,16 @@ class ControlStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterStatus:
+    """Whether the router leads others to this machine's ports: from `addresses`, or why not."""
+
+    state: MappingState
+    reason: str
+    detail: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReasonCount:
     reason: str
     count: int
@@ -226,6 +237,7 @@ class Status:
     catch_up: CatchUpStatus
     disk: DiskStatus
     reach: ReachStatus
+    router: RouterStatus
     control: ControlStatus = ControlStatus()
     peers: tuple[PeerStatus, ...]
     rounds_certified: int

@@ -447,6 +447,7 @@ def _figures(status: Status) -> "Table":
         ("traffic", f"{sent} sent, {received} received"),
         ("reachable", f"{status.reach.state} ({status.reach.reason}){_addresses(status)}"),
         ("control port", _describe_control(status)),
+        ("router", clean_text(status.router.detail)),
         ("contributions", _compression(traffic.contribution_bytes, traffic.fp32_bytes)),
         (
             "disk",

@@ -83,6 +83,7 @@ class Failure(StrEnum):
     GATEWAY_MALFORMED = "gateway_malformed"
     PORT_TAKEN = "port_taken"
     DOUBLE_NAT = "double_nat"
+    MULTICAST_UNAVAILABLE = "multicast_unavailable"
 
 
 class ShoalError(Exception):

@@ -143,6 +143,7 @@ function showTiles(status) {
     ["Rounds certified", whole.format(status.rounds_certified), aborted ? `${count(aborted, "attempt")} aborted, most: ${worst.reason}` : "no attempt aborted"],
     ["Sent", formatBytes(sent), `${formatBytes(received)} received`],
     ["Reachable", reach.state, open.length ? open.join(", ") : reach.reason],
+    ["Router", status.router.state.replace("_", " "), status.router.reason || status.router.addresses.join(", ")],
     ["Trainer", training.state, `${training.device || "no device"}${restarts}`],
     ["On disk", formatBytes(disk.blob_bytes), `${formatBytes(disk.free_bytes)} free, rounds from ${disk.oldest_round} on, snapshot of ${disk.snapshot_round}`],
   ];

@@ -34,12 +34,14 @@ from shoal.dht.addresses import parse_address_untrusted
 from shoal.dht.peer_book import PeerBook, decode_peer_book_untrusted
 from shoal.dht.records import AddressRecord, decode_address_record_untrusted, encode_signed_record
 from shoal.node.ledger_view import LedgerPage
+from shoal.node.mdns import decode_txt_untrusted, encode_txt
 from shoal.node.nat_pmp import decode_answer_untrusted
 from shoal.node.upnp_gateway import read_location_untrusted
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.effects import VoteRecord
 from shoal.protocol.errors import ProtocolError, UriError
 from shoal.protocol.frames import HEADER_BYTES, decode_header_untrusted, encode_header
+from shoal.protocol.identity import format_peer_id
 from shoal.protocol.manifest import SignedManifest, SwarmUri, parse_uri, read_manifest_untrusted
 from shoal.protocol.messages import SCHEMA, Certificate, decode_message_untrusted, encode_message
 from shoal.protocol.quorum import Authority, QuorumRule
@@ -300,7 +302,7 @@ def list_contributions(codec: str) -> list[bytes]:
     return [bytes(CODECS[codec].encode(values)), bytes(CODECS[codec].encode(values * 1e-6))]
 
 
-# -- routers ----------------------------------------------------------------------------------------------------------
+# -- the LAN -----------------------------------------------------------------------------------------------------------
 
 
 def take_location(raw: bytes) -> None:
@@ -311,6 +313,11 @@ def take_location(raw: bytes) -> None:
 def list_pmp_answers() -> list[bytes]:
     answers = ("0080000000000100cb007105", "008200000000010024f424f400000e10", "0082000200000100", "0081000000000000")
     return [bytes.fromhex(one) for one in answers]
+
+
+def list_txt_records() -> list[bytes]:
+    addresses = (f"/ip4/10.0.0.{host}/tcp/9460/p2p/{format_peer_id(ANNA.peer)}" for host in range(1, 4))
+    return [encode_txt(addresses, b"tag")]
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -447,6 +454,13 @@ PARSERS: tuple[Parser, ...] = (
         take=decode_answer_untrusted,
         samples=list_pmp_answers,
         covers=("node.nat_pmp.decode_answer_untrusted",),
+        is_packed=False,
+    ),
+    Parser(
+        name="mdns_txt",
+        take=lambda raw: decode_txt_untrusted(raw, b"tag"),
+        samples=list_txt_records,
+        covers=("node.mdns.decode_txt_untrusted",),
         is_packed=False,
     ),
     Parser(

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from shoal.node.happenings import Happening, HappeningKind, Severity
+from shoal.node.port_mapping import MappingState
 from shoal.node.reachability import NatMapping, ReachReason, ReachState
 from shoal.node.status import (
     AddressStatus,
@@ -16,6 +17,7 @@ from shoal.node.status import (
     ReachStatus,
     ReasonCount,
     RoundStatus,
+    RouterStatus,
     Status,
     TrafficStatus,
     TrainerState,
@@ -133,6 +135,12 @@ def status() -> Status:
                     address="192.168.1.5:9461", state=ReachState.PRIVATE, reason=ReachReason.DIAL_BACK_FAILED
                 ),
             ),
+        ),
+        router=RouterStatus(
+            state=MappingState.MAPPED,
+            reason="",
+            detail="the router 192.168.1.1 maps by nat_pmp: 203.0.113.7:9461 leads to the tensor port 9461",
+            addresses=("203.0.113.7:9461",),
         ),
         peers=tuple(make_row(number) for number in range(len(NAMES))),
         rounds_certified=127,

@@ -66,7 +66,7 @@ from shoal.protocol.rounds import RoundCore
 from shoal.protocol.state import SnapshotIndex, chunk_digests
 from shoal.protocol.wire import encode_record
 from tests.sim.memory_control import MemoryNetwork
-from tests.unit.node.path_samples import make_paths
+from tests.unit.node.path_samples import make_paths, make_surroundings
 from tests.unit.node.planes import MakeControl, in_memory
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
@@ -415,6 +415,7 @@ class Peer:
             control=self.control,
             links=self.links,
             paths=self.paths,
+            surroundings=make_surroundings(self),
             ledger=self.ledger,
             membership=self.membership,
             compute=self.compute,

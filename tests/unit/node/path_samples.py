@@ -1,9 +1,10 @@
-"""The tensor paths of a test's peer: wired as the daemon wires them, with the machine that the test makes up."""
+"""The tensor paths and the surroundings of a test's peer: wired as the daemon wires them, on a made-up machine."""
 
 from typing import TYPE_CHECKING
 
 from shoal.node.link_port import Address
 from shoal.node.reach import ReachPorts
+from shoal.node.surroundings import Surroundings
 from shoal.node.tensor_paths import TensorPaths
 
 if TYPE_CHECKING:
@@ -21,3 +22,8 @@ def make_paths(peer: "Peer", bound: Address) -> TensorPaths:
         now=lambda: peer.now_s(),
     )
     return TensorPaths(peer.swarm.id, peer.config.tensor, bound, peer.control, peer.links, ports)
+
+
+def make_surroundings(peer: "Peer") -> Surroundings:
+    """Nothing of it runs."""
+    return Surroundings(peer.config, peer.me, peer.swarm.id, peer.control, peer.reporter.happen, peer.spawn)
