@@ -70,6 +70,8 @@ def _make_parser() -> argparse.ArgumentParser:
                 command.add_argument(f"--{flag}", metavar="VALUE", help=f"overrides {field}")
         command.set_defaults(run=_run_up)
 
+    _add_relay_command(commands)
+
     status = commands.add_parser("status", help="show a running peer")
     status.add_argument("--watch", action="store_true", help="keep it up to date until Ctrl-C")
     status.add_argument("--json", action="store_true", help="one JSON object")
@@ -129,6 +131,30 @@ def _add_doctor_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
         if flag != "swarm":
             doctor.add_argument(f"--{flag}", metavar="VALUE", help=f"overrides {field}")
     doctor.set_defaults(run=_run_doctor)
+
+
+RELAY_FLAGS = (
+    "data-dir",
+    "swarm",
+    "bootstrap",
+    "control-host",
+    "control-port",
+    "announce",
+    "web-host",
+    "web-port",
+    "log-level",
+    "log-format",
+)
+
+
+def _add_relay_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from shoal.node.config import FLAGS
+
+    relay = commands.add_parser("relay", help="run a bootstrap and relay node: it trains nothing and holds no model")
+    relay.add_argument("--config", type=Path, help="a TOML file; see configs/relay.toml")
+    for flag in RELAY_FLAGS:
+        relay.add_argument(f"--{flag}", metavar="VALUE", help=f"overrides {FLAGS[flag]}")
+    relay.set_defaults(run=_run_relay)
 
 
 def _add_decree_commands(swarm: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -195,22 +221,53 @@ def _run_up(options: argparse.Namespace) -> int:
         return _run_daemon(config, identity, incarnation)
 
 
+def _run_relay(options: argparse.Namespace) -> int:
+    from shoal.node.config import BOOTSTRAP, load_config
+    from shoal.node.identity_file import IDENTITY_FILE, hold_identity
+    from shoal.node.relay import RelayNode
+
+    given = {flag: getattr(options, flag.replace("-", "_")) for flag in RELAY_FLAGS}
+    overrides = {flag: value for flag, value in given.items() if value is not None}
+    config = load_config(options.config, {**overrides, "role": BOOTSTRAP})
+    set_up_log(config.log.level, config.log.format)
+
+    def tell(ready: RelayNode) -> None:
+        print("volunteers put this into control.bootstraps, or into the swarm's URI:")
+        for address in ready.addresses():
+            print(f"    {address}")
+        print(f"metrics and health: http://{config.web.host}:{ready.web_port}/metrics, /healthz, /readyz", flush=True)
+
+    async def serve(identity: "Identity") -> None:
+        node = RelayNode(config, identity)
+        stop_on_signals(node.stop)
+        await node.run(tell)
+
+    held, runner = hold_identity(config.data_path / IDENTITY_FILE), asyncio.Runner(loop_factory=_loop_factory())
+    with held as identity, runner:
+        runner.run(serve(identity))
+    return 0
+
+
+def stop_on_signals(stop: Callable[[], None]) -> None:
+    """Ctrl-C and SIGTERM leave gracefully; a second one does not wait for anybody."""
+    loop = asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        stop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+
+
 def _run_daemon(config: "NodeConfig", identity: "Identity", incarnation: int) -> int:
     from shoal.node.daemon import Daemon
     from shoal.protocol.identity import format_peer_id
 
     async def serve() -> None:
         daemon = Daemon(config, identity, incarnation)
-        loop = asyncio.get_running_loop()
-
-        def interrupt() -> None:
-            daemon.stop()
-            # A second Ctrl-C does not wait for anybody.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt)
+        stop_on_signals(daemon.stop)
 
         def tell(ready: Daemon) -> None:
             log = logging.getLogger("shoal")

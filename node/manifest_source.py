@@ -4,11 +4,14 @@ Invariant: a manifest that this returns is whole, signed by its owner, and hashe
 """
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.dht.keys import lookup_keys
 from shoal.node.config import MANIFEST_FILE, NodeConfig
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.protocol.errors import ConfigError, ProtocolError
@@ -19,6 +22,8 @@ from shoal.protocol.messages import GetManifest, ManifestAnswer, decode_message_
 MANIFEST_BYTES_MAX = 512 * 1024
 RETRY_S = 1.0
 REMIND_S = 15.0
+LOOK_UP_S = 10.0
+MEMBERS_WANTED = 4
 
 log = logging.getLogger("shoal")
 
@@ -98,6 +103,7 @@ async def fetch_manifest(control: ControlPlane, swarm: bytes, waiting: Callable[
     question = encode_message(swarm, GetManifest())
     loop = asyncio.get_running_loop()
     remind_at = loop.time() + REMIND_S
+    look_up_at = loop.time() + RETRY_S
     problem = "no peer of the swarm is connected yet"
     while True:
         for one in control.peers():
@@ -108,7 +114,23 @@ async def fetch_manifest(control: ControlPlane, swarm: bytes, waiting: Callable[
                     return answer.signed_manifest
             except (PeerUnreachable, RequestRefused, ProtocolError) as error:
                 problem = f"{short_peer_id(one.peer)} did not give it: {error}"
+        if loop.time() >= look_up_at:
+            await _meet_members(control, swarm)
+            look_up_at = loop.time() + LOOK_UP_S
         if loop.time() >= remind_at:
             remind_at += REMIND_S
             waiting(problem)
         await asyncio.sleep(RETRY_S)
+
+
+async def _meet_members(control: ControlPlane, swarm: bytes) -> None:
+    """The bootstrap peers may be relays, which know no manifest and know where members are."""
+    connected = {one.peer for one in control.peers()}
+    for key in lookup_keys(swarm, time.time()) if connected else ():
+        for one in await control.find_providers(key):
+            if one.peer not in connected and one.addresses:
+                with contextlib.suppress(PeerUnreachable):
+                    await control.connect(one.addresses)
+                    connected.add(one.peer)
+        if len(connected) >= MEMBERS_WANTED:
+            return

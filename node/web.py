@@ -18,7 +18,7 @@ import errno
 import ipaddress
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -74,33 +74,18 @@ class WebSources:
     ledger: Callable[[int], Awaitable[bytes]] | None = None  # a bounded page of batches, after a position
 
 
-class WebServer:
-    """One server. `start` it on the loop that the sources live on, and `stop` it there."""
+class WebPort:
+    """Answers GET requests by routes. `start` it on one loop, and `stop` it there."""
 
-    def __init__(self, host: str, port: int, sources: WebSources, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, host: str, port: int, routes: Mapping[str, Handler]) -> None:
         self._host = host
         self._port = port
-        self._feed = sources.feed
-        self._snapshot = _Cache(lambda: _Snapshot(sources.status()), STATUS_CACHE_S, clock)
-        self._metrics = _Cache(sources.metrics, METRICS_CACHE_S, clock)
         self._is_local = ipaddress.ip_address(host).is_loopback
-        self._certificates = sources.certificates
-        self._ledger = sources.ledger
-        self._reading = asyncio.Lock()  # of the disk, for one asker at a time
         self._streams: set[asyncio.Task[object]] = set()
         self._server: asyncio.Server | None = None
         app = web.Application(middlewares=[self._check])
-        routes: dict[str, Handler] = dict.fromkeys(_PAGE, self._serve_page)
-        routes["/metrics"] = self._serve_metrics
-        routes["/status.json"] = self._serve_status
-        routes["/healthz"] = self._serve_health
-        routes["/readyz"] = self._serve_readiness
-        routes["/events"] = self._serve_events
-        routes["/certificates"] = self._serve_certificates
-        routes["/ledger"] = self._serve_ledger
         app.on_response_prepare.append(_add_headers)
         app.add_routes([web.get(path, handler, allow_head=path != "/events") for path, handler in routes.items()])
-        self._files = {path: ((STATIC / name).read_bytes(), kind) for path, (name, kind) in _PAGE.items()}
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_TIMEOUT_S)
 
     async def start(self) -> int:
@@ -124,11 +109,6 @@ class WebServer:
         await asyncio.gather(*self._streams, return_exceptions=True)
         await self._runner.cleanup()
 
-    def status_json(self, remote: str | None) -> str:
-        """What a reader at this IP address is told."""
-        snapshot = self._snapshot.get()
-        return snapshot.whole_json if remote is not None and _is_loopback_name(remote) else snapshot.guest_json
-
     def _make_connection(self) -> asyncio.BaseProtocol:
         server = self._runner.server
         assert server is not None
@@ -139,6 +119,33 @@ class WebServer:
         if self._is_local and not _is_loopback_name(_host_name(request.headers.get("Host"))):
             raise web.HTTPForbidden(text="This port answers to 127.0.0.1, [::1] and localhost only.\n")
         return await handler(request)
+
+
+class WebServer(WebPort):
+    """The port of a peer. The sources live on the loop that it is started on."""
+
+    def __init__(self, host: str, port: int, sources: WebSources, clock: Callable[[], float] = time.monotonic) -> None:
+        self._feed = sources.feed
+        self._snapshot = _Cache(lambda: _Snapshot(sources.status()), STATUS_CACHE_S, clock)
+        self._metrics = _Cache(sources.metrics, METRICS_CACHE_S, clock)
+        self._certificates = sources.certificates
+        self._ledger = sources.ledger
+        self._reading = asyncio.Lock()  # of the disk, for one asker at a time
+        routes: dict[str, Handler] = dict.fromkeys(_PAGE, self._serve_page)
+        routes["/metrics"] = self._serve_metrics
+        routes["/status.json"] = self._serve_status
+        routes["/healthz"] = self._serve_health
+        routes["/readyz"] = self._serve_readiness
+        routes["/events"] = self._serve_events
+        routes["/certificates"] = self._serve_certificates
+        routes["/ledger"] = self._serve_ledger
+        self._files = {path: ((STATIC / name).read_bytes(), kind) for path, (name, kind) in _PAGE.items()}
+        super().__init__(host, port, routes)
+
+    def status_json(self, remote: str | None) -> str:
+        """What a reader at this IP address is told."""
+        snapshot = self._snapshot.get()
+        return snapshot.whole_json if remote is not None and _is_loopback_name(remote) else snapshot.guest_json
 
     async def _serve_page(self, request: web.Request) -> web.Response:
         body, kind = self._files[request.path]
@@ -151,10 +158,10 @@ class WebServer:
         return web.Response(text=self.status_json(request.remote), content_type="application/json")
 
     async def _serve_health(self, request: web.Request) -> web.Response:
-        return _answer(judge_health(self._snapshot.get().status))
+        return answer_verdict(judge_health(self._snapshot.get().status))
 
     async def _serve_readiness(self, request: web.Request) -> web.Response:
-        return _answer(judge_readiness(self._snapshot.get().status))
+        return answer_verdict(judge_readiness(self._snapshot.get().status))
 
     async def _serve_certificates(self, request: web.Request) -> web.Response:
         return await self._serve_page_of(self._certificates, request, "first")
@@ -252,7 +259,8 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     response.headers.update(_HEADERS)
 
 
-def _answer(verdict: Verdict) -> web.Response:
+def answer_verdict(verdict: Verdict) -> web.Response:
+    """200, or 503 with the reasons."""
     return web.json_response({"ok": verdict.ok, "reasons": verdict.reasons}, status=200 if verdict.ok else 503)
 
 

@@ -89,7 +89,8 @@ def test_metrics_are_described_with_their_kinds_and_labels() -> None:
 
 
 def test_alerts_ask_for_metrics_that_exist() -> None:
-    known = {one.name for one in Metrics().table} | {"shoal_build_info"}
+    relay = read_table("`shoal relay`")
+    known = {one.name for one in Metrics().table} | {"shoal_build_info", *relay}
     assert set(re.findall(r"\bshoal_[a-z0-9_]+", TEXT)) <= known
 
 
