@@ -143,12 +143,12 @@ class ControlEngine:
         add_tls(self._swarm, config.identity)
         self._router, self._pubsub = build_gossip(self._host, self._topic, config.presences_per_s_max)
         self._dht = build_dht(self._host, config.serves_dht)
-        self.discovery = Discovery(self._dht, self._me)
         self._reach = ReachCheck(self._me, observations, self._open_direct_stream, config.reachability)
         self._dial_backs = DialBacks(self._swarm.upgrader)
         self._changed = trio.Event()
         self._started_s = 0.0
         self._dialer = Dialer(self._swarm, self._me)
+        self.discovery = Discovery(self._dht, self._me, self._swarm, self._dialer, self._open_stream)
         self._swarm.dial_known = self._dial_known
         self._relays = RelayClient(self._me, self._swarm, self._open_direct_stream, self._refresh_addresses)
         self._swarm.transport_manager.add_transport(

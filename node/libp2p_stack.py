@@ -271,6 +271,14 @@ class BoundedProviders(ProviderStore):
         super().add_provider(key, PeerInfo(provider.peer_id, provider.addrs[:ADDRESSES_PER_PROVIDER_MAX]))
 
 
+class ServersDht(KadDHT):
+    """A DHT node whose routing table has no place for those that only ask."""
+
+    async def add_peer(self, peer_id: ID, *, skip_server_mode_check: bool = False) -> bool:
+        # The library takes whoever asks for one that answers, too.
+        return await super().add_peer(peer_id)
+
+
 class SeenMessages(LastSeenCache):
     """Which gossip messages came by already: bounded, and without the library's sweeper thread."""
 
@@ -430,7 +438,7 @@ def build_gossip(host: BoundedHost, topic: str, presences_per_s_max: float) -> t
 
 def build_dht(host: BoundedHost, serves: bool) -> KadDHT:
     """A DHT node for providers and peers. It takes no values: nobody reads them, and they would fill it."""
-    dht = KadDHT(
+    dht = ServersDht(
         host,
         DHTMode.SERVER if serves else DHTMode.CLIENT,
         validator=NamespacedValidator({}, strict_validation=True),

@@ -1,6 +1,6 @@
 """A process with one production libp2p host in it, driven by a test: JSON lines in, JSON lines out.
 
-The first line says what to start: {seed, listen, security, serves_dht, bootstrap, private, protocol_version}. A
+The first line says what to start: {seed, listen, security, serves_dht, bootstrap, reachability, protocol_version}. A
 command is {id, call, args}; its answer is {id, result} or {id, error}. Events are {event, ...}. Bytes travel as hex.
 The same words as js/node.mjs. Ends with its stdin.
 """
@@ -129,7 +129,7 @@ async def main() -> None:
         listen=tuple(start["listen"]),
         serves_dht=start["serves_dht"],
         bootstrap=tuple(start["bootstrap"]),
-        reachability=Reachability.PRIVATE if start["private"] else None,
+        reachability=None if start["reachability"] is None else Reachability(start["reachability"]),
     )
     handlers = ControlHandlers(
         on_message=note("message"),

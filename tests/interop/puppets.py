@@ -158,16 +158,17 @@ class Theatre:
         serves_dht: bool = True,
         listen: str = LOOPBACK,
         bootstrap: tuple[str, ...] = (),
-        private: bool = False,
+        reachability: str | None = None,
         protocol_version: str | None = None,
     ) -> Puppet:
-        """The production host in a process. One that is `private` keeps a place at a relay."""
+        """The production host in a process. `reachability` is given to it, for on loopback nobody would find it out:
+        one that is "confirmed" relays, one that is "private" keeps a place at a relay."""
         first = {
             "security": security,
             "serves_dht": serves_dht,
             "listen": [listen],
             "bootstrap": bootstrap,
-            "private": private,
+            "reachability": reachability,
             "protocol_version": protocol_version,
             "seed": self._seed(),
         }

@@ -1,14 +1,12 @@
 """Circuit relay v2 between js-libp2p and the production host, in all three roles: relay, behind it, and dialling."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 import pytest
 
 from tests.interop.puppets import PATIENCE_S, CallFailed, Puppet, Theatre
 
 REQUEST_PROTOCOL = "/shoal/request/1"
-STARTED = Callable[..., Awaitable[Puppet]]
 
 
 def through(relay: Puppet, target: Puppet) -> str:
@@ -16,9 +14,14 @@ def through(relay: Puppet, target: Puppet) -> str:
     return f"{relay.addresses[0]}/p2p-circuit/p2p/{target.peer}"
 
 
+async def start_relay(theatre: Theatre) -> Puppet:
+    """A host of ours that relays."""
+    return await theatre.start_ours(reachability="confirmed")
+
+
 async def hide_ours(theatre: Theatre, relay: Puppet) -> Puppet:
     """A host of ours that nobody can dial and that holds a place at the relay."""
-    ours = await theatre.start_ours(bootstrap=(relay.addresses[0],), private=True)
+    ours = await theatre.start_ours(bootstrap=(relay.addresses[0],), reachability="private")
     async with asyncio.timeout(PATIENCE_S):
         while not any("/p2p-circuit/" in address for address in await ours.call("addresses")):
             await asyncio.sleep(0.1)
@@ -45,7 +48,7 @@ async def ask_ours(js: Puppet, ours: Puppet, question: bytes) -> None:
 
 @pytest.mark.parametrize("channel", ["noise", "tls"])
 async def test_js_reserves_at_our_relay_and_is_dialled_by_ours(theatre: Theatre, channel: str) -> None:
-    relay, ours = await theatre.start_ours(), await theatre.start_ours()
+    relay, ours = await start_relay(theatre), await theatre.start_ours()
     js = await hide_js(theatre, relay, security=(channel,))
     assert await ours.call("dial", through(relay, js)) == js.peer
     await js.expect("connected", peer=ours.peer)
@@ -57,7 +60,7 @@ async def test_js_reserves_at_our_relay_and_is_dialled_by_ours(theatre: Theatre,
 
 
 async def test_js_reaches_js_through_our_relay(theatre: Theatre) -> None:
-    relay = await theatre.start_ours()
+    relay = await start_relay(theatre)
     js, other = await hide_js(theatre, relay), await theatre.start_js(listen=())
     connection = await other.call("dial", through(relay, js))
     assert connection["peer"] == js.peer
@@ -68,7 +71,7 @@ async def test_js_reaches_js_through_our_relay(theatre: Theatre) -> None:
 
 
 async def test_js_dials_ours_behind_our_relay(theatre: Theatre) -> None:
-    relay = await theatre.start_ours()
+    relay = await start_relay(theatre)
     ours, js = await hide_ours(theatre, relay), await theatre.start_js(listen=())
     connection = await js.call("dial", through(relay, ours))
     assert connection["limited"]
@@ -95,7 +98,7 @@ async def test_ours_dials_js_through_a_js_relay(theatre: Theatre) -> None:
 
 
 async def test_our_relay_refuses_js_a_peer_that_has_no_place(theatre: Theatre) -> None:
-    relay = await theatre.start_ours()
+    relay = await start_relay(theatre)
     absent, js = await theatre.start_js(listen=()), await theatre.start_js(listen=())
     await absent.call("dial", relay.addresses[0])
     with pytest.raises(CallFailed, match="NO_RESERVATION"):

@@ -106,10 +106,18 @@ class Members:
     _made: list[Member] = field(default_factory=list)
 
     def make(
-        self, *, bootstrap: Sequence[str] = (), checks: bool = True, listen: str = "/ip4/127.0.0.1/tcp/0", seed: int = 0
+        self,
+        *,
+        bootstrap: Sequence[str] = (),
+        checks: bool = True,
+        listen: str = "/ip4/127.0.0.1/tcp/0",
+        seed: int = 0,
+        serves_dht: bool = True,
     ) -> Member:
         identity = Identity(bytes([seed or 100 + len(self._made)]) * 32)
-        config = ControlConfig(identity=identity, swarm=SWARM, listen=(listen,), bootstrap=tuple(bootstrap))
+        config = ControlConfig(
+            identity=identity, swarm=SWARM, listen=(listen,), bootstrap=tuple(bootstrap), serves_dht=serves_dht
+        )
         member = Member(identity)
         member.plane = self.make_plane(config, _handlers(member, _refuse_bad if checks else _accept))
         self._made.append(member)
