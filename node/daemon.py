@@ -29,7 +29,7 @@ from shoal.node.head_watch import HeadWatch
 from shoal.node.intake import Intake, IntakePorts
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
-from shoal.node.link_port import LinkConfig
+from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState, open_stores
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
@@ -40,14 +40,13 @@ from shoal.node.own_presence import OwnPresence
 from shoal.node.parting import Parting, PartingPorts
 from shoal.node.peer_book_file import load_peer_book, save_peer_book
 from shoal.node.providers import Providers
-from shoal.node.reach import ReachPorts
 from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.running import forget_running, note_running
 from shoal.node.surroundings import Surroundings
 from shoal.node.task_set import TaskSet
-from shoal.node.tensor_paths import TensorPaths, list_seen_hosts
+from shoal.node.tensor_paths import TensorPaths, make_ports
 from shoal.node.trainer import SharedParameters, TrainerProcess
 from shoal.node.training.messages import Ready as TrainerReady
 from shoal.node.web import WebServer
@@ -315,15 +314,7 @@ class Daemon:
             raise ConfigError(
                 "tensor.port", problem, "stop the other program, or give --tensor-port another"
             ) from error
-        reach_ports = ReachPorts(
-            live=self.membership.table.live,
-            addresses_of=lambda peer: self.membership.tensor_addresses_of(peer),
-            hosts=lambda: self.surroundings.interfaces.now.hosts(),
-            seen_hosts=lambda: list_seen_hosts(self.control),
-            changed=self._reach_changed,
-        )
-        self.paths = TensorPaths(self.swarm, config.tensor, bound, self.control, self.links, reach_ports)
-        self.surroundings.interfaces.subscribe(lambda _: self._interfaces_changed())
+        self._open_paths(bound)
         self.presence = OwnPresence(
             config=config,
             identity=self.identity,
@@ -374,6 +365,13 @@ class Daemon:
             self._peer_connected(one.peer)
         if config.node.role == TRAINER:
             self._spawn(self.compute.start())
+
+    def _open_paths(self, bound: Address) -> None:
+        interfaces = self.surroundings.interfaces
+        ports = make_ports(self.membership, self.control, interfaces, self._reach_changed)
+        self.paths = TensorPaths(self.me, self.swarm, self.config.tensor, bound, self.control, self.links, ports)
+        self.paths.on_opened, self.paths.on_failed = self.reporter.way_opened, self.reporter.way_failed
+        interfaces.subscribe(lambda _: self._interfaces_changed())
 
     def _begin_reports(self) -> None:
         self.reporter.joined = self.core.head.round > 0 or self.me in self.core.head.voters
@@ -479,7 +477,7 @@ class Daemon:
         return self.paths.reach.reached or not self.membership.table.live()
 
     def _interfaces_changed(self) -> None:
-        self.paths.reach.addresses_changed()
+        self.paths.addresses_changed()
         self.control.refresh()
 
     def _reach_changed(self) -> None:

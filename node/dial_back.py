@@ -51,12 +51,12 @@ class DialBack:
         if not self.is_member(peer):
             raise ProtocolError(Refusal.NOT_A_MEMBER, "only members are dialled back")
         now = self.now()
-        begun_s = self._begun_s.pop(peer, None)
+        begun_s = self._begun_s.get(peer)
         if begun_s is not None and now - begun_s < PERIOD_S:
-            self._begun_s[peer] = begun_s
             raise ProtocolError(Refusal.LIMIT, f"one dial-back in {PERIOD_S:g} s")
         if peer in self._running or len(self._running) >= AT_ONCE_MAX:
             raise ProtocolError(Refusal.LIMIT, f"{len(self._running)} dial-backs are running")
+        self._begun_s.pop(peer, None)  # so that the newest stands last
         self._begun_s[peer] = now
         if len(self._begun_s) > PEERS_MAX:
             del self._begun_s[next(iter(self._begun_s))]

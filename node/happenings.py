@@ -87,6 +87,10 @@ REMEDIES: Mapping[Failure, str] = {
     Failure.PORT_TAKEN: "no port is mapped; remove old mappings in the router",
     Failure.DOUBLE_NAT: "a mapping would not help; put the outer router into bridge mode, or forward its ports, too",
     Failure.MULTICAST_UNAVAILABLE: "peers on the LAN are not found by themselves; others are",
+    Failure.PUNCH_TIMEOUT: "what it holds is fetched from others",
+    Failure.PUNCH_REFUSED: "what it holds is fetched from others",
+    Failure.PUNCH_PAUSED: "what it holds is fetched from others",
+    Failure.NO_OBSERVED_ADDRESS: "what it holds is fetched from others",
 }
 
 

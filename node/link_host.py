@@ -33,5 +33,5 @@ class LinkHost(Protocol[L]):
     def disconnected(self, link: L) -> None:
         """The link's socket is gone."""
 
-    def spawn(self, work: Coroutine[None, None, None]) -> None:
+    def spawn(self, work: Coroutine[None, None, None]) -> object:
         """Run this as a task that ends with the table."""

@@ -4,6 +4,7 @@ The sink owns every buffer that payloads arrive in and decides, from a header al
 all; the links own sockets, keys and deadlines. All sink methods run on the event loop and must not block it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -162,6 +163,7 @@ class PeerLinkStatistics:
 
     peer: PeerId
     links: int
+    path: LinkPath | None  # the best that an open link has; None where there is none
     frames_in: int
     frames_out: int
     payload_bytes_in: int
@@ -178,6 +180,7 @@ class LinkStatistics:
     """A snapshot of all tensor links."""
 
     links: int
+    paths: Mapping[LinkPath, int]  # how many of the links came about in which way
     half_open: int
     dials: int
     peers: tuple[PeerLinkStatistics, ...]

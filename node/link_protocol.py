@@ -170,6 +170,11 @@ class Link(asyncio.BufferedProtocol):
         if self._peer_left:
             self._transport.close()
 
+    def become_dialer(self, handshake: Handshake, peer: PeerId) -> None:
+        """This side begins the handshake after all, though the other one has made the connection; before `connected`
+        returns."""
+        self._handshake, self.expected = handshake, peer
+
     def dismiss(self, refusal: Refusal) -> None:
         """End the link because of what the peer did elsewhere, and tell it."""
         if self.ended is None:

@@ -16,10 +16,12 @@ Memory handed to `send` is read until the call returns or is cancelled, memory h
 
 import asyncio
 import errno
+import logging
 import os
 import socket
-from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from shoal.node.link_listen import open_dialling, open_listeners
 from shoal.node.link_port import (
@@ -45,8 +47,12 @@ from shoal.protocol.secure_channel import STATIC_KEY_BYTES, ChannelKeys, Handsha
 # A frame that met the orderly end of its link goes to another one, this often.
 LINKS_TRIED_MAX = 3
 _ORDERLY_ENDS = (LinkEnd.IDLE, LinkEnd.PEER_SAID_GOODBYE, LinkEnd.OUTRUN)
+# After these no other way to the peer is tried.
+_FINAL_ENDS = (LinkEnd.REFUSED_BY_PEER, LinkEnd.LIMIT, LinkEnd.STOPPED)
 _NO_WAY = (errno.ENETUNREACH, errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _PUSHED = (FrameKind.CONTRIBUTION, FrameKind.RESULT)
+
+log = logging.getLogger(__name__)
 
 
 class TensorLinks:
@@ -59,11 +65,15 @@ class TensorLinks:
         self.accepted = 0  # proven links that others have dialled
         # A proven link that a peer has dialled, with its local and its remote address.
         self.on_accepted: Callable[[PeerId, Address, Address], None] = lambda peer, local, remote: None
+        # Makes a link to a peer that cannot be dialled directly, or raises LinkLost.
+        self.detour: Callable[[PeerId], Awaitable[None]] | None = None
         self._peer = identity.peer
         self._swarm = swarm_id
         self._keys = ChannelKeys(identity, os.urandom(STATIC_KEY_BYTES))
         self._bound: Address = config.host, config.port
         self._holes: OrderedDict[PeerId, float] = OrderedDict()  # when the listening port last dialled a peer
+        self._punching: dict[str, tuple[PeerId, bool]] = {}  # whose dial may come from this host, and our role in it
+        self._opening = asyncio.Event()  # set at the next opened link, and then replaced
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._connected: set[Link] = set()  # every link whose socket is still there
@@ -166,7 +176,8 @@ class TensorLinks:
         try:
             await asyncio.shield(link.opened)
         except asyncio.CancelledError:
-            link.leave(LinkEnd.OUTRUN)
+            if not link.is_usable:
+                link.leave(LinkEnd.OUTRUN)
             raise
         return link.binding
 
@@ -197,6 +208,23 @@ class TensorLinks:
             raise
         return connection
 
+    async def wait_linked(self, peer: PeerId) -> None:
+        """Until a link to this peer is open that no relay carries."""
+        while not any(link.is_usable and link.path is not LinkPath.RELAYED for link in self._links.get(peer, ())):
+            await self._opening.wait()
+
+    @contextmanager
+    def punching(self, peer: PeerId, hosts: Iterable[str], *, dialer: bool) -> Iterator[None]:
+        """While both sides dial at once, a connection from one of these hosts that reaches the listener is the other
+        side's: the roles that were agreed on hold for it, too."""
+        expected = dict.fromkeys(hosts, (peer, dialer))
+        self._punching |= expected
+        try:
+            yield
+        finally:
+            for host in expected:
+                self._punching.pop(host, None)
+
     def has_hole_to(self, peer: PeerId) -> bool:
         """Whether this peer has lately dialled that one from its listening port: routers may let it in for that."""
         opened_s = self._holes.get(peer)
@@ -205,6 +233,14 @@ class TensorLinks:
     def has_link(self, peer: PeerId, binding: bytes) -> bool:
         """Whether the link with this channel binding is open."""
         return any(link.binding == binding and link.is_usable for link in self._links.get(peer, ()))
+
+    async def touch(self, peer: PeerId, binding: bytes) -> None:
+        """Keep the link with this channel binding from idling: it is asked for a blob that nobody has."""
+        link = next((one for one in self._links.get(peer, ()) if one.binding == binding and one.is_usable), None)
+        with suppress(LinkLost, FetchFailed, TimeoutError):
+            async with asyncio.timeout(self.config.connect_timeout_s):
+                if link is not None:
+                    await link.fetch(bytes(32), memoryview(bytearray(1)))
 
     def find_remote(self, peer: PeerId, binding: bytes) -> Address | None:
         """The address by which `peer` came here on the link with this channel binding."""
@@ -215,6 +251,11 @@ class TensorLinks:
         """End every link to this peer and tell it why; whether it may come back is `sink.admit`'s to say."""
         for link in list(self._links.get(peer, ())):
             link.dismiss(refusal)
+
+    def path_to(self, peer: PeerId) -> LinkPath | None:
+        """The best way to this peer that is open."""
+        open_ways = {link.path for link in self._links.get(peer, ()) if link.is_usable}
+        return next((path for path in LinkPath if path in open_ways), None)
 
     def is_linked(self, peer: PeerId) -> bool:
         """Whether a frame to this peer would find an open link."""
@@ -239,6 +280,7 @@ class TensorLinks:
         """A snapshot; peers in the order in which they were last met."""
         return LinkStatistics(
             links=sum(len(links) for links in self._links.values()),
+            paths=Counter(link.path for links in self._links.values() for link in links),
             half_open=sum(1 for link in self._half_open() if link.ended is None),
             dials=len(self._dials),
             peers=tuple(self._describe(peer, traffic) for peer, traffic in self._traffic.items()),
@@ -251,6 +293,11 @@ class TensorLinks:
         self._connected.add(link)
         if self.stopping:
             return False
+        punch = self._punching.get(link.remote[0]) if link.expected is None else None
+        if punch is not None:
+            link.path = LinkPath.PUNCHED
+            if punch[1]:
+                link.become_dialer(Handshake(self._keys, self._swarm, dialer=True, expected=punch[0]), punch[0])
         if link.expected is not None:
             return True
         inbound = sum(1 for other in self._connected if other.expected is None)
@@ -274,6 +321,8 @@ class TensorLinks:
         if refusal is not None:
             return refusal
         self._links[peer] = [*links, link]
+        self._opening.set()
+        self._opening = asyncio.Event()
         if link.expected is None:
             self.accepted += 1
             self.on_accepted(peer, link.local, link.remote)
@@ -305,11 +354,12 @@ class TensorLinks:
                 del self._traffic[other]
         return traffic
 
-    def spawn(self, work: Coroutine[None, None, None]) -> None:
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run `work` until it is done or the links stop."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finish_task)
+        return task
 
     # Inside
 
@@ -342,7 +392,7 @@ class TensorLinks:
             raise LinkLost(peer, LinkEnd.STOPPED)
         dial = self._dials.get(peer)
         if dial is None:
-            if not addresses:
+            if not addresses and self.detour is None:
                 raise LinkLost(peer, LinkEnd.NO_ADDRESS)
             if len(self._connected) + len(self._dials) >= self.config.links_max:
                 raise LinkLost(peer, LinkEnd.LIMIT)
@@ -358,6 +408,21 @@ class TensorLinks:
             raise
 
     async def _dial(self, peer: PeerId, addresses: Sequence[Address]) -> Link:
+        try:
+            return await self._dial_directly(peer, addresses)
+        except LinkLost as lost:
+            if self.detour is None or lost.reason in _FINAL_ENDS:
+                raise
+            log.debug("%s: another way is tried", lost)
+        await self.detour(peer)
+        usable = [link for link in self._links.get(peer, ()) if link.is_usable]
+        if not usable:
+            raise LinkLost(peer, LinkEnd.UNREACHABLE)
+        return usable[-1]
+
+    async def _dial_directly(self, peer: PeerId, addresses: Sequence[Address]) -> Link:
+        if not addresses:
+            raise LinkLost(peer, LinkEnd.NO_ADDRESS)
         found = await resolve(addresses, self.config.addresses_tried_max, self.config.connect_timeout_s)
         if not found:
             raise LinkLost(peer, LinkEnd.UNREACHABLE)
@@ -405,6 +470,7 @@ class TensorLinks:
         return PeerLinkStatistics(
             peer=peer,
             links=len(self._links.get(peer, ())),
+            path=self.path_to(peer),
             frames_in=traffic.frames_in,
             frames_out=traffic.frames_out,
             payload_bytes_in=traffic.payload_bytes_in,

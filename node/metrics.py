@@ -20,6 +20,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from shoal.node.control import Reachability as ControlReachability
+from shoal.node.link_port import LinkPath
 from shoal.node.port_mapping import MappingFailure, Way
 from shoal.node.reachability import NatMapping, ReachReason, ReachState
 from shoal.protocol.effects import Phase
@@ -47,6 +48,18 @@ class LedgerHeld(StrEnum):
     CHAIN_UNCONFIRMED = Failure.CHAIN_UNCONFIRMED.value
     CHAIN_CLONED = Failure.CHAIN_CLONED.value
     CHAIN_FORKED = Failure.CHAIN_FORKED.value
+
+
+class WayFailure(StrEnum):
+    """Those failures that end one way to a peer which cannot be dialled."""
+
+    PEER_UNREACHABLE = Failure.PEER_UNREACHABLE.value
+    PEER_LOST = Failure.PEER_LOST.value
+    PEER_SLOW = Failure.PEER_SLOW.value
+    PUNCH_TIMEOUT = Failure.PUNCH_TIMEOUT.value
+    PUNCH_REFUSED = Failure.PUNCH_REFUSED.value
+    PUNCH_PAUSED = Failure.PUNCH_PAUSED.value
+    NO_OBSERVED_ADDRESS = Failure.NO_OBSERVED_ADDRESS.value
 
 
 class Deadline(StrEnum):
@@ -221,6 +234,13 @@ class Metrics:
         self.relay_reservations = table.gauge("relay_reservations", "Peers that are reached through this one.")
         self.relay_circuits = table.gauge("relay_circuits", "Control connections of others that this peer carries.")
         self.relayed_bytes = table.counter("relayed_bytes", "Bytes of such connections, both ways.")
+        self.links = table.gauges("tensor_links", "Open tensor links, by how they came about.", ("path", LinkPath))
+        self.ways_opened = table.counters(
+            "ways_opened", "Peers that could not be dialled and were linked all the same.", ("path", LinkPath)
+        )
+        self.way_failures = table.counters(
+            "way_failures", "Ways to peers that cannot be dialled which led nowhere.", ("reason", WayFailure)
+        )
 
     def _declare_training(self, table: "_Table") -> None:
         self.loss = table.gauge("loss", "The trainer's last loss; NaN before the first one.")

@@ -50,6 +50,7 @@ REACHABLE_PERIOD_S = 300.0
 FAILED_PERIOD_S = 10.0  # after a dial-back of a reachable address has failed
 ASKED_MAX = 3  # members, by one check
 OBSERVERS_MAX = 2
+OBSERVE_TIMEOUT_S = 2.0  # where somebody waits for it
 OWN_HOSTS_MAX = 6
 
 log = logging.getLogger(__name__)
@@ -125,9 +126,14 @@ class Reach:
         """The tensor port as members see it: what a hole can be punched to."""
         return tuple(dict.fromkeys(self._observed.values()))
 
-    def own(self) -> tuple[Address, ...]:
-        """The tensor port at this machine's own addresses, for peers on the same network."""
-        return self._list_own()
+    async def find_outer(self) -> tuple[Address, ...]:
+        """Where a hole can be punched to: the tensor port as members see it now, and the machine's own addresses, for
+        peers on the same network and for IPv6."""
+        if not any(self._links.has_link(peer, binding) for peer, binding in self._observing.items()):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(OBSERVE_TIMEOUT_S):
+                    await self._observe()
+        return tuple(dict.fromkeys((*self.observed(), *self._list_own())))[:ADDRESSES_MAX]
 
     def describe(self) -> str:
         """One sentence without its full stop, for people."""
@@ -198,7 +204,7 @@ class Reach:
         self._known.set_candidates(self._list_candidates())
         began_s = self._stale_before_s
         await self._ask_members()
-        if self.state is not ReachState.REACHABLE:
+        if not self.reached or self._relies_on_holes():
             await self._observe()
             if self._known.set_candidates(self._list_candidates()):
                 await self._ask_members()
@@ -214,8 +220,17 @@ class Reach:
                 return UNKNOWN_PERIOD_S
             case ReachState.PRIVATE:
                 return PRIVATE_PERIOD_S
+            case _ if self._failed:
+                return FAILED_PERIOD_S
             case _:
-                return FAILED_PERIOD_S if self._failed else REACHABLE_PERIOD_S
+                return PRIVATE_PERIOD_S if self._relies_on_holes() else REACHABLE_PERIOD_S
+
+    def _relies_on_holes(self) -> bool:
+        """Whether others come in only where a router lets them because the tensor port has dialled out."""
+        open_to_all = [
+            one.address for one in self._known.describe(self._ports.now()) if one.state is ReachState.REACHABLE
+        ]
+        return bool(open_to_all) and all(one in self._observed.values() for one in open_to_all)
 
     def _tell(self) -> None:
         now = self._ports.now()
@@ -289,6 +304,8 @@ class Reach:
                 log.debug("%s cannot say how it sees this port: %s", short_peer_id(peer), lost)
                 return
             self._observing[peer] = binding
+        else:
+            await self._links.touch(peer, binding)
         answer = await self._request(peer, GetObserved(binding=binding))
         seen = parse_endpoint_untrusted(answer.address) if isinstance(answer, ObservedAnswer) else None
         if seen is not None and parse_ip(seen[0]) is not None and not is_loopback(seen[0]):

@@ -22,10 +22,12 @@ from shoal.node.control_setup import describe_control
 from shoal.node.exchange import PartExchange
 from shoal.node.happenings import REMEDIES, Happening, HappeningFeed, HappeningKind, Severity, describe_notes
 from shoal.node.ledger_sync import LedgerSync
+from shoal.node.link_port import LinkPath
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
 from shoal.node.membership import CLOCK_SKEW_WARN_S, Membership
-from shoal.node.metrics import Direction, LedgerHeld, Metrics, PeerState, Plane
+from shoal.node.metrics import Direction, LedgerHeld, Metrics, PeerState, Plane, WayFailure
+from shoal.node.reach_metrics import show_reachability
 from shoal.node.status import (
     CatchUpStatus,
     ControlStatus,
@@ -258,6 +260,16 @@ class Reporter:
             self._reach_told = text
             self.happen(HappeningKind.NETWORK, text)
 
+    def way_opened(self, peer: PeerId, path: LinkPath) -> None:
+        """A peer that cannot be dialled is linked all the same."""
+        self.metrics.ways_opened[path].add()
+        log.info("%s is linked: %s", self.name_of(peer), path)
+
+    def way_failed(self, peer: PeerId, reason: Failure) -> None:
+        """One way to a peer that cannot be dialled has led nowhere."""
+        self.metrics.way_failures[WayFailure(reason)].add()
+        log.info("no way to %s: %s; %s", self.name_of(peer), reason, REMEDIES[reason])
+
     def disk_stopped(self, reason: Failure, detail: str) -> None:
         """This peer does not vote, because of its disk."""
         self._disk = reason, detail
@@ -435,6 +447,7 @@ class Reporter:
                 tokens_per_s=self._tokens_per_s(),
                 head_round=head.round,
                 address="",
+                path="",
             )
         ]
         for peer, presence in live.items():
@@ -452,6 +465,7 @@ class Reporter:
                     tokens_per_s=presence.tokens_per_s,
                     head_round=presence.head_round,
                     address=clean_text(presence.tensor_addresses[0]) if presence.tensor_addresses else "",
+                    path=one.links.path_to(peer) or "",
                 )
             )
         return keep_peers(rows)
@@ -551,22 +565,7 @@ class Reporter:
         metrics.wire_bytes[Direction.RECEIVED, Plane.CONTROL].count_to(traffic.control_received_bytes)
         metrics.contribution_bytes.count_to(traffic.contribution_bytes)
         metrics.contribution_fp32_bytes.count_to(traffic.fp32_bytes)
-        reach = one.paths.reach
-        metrics.reachability.set(reach.state)
-        metrics.reachability_reason.set(reach.reason)
-        metrics.nat_mapping.set(reach.mapping)
-        control = self._control_status()
-        metrics.control_reachability.set(control.state)
-        metrics.relays.set(len(control.relays))
-        metrics.relay_reservations.set(control.reservations)
-        metrics.relay_circuits.set(control.circuits)
-        metrics.relayed_bytes.count_to(control.relayed_bytes)
-        mapped = {port.listener.value for port in one.surroundings.mappings.mapped}
-        for plane, gauge in metrics.mapped_ports.items():
-            gauge.set(plane.value in mapped)
-        for key, count in one.surroundings.failures.items():
-            metrics.port_mapping_failures[key].count_to(count)
-        metrics.lan_peers.set(one.surroundings.lan_peers)
+        show_reachability(metrics, one.paths.reach, one.links, self._control_status(), one.surroundings)
         metrics.rounds_behind.set(self._rounds_behind(live))
         metrics.catching_up.set(one.catch_up.active)
         metrics.fetched_bytes.count_to(one.catch_up.fetched_bytes)

@@ -58,6 +58,7 @@ class PeerStatus:
     tokens_per_s: float
     head_round: int
     address: str
+    path: str  # how the tensor link to it came about, "" where none is open
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,18 +1,36 @@
-"""How tensor links come about: where this peer can be dialled, and what it does for others that want to know.
+"""How tensor links come about, and in which order the ways are tried:
 
-The one piece that the daemon wires; everything behind it has a module of its own.
+    open link    there is one already
+    direct       the addresses that the peer announces, with a head start each
+    punched      both sides dial at once, where nobody can dial the peer
+
+Each way is bounded in time, and only what the one before could not do is left to the next. This is the one piece that
+the daemon wires; everything behind it has a module of its own.
 """
+
+import logging
+from collections.abc import Callable
 
 from shoal.dht.addresses import parse_address
 from shoal.node.config import TensorTable
 from shoal.node.control import ControlPlane
 from shoal.node.dial_back import DialBack
-from shoal.node.link_port import Address
+from shoal.node.interfaces import InterfaceWatch
+from shoal.node.link_port import Address, LinkEnd, LinkLost, LinkPath
 from shoal.node.links import TensorLinks
+from shoal.node.membership import Membership
+from shoal.node.punch import Punches, PunchFailed, PunchPorts
 from shoal.node.reach import Reach, ReachPorts
-from shoal.protocol.errors import ProtocolError, Refusal
+from shoal.node.reachability import NatMapping
+from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
-from shoal.protocol.messages import GetObserved, ProbeAddresses
+from shoal.protocol.messages import GetObserved, GetPunchClock, ProbeAddresses, PunchOffer, PunchSync
+
+log = logging.getLogger(__name__)
+
+
+def _ignore(*_: object) -> None:
+    """Nobody counts."""
 
 
 class TensorPaths:
@@ -20,6 +38,7 @@ class TensorPaths:
 
     def __init__(
         self,
+        me: PeerId,
         swarm: bytes,
         config: TensorTable,
         bound: Address,
@@ -27,8 +46,24 @@ class TensorPaths:
         links: TensorLinks,
         ports: ReachPorts,
     ) -> None:
+        self._live = ports.live
+        self.on_opened: Callable[[PeerId, LinkPath], None] = _ignore  # a way round has led to a link
+        self.on_failed: Callable[[PeerId, Failure], None] = _ignore  # it has not
         self.reach = Reach(swarm, config, bound, control, links, ports)
-        self.dial_back = DialBack(links=links, is_member=lambda peer: peer in ports.live(), now=ports.now)
+        self.dial_back = DialBack(links=links, is_member=self._is_member, now=ports.now)
+        self.punches = Punches(
+            me,
+            swarm,
+            control,
+            links,
+            PunchPorts(
+                is_member=self._is_member,
+                own_addresses=self.reach.find_outer,
+                varies=lambda: self.reach.mapping is NatMapping.ENDPOINT_DEPENDENT,
+                now=ports.now,
+            ),
+        )
+        links.detour = self._find_way
 
     async def answer(self, peer: PeerId, question: object) -> object:
         """The answer to a member's question; raises ProtocolError."""
@@ -37,8 +72,47 @@ class TensorPaths:
                 return await self.dial_back.probe(peer, question)
             case GetObserved():
                 return self.dial_back.tell_observed(peer, question)
+            case PunchOffer():
+                return await self.punches.take_offer(peer, question)
+            case GetPunchClock():
+                return self.punches.tell_clock(peer, question)
+            case PunchSync():
+                return self.punches.take_sync(peer, question)
             case _:
                 raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(question).__name__} is no question")
+
+    def addresses_changed(self) -> None:
+        """The machine's own addresses, or the network behind them, are others now."""
+        self.punches.forget_pauses()
+        self.reach.addresses_changed()
+
+    def _is_member(self, peer: PeerId) -> bool:
+        return peer in self._live()
+
+    async def _find_way(self, peer: PeerId) -> None:
+        """Make a link to a peer that could not be dialled; raises LinkLost."""
+        if not self._is_member(peer):
+            raise LinkLost(peer, LinkEnd.NO_ADDRESS)
+        try:
+            await self.punches.punch(peer)
+        except PunchFailed as failed:
+            log.debug("%s", failed)
+            self.on_failed(peer, failed.failure)
+            raise LinkLost(peer, LinkEnd.UNREACHABLE) from failed
+        self.on_opened(peer, LinkPath.PUNCHED)
+
+
+def make_ports(
+    membership: Membership, control: ControlPlane, interfaces: InterfaceWatch, changed: Callable[[], None]
+) -> ReachPorts:
+    """What reachability asks of the daemon's pieces."""
+    return ReachPorts(
+        live=membership.table.live,
+        addresses_of=membership.tensor_addresses_of,
+        hosts=lambda: interfaces.now.hosts(),
+        seen_hosts=lambda: list_seen_hosts(control),
+        changed=changed,
+    )
 
 
 def list_seen_hosts(control: ControlPlane) -> tuple[str, ...]:

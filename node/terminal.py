@@ -500,7 +500,7 @@ def _peer_table(peers: Iterable[PeerStatus]) -> "Table":
             Text(", ".join(words), "green" if row.participating else "") if row.alive else Text("gone", "red"),
             format_count(row.tokens_per_s) if row.alive else "–",
             str(row.head_round),
-            Text(clean_text(row.address), "dim"),
+            Text(" ".join(filter(None, (clean_text(row.address), row.path))), "dim"),
         )
     return table
 

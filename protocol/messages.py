@@ -354,6 +354,47 @@ class ObservedAnswer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PunchOffer:
+    """Asks the other one to dial this peer at the moment at which this peer dials it, so that the routers of both let
+    the two through. `varies` is true where this peer's router gives it another address towards everybody."""
+
+    token: Bytes32
+    addresses: Annotated[tuple[Text, ...], Bound(1, ADDRESSES_MAX)]
+    varies: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PunchAnswer:
+    """The other side's addresses, and its clock (any, as long as it runs evenly)."""
+
+    addresses: Annotated[tuple[Text, ...], Bound(1, ADDRESSES_MAX)]
+    varies: bool
+    clock_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetPunchClock:
+    """Asks for the clock once more: the shorter the way there and back, the better it is known."""
+
+    token: Bytes32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PunchSync:
+    """Both dial when the other one's clock shows `at_s`; the sender of the offer is the dialer of the handshake."""
+
+    token: Bytes32
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PunchClock:
+    """The answer to GetPunchClock and, as an agreement, to PunchSync."""
+
+    clock_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureUpload:
     """Asks the other one to fetch these bytes over the asker's tensor link, and to say how long that took."""
 
@@ -407,6 +448,11 @@ SCHEMA = Schema(
         43: ProbeAnswer,
         44: GetObserved,
         45: ObservedAnswer,
+        46: PunchOffer,
+        47: PunchAnswer,
+        48: GetPunchClock,
+        49: PunchSync,
+        50: PunchClock,
         60: MeasureUpload,
         61: UploadAnswer,
     }

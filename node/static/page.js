@@ -176,7 +176,7 @@ function showPeers(peers) {
       make("td", "number", peer.alive ? compact.format(peer.tokens_per_s ?? 0) : "–"),
       make("td", "number", whole.format(peer.head_round)),
       make("td", "wide", peer.agent),
-      make("td", "wide", peer.address),
+      make("td", "wide", [peer.address, peer.path].filter(Boolean).join(" ")),
     );
     return row;
   });

@@ -46,6 +46,7 @@ def make_row(number: int) -> PeerStatus:
         tokens_per_s=18_400.0 / (number + 1) if alive else 0.0,
         head_round=127 if alive else 119,
         address=f"203.0.113.{number}:9461",
+        path="" if number in (0, 4) else "direct",
     )
 
 

@@ -21,7 +21,7 @@ def make_paths(peer: "Peer", bound: Address) -> TensorPaths:
         changed=lambda: peer.reach_changes.append(peer.paths.reach.describe()),
         now=lambda: peer.now_s(),
     )
-    return TensorPaths(peer.swarm.id, peer.config.tensor, bound, peer.control, peer.links, ports)
+    return TensorPaths(peer.me, peer.swarm.id, peer.config.tensor, bound, peer.control, peer.links, ports)
 
 
 def make_surroundings(peer: "Peer") -> Surroundings:

@@ -131,7 +131,7 @@ def test_names_follow_the_conventions(metric: Declaration) -> None:
     assert (metric.kind == "counter") == metric.name.endswith("_total")
     assert metric.kind != "histogram" or metric.name.endswith("_seconds")
     assert metric.help.endswith(".")
-    assert set(metric.labels) <= {"phase", "reason", "state", "plane", "direction", "deadline", "way"}
+    assert set(metric.labels) <= {"phase", "reason", "state", "plane", "direction", "deadline", "way", "path"}
     assert all(re.fullmatch(r"[a-z_]+", one) for values in metric.labels.values() for one in values)
 
 
