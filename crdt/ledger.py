@@ -162,7 +162,7 @@ class Ledger:
         self._signatures: dict[EntryId, bytes] = {}
         self._slots: dict[tuple[PeerId, Slot], list[EntryId]] = {}
         self._shelf = EvidenceShelf()
-        self._standing = Standing(rules.owner, self._list_branch)
+        self.standing = Standing(rules.owner, self._list_branch)
         self._chain = self._begin_chain(rules.begin_chain())
         self._era = FIRST_ERA
         self._oldest_era = FIRST_ERA
@@ -214,7 +214,7 @@ class Ledger:
     @property
     def forks(self) -> Mapping[PeerId, Slot]:
         """The authors that equivocated and were not re-admitted, and the slot from which on each does not count."""
-        return self._standing.forks
+        return self.standing.forks
 
     def get(self, entry_id: EntryId) -> Entry | None:
         """The entry with this id, if the ledger holds it."""
@@ -358,7 +358,7 @@ class Ledger:
             hlc, entry_id = heapq.heappop(self._unfolded)
             self._folded_until = max(self._folded_until, hlc)
             entry = self._entries[entry_id]
-            if self._is_current(entry.era) and self._standing.is_counting(entry_id, entry):
+            if self._is_current(entry.era) and self.standing.is_counting(entry_id, entry):
                 self._fold.apply(entry_id, entry)
                 self._state = None
         if self._state is None or self._state_mark != self._chain.revision:
@@ -372,7 +372,7 @@ class Ledger:
         return Fold(owner=self._rules.owner, is_valid_snapshot=self._is_valid_snapshot)
 
     def _mark_fold(self) -> tuple[int, int]:
-        return self._era, self._standing.revision
+        return self._era, self.standing.revision
 
     def _forget_fold(self) -> None:
         self._fold = self._make_fold()
@@ -389,9 +389,9 @@ class Ledger:
             certificates=self._chain.list_certificates(last_settled_round(self._era, self._rules.rounds_per_era)),
             credit=dict(self._chain.credit),
             contradiction=self._chain.contradiction,
-            excluded=dict(self._standing.forks),
-            readmissions=dict(self._standing.readmissions),
-            bans=self._standing.bans,
+            excluded=dict(self.standing.forks),
+            readmissions=dict(self.standing.readmissions),
+            bans=self.standing.bans,
         )
 
     def _is_current(self, era: int) -> bool:
@@ -505,8 +505,8 @@ class Ledger:
             siblings = self._slots.setdefault((entry.author, slot), [])
             siblings.append(entry_id)
             if len(siblings) > 1:
-                self._standing.contradict(entry.author, slot)
-            self._standing.note_entry(entry)
+                self.standing.contradict(entry.author, slot)
+            self.standing.note_entry(entry)
             self._take_verdict(entry_id, entry)
         if batch.author == self._identity.peer:
             self._own.advance(batch)
@@ -517,10 +517,10 @@ class Ledger:
         elif entry.kind in (Kind.BAN, Kind.READMISSION):
             body = decode_body_untrusted(entry.kind, entry.body)
             assert isinstance(body, BanBody | ReadmissionBody), "bodies follow their kinds"
-            self._standing.decree(entry_id, entry.seq, body)
+            self.standing.decree(entry_id, entry.seq, body)
             before = self._shelf.batches
             for author in self._shelf.slots:
-                self._shelf.forgive(author, self._standing.readmitted_until(author))
+                self._shelf.forgive(author, self.standing.readmitted_until(author))
             self._follow_shelf(before)
 
     # -- eras ----------------------------------------------------------------------------------------------------------
@@ -532,13 +532,13 @@ class Ledger:
             self._shelve(batch.suffix(index))
         if before is self._shelf.batches:
             return Outcome(is_expired=True)
-        self._standing.forget_slots(self._oldest_era, self._shelf.slots)
+        self.standing.forget_slots(self._oldest_era, self._shelf.slots)
         self._follow_shelf(before)
         fresh = (proof for entry_id, proof in self._shelf.batches.items() if entry_id not in before)
         return Outcome(accepted=tuple(fresh))
 
     def _shelve(self, batch: Batch) -> None:
-        if batch.era > self._standing.readmitted_until(batch.author) and self._shelf.offer(batch):
+        if batch.era > self.standing.readmitted_until(batch.author) and self._shelf.offer(batch):
             self._shelf.trim(self._chain.credit)
 
     def _forget_entries(self) -> None:
@@ -549,7 +549,7 @@ class Ledger:
         self._tips = {entry_id: tip for entry_id, tip in self._tips.items() if entry_id in kept}
         self._signatures = {tip: signature for tip, signature in self._signatures.items() if tip in kept}
         self._slots = {key: ids for key, ids in self._slots.items() if not self._is_dropped(key[1].era)}
-        self._standing.forget_slots(self._oldest_era, self._shelf.slots)
+        self.standing.forget_slots(self._oldest_era, self._shelf.slots)
 
     def _rebuild_keys(self) -> None:
         self._keys = KeySet()
@@ -577,7 +577,7 @@ class Ledger:
             return PERMANENT_ERA
         rounds = (draft.body.round for draft in drafts if isinstance(draft.body, RoundBody))
         belong = (era_of_round(number, self._rules.rounds_per_era) for number in rounds)
-        after_readmission = self._standing.readmitted_until(self._identity.peer) + 1
+        after_readmission = self.standing.readmitted_until(self._identity.peer) + 1
         return max(self._era, self._own.newest_era, *belong, after_readmission)
 
     def _choose_deps(self, era: int, wall_ms: int) -> tuple[EntryId, ...]:
@@ -588,7 +588,7 @@ class Ledger:
             if entry.era == era
             and entry.author != self._identity.peer
             and is_due(entry.hlc, wall_ms)
-            and self._standing.is_counting(entry_id, entry)
+            and self.standing.is_counting(entry_id, entry)
         )
         return tuple(sorted(entry_id for _, entry_id in heapq.nlargest(DEPS_MAX, seen)))
 

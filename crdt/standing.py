@@ -56,6 +56,11 @@ class Standing:
         return self._bans
 
     @property
+    def banned(self) -> frozenset[bytes]:
+        """The peers of those bans."""
+        return self._banned
+
+    @property
     def readmissions(self) -> Mapping[PeerId, ReadmissionBody]:
         """The one that stands of each author that was re-admitted."""
         return self._readmissions

@@ -38,6 +38,7 @@ HONEST = frozenset(
         Refusal.WRONG_BASE,
         Refusal.WRONG_PROPOSER,
         Refusal.OTHER_LOG,
+        Refusal.BANNED,
         Refusal.NOT_A_MEMBER,
         Refusal.NO_QUORUM,
         Refusal.DUPLICATE,
@@ -82,7 +83,7 @@ class Conduct:
     """The accounts of one daemon. It never accuses `me`."""
 
     def __init__(self, me: PeerId) -> None:
-        self._me = me
+        self.me = me
         self._parts = 0
         self._accounts: dict[PeerId, _Account] = {}
 
@@ -95,7 +96,7 @@ class Conduct:
 
     def note(self, peer: PeerId, refusal: Refusal, fault: Fault, now: float) -> bool:
         """Something of this peer was refused. True when that was one too many: hang up now."""
-        if peer == self._me or self.refusal(peer, now) is not None:
+        if peer == self.me or self.refusal(peer, now) is not None:
             return False
         account = self._accounts.get(peer)
         if account is None:

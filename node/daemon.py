@@ -338,7 +338,7 @@ class Daemon:
         ports = IntakePorts(
             round_message=self.driver.receive,
             presence=self.membership.take_presence,
-            entries=self.ledger.take,
+            ledger=self.ledger,
             answer=answers.answer,
             hang_up=self.links.hang_up,
             forget=self.membership.connection_lost,

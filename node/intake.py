@@ -5,15 +5,19 @@ is dropped is counted with its reason; a peer whose account (node.conduct) is fu
 nothing of it is taken until its time is up.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 
+from shoal.node.allowances import Allowances
+from shoal.node.ban_watch import BanWatch
 from shoal.node.conduct import REFUSED_S, Conduct, Fault, judge
 from shoal.node.control import ControlPlane, PeerUnreachable
 from shoal.node.happenings import HappeningKind, Severity
+from shoal.node.ledger_sync import LedgerSync
 from shoal.node.metrics import Direction, Plane
 from shoal.node.reporting import Reporter
 from shoal.protocol.errors import ProtocolError, Refusal
@@ -27,6 +31,8 @@ from shoal.protocol.messages import (
 )
 
 TOLD_MAX = 1024
+QUESTIONS_BURST = 256  # of one peer at once; a peer that catches up asks some dozens
+QUESTIONS_PER_S = 32.0  # and for long; what comes faster is answered that much later
 TOLD = (Refusal.WRONG_SWARM, Refusal.WRONG_VERSION, Refusal.WRONG_BASE)
 
 log = logging.getLogger("shoal")
@@ -38,10 +44,10 @@ class IntakePorts:
 
     round_message: Callable[[ROUND_MESSAGES, PeerId], None]
     presence: Callable[[bytes, PeerId], None]
-    entries: Callable[[LedgerEntries], Awaitable[object]]
     answer: Callable[[PeerId, bytes], Awaitable[bytes]]
     hang_up: Callable[[PeerId, Refusal], None]  # on the tensor links
     forget: Callable[[PeerId], None]  # it counts as lost
+    ledger: LedgerSync  # takes entries, and has the owner's bans
     spawn: Callable[[Coroutine[object, object, object]], None]
 
 
@@ -57,11 +63,13 @@ class Intake:
         self._clock = clock
         self._control: ControlPlane
         self._ports: IntakePorts | None = None
+        self._questions: Allowances[PeerId] = Allowances(burst=QUESTIONS_BURST, per_s=QUESTIONS_PER_S)
         self._told: set[tuple[PeerId, Refusal]] = set()
 
     def open(self, control: ControlPlane, ports: IntakePorts) -> None:
         self._control = control
         self._ports = ports
+        ports.spawn(BanWatch(self._conduct.me, ports.ledger.ledger.standing, self._end_banned).watch())
 
     def close(self) -> None:
         self._ports = None
@@ -99,7 +107,7 @@ class Intake:
     async def _take_entries(self, peer: PeerId, message: LedgerEntries) -> None:
         assert self._ports is not None, "spawned by take_message"
         try:
-            await self._ports.entries(message)
+            await self._ports.ledger.take(message)
         except ProtocolError as error:
             self.misbehaved(peer, error)
 
@@ -109,7 +117,12 @@ class Intake:
         if self._ports is None:
             raise ProtocolError(Refusal.NOT_READY, "this peer is starting or leaving")
         if self._ignores(peer):
-            raise ProtocolError(self.why_refused(peer) or Refusal.LIMIT, "it has misbehaved too often")
+            raise ProtocolError(self.why_refused(peer) or Refusal.LIMIT, "nothing of it is taken now")
+        # A flood waits in its own streams, of which a peer has few.
+        if wait_s := self._questions.reserve(peer, self._clock()):
+            await asyncio.sleep(wait_s)
+            if self._ports is None:
+                raise ProtocolError(Refusal.NOT_READY, "this peer is leaving")
         try:
             answer = await self._ports.answer(peer, raw)
         except ProtocolError as error:
@@ -133,15 +146,34 @@ class Intake:
 
     def why_refused(self, peer: PeerId) -> Refusal | None:
         """Why this peer gets no connection now; None when it may have one."""
+        if self._ports is not None and peer in self._ports.ledger.ledger.standing.banned:
+            return Refusal.BANNED
         return self._conduct.refusal(peer, self._clock())
 
     def admits(self, peer: PeerId) -> bool:
         """Whether a new control connection to this peer may stay; otherwise it is ended."""
-        if not self.refuses(peer):
+        refusal = self.why_refused(peer)
+        if refusal is None:
             return True
         if self._ports is not None:
-            self._ports.spawn(self._control.disconnect(peer))
+            told = self._dismiss(peer) if refusal is Refusal.BANNED else self._control.disconnect(peer)
+            self._ports.spawn(told)
         return False
+
+    def _end_banned(self, peer: PeerId, reason: str) -> None:
+        """The owner has banned this peer: end what there is, and tell it why."""
+        text = f"hung up on {self._reporter.name_of(peer)}: {Refusal.BANNED} by the swarm's owner ({reason})"
+        self._reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
+        self._reporter.metrics.hang_ups[Refusal.BANNED].add()
+        if self._ports is not None:
+            self._ports.hang_up(peer, Refusal.BANNED)
+            self._ports.forget(peer)
+            self._ports.spawn(self._dismiss(peer))
+
+    async def _dismiss(self, peer: PeerId) -> None:
+        refused = Refused(refusal=Refusal.BANNED.value, detail="by the swarm's owner")
+        await self._tell(peer, encode_message(self._swarm, refused))
+        await self._control.disconnect(peer)
 
     def misbehaved(self, peer: PeerId, error: ProtocolError) -> None:
         """A control message was refused: count it, tell a peer that is in the wrong place, note who sent it."""

@@ -11,10 +11,12 @@ Imported only in a process that starts a host: importing libp2p takes a second.
 import logging
 import socket
 import struct
+import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 import trio
 from libp2p.abc import IListener, IMuxedConn, INetStream, IRawConnection, ISecureConn
@@ -49,6 +51,7 @@ READ_BYTES_MAX = 64 * 1024
 STREAM_WINDOW_BYTES = 1024 * 1024
 CREDIT_BYTES_MIN = 16 * 1024
 UNREAD_BYTES_PER_CONNECTION_MAX = 16 * STREAM_WINDOW_BYTES
+UNREAD_BYTES_MAX = 64 * STREAM_WINDOW_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -261,7 +264,18 @@ class SteadyWindowStream(YamuxStream):
 
 
 class BoundedYamux(Yamux):
-    """Yamux that hangs up on a peer that sends more than the windows it was given, and on one that falls silent."""
+    """Yamux that hangs up on a peer that sends more than the windows it was given, and on one that falls silent.
+
+    `siblings` are all connections of the node: when their unread bytes together are too many, it hangs up on those that
+    have more than a window of them.
+    """
+
+    siblings: "weakref.WeakSet[BoundedYamux]"
+
+    @property
+    def unread_bytes(self) -> int:
+        """What has arrived on all streams and was not read yet."""
+        return sum(len(buffer) for buffer in self.stream_buffers.values())
 
     async def _measure_rtt_loop(self) -> None:
         """Ping, and watch for any byte in return."""
@@ -298,8 +312,12 @@ class BoundedYamux(Yamux):
         await trio.lowlevel.checkpoint()
 
     async def _read_data_body(self, length: int) -> bytes:
-        unread = sum(len(buffer) for buffer in self.stream_buffers.values())
-        if length > STREAM_WINDOW_BYTES or unread + length > UNREAD_BYTES_PER_CONNECTION_MAX:
+        unread = self.unread_bytes
+        crowded = unread + length > STREAM_WINDOW_BYTES and (
+            unread + length > UNREAD_BYTES_PER_CONNECTION_MAX
+            or sum(one.unread_bytes for one in self.siblings) + length > UNREAD_BYTES_MAX
+        )
+        if length > STREAM_WINDOW_BYTES or crowded:
             await self._cleanup_on_error()
             raise ConnectionClosedError(f"{unread} bytes unread and {length} more announced")
         return await super()._read_data_body(length)
@@ -321,9 +339,16 @@ def is_relayed(muxed: IMuxedConn) -> bool:
 class YamuxUpgrader(TransportUpgrader):
     """Multiplexes every connection with `BoundedYamux`; the library takes its own class, whatever it is given."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._made: weakref.WeakSet[BoundedYamux] = weakref.WeakSet()
+
     async def upgrade_connection(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         try:
             await self.muxer_multistream.select_transport(conn)
         except MultiselectError as error:
             raise MuxerUpgradeFailure("the peer does not speak Yamux") from error
-        return BoundedYamux(conn, peer_id, is_initiator=conn.is_initiator)
+        made = BoundedYamux(conn, peer_id, is_initiator=conn.is_initiator)
+        made.siblings = self._made
+        self._made.add(made)
+        return made

@@ -40,7 +40,6 @@ from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
-from libp2p.peer.peerstore import PeerStore
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
@@ -57,6 +56,7 @@ from libp2p.tools.timed_cache.last_seen_cache import LastSeenCache
 from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
+from shoal.node.arrivals import ArrivalLimits, Arrivals
 from shoal.node.control import ControlConfig
 from shoal.node.libp2p_connections import (
     BoundedYamux,
@@ -65,10 +65,12 @@ from shoal.node.libp2p_connections import (
     SteadyWindowStream,
     TcpListener,
     TcpTransport,
+    Transport,
     YamuxUpgrader,
     is_relayed,
     make_raw_connection,
 )
+from shoal.node.libp2p_limits import BoundedDht, BoundedPeerStore, cap_readers
 from shoal.protocol.identity import encode_libp2p_peer_id
 
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -157,6 +159,7 @@ class BoundedSwarm(Swarm):
 
     def _init_connection_management(self) -> None:
         super()._init_connection_management()
+        self.arrivals: Arrivals[ReadWriteCloser] = Arrivals(ArrivalLimits())
         self.auto_connector = _NoAutoConnector(swarm=self)
 
     async def dial_peer(self, peer_id: ID) -> list[INetConn]:
@@ -179,7 +182,17 @@ class BoundedSwarm(Swarm):
         maddr = multiaddr_from_socket(sockets[0].socket)
 
         async def handle(stream: ReadWriteCloser) -> None:
-            await self._handle_inbound_connection(stream, maddr)
+            remote = stream.get_remote_address()
+            gone = self.arrivals.arrive(stream, remote[0] if remote else "", trio.current_time())
+            if gone is not None:
+                assert isinstance(gone, Transport)
+                await gone.abort()
+            if gone is stream:
+                return
+            try:
+                await self._handle_inbound_connection(stream, maddr)
+            finally:
+                self.arrivals.leave(stream)
 
         listener = TcpListener(handle, sockets)
         self.listeners[str(maddr)] = listener
@@ -190,6 +203,7 @@ class BoundedSwarm(Swarm):
     ) -> None:
         muxed = await self.upgrade_inbound_raw_conn(make_raw_connection(read_write_closer, is_initiator=False), maddr)
         assert isinstance(muxed, Yamux)
+        self.arrivals.prove(read_write_closer)
         await muxed.event_closed.wait()
 
 
@@ -271,7 +285,7 @@ class BoundedProviders(ProviderStore):
         super().add_provider(key, PeerInfo(provider.peer_id, provider.addrs[:ADDRESSES_PER_PROVIDER_MAX]))
 
 
-class ServersDht(KadDHT):
+class ServersDht(BoundedDht):
     """A DHT node whose routing table has no place for those that only ask."""
 
     async def add_peer(self, peer_id: ID, *, skip_server_mode_check: bool = False) -> bool:
@@ -361,7 +375,8 @@ def build_host(
     keys = create_new_key_pair(config.identity.seed)
     peer_id = ID.from_pubkey(keys.public_key)
     assert peer_id.to_bytes() == encode_libp2p_peer_id(config.identity.peer), "both stacks derive the same peer id"
-    peerstore = PeerStore()
+    cap_readers()
+    peerstore = BoundedPeerStore()
     peerstore.add_key_pair(peer_id, keys)
     noise = NoiseTransport(keys, noise_privkey=create_noise_key_pair().private_key)
     upgrader = YamuxUpgrader(

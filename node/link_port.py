@@ -145,6 +145,9 @@ class LinkConfig:
     links_per_peer_max: int = 4
     half_open_max: int = 32
     half_open_per_host_max: int = 16
+    links_per_host_max: int = 64  # proven ones that others have dialled; processes of this machine have no such limit
+    arrivals_burst: int = 128  # connections from one address at once
+    arrivals_per_s: float = 16.0  # and for long
     sends_queued_max: int = 256  # per link
     completions_max: int = 4  # per link
     serves_max: int = 16  # per link

@@ -23,6 +23,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from shoal.node.arrivals import ArrivalLimits, Arrivals
 from shoal.node.link_listen import open_dialling, open_listeners
 from shoal.node.link_port import (
     Address,
@@ -77,6 +78,15 @@ class TensorLinks:
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._connected: set[Link] = set()  # every link whose socket is still there
+        self._arrivals: Arrivals[Link] = Arrivals(
+            ArrivalLimits(
+                half_open_max=config.half_open_max,
+                half_open_per_group_max=config.half_open_per_host_max,
+                proven_per_group_max=config.links_per_host_max,
+                burst=config.arrivals_burst,
+                per_s=config.arrivals_per_s,
+            )
+        )
         self._links: dict[PeerId, list[Link]] = {}
         self._dials: dict[PeerId, asyncio.Task[Link]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -300,17 +310,14 @@ class TensorLinks:
                 link.become_dialer(Handshake(self._keys, self._swarm, dialer=True, expected=punch[0]), punch[0])
         if link.expected is not None:
             return True
-        inbound = sum(1 for other in self._connected if other.expected is None)
-        half_open = list(self._half_open())
-        same_host = sum(1 for other in half_open if other.remote[0] == link.remote[0])
-        if (
-            inbound > self.config.inbound_links_max
-            or len(half_open) > self.config.half_open_max
-            or same_host > self.config.half_open_per_host_max
-        ):
+        gone: Link | None = link
+        if sum(1 for other in self._connected if other.expected is None) <= self.config.inbound_links_max:
+            gone = self._arrivals.arrive(link, link.remote[0], asyncio.get_running_loop().time())
+        if gone is not None:
             self.sink.on_refusal(None, Refusal.LIMIT)
-            return False
-        return True
+        if gone not in (None, link):
+            gone.end(LinkEnd.LIMIT)
+        return gone is not link
 
     def link_opened(self, link: Link, peer: PeerId) -> Refusal | None:
         """Enter a proven link in the table, unless a limit or the sink says no."""
@@ -323,6 +330,7 @@ class TensorLinks:
         self._links[peer] = [*links, link]
         self._opening.set()
         self._opening = asyncio.Event()
+        self._arrivals.prove(link)
         if link.expected is None:
             self.accepted += 1
             self.on_accepted(peer, link.local, link.remote)
@@ -334,6 +342,7 @@ class TensorLinks:
         """Strike a link from the table."""
         peer, reason = link.peer, link.ended
         assert reason is not None
+        self._arrivals.leave(link)
         if peer is None or link not in self._links.get(peer, ()):
             return
         self._links[peer].remove(link)

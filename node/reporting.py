@@ -59,7 +59,7 @@ from shoal.protocol.effects import (
     QuorumSeen,
     SenderMissing,
 )
-from shoal.protocol.errors import Failure
+from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.identity import PeerId, format_peer_id, short_peer_id
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Presence, Result
@@ -482,6 +482,8 @@ class Reporter:
         abstention = self.subjects.core.abstention
         if abstention is not None:
             found.append(tell_abstention(abstention))
+        if self.subjects.me in self.subjects.ledger.ledger.standing.banned:
+            found.append(f"{Refusal.BANNED}: the swarm's owner has banned this peer; ask the owner")
         skew = self.clock_skew_s()
         if skew > CLOCK_SKEW_WARN_S:
             found.append(

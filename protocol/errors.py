@@ -42,6 +42,7 @@ class Refusal(StrEnum):
     NOT_AUTHENTIC = "not_authentic"
     NOT_READY = "not_ready"
     OTHER_LOG = "other_log"
+    BANNED = "banned"
 
 
 class Failure(StrEnum):

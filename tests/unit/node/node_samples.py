@@ -288,7 +288,7 @@ class Peer:
             IntakePorts(
                 round_message=self.driver.receive,
                 presence=self.membership.take_presence,
-                entries=self.ledger.take,
+                ledger=self.ledger,
                 answer=lambda peer, raw: self.answer(peer, raw),
                 hang_up=self.links.hang_up,
                 forget=self.membership.connection_lost,

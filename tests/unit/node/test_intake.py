@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from shoal.crdt.kinds import BanBody, Kind
+from shoal.crdt.ledger import Draft, Ledger
+from shoal.node import ban_watch
 from shoal.node.conduct import LATE_MAX, LIES_MAX, REFUSED_S
 from shoal.node.control import PeerUnreachable, RequestRefused
 from shoal.node.happenings import HappeningKind
+from shoal.node.ledger_sync import make_rules
 from shoal.node.link_port import LinkLost
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
@@ -41,6 +45,7 @@ from tests.unit.node.node_samples import (
 )
 from tests.unit.node.planes import MakeControl, in_memory, over_libp2p
 from tests.unit.node.puppet import Puppet, open_puppet
+from tests.unit.protocol.samples import IDENTITIES
 
 # An account drains while it is filled: one lie more than fill it at once is enough within some seconds.
 ENOUGH = LIES_MAX + 1
@@ -344,3 +349,43 @@ async def test_lies_over_the_real_control_plane_end_the_tensor_links_too(tmp_pat
         await lie_until_refused(peer, puppet)
         await wait_until(lambda: not peer.links.is_linked(puppet.me))
         assert LIES_MAX <= count_refused(peer, "malformed", "control") <= ENOUGH
+
+
+# -- the owner's bans ------------------------------------------------------------------------------------------------
+
+
+def ban(peer: Peer, banned: Puppet) -> None:
+    """The owner's decree reaches this peer's ledger."""
+    owner = Ledger(identity=IDENTITIES[0], rules=make_rules(peer.swarm.manifest, peer.swarm.id))
+    body = BanBody(peer=banned.me, reason="it lies", removes=())
+    batch = owner.write([Draft(kind=Kind.BAN, body=body)], time.time_ns() // 1_000_000)
+    assert peer.ledger.ledger.accept(batch).accepted
+
+
+async def test_a_banned_peer_loses_both_planes_at_once_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ban_watch, "PERIOD_S", 0.01)
+    async with open_target(tmp_path) as (peer, puppet):
+        header, payload = make_part(peer)
+        await puppet.push(peer, header, payload)
+        await wait_until(lambda: peer.links.is_linked(puppet.me))
+        assert is_connected(peer, puppet) and not peer.intake.refuses(puppet.me)
+        ban(peer, puppet)
+        # Nothing of it is taken from here on, even before what it has is ended.
+        assert peer.intake.why_refused(puppet.me) is Refusal.BANNED
+        await wait_until(lambda: not is_connected(peer, puppet) and not peer.links.is_linked(puppet.me))
+        await wait_until(lambda: puppet.me not in peer.membership.table.live())
+        (told,) = hang_ups(peer)
+        assert "banned by the swarm's owner (it lies)" in told
+        # It does not come back, on either plane.
+        with pytest.raises(LinkLost) as refused:
+            await puppet.push(peer, header, payload)
+            await puppet.links.fetch(
+                peer.me, (peer.swarm.addresses[peer.me],), bytes(32), memoryview(bytearray(1)), 5.0
+            )
+        assert refused.value.refusal is Refusal.BANNED
+        with contextlib.suppress(PeerUnreachable):
+            await puppet.tell(peer, Prepare(round=1, attempt=0))
+        await wait_until(lambda: not is_connected(peer, puppet))
+        assert peer.conduct.refusal(puppet.me, peer.now_s()) is None

@@ -186,11 +186,15 @@ async def test_good_transfer_goes_on_among_hostile_connections() -> None:
 async def test_half_open_connections_of_one_host_are_limited() -> None:
     with contextlib.ExitStack() as hostile:
         async with node(BOB, half_open_per_host_max=2) as bob:
-            for _ in range(3):
-                hostile.enter_context(socket.create_connection(bob.address))
+            first, *_ = [hostile.enter_context(socket.create_connection(bob.address)) for _ in range(3)]
             await bob.sink.until(lambda: bob.sink.refusals_made)
             assert bob.sink.refusals_made == [(None, Refusal.LIMIT)]
             assert bob.links.statistics().half_open == 2
+            # The oldest has gone, so that whoever means well comes in although others hold places open.
+            first.setblocking(False)
+            assert await asyncio.get_running_loop().sock_recv(first, 1) == b""
+            async with node(ALICE) as alice:
+                await alice.push(bob, b"honest")
 
 
 @on_both_loops
