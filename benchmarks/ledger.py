@@ -6,6 +6,7 @@ Parts:
 
     speed       entries decoded, verified and folded per second and core, leases and certificates
     store       the SQLite file after --rounds rounds of 32 peers, with and without truncation, and the time to open it
+    log         the certificates of --rounds rounds beside it, shortened behind their window; and a newcomer's way
     bytes       what it costs two stores of 10,000 entries to become equal, over control messages
     converge    64 replicas with 10,000 entries that never heard of each other, 20 % of all messages lost
     pycrdt      the histories of `speed` in pycrdt (Yjs), and what it makes of a forked client id
@@ -21,17 +22,20 @@ import subprocess
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
 from shoal.crdt.ledger import Draft, Ledger, LedgerRules
+from shoal.node.certificate_trail import CERTIFICATES_KEPT, CertificateTrail
 from shoal.node.ledger_store import LedgerStore, StoredCertificate
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import Certificate, Member, PartResult, Result, digest_record
 from shoal.protocol.quorum import Authority, QuorumRule, make_bitmap
+from shoal.protocol.trail import Anchor, check_trail
 from shoal.protocol.wire import encode_record
 from tests.properties.reconciliation_cost import LAYOUTS, MISSED_BY, Cost, compare, fill, make_pair, write_many
 from tests.sim.replicas import measure_convergence, shared_verification
@@ -70,12 +74,17 @@ def make_ledger(number: int = 0, *, with_rounds: bool = True) -> Ledger:
 
 
 def make_certificate(number: int, previous: bytes) -> Certificate:
-    """A round with 32 members, 32 parts, 31 voters and the votes of a quorum."""
+    """A round with the votes of a quorum."""
+    return certify(SWARM, make_certificate_result(number, previous), IDENTITIES[:QUORUM])
+
+
+def make_certificate_result(number: int, previous: bytes) -> Result:
+    """A round with 32 members, 32 parts and 31 voters."""
     everybody = make_bitmap(frozenset(range(PEERS)), PEERS)
     members = (
         Member(peer=one.peer, contribution_root=bytes(32), tokens=40_960, steps=20, weight=1.0) for one in IDENTITIES
     )
-    result = Result(
+    return Result(
         round=number,
         previous=previous,
         base_root=bytes(32),
@@ -84,7 +93,6 @@ def make_certificate(number: int, previous: bytes) -> Certificate:
         parts=(PartResult(digest=number.to_bytes(32, "big"), contributors=everybody),) * PARTS,
         voters=tuple(one.peer for one in IDENTITIES[:VOTERS]),
     )
-    return certify(SWARM, result, IDENTITIES[:QUORUM])
 
 
 def make_log(rounds: int) -> Iterable[Certificate]:
@@ -164,13 +172,6 @@ def measure_store(rounds: int, folder: Path) -> Row:
     for name, path in paths.items():
         row[f"{name}_bytes"] = path.stat().st_size
         row[f"{name}_open_s"], row[f"{name}_entries"] = open_store(path)
-    with LedgerStore.open(folder / "rounds.sqlite") as store:
-        certificates = (
-            StoredCertificate(round=one.result.round, result_digest=digest_record(one.result), body=encode_record(one))
-            for one in make_log(min(rounds, 100))
-        )
-        store.fill(batches=(), certificates=certificates, abandoned=(), records={})
-    row["round_log_bytes_a_round"] = (folder / "rounds.sqlite").stat().st_size / min(rounds, 100)
     return row
 
 
@@ -220,6 +221,67 @@ def open_store(path: Path) -> tuple[float, int]:
         state = ledger.fold(START_MS + 10**12)
         assert state.certificates, "the newest rounds count"
     return time.process_time() - begun, len(ledger)
+
+
+# -- log ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_log(rounds: int, folder: Path) -> list[Row]:
+    """The table of certificates alone, with voters that stay and with one who is replaced every few rounds."""
+    return [measure_shortened(rounds, folder, replaced_every) for replaced_every in (0, 256, 16)]
+
+
+def measure_shortened(rounds: int, folder: Path, replaced_every: int) -> Row:
+    path = folder / f"log-{replaced_every}.sqlite"
+    log = make_changing_log(rounds, replaced_every)
+    most, shortening_s = 0, 0.0
+    with LedgerStore.open(path) as store:
+        genesis = Anchor(round=0, digest=SWARM, voters=tuple(one.peer for one in IDENTITIES[:VOTERS]))
+        authority = make_rules(with_rounds=True).authority
+        assert authority is not None, "a swarm with rounds"
+        trail = CertificateTrail(store, genesis, authority)
+        for first in range(1, rounds + 1, ROUNDS_PER_ERA):
+            some = (next(log) for _ in range(min(ROUNDS_PER_ERA, rounds - first + 1)))
+            rows = [
+                StoredCertificate(
+                    round=one.result.round, result_digest=digest_record(one.result), body=encode_record(one)
+                )
+                for one in some
+            ]
+            store.fill(batches=(), certificates=rows, abandoned=(), checkpoints=(), records={})
+            keep_from = rows[-1].round - CERTIFICATES_KEPT
+            shortening_s = max(shortening_s, clock(lambda keep_from=keep_from: trail.shorten(keep_from)))  # type: ignore[misc]
+            most = max(most, path.stat().st_size)
+        checkpoints = list(trail.load())
+        walk_s = clock(lambda: check_trail(genesis, checkpoints, authority))
+        sizes = [len(encode_record(one)) for one in checkpoints]
+    row = {
+        "rounds": rounds,
+        "voter_replaced_every": replaced_every,
+        "bytes": path.stat().st_size,
+        "bytes_most": most,
+        "checkpoints": len(checkpoints),
+        "checkpoint_bytes": sum(sizes),
+        "newcomer_checks_trail_s": walk_s,
+        "longest_shortening_s": shortening_s,
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def make_changing_log(rounds: int, replaced_every: int) -> Iterator[Certificate]:
+    """The longest-serving voter goes every so many rounds and a new one comes; a quorum at random votes."""
+    entropy, previous, born = random.Random(0), SWARM, VOTERS
+    voters = list(IDENTITIES[:VOTERS])
+    for number in range(1, rounds + 1):
+        result = make_certificate_result(number, previous)
+        following = list(voters)
+        if replaced_every and number % replaced_every == 0:
+            born += 1
+            following = [*voters[1:], Identity(f"peer {born}".encode().ljust(32))]
+        result = replace(result, voters=tuple(one.peer for one in following))
+        yield certify(SWARM, result, entropy.sample(voters, QUORUM))
+        previous, voters = digest_record(result), following
 
 
 # -- bytes and periods -------------------------------------------------------------------------------------------------
@@ -316,7 +378,7 @@ def fork_a_chain() -> Row:
 
 
 def main() -> None:
-    parts = ("speed", "store", "bytes", "converge", "pycrdt")
+    parts = ("speed", "store", "log", "bytes", "converge", "pycrdt")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=10_000)
@@ -328,6 +390,7 @@ def main() -> None:
         measures: dict[str, Callable[[], Any]] = {
             "speed": measure_speed,
             "store": lambda: measure_store(options.rounds, Path(folder)),
+            "log": lambda: measure_log(options.rounds, Path(folder)),
             "bytes": lambda: measure_bytes(options.seeds),
             "converge": lambda: measure_periods(options.seeds),
             "pycrdt": measure_pycrdt,

@@ -5,7 +5,11 @@ Invariant: every answer is bounded by its message's schema; a question that no h
 
 import asyncio
 from dataclasses import dataclass, field
+from itertools import islice
 
+from blake3 import blake3
+
+from shoal.crdt.certified import ChainBase
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.ledger_view import make_page
 from shoal.node.links import TensorLinks
@@ -15,12 +19,19 @@ from shoal.node.tensor_paths import TensorPaths
 from shoal.node.upload_meter import UploadMeter
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
+    BASE_PIECE_BYTES_MAX,
     CERTIFICATES_PER_ANSWER,
+    CHECKPOINTS_PER_ANSWER,
     CertificatesAnswer,
+    Checkpoint,
+    CheckpointsAnswer,
     GetCertificates,
+    GetCheckpoints,
+    GetLedgerBase,
     GetManifest,
     GetPeers,
     GetSnapshot,
+    LedgerBaseAnswer,
     ManifestAnswer,
     MeasureUpload,
     Reconcile,
@@ -62,6 +73,10 @@ class Answers:
                 answer = self.membership.answer_peers()
             case MeasureUpload():
                 answer = await self.upload_meter.measure(self.links, peer, question)
+            case GetCheckpoints():
+                answer = await asyncio.to_thread(self._answer_checkpoints, question.after_round)
+            case GetLedgerBase():
+                answer = await asyncio.to_thread(_cut_base, self.ledger.ledger.base, question.offset)
             case _:
                 answer = await self.paths.answer(peer, question)
         return encode_message(self.swarm, answer)
@@ -77,10 +92,25 @@ class Answers:
             kept.append(certificate)
         return CertificatesAnswer(certificates=tuple(kept))
 
+    def _answer_checkpoints(self, after: int) -> CheckpointsAnswer:
+        kept, size = list[Checkpoint](), 0
+        for checkpoint in islice(self.state.trail.load(after), CHECKPOINTS_PER_ANSWER):
+            size += len(encode_record(checkpoint))
+            if size > ANSWER_BYTES_MAX:
+                break
+            kept.append(checkpoint)
+        return CheckpointsAnswer(checkpoints=tuple(kept))
+
     async def list_certificates(self, first: int) -> bytes:
-        """For the local web port: a page of the log, as many certificates from round `first` on as fit an answer."""
-        question = GetCertificates(first_round=first, count=CERTIFICATES_PER_ANSWER)
+        """For the local web port: a page of the log, as many certificates from round `first` on as fit an answer; from
+        the oldest on where that one is not kept."""
+        oldest = await asyncio.to_thread(self.state.stores.ledger.get_first_round)
+        question = GetCertificates(first_round=max(first, oldest or 1), count=CERTIFICATES_PER_ANSWER)
         return encode_record(await self._answer_certificates(question))
+
+    async def list_checkpoints(self, after: int) -> bytes:
+        """For the local web port: a page of the trail."""
+        return encode_record(await asyncio.to_thread(self._answer_checkpoints, after))
 
     async def list_batches(self, after: int) -> bytes:
         """For the local web port: a page of the ledger."""
@@ -93,3 +123,11 @@ class Answers:
         if snapshot is not None:
             snapshots.lend(snapshot.index.round)  # whoever asks is about to fetch it
         return SnapshotAnswer(index=b"" if snapshot is None else encode_record(snapshot.index))
+
+
+def _cut_base(base: ChainBase, offset: int) -> LedgerBaseAnswer:
+    if base.round == 0:
+        return LedgerBaseAnswer(round=0, digest=bytes(32), nbytes=0, piece=b"")
+    raw = base.encode()
+    piece = raw[offset : offset + BASE_PIECE_BYTES_MAX]
+    return LedgerBaseAnswer(round=base.round, digest=blake3(raw).digest(), nbytes=len(raw), piece=piece)

@@ -1,8 +1,9 @@
 """Catch-up: from wherever this peer stands to the swarm's head, by the cheaper way (protocol.route).
 
 Certificates are checked one after the other from the own head on, each against the voters that the one before it names,
-so what a donor says is never believed. Chunks and parts are content-addressed: several donors serve at once, each byte
-is checked before it is used, and what was fetched before a restart is found again on the disk.
+so what a donor says is never believed. Where nobody keeps the next certificates any more, a trail leads over them
+(protocol.trail), and a snapshot behind it is fetched. Chunks and parts are content-addressed: several donors serve at
+once, each byte is checked before it is used, and what was fetched before a restart is found again on the disk.
 
 Invariants: a snapshot of round s is installed only when its root is the base root in the certificate of round s+1; a
 donor that lies is charged and another one is asked; one partial snapshot is on the disk at most; a catch-up that gets
@@ -28,10 +29,11 @@ from shoal.protocol.codecs import CODECS, Float32s
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
-from shoal.protocol.messages import CERTIFICATES_PER_ANSWER, Certificate, Presence, digest_record
-from shoal.protocol.quorum import Head
+from shoal.protocol.messages import CERTIFICATES_PER_ANSWER, Certificate, Checkpoint, Presence, digest_record
+from shoal.protocol.quorum import Head, is_reroot
 from shoal.protocol.route import Distance, Route, SnapshotOffer, choose_route
 from shoal.protocol.state import SnapshotIndex
+from shoal.protocol.trail import anchor_of
 
 LEGS_MAX = 16  # of one catch-up: each one is a snapshot or a replay, to where the swarm stood when it began
 DONORS_WANTED = 3  # with fewer in sight, the DHT is asked, too
@@ -144,7 +146,7 @@ class CatchUp:
         count = min(CERTIFICATES_PER_ANSWER, target - head.round)
         page = await self.donors.collect(peer, head.round + 1, count, head.digest, head.voters)
         if not page:
-            return False
+            return await self._go_by_trail(peer, target)
         route = choose_route(await self._measure(page, target), await asyncio.to_thread(self._list_offers))
         log.info("from round %d to %d: %s", head.round, target, _describe(route))
         if route is not None and route.snapshot is not None:
@@ -153,6 +155,33 @@ class CatchUp:
                 return jump is Jump.DONE
         await self._replay(page, peer, target)
         return True
+
+    async def _go_by_trail(self, peer: PeerId, target: int) -> bool:
+        """Nobody has the next certificates. Whether the trail over them, and a snapshot behind it, led on."""
+        self.detail = "looking for a trail over rounds that nobody keeps"
+        trail = await self.donors.collect_trail(peer, self._state.trail.genesis, self._state.head.round)
+        if not trail:
+            return False
+        await asyncio.to_thread(self._check_same_log, trail)
+        end = anchor_of(trail[-1].certificate)
+        count = min(CERTIFICATES_PER_ANSWER, max(1, target - end.round))
+        page = await self.donors.collect(peer, end.round + 1, count, end.digest, end.voters)
+        if not page:
+            return False
+        log.info("a trail of %d checkpoints leads to round %d", len(trail), end.round)
+        return await self._jump(page, peer, target, trail) is Jump.DONE
+
+    def _check_same_log(self, trail: Sequence[Checkpoint]) -> None:
+        """Raise ProtocolError(OTHER_LOG) where the own log is not one that the trail leads over: no other result where
+        both hold one, and no re-root that the trail does not know of."""
+        head = self._state.head.round
+        theirs = {one.certificate.result.round: one.certificate for one in trail}
+        own = self._state.list_certificates(1, head + 1) if head else ()
+        for certificate in (*(one.certificate for one in self._state.trail.load()), *own):
+            number = certificate.result.round
+            other = theirs.get(number)
+            if (is_reroot(certificate) and other is None) or (other and other.result != certificate.result):
+                raise ProtocolError(Refusal.OTHER_LOG, f"the trail leads over another round {number}")
 
     # -- the way -----------------------------------------------------------------------------------------------------
 
@@ -209,18 +238,19 @@ class CatchUp:
 
     # -- by snapshot -------------------------------------------------------------------------------------------------
 
-    async def _jump(self, page: Sequence[Certificate], peer: PeerId, target: int) -> Jump:
+    async def _jump(
+        self, page: Sequence[Certificate], peer: PeerId, target: int, trail: Sequence[Checkpoint] = ()
+    ) -> Jump:
         having = {one for peers in self.donors.of_snapshots().values() for one in peers}
         ranked = [one for one in self.donors.of_round(0) if one in having]
-        chain = list(page)
+        chain, first = list(page), page[0].result.round
         for donor in dict.fromkeys((*([peer] if peer in having else []), *ranked[:DONORS_ASKED_MAX])):
             if donor in self.donors.liars:
                 continue
             index = await self.donors.ask_snapshot(donor, target - 1, self._manifest.layout.elements)
-            if index is None or index.round <= self._state.head.round + 1:
+            if index is None or index.round < max(first, self._state.head.round + 2):
                 continue
             await self._lengthen(chain, donor, index.round + 1)
-            first = self._state.head.round + 1
             if first + len(chain) <= index.round + 1:
                 continue  # nobody has told what vouches for it
             following = chain[index.round + 1 - first].result
@@ -230,7 +260,7 @@ class CatchUp:
                 self._ports.misbehaved(donor, ProtocolError(Refusal.WRONG_BASE, detail))
                 continue
             # The chunks that came stay: the next catch-up goes on from them.
-            taken = await self._take_over(index, chain[: index.round + 1 - first], donor)
+            taken = await self._take_over(index, chain[: index.round + 1 - first], donor, trail)
             return Jump.DONE if taken else Jump.CUT_SHORT
         return Jump.NOT_OFFERED
 
@@ -245,8 +275,10 @@ class CatchUp:
                 return
             chain += page
 
-    async def _take_over(self, index: SnapshotIndex, chain: Sequence[Certificate], donor: PeerId) -> bool:
-        """Fetch the snapshot that `chain` leads to, and become its round."""
+    async def _take_over(
+        self, index: SnapshotIndex, chain: Sequence[Certificate], donor: PeerId, trail: Sequence[Checkpoint]
+    ) -> bool:
+        """Fetch the snapshot that `chain` leads to, behind the trail if there is one, and become its round."""
         snapshots = self._state.stores.snapshots
         fetch = SnapshotFetch(index, self._folder, snapshots, self._links, self.donors, self._tell)
         try:
@@ -259,6 +291,8 @@ class CatchUp:
         began_s = asyncio.get_running_loop().time()
         for certificate in chain:
             await asyncio.to_thread(self._state.save_certificate, certificate)
+        if trail:
+            await asyncio.to_thread(self._state.trail.adopt, trail)
         own = chain[-1].result
         head = Head(round=own.round, digest=digest_record(own), state_root=index.root, voters=own.voters)
         if head.round <= self._state.head.round:

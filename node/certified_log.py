@@ -1,6 +1,6 @@
 """What this peer's own log of certified rounds has to tell the ledger.
 
-The round core judges certificates as they come and keeps them all in the store. The ledger derives the same from its
+The round core judges certificates as they come and keeps them in the store. The ledger derives the same from its
 entries, but it may be behind: a peer that was away by more than an era can take nothing of what others write now until
 it is told which rounds were certified meanwhile, and a certificate that nobody entered leaves a gap behind which
 nothing counts. After a re-root the log may be another one than the ledger has summed up.
@@ -16,6 +16,7 @@ from shoal.crdt.fold import LedgerState
 from shoal.crdt.ledger import Ledger, LedgerRules
 from shoal.node.ledger_store import LedgerStore, StoredCertificate
 from shoal.protocol.messages import Certificate, digest_record
+from shoal.protocol.trail import Anchor, anchor_of
 from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted
 
 ROUNDS_READ_AT_ONCE = 256
@@ -36,6 +37,21 @@ class CertifiedLog:
 
     def find_base(self, ledger: Ledger) -> ChainBase | None:
         """The rounds that the ledger is to be settled on; None where it needs no help, or the log has gaps."""
+        found = self._find_way(ledger)
+        return None if found is None else self._extend(*found)
+
+    def lacks_rounds(self, ledger: Ledger) -> bool:
+        """Whether the ledger is to be settled on rounds to which this log does not lead, because it begins behind."""
+        found = self._find_way(ledger)
+        return found is not None and self._extend(*found) is None
+
+    def get_anchor(self, number: int | None = None) -> Anchor | None:
+        """A round of this log, by default the newest; None where its certificate is not here."""
+        stored = self._store.get_last_certificate() if number is None else self._store.get_certificate(number)
+        return None if stored is None else anchor_of(_decode(stored))
+
+    def _find_way(self, ledger: Ledger) -> tuple[ChainBase, int] | None:
+        """From where to which round the ledger is to be led, None where it needs no help."""
         last = self._store.get_last_certificate()
         if last is None:
             return None
@@ -45,7 +61,7 @@ class CertifiedLog:
         base, is_other = ledger.base, self._is_of_another_log(ledger.base)
         if not is_other and (settled <= base.round or era == ledger.era):
             return None
-        return self._extend(self._rules.begin_chain() if is_other else base, settled)
+        return self._rules.begin_chain() if is_other else base, settled
 
     def list_missing(self, ledger: Ledger, state: LedgerState, count: int) -> tuple[Certificate, ...]:
         """Up to `count` of the certificates behind the newest round that the log and the ledger have in common; those

@@ -469,13 +469,17 @@ def _run_verify(options: argparse.Namespace) -> int:
     from shoal.node.audit import EXIT_CODES, Finding, audit_round, audit_rounds, conclude
 
     with open_archive(_data_dir(options.data_dir)) as archive:
-        newest = archive.certificates.newest
+        newest, oldest = archive.certificates.newest, archive.certificates.oldest
         beyond = [number for number in options.round if not 1 <= number <= newest]
         if beyond or not newest:
             fix = f"give a round from 1 to {newest}" if newest else "wait until the first round is certified"
             raise ConfigError("--round", f"{(*beyond, 1)[0]} is not certified here", fix)
         if options.all:
-            audits = audit_rounds(archive, 1, newest)
+            if oldest > 1:
+                print(
+                    f"rounds 1 to {oldest - 1} are not kept any more; `shoal ledger verify` checks the trail over them"
+                )
+            audits = audit_rounds(archive, oldest, newest)
         else:
             audits = (audit_round(archive, number) for number in options.round)
         counts = dict.fromkeys(Finding, 0)

@@ -87,19 +87,21 @@ class Compute:
         self._freezing = asyncio.Lock()
         self._stopping = False
         self._restarting = False
+        self._generation = b""  # of the memory of contributions that the trainer was started with
 
     # -- life of the trainer -----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start the trainer and let it train for the round after the head."""
         self.phase = TrainerState.STARTING
+        self._generation = self._state.generation
         work = Work(
             task=self._manifest.task,
             training=self._manifest.training,
             layout_digest=self._manifest.layout.digest,
             seed=self._manifest.seed,
             peer=self._me,
-            generation=self._state.generation,
+            generation=self._generation,
             batches_done=self._state.batches_done,
         )
         try:
@@ -108,7 +110,20 @@ class Compute:
             await self._failed(error.failure, error.detail, is_final=error.is_final)
             return
         self.device = started.device
-        await self._resume(started.resumed)
+        if self._generation == self._state.generation:
+            await self._resume(started.resumed)
+        elif not self._stopping:
+            await self._begin_anew()  # it was renewed meanwhile
+
+    async def _begin_anew(self) -> None:
+        """Start the trainer without what its checkpoint holds."""
+        self._ready = None
+        self.phase = TrainerState.STARTING
+        self._restarting = True
+        await self.trainer.stop()
+        self._restarting = False
+        if not self._stopping:
+            await self.start()
 
     async def _resume(self, resumed: Resumed) -> None:
         """Let it train for the round after the head, from where its checkpoint stood, if it has one of use."""
@@ -248,6 +263,11 @@ class Compute:
 
     async def committed(self, result: Result, included: tuple[int, ...]) -> None:
         """A round is applied; `included` are the parts that were certified with this peer in them."""
+        if self._generation not in (b"", self._state.generation):
+            self._ports.resumed("a contribution of an older life was counted: training goes on from the certified base")
+            if self.phase in (TrainerState.RUNNING, TrainerState.PAUSED):
+                self._ports.spawn(self._begin_anew())
+            return  # a start that is under way sees it
         if not result.parts:
             return  # nothing moved; what is ready is offered to the next round
         self._missed = 0 if included else self._missed + 1

@@ -345,7 +345,7 @@ class Daemon:
             spawn=self._spawn,
         )
         self._begin_reports()
-        sources = self.reporter.make_sources(answers.list_certificates, answers.list_batches)
+        sources = self.reporter.make_sources(answers)
         self.web = WebServer(config.web.host, config.web.port, sources)
         self.web_port = await self.web.start()
         for work in (

@@ -21,7 +21,10 @@ from shoal.protocol.lineage import check_stretch
 from shoal.protocol.messages import (
     Certificate,
     CertificatesAnswer,
+    Checkpoint,
+    CheckpointsAnswer,
     GetCertificates,
+    GetCheckpoints,
     GetSnapshot,
     Presence,
     SnapshotAnswer,
@@ -30,8 +33,10 @@ from shoal.protocol.messages import (
 )
 from shoal.protocol.quorum import Authority
 from shoal.protocol.state import SnapshotIndex, decode_index_untrusted
+from shoal.protocol.trail import Anchor, check_trail
 
 DONORS_ASKED_MAX = 8
+TRAIL_MAX = 4096  # checkpoints that are taken
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +137,33 @@ class Donors:
                 if found:
                     return found
         return ()
+
+    async def collect_trail(self, peer: PeerId, genesis: Anchor, last: int) -> tuple[Checkpoint, ...]:
+        """Checkpoints that lead from the manifest to behind round `last`: from `peer` or, where it has none that do,
+        from others. Empty where nobody has."""
+        for donor in dict.fromkeys((peer, *self.of_round(last)[:DONORS_ASKED_MAX])):
+            try:
+                found = await self._walk_trail(donor, genesis)
+            except ProtocolError as error:
+                self._refuse(donor, error)
+            except (PeerUnreachable, RequestRefused) as error:
+                self._note_failure(donor, error)
+            else:
+                if found and found[-1].certificate.result.round > last:
+                    return found
+        return ()
+
+    async def _walk_trail(self, donor: PeerId, anchor: Anchor) -> tuple[Checkpoint, ...]:
+        found: list[Checkpoint] = []
+        while len(found) < TRAIL_MAX:
+            answer = await self._ask(donor, GetCheckpoints(after_round=anchor.round))
+            if not isinstance(answer, CheckpointsAnswer):
+                raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(answer).__name__} is no answer to GetCheckpoints")
+            if not answer.checkpoints:
+                break
+            anchor = await asyncio.to_thread(check_trail, anchor, answer.checkpoints, self._authority)
+            found += answer.checkpoints
+        return tuple(found)
 
     async def ask_snapshot(self, peer: PeerId, round_max: int, elements: int) -> SnapshotIndex | None:
         """The index of the newest snapshot that this peer has up to there: of the right size, and otherwise unchecked.

@@ -8,6 +8,11 @@ costs nothing at first: only no further contribution is offered until it takes t
 
 Files are named by their digest; the record in the ledger's store names those that count. Blocking calls.
 
+Of a ledger's file that is older than what was stored last nothing of this is believed (`forget_contributions`): what
+was contributed since may have been counted. And a certificate that counts a contribution of this peer which the record
+does not know tells of such a life, too, as after a whole folder was put back. Then the residual, and the local
+parameters with it, are partly in what was counted: all of that is dropped, told, and not applied a second time.
+
 Invariants: at most PENDING_MAX contributions of one round are kept, and none is forgotten while its round is open; the
 same contribution is settled once.
 """
@@ -102,6 +107,8 @@ class FeedbackStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         raw = self._ledger.get_record(FEEDBACK_NAMESPACE, FEEDBACK_KEY)
         if raw is None:
+            if any(self._folder.iterdir()):
+                log.error("the memory of what was contributed is lost, and with it the residual of the error feedback")
             self._save(FeedbackRecord(generation=os.urandom(32)))
             return []
         self.record = decode_record_untrusted(FeedbackRecord, raw, DELTA_BYTES_MAX)
@@ -167,6 +174,12 @@ class FeedbackStore:
         cleared = replace(self.record, residual=bytes(32))
         self._try_save(lambda: cleared, cleared)
 
+    def renew(self) -> None:
+        """What is known is of an older life than what others have counted: begin anew, with a residual of zeros and
+        another generation, so that no checkpoint of the trainer is of use either."""
+        fresh = FeedbackRecord(generation=os.urandom(32))
+        self._try_save(lambda: fresh, fresh)
+
     def _try_save(self, make: Callable[[], FeedbackRecord], otherwise: FeedbackRecord) -> None:
         """On a disk that fails the record is `otherwise`, in memory alone, until `hold` finds the disk mended."""
         try:
@@ -224,3 +237,8 @@ class FeedbackStore:
 def digest_residual(residual: Float32s) -> bytes:
     """The digest that names a residual."""
     return blake3(chunk_digests(residual), derive_key_context="shoal residual").digest()
+
+
+def forget_contributions(ledger: LedgerStore) -> None:
+    """The record is older than what may have been offered; durable on return. Blocking; raises StoreError."""
+    ledger.delete_record(FEEDBACK_NAMESPACE, FEEDBACK_KEY)

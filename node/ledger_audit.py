@@ -11,11 +11,12 @@ from shoal.crdt.eras import PERMANENT_ERA
 from shoal.crdt.ledger import Ledger
 from shoal.node.audit import Check, Finding
 from shoal.node.ledger_sync import make_rules
-from shoal.node.ledger_view import LedgerView, Tell, list_entries
-from shoal.protocol.errors import ProtocolError
+from shoal.node.ledger_view import LedgerSource, LedgerView, Tell, list_entries
+from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity, format_peer_id
 from shoal.protocol.messages import digest_record
-from shoal.protocol.quorum import check_votes
+from shoal.protocol.quorum import Authority, check_votes
+from shoal.protocol.trail import Anchor, check_trail
 
 NAMED_MAX = 5  # so many of those that fail are named
 
@@ -93,13 +94,17 @@ def _check_acceptance(view: LedgerView, progress: Tell) -> Check:
 
 
 def _check_chain(view: LedgerView, progress: Tell) -> Check:
-    """That each certificate follows the one before it, decided by a quorum of the voters who are named there."""
+    """That each certificate follows the one before it, decided by a quorum of the voters who are named there; over the
+    rounds whose certificates are dropped a trail must lead."""
     source = view.source
     authority = source.manifest.authority(source.swarm)
-    previous, voters = source.swarm, source.manifest.founders
+    try:
+        anchor, checkpoints = _walk_trail(source, authority, progress)
+    except ProtocolError as error:
+        return _conclude("certificates", [f"the trail over dropped rounds: {error}"], "")
+    previous, voters, expected = anchor.digest, anchor.voters, anchor.round + 1
     failed, gaps = [], []
-    expected = 1
-    for number in range(1, source.certificates.newest + 1):
+    for number in range(expected, source.certificates.newest + 1):
         progress(f"checking certificates: {number:,} of {source.certificates.newest:,}")
         try:
             certificate = source.certificates.get(number)
@@ -119,9 +124,23 @@ def _check_chain(view: LedgerView, progress: Tell) -> Check:
     if gaps and not failed:
         detail = f"rounds {', '.join(gaps[:NAMED_MAX])} are not here, so what follows them is not proven by this disk"
         return Check(name="certificates", finding=Finding.UNKNOWN, detail=detail)
-    return _conclude(
-        "certificates", failed, f"{source.certificates.newest:,} rounds, each decided by the voters of the one before"
-    )
+    over = f"; {checkpoints} checkpoints lead over those before round {anchor.round}" if checkpoints else ""
+    held = f"{source.certificates.newest:,} rounds, each decided by the voters of the one before{over}"
+    return _conclude("certificates", failed, held)
+
+
+def _walk_trail(source: LedgerSource, authority: Authority, progress: Tell) -> tuple[Anchor, int]:
+    """Where the kept certificates begin, and how many checkpoints lead there; raises ProtocolError where none do."""
+    anchor = Anchor(round=0, digest=source.swarm, voters=source.manifest.founders)
+    if source.certificates.oldest <= 1:
+        return anchor, 0
+    progress("checking the trail")
+    checkpoints = source.certificates.list_checkpoints()
+    anchor = check_trail(anchor, checkpoints, authority)
+    own = source.certificates.get(anchor.round)
+    if own is not None and digest_record(own.result) != anchor.digest:
+        raise ProtocolError(Refusal.WRONG_DIGEST, f"it leads to another round {anchor.round} than is kept")
+    return anchor, len(checkpoints)
 
 
 def _check_agreement(view: LedgerView) -> Check:

@@ -15,7 +15,7 @@ small file beside it, the *mark*, counts the fully durable transactions: a datab
 
 Invariants: the file belongs to one process at a time, so that two daemons cannot sign with one chain; no own batch is
 stored whose sequence numbers are not above all own ones before; a round's certified result never changes, unless a
-re-root has parted the log: then what is given up is put aside and kept.
+re-root has parted the log: then what is given up is put aside and kept as long as the log's certificates of that time.
 """
 
 import errno
@@ -86,16 +86,26 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     # Entries of version 1 have no era; nobody takes them any more, and the chains begin anew. From here on the column
     # last_seq holds `number_slot`.
     ("DELETE FROM batches",),
+    # Of certified rounds whose certificates are not kept: what leads from the manifest to those that are.
+    (
+        """CREATE TABLE checkpoints (
+            round INTEGER PRIMARY KEY,
+            body BLOB NOT NULL,
+            checksum BLOB NOT NULL
+        ) STRICT""",
+    ),
 )
 # What each table's checksum covers.
 CHECKSUMS = {
     "batches": "author, last_seq, is_own, encoded",
     "certificates": "round, result_digest, body",
     "abandoned": "round, result_digest, body",
+    "checkpoints": "round, body",
     "records": "namespace, key, value",
 }
 CHECKSUM_BYTES = 16
 CHECKSUMS_VERSION = 3  # the first schema that has them
+CHECKPOINTS_VERSION = 5
 STORE_NAMESPACE = "store"
 GENERATION_KEY = b"generation"
 MARK_SUFFIX = ".mark"
@@ -213,6 +223,9 @@ class LedgerStore:
             self._connection.execute("DELETE FROM batches WHERE last_seq >= ? AND last_seq < ?", (first, end))
             self._connection.executemany(_PUT_BATCH, rows)
             self._connection.execute(_PUT_RECORD, (LEDGER_NAMESPACE, BASE_KEY, truncation.base.encode()))
+        self._give_back_room()
+
+    def _give_back_room(self) -> None:
         with self._lock, _explain(self._path):
             self._connection.execute("PRAGMA incremental_vacuum").fetchall()
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -269,6 +282,7 @@ class LedgerStore:
         batches: Iterable[tuple[Batch, bool]],
         certificates: Iterable[StoredCertificate],
         abandoned: Iterable[StoredCertificate],
+        checkpoints: Iterable[tuple[int, bytes]],
         records: Mapping[tuple[str, bytes], bytes],
     ) -> None:
         """Put rows of another file into this one, which is empty, all or none; batches with whether they are own ones.
@@ -286,6 +300,7 @@ class LedgerStore:
                 rows = [(one.round, one.result_digest, one.body) for one in kept]
                 query = f"INSERT OR IGNORE INTO {table} VALUES (?1, ?2, ?3, checksum(?1, ?2, ?3))"
                 self._connection.executemany(query, rows)
+            self._connection.executemany(_PUT_CHECKPOINT, checkpoints)
             self._connection.executemany(_PUT_RECORD, [(*key, value) for key, value in records.items()])
 
     def abandon_certificates(self, first: int) -> None:
@@ -297,6 +312,29 @@ class LedgerStore:
                 (first,),
             )
             self._connection.execute("DELETE FROM certificates WHERE round >= ?", (first,))
+
+    def shorten_log(self, first: int, checkpoints: Iterable[tuple[int, bytes]]) -> None:
+        """Drop the certificates before round `first`, also those that were put aside, and keep these checkpoints, by
+        round, in place of all others: all or nothing, with full durability. Gives the room back."""
+        with self._transaction(is_full=True):
+            for table in ("certificates", "abandoned"):
+                self._connection.execute(f"DELETE FROM {table} WHERE round < ?", (first,))
+            self._connection.execute("DELETE FROM checkpoints")
+            self._connection.executemany(_PUT_CHECKPOINT, checkpoints)
+        self._give_back_room()
+
+    def list_checkpoints(self, after: int, count: int) -> tuple[bytes, ...]:
+        """The bodies of at most `count` checkpoints of the rounds behind this one, in order."""
+        query = "SELECT body FROM checkpoints WHERE round > ? ORDER BY round LIMIT ?"
+        with self._lock, _explain(self._path):
+            return tuple(body for (body,) in self._connection.execute(query, (after, count)))
+
+    def get_first_round(self) -> int | None:
+        """The oldest round of which there is a certificate."""
+        row = self._read_one("SELECT MIN(round) FROM certificates", ())
+        first = None if row is None else row[0]
+        assert first is None or isinstance(first, int), "a STRICT table"
+        return first
 
     def get_certificate(self, round_number: int) -> StoredCertificate | None:
         """The certificate of this round, or None."""
@@ -374,6 +412,7 @@ _PUT_BATCH = (
     "INSERT INTO batches (author, last_seq, is_own, encoded, checksum) "
     "VALUES (?1, ?2, ?3, ?4, checksum(?1, ?2, ?3, ?4))"
 )
+_PUT_CHECKPOINT = "INSERT INTO checkpoints VALUES (?1, ?2, checksum(?1, ?2))"
 _PUT_RECORD = "INSERT OR REPLACE INTO records VALUES (?1, ?2, ?3, checksum(?1, ?2, ?3))"
 _SELECT_CERTIFICATES = "SELECT round, result_digest, body FROM certificates"
 

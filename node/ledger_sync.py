@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from shoal.crdt.anti_entropy import ANSWER_TIMEOUTS_S, PERIOD_S, ROUND_TRIPS_MAX, Conversation, PeerChoice
+from shoal.crdt.certified import ChainBase
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.eras import PERMANENT_ERA, choose_rounds_per_era, era_of_round, oldest_kept
 from shoal.crdt.fold import LedgerState
@@ -29,6 +30,7 @@ from shoal.crdt.own_chain import CLONE_MARK, SPREAD_S, OwnChain
 from shoal.crdt.reconciliation import answer
 from shoal.node.certified_log import CertifiedLog
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
+from shoal.node.ledger_base import ask_for_base, fits
 from shoal.node.ledger_store import LedgerStore, StoreError
 from shoal.protocol.errors import Failure, ProtocolError
 from shoal.protocol.identity import Identity, PeerId
@@ -89,6 +91,7 @@ class LedgerSync:
         self._signed: list[Batch] = []  # at most one: signed, and not stored yet
         self._log = CertifiedLog(store, rules)
         self._rounds_per_era = rules.rounds_per_era
+        self._authority = rules.authority
         self._live: Mapping[PeerId, Presence] = {}
         self._leased_era = 0
         self._gap = Gap()
@@ -324,6 +327,8 @@ class LedgerSync:
         """Where the own log is an era ahead of the ledger, or another one since a re-root, the ledger follows."""
         try:
             base = await asyncio.to_thread(self._log.find_base, self.ledger)
+            if base is None and await asyncio.to_thread(self._log.lacks_rounds, self.ledger):
+                base = await self._ask_for_base()
             if base is not None:
                 async with self._lock:
                     await asyncio.to_thread(self._store.put_base, base)
@@ -331,6 +336,22 @@ class LedgerSync:
                     await self._truncate()
         except StoreError as error:
             log.error("the ledger was not settled on the certified rounds: %s", error)
+
+    async def _ask_for_base(self) -> ChainBase | None:
+        """Of rounds that nobody keeps any more the sum is taken on the word of voters (node.ledger_base)."""
+        newest = await asyncio.to_thread(self._log.get_anchor)
+        assert newest is not None and self._authority is not None, "the log is ahead of the ledger"
+        base = await ask_for_base(self._put, newest.voters, self._live, self._authority.rule)
+        if base is None:
+            log.info("too few voters are in sight who say which rounds the ledger begins behind")
+        elif not fits(base, await asyncio.to_thread(self._log.get_anchor, base.round)):
+            log.warning("voters name a sum of %d rounds that does not fit the own log", base.round)
+            return None
+        return base
+
+    async def _put(self, peer: PeerId, question: object) -> object:
+        raw = await self._ask(peer, encode_message(self._swarm, question))
+        return decode_message_untrusted(self._swarm, raw)
 
     async def _renew_lease(self, incarnation: int, live: Sequence[PeerId]) -> None:
         """Once after each start and in each era: what is not renewed ends with its era."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from shoal.node.blobs import BlobStore
+from shoal.node.certificate_trail import CERTIFICATES_KEPT, CertificateTrail
 from shoal.node.config import StoreTable
 from shoal.node.feedback import FeedbackStore, Settled
 from shoal.node.ledger_store import LedgerStore, StoredCertificate, StoreError
@@ -30,8 +31,9 @@ from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest, genesis_head
 from shoal.protocol.messages import Certificate, Result, digest_record
-from shoal.protocol.quorum import Head
+from shoal.protocol.quorum import Head, has_member
 from shoal.protocol.replica import Replica
+from shoal.protocol.trail import Anchor
 from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted, encode_record
 
 VOTE_NAMESPACE = "round"
@@ -50,6 +52,7 @@ class Stores:
     snapshots_kept: int
     rounds_kept: int = 0  # more than the manifest's, where this peer wants them
     bytes_max: int = 0  # of updates and snapshots; 0 is no limit
+    certificates_kept: int = CERTIFICATES_KEPT
     feedback: FeedbackStore | None = None  # of a peer that contributes
 
 
@@ -76,6 +79,8 @@ class LocalState:
         self._swarm = swarm
         self.replica = Replica(manifest, params, momentum)
         self.contributor = Contributor(manifest)
+        anchor = Anchor(round=0, digest=swarm, voters=manifest.founders)
+        self.trail = CertificateTrail(stores.ledger, anchor, manifest.authority(swarm))
         self.head: Head
         self.apply_s: float | None = None  # what the last outer step took
         self.roots: dict[int, bytes] = {}  # state roots by round, for the report; bounded by rounds_kept
@@ -209,6 +214,10 @@ class LocalState:
         found = [_certificate_of(one) for one in self.stores.ledger.list_certificates(first, first + count)]
         return tuple(one for at, one in enumerate(found) if one.result.round == first + at)
 
+    def list_certificates(self, first: int, end: int) -> tuple[Certificate, ...]:
+        """Those that are stored of the rounds from `first` up to but not including `end`. Blocking."""
+        return tuple(map(_certificate_of, self.stores.ledger.list_certificates(first, end)))
+
     def _remember(self, head: Head) -> None:
         self.roots[head.round] = head.state_root
         while len(self.roots) > self._manifest.rounds.rounds_kept:
@@ -262,8 +271,19 @@ class LocalState:
                 included = self.stores.feedback.settle(self.contributor, frozen, result, me)
         self._pending = {root: one for root, one in self._pending.items() if one.round > result.round}
         if self.stores.feedback is not None:
+            if frozen is None and roots and self._is_forgotten(result, me):
+                log.error("round %d counts a contribution of this peer that its disk does not know of", result.round)
+                self.contributor.clear()
+                self.stores.feedback.renew()
             self.stores.feedback.forget(result.round)
         return included
+
+    def _is_forgotten(self, result: Result, me: PeerId) -> bool:
+        """Whether work is in the result that this peer has done in a life of which its disk knows nothing. A round that
+        comes once more, because two logs took turns, is no such thing."""
+        is_first = self.settled is None or self.settled.round < result.round
+        index = [member.peer for member in result.members].index(me)
+        return is_first and any(has_member(part.contributors, index) for part in result.parts)
 
     def _restore_feedback(self) -> None:
         """The residual, settled by every certificate that is here; and what the open round may still count."""
@@ -373,6 +393,15 @@ class LocalState:
         for digest in removal.blobs | (self._orphans - kept):
             self.stores.blobs.remove(digest)
         self._orphans.clear()
+        self._shorten_log()
+
+    def _shorten_log(self) -> None:
+        """Drop certificates behind all that needs them: what can be rebuilt, and what the ledger has not summed up."""
+        base = self.stores.ledger.load_base()
+        oldest_update = min(self._updates, default=self.head.round)
+        oldest_snapshot = min(self.stores.snapshots.rounds(), default=self.head.round)
+        window = self.head.round - self.stores.certificates_kept
+        self.trail.shorten(min(window, oldest_update - 1, oldest_snapshot, base.round if base is not None else 0))
 
     async def install(self, head: Head, params: Float32s, momentum: Float32s) -> None:
         """Take over a whole state that was checked against `head.state_root`."""

@@ -74,6 +74,8 @@ class Parting:
             problem = f"round {first} is certified with two results and no re-root: a quorum of its voters has lied"
             raise ProtocolError(Refusal.EQUIVOCATION, problem)
         before = (await asyncio.to_thread(self._state.load_certificates, first - 1, 1)) if first > 1 else ()
+        if first > 1 and not before:
+            return False  # this disk does not hold the round where they part
         genesis = self._state.genesis()
         previous = digest_record(before[0].result) if before else genesis.digest
         voters = before[0].result.voters if before else genesis.voters

@@ -4,8 +4,9 @@ It is never trusted and never a reason to stop. A damaged file is put aside, und
 to look at; the rows that are whole go into a new one (batches by their signatures, certificates by their digests and by
 the chain that they form); everything else comes from other peers, as it does for a newcomer.
 
-What no other peer can give back is this peer's memory of what it has signed. Where that may be lost, a record says so
-until the round core has found that it can do no harm (protocol.abstention): until then the peer votes for nothing.
+What no other peer can give back is this peer's memory of what it has signed and contributed. Where that may be lost, a
+record says so until the round core has found that it can do no harm (protocol.abstention): until then the peer votes
+for nothing. What is remembered of contributions is dropped (node.feedback).
 
 Invariants: while a repair is under way the mark says that whatever database is found has forgotten something, so that
 a crash at any point leads to a repair or to abstaining, never to trust; the record that this peer abstains is durable
@@ -22,7 +23,9 @@ from pathlib import Path
 
 from shoal.crdt.entries import Batch, decode_batch_untrusted, verify_batch
 from shoal.node.durability import sync_path
+from shoal.node.feedback import forget_contributions
 from shoal.node.ledger_store import (
+    CHECKPOINTS_VERSION,
     CHECKSUMS,
     CHECKSUMS_VERSION,
     GENERATION_KEY,
@@ -63,6 +66,7 @@ class Salvage:
     batches: list[Batch] = field(default_factory=list)
     certificates: dict[int, StoredCertificate] = field(default_factory=dict)
     abandoned: list[StoredCertificate] = field(default_factory=list)
+    checkpoints: list[tuple[int, bytes]] = field(default_factory=list)
     records: dict[tuple[str, bytes], bytes] = field(default_factory=dict)
     votes_whole: bool = False
 
@@ -102,6 +106,7 @@ def _provide(store: LedgerStore, path: Path) -> Repair | None:
     """For a file that is whole, and may be too old."""
     if store.has_forgotten:
         begin_abstention(store)
+        forget_contributions(store)
         store.accept_loss()
         text = (
             f"{Failure.STORE_BEHIND}: {path} is older than what was stored last: it was lost or put back from a "
@@ -138,6 +143,7 @@ def _rebuild(path: Path, me: PeerId, swarm: bytes, error: StoreError) -> tuple[L
         store = stack.enter_context(LedgerStore.open(path))
         if not salvage.votes_whole:
             begin_abstention(store)
+            forget_contributions(store)
         store.accept_loss()
         stack.pop_all()
     entries = sum(len(batch.entries) for batch in salvage.batches)
@@ -178,6 +184,7 @@ def _write_anew(path: Path, me: PeerId, salvage: Salvage) -> None:
             batches=[(batch, batch.author == me) for batch in salvage.batches],
             certificates=[salvage.certificates[number] for number in sorted(salvage.certificates)],
             abandoned=salvage.abandoned,
+            checkpoints=salvage.checkpoints,
             records=salvage.records,
         )
     fresh.with_suffix(".mark").unlink(missing_ok=True)
@@ -244,6 +251,11 @@ def _read_rows(connection: sqlite3.Connection, swarm: bytes, generation: int) ->
             checked = _check_certificate(row, swarm)
             if checked is not None:
                 salvage.abandoned.append(checked[1])
+    if version >= CHECKPOINTS_VERSION:
+        query = f"SELECT round, round, body FROM checkpoints WHERE checksum IS checksum({CHECKSUMS['checkpoints']})"
+        for number, body in _walk(connection, query, "round"):
+            assert isinstance(number, int) and isinstance(body, bytes), "checksums hold"
+            salvage.checkpoints.append((number, body))
     if has_checksums:
         _read_records(connection, salvage, generation)
     return salvage

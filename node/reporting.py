@@ -9,10 +9,11 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from shoal.node.answers import Answers
 from shoal.node.catchup import CatchUp
 from shoal.node.compute import Compute
 from shoal.node.conduct import Conduct
@@ -523,16 +524,15 @@ class Reporter:
 
     # -- the metrics -------------------------------------------------------------------------------------------------
 
-    def make_sources(
-        self, certificates: Callable[[int], Awaitable[bytes]], ledger: Callable[[int], Awaitable[bytes]]
-    ) -> WebSources:
-        """What the web port shows."""
+    def make_sources(self, answers: Answers) -> WebSources:
+        """What the web port shows; `answers` is asked for pages of the log and the ledger."""
         return WebSources(
             status=self.build_status,
             metrics=self.render_metrics,
             feed=self.feed,
-            certificates=certificates,
-            ledger=ledger,
+            certificates=answers.list_certificates,
+            checkpoints=answers.list_checkpoints,
+            ledger=answers.list_batches,
         )
 
     def render_metrics(self) -> bytes:

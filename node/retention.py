@@ -3,7 +3,7 @@
 Two floors. The manifest's `rounds_kept` is what every peer keeps for others that replay; this peer's own limits may ask
 for more rounds, and may bound the bytes, but never below that floor. Of the retained rounds every one can be rebuilt:
 a snapshot before the oldest of them stays (the anchor), and a few between it and the newest, so that the next anchor is
-there when the window has moved on. The certificates are not touched: they are the log's index, and small.
+there when the window has moved on. Of certificates node.certificate_trail keeps more.
 
 Invariant: what goes is never the newest snapshot, nor an update after it or within the manifest's floor, nor a blob
 that a retained round shares, nor a snapshot that somebody is fetching.

@@ -268,8 +268,7 @@ class RoundDriver:
         Raises StoreError.
         """
         async with self._working:
-            missed = head.round - self.core.head.round
-            certificates = await asyncio.to_thread(self._state.load_certificates, self.core.round, missed)
+            certificates = await asyncio.to_thread(self._state.list_certificates, self.core.round, head.round + 1)
             await self._note_memory(certificates)
             await self._state.install(head, params, momentum)
             self.core.take_effects()

@@ -4,6 +4,7 @@
     /status.json  one Status               /healthz      200 or 503 with reasons: does the daemon work
     /events       server-sent events       /readyz       200 or 503 with reasons: can it take part now
     /certificates?first=N   certificates from round N on, a bounded number: for `shoal checkout` and `verify`
+    /checkpoints?after=N    the trail over dropped certificates, behind round N, a bounded number
     /ledger?after=N         a page of the ledger's batches after that position: for `shoal ledger`
 
 What answers come from are callables; nothing here knows the daemon.
@@ -71,6 +72,7 @@ class WebSources:
     metrics: Callable[[], bytes]
     feed: HappeningFeed
     certificates: Callable[[int], Awaitable[bytes]] | None = None  # a bounded page of the log, from a round on
+    checkpoints: Callable[[int], Awaitable[bytes]] | None = None  # a bounded page of the trail, behind a round
     ledger: Callable[[int], Awaitable[bytes]] | None = None  # a bounded page of batches, after a position
 
 
@@ -129,6 +131,7 @@ class WebServer(WebPort):
         self._snapshot = _Cache(lambda: _Snapshot(sources.status()), STATUS_CACHE_S, clock)
         self._metrics = _Cache(sources.metrics, METRICS_CACHE_S, clock)
         self._certificates = sources.certificates
+        self._checkpoints = sources.checkpoints
         self._ledger = sources.ledger
         self._reading = asyncio.Lock()  # of the disk, for one asker at a time
         routes: dict[str, Handler] = dict.fromkeys(_PAGE, self._serve_page)
@@ -138,6 +141,7 @@ class WebServer(WebPort):
         routes["/readyz"] = self._serve_readiness
         routes["/events"] = self._serve_events
         routes["/certificates"] = self._serve_certificates
+        routes["/checkpoints"] = self._serve_checkpoints
         routes["/ledger"] = self._serve_ledger
         self._files = {path: ((STATIC / name).read_bytes(), kind) for path, (name, kind) in _PAGE.items()}
         super().__init__(host, port, routes)
@@ -165,6 +169,9 @@ class WebServer(WebPort):
 
     async def _serve_certificates(self, request: web.Request) -> web.Response:
         return await self._serve_page_of(self._certificates, request, "first")
+
+    async def _serve_checkpoints(self, request: web.Request) -> web.Response:
+        return await self._serve_page_of(self._checkpoints, request, "after")
 
     async def _serve_ledger(self, request: web.Request) -> web.Response:
         return await self._serve_page_of(self._ledger, request, "after")

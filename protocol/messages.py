@@ -36,6 +36,8 @@ SNAPSHOTS_TOLD_MAX = 4
 CERTIFICATES_PER_ANSWER = 16
 PEERS_PER_ANSWER = 64
 UPLOAD_BYTES_MAX = 4 << 20
+CHECKPOINTS_PER_ANSWER = 16
+BASE_PIECE_BYTES_MAX = 128 * 1024
 
 Peer = Annotated[PeerId, Bound(32, 32)]
 Bitmap = Annotated[bytes, Bound(1, ROSTER_MAX // 8)]
@@ -253,6 +255,15 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A certified round that can be checked without those before it (protocol.trail): with the result before it, which
+    names its voters. Round 1 has none before it."""
+
+    before: Result | None
+    certificate: Certificate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Certified:
     certificate: Certificate
 
@@ -408,6 +419,35 @@ class UploadAnswer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GetCheckpoints:
+    """Asks for the trail over the rounds that are not kept any more, from behind this round on."""
+
+    after_round: U63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointsAnswer:
+    checkpoints: Annotated[tuple[Checkpoint, ...], Bound(0, CHECKPOINTS_PER_ANSWER)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetLedgerBase:
+    """Asks for the sum of the certified rounds that the other one's ledger stands on, from this byte on."""
+
+    offset: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerBaseAnswer:
+    """Round 0: there is none yet. `digest` is BLAKE3 of the whole of it, of which `piece` begins at the offset."""
+
+    round: U63
+    digest: Bytes32
+    nbytes: U32
+    piece: Annotated[bytes, Bound(0, BASE_PIECE_BYTES_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
     """What a control frame carries. The version and the swarm are readable before the body is."""
 
@@ -453,12 +493,19 @@ SCHEMA = Schema(
         48: GetPunchClock,
         49: PunchSync,
         50: PunchClock,
+        54: GetCheckpoints,
+        55: CheckpointsAnswer,
+        56: GetLedgerBase,
+        57: LedgerBaseAnswer,
         60: MeasureUpload,
         61: UploadAnswer,
     }
 )
 # What may be larger than MESSAGE_BYTES_MAX: answers that carry state. Everything else is refused past it.
-_LARGE = (ManifestAnswer, CertificatesAnswer, SnapshotAnswer, LedgerEntries, PeersAnswer, Certified, Promise, Proposal)
+_LARGE = (
+    ManifestAnswer, CertificatesAnswer, SnapshotAnswer, LedgerEntries, PeersAnswer, Certified, Promise, Proposal,
+    CheckpointsAnswer, LedgerBaseAnswer,
+)  # fmt: skip
 
 S = TypeVar("S", Presence, Plan, PartDone, Lock, Vote)
 _DOMAINS: dict[type, str] = {

@@ -58,9 +58,9 @@ async def open_swarm(
 
 
 @asynccontextmanager
-async def open_newcomer(swarm: Swarm, folder: Path, donors: list[Peer]) -> AsyncIterator[Peer]:
+async def open_newcomer(swarm: Swarm, folder: Path, donors: list[Peer], number: int = NEWCOMER) -> AsyncIterator[Peer]:
     """A peer that is connected to the donors and has heard them."""
-    async with open_peer(swarm, NEWCOMER, folder) as newcomer:
+    async with open_peer(swarm, number, folder) as newcomer:
         for donor in donors:
             await newcomer.connect(donor)
             newcomer.meet(donor)

@@ -187,3 +187,38 @@ async def test_a_contribution_that_cannot_be_kept_is_not_offered_until_it_can(
             assert peer.offers == []
         peer.compute.round_begun()
         await wait_until(lambda: peer.offers)
+
+
+async def test_when_an_older_life_s_work_was_counted_it_begins_anew_with_the_base(tmp_path: Path) -> None:
+    async with returning(tmp_path, WAITING) as (peer, trainer, said):
+        await peer.compute.start()
+        store = peer.state.stores.feedback
+        assert store is not None
+        store.renew()
+        trainer.resumed = Resumed(batches_done=BATCHES)
+        (certificate,) = make_chain(peer.swarm, 1).certificates
+        await peer.compute.committed(certificate.result, ())
+        await wait_until(lambda: len(trainer.begun) == 2)
+        assert trainer.begun == [(1, False), (1, True)]
+        assert [work.generation for work in trainer.works][1] == peer.state.generation
+        assert any("of an older life was counted" in text for text in said)
+
+
+async def test_a_start_that_was_under_way_meanwhile_begins_anew(tmp_path: Path) -> None:
+    async with returning(tmp_path, WAITING) as (peer, trainer, _):
+        store = peer.state.stores.feedback
+        assert store is not None
+        begin = trainer.start
+
+        async def start(work: Work) -> Started:
+            started = await begin(work)
+            if len(trainer.works) == 1:
+                store.renew()
+                (certificate,) = make_chain(peer.swarm, 1).certificates
+                await peer.compute.committed(certificate.result, ())
+                trainer.resumed = Resumed()
+            return started
+
+        trainer.start = start  # type: ignore[method-assign]
+        await peer.compute.start()
+        assert (len(trainer.works), trainer.begun) == (2, [(1, True)])

@@ -1,6 +1,7 @@
 """Error feedback over kill -9: what was produced is what was applied plus the residual, to the bit."""
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ from shoal.node.blobs import BlobStore
 from shoal.node.feedback import PENDING_MAX, FeedbackFull, FeedbackStore
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.local_state import LocalState, Stores
+from shoal.node.repair import open_ledger
 from shoal.node.snapshots import SnapshotStore
 from shoal.protocol.codecs import CODECS, Float32s
 from shoal.protocol.contribution import Contributor, Frozen
+from shoal.protocol.errors import Failure
 from shoal.protocol.messages import Certificate
 from shoal.protocol.quorum import make_bitmap
 from tests.unit.node.node_samples import LEDGER, Swarm, make_samples
@@ -81,7 +84,7 @@ class Step:
     parts: frozenset[int]
     dies_after_freeze: bool
     dies_after_commit: bool
-    misses: bool  # the round is certified with another peer's word for this one
+    misses: bool  # the round is certified without this peer's work
 
 
 STEPS = st.builds(
@@ -133,7 +136,8 @@ def test_nothing_is_lost_or_counted_twice_wherever_it_dies(
 
 
 async def advance(state: LocalState, frozen: Frozen, step: Step, number: int) -> None:
-    certificate, encoded = count(state, None if step.misses else frozen, step.parts, 100 + number)
+    counted = (None, frozenset[int]()) if step.misses else (frozen, step.parts)
+    certificate, encoded = count(state, *counted, 100 + number)
     await commit(state, certificate, encoded)
     if step.dies_after_commit:
         return
@@ -255,3 +259,59 @@ def test_a_damaged_residual_is_named_and_not_used(tmp_path: Path, caplog: pytest
     with alive(tmp_path) as state:
         assert not state.contributor.residual.any()
     assert "the residual of the error feedback is damaged" in caplog.text
+
+
+def test_work_that_a_life_unknown_here_contributed_is_not_applied_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    everything = frozenset(range(PARTS))
+    with alive(tmp_path / "peer") as state:
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 10))
+        asyncio.run(advance(state, frozen, Step(everything, False, False, False), 1))
+    shutil.copytree(tmp_path / "peer", tmp_path / "backup")
+    with alive(tmp_path / "peer") as state:
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 2), 20))
+        later = count(state, frozen, frozenset({0}), 102)
+    with alive(tmp_path / "backup") as state:
+        generation = state.generation
+        assert state.contributor.residual.any(), "it is in the contribution that was counted"
+        asyncio.run(commit(state, *later))
+        assert asyncio.run(state.settle(later[0].result, ME)) == ()
+        assert not state.contributor.residual.any()
+        assert state.generation != generation, "the trainer's checkpoints are of no use either"
+        assert (state.batches_done, state.settled) == (0, None)
+        assert "does not know of" in caplog.text
+        renewed = state.generation
+    with alive(tmp_path / "backup") as state:
+        assert state.generation == renewed and not state.contributor.residual.any()
+
+
+def test_a_round_that_comes_once_more_after_two_logs_took_turns_is_no_older_life(tmp_path: Path) -> None:
+    with alive(tmp_path) as state:
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 10))
+        certificate, encoded = count(state, frozen, frozenset(range(PARTS)), 101)
+        asyncio.run(commit(state, certificate, encoded))
+        asyncio.run(state.settle(certificate.result, ME))
+        generation = state.generation
+        asyncio.run(state.rewind(1))
+        asyncio.run(commit(state, certificate, encoded))
+        assert asyncio.run(state.settle(certificate.result, ME)) == ()
+        assert state.generation == generation and state.contributor.residual.any()
+
+
+def test_a_ledger_that_is_older_than_the_last_contribution_is_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with alive(tmp_path) as state:
+        generation = state.generation
+    backup = (tmp_path / LEDGER).read_bytes()
+    with alive(tmp_path) as state:
+        asyncio.run(state.freeze(work_on(state.replica.params, 1), 10))
+    (tmp_path / LEDGER).write_bytes(backup)
+    store, repair = open_ledger(tmp_path / LEDGER, ME, SWARM.id)
+    store.close()
+    assert repair is not None and repair.failure is Failure.STORE_BEHIND
+    with alive(tmp_path) as state:
+        assert state.generation != generation
+        assert "is lost, and with it the residual" in caplog.text
+        assert [path.name for path in (tmp_path / "feedback").iterdir()] == []

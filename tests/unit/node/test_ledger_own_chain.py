@@ -257,6 +257,28 @@ async def test_a_ledger_that_is_eras_behind_its_own_log_follows_it(tmp_path: Pat
         assert (peer.ledger.ledger.era, peer.ledger.ledger.base.round) == (4, 16)
 
 
+async def test_a_newcomer_takes_the_sum_of_rounds_that_nobody_keeps_from_voters(tmp_path: Path) -> None:
+    swarm = make_samples(founders=3)
+    chain = make_chain(swarm, 30)
+    async with open_peers(tmp_path, 3, swarm) as peers:
+        *voters, newcomer = peers
+        for peer in peers:
+            certify_all(peer, chain)
+        newcomer.state.trail.shorten(14)
+        for peer in voters:
+            keep_up(peer)
+        await wait_until(lambda: all(peer.ledger.ledger.base.round == 16 for peer in voters))
+        voters[0].state.trail.shorten(16)  # what its ledger stands on is not lost with them
+        await newcomer.ledger._settle()
+        assert newcomer.ledger.ledger.base.round == 0, "nobody is known to be there"
+        keep_up(newcomer)
+        await wait_until(lambda: newcomer.ledger.ledger.base.round == 16)
+        assert newcomer.ledger.ledger.base == voters[0].ledger.ledger.base
+        assert newcomer.state.stores.ledger.load_base() == voters[0].ledger.ledger.base
+        one, other = (peer.ledger.ledger for peer in (voters[0], newcomer))
+        await wait_until(lambda: one.fold(2**47).encode() == other.fold(2**47).encode())
+
+
 async def test_after_a_reroot_the_ledger_follows_the_log_that_stays(tmp_path: Path) -> None:
     swarm = make_samples()
     async with open_peer(swarm, 0, tmp_path) as peer:

@@ -27,6 +27,7 @@ RECORDS = (
     messages.LockCertificate,
     messages.Evidence,
     messages.Certificate,
+    messages.Checkpoint,
 )
 UNSIGNED = {(0.0, 2.0**bits - 1): f"u{bits}" for bits in (16, 32, 63)}
 
