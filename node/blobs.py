@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from shoal.node.durability import sync_path
 
+SYNC_TRIES = 4
 SYNCS_AT_ONCE = 8
 
 _TEMPORARY = ".partial"
@@ -81,7 +82,13 @@ class BlobStore:
     def sync_fetched(self) -> None:
         """Force what was fetched to the disk, all at once. A power cut before that costs fetching it again."""
         fetched, self._fetched = self._fetched, set()
-        self.sync(digest for digest in fetched if self.has(digest))
+        for tries_left in reversed(range(SYNC_TRIES)):
+            try:
+                self.sync([digest for digest in fetched if self.has(digest)])
+                return
+            except FileNotFoundError:  # retention has removed one of them meanwhile
+                if not tries_left:
+                    raise
 
     def has(self, digest: bytes) -> bool:
         return self._path(digest).exists()
@@ -91,6 +98,9 @@ class BlobStore:
         try:
             raw = self._path(digest).read_bytes()
         except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.warning("%s cannot be read: %s", self._path(digest), error)
             return None
         if blake3(raw).digest() != digest:
             log.warning("%s is damaged and was removed; it is fetched from other peers when needed", self._path(digest))

@@ -92,8 +92,8 @@ class AskedCertificates:
             if first <= number < first + len(page):
                 return page[number - first]
         page = self._ask_page(number)
-        if not page or page[0].result.round != number:
-            return None  # it was dropped meanwhile, or is not there yet
+        if not page or page[0].result.round > number:
+            return None  # not there yet, or dropped meanwhile
         self._pages[number] = page
         while len(self._pages) > PAGES_KEPT:
             del self._pages[next(iter(self._pages))]
@@ -114,7 +114,7 @@ class AskedCertificates:
     def _ask_page(self, first: int) -> tuple[Certificate, ...]:
         raw = self._ask("certificates", f"first={first}")
         page = decode_record_untrusted(CertificatesAnswer, raw, DELTA_BYTES_MAX).certificates
-        if any(one.result.round != page[0].result.round + at for at, one in enumerate(page)):
+        if any(one.result.round != max(first, page[0].result.round) + at for at, one in enumerate(page)):
             raise ProtocolError(Refusal.WRONG_ROUND, f"not the certificates from round {first} on")
         return page
 

@@ -276,7 +276,7 @@ class Compute:
             log.warning("missed %d rounds in a row: training goes on from the certified base", self._missed)
             await self._state.forget_residual()
             self._missed = 0
-        if self.phase is TrainerState.STARTING:
+        if self.phase in (TrainerState.STARTING, TrainerState.STOPPED):
             return
         self._in_step = bool(included) or restart
         if not self._in_step:

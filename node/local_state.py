@@ -9,6 +9,7 @@ used only when its index hashes to the state root that the next certificate name
 
 import asyncio
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -179,7 +180,8 @@ class LocalState:
             if raw is not None:
                 self.stores.blobs.write(part.digest, raw)
             found = raw if raw is not None else self.stores.blobs.read(part.digest)
-            assert found is not None, "a round is committed when every byte of its update is held"
+            if found is None:  # it was here when the round core was told so
+                raise OSError(errno.EIO, "an update's part cannot be read any more", part.digest.hex())
             encoded[part.digest] = found
         self.stores.blobs.sync(encoded)
         try:

@@ -10,6 +10,7 @@ import time
 from shoal.dht.addresses import keep_dialable
 from shoal.dht.holdings import Holdings, HoldingsSchedule, donor_keys
 from shoal.node.control import ControlPlane
+from shoal.node.ledger_store import StoreError
 from shoal.node.local_state import LocalState
 from shoal.node.membership import Membership
 from shoal.protocol.identity import PeerId, short_peer_id
@@ -44,8 +45,11 @@ class Providers:
             await asyncio.sleep(PERIOD_S)
 
     async def refresh(self) -> None:
-        """Look what is here."""
-        self.holdings = await asyncio.to_thread(self._scan, self._state.head.round)
+        """Look what is here. Where the disk fails, what was found before stands."""
+        try:
+            self.holdings = await asyncio.to_thread(self._scan, self._state.head.round)
+        except (OSError, StoreError) as error:
+            log.warning("what this disk holds was not looked up: %s", error)
 
     def _scan(self, head: int) -> Holdings:
         first, last = self._whole

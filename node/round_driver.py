@@ -263,11 +263,14 @@ class RoundDriver:
             log.info("what this peer has forgotten can do no harm any more: it votes from round %d on", self.core.round)
 
     async def install(self, head: Head, params: Float32s, momentum: Float32s) -> None:
-        """Take over the state of a later round, checked against `head.state_root`, and go on from there.
+        """Take over the state of a later round, checked against `head.state_root`, and go on from there; nothing where
+        live rounds have led past it meanwhile.
 
         Raises StoreError.
         """
         async with self._working:
+            if head.round <= self.core.head.round:
+                return
             certificates = await asyncio.to_thread(self._state.list_certificates, self.core.round, head.round + 1)
             await self._note_memory(certificates)
             await self._state.install(head, params, momentum)

@@ -113,13 +113,16 @@ class SnapshotStore:
     def find_chunk(self, digest: bytes) -> tuple[Snapshot, int] | None:
         """The newest snapshot that has a chunk with this digest, and the chunk's number. It is lent from now on."""
         for number in reversed(self.rounds()):
-            digests = self._snapshots[number].index.digests
+            snapshot = self._snapshots.get(number)
+            if snapshot is None:
+                continue  # another thread has just removed it
+            digests = snapshot.index.digests
             at = digests.find(digest)
             while at >= 0 and at % 32:
                 at = digests.find(digest, at + 1)
             if at >= 0:
                 self.lend(number)
-                return self._snapshots[number], at // 32
+                return snapshot, at // 32
         return None
 
     def lend(self, number: int) -> None:

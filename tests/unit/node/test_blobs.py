@@ -9,6 +9,7 @@ from blake3 import blake3
 
 from shoal.node import blobs
 from shoal.node.blobs import BlobStore
+from shoal.node.durability import sync_path
 
 RAW = b"an encoded part" * 100
 
@@ -186,3 +187,34 @@ def test_what_was_fetched_is_made_durable_at_once_and_not_with_each_round(
     assert synced == []
     store.sync([name(others[0])])
     assert path_of(tmp_path, name(others[0])) in synced
+
+
+def test_a_fetched_blob_that_retention_removes_while_all_are_synced_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BlobStore(tmp_path)
+    for raw in (b"one", b"other"):
+        store.write(blake3(raw).digest(), raw, fetched=True)
+    synced: list[Path] = []
+
+    def sync(path: Path) -> None:
+        if path.name == blake3(b"one").hexdigest():
+            store.remove(blake3(b"one").digest())
+        sync_path(path)
+        synced.append(path)
+
+    monkeypatch.setattr(blobs, "sync_path", sync)
+    store.sync_fetched()
+    assert [path.name for path in synced if path.is_file()] == [blake3(b"other").hexdigest()] * 2
+    assert store.read(blake3(b"one").digest()) is None
+
+
+def test_a_blob_that_cannot_be_read_is_not_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = BlobStore(tmp_path)
+    digest = blake3(b"one").digest()
+    store.write(digest, b"one")
+    path = blobs.blob_path(tmp_path, digest)
+    path.unlink()
+    path.mkdir()
+    assert store.read(digest) is None
+    assert "cannot be read" in caplog.text

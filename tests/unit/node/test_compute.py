@@ -268,7 +268,9 @@ async def test_a_trainer_that_dies_and_dies_is_given_up_and_the_daemon_goes_on(t
         trainer.crash()
         await wait_until(lambda: peer.given_up)
         assert peer.given_up == ["killed by the test"]
-        assert peer.compute.phase is TrainerState.STOPPED
+        (certificate,) = make_chain(peer.swarm, 1).certificates
+        await peer.compute.committed(certificate.result, (0,))
+        assert peer.compute.phase is TrainerState.STOPPED, "what it had offered may still be counted"
         assert not peer.presence.describe().trains
         assert not judge_health(peer.reporter.build_status()).ok
         assert (trainer.starts, len(peer.restarts)) == (RESTARTS_MAX + 1, RESTARTS_MAX)

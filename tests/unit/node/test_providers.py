@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from shoal.dht.holdings import Holdings, donor_keys
 from shoal.dht.keys import snapshots_key
+from shoal.node.ledger_store import StoreError
+from shoal.protocol.errors import Failure
 from shoal.protocol.messages import SNAPSHOTS_TOLD_MAX
 from tests.unit.node.node_samples import fill_folder, make_chain, make_samples, open_peer, wait_until
 
@@ -31,6 +35,21 @@ async def test_updates_that_retention_has_removed_are_told_no_more(tmp_path: Pat
                 peer.state.stores.blobs.remove(part.digest)
         await peer.providers.refresh()
         assert peer.providers.holdings.updates_from == 3
+
+
+async def test_a_disk_that_fails_leaves_what_was_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swarm = make_samples()
+    fill_folder(swarm, tmp_path / "0", make_chain(swarm, ROUNDS, (SNAPSHOT,)))
+
+    def fail(*_: object) -> None:
+        raise StoreError(tmp_path, Failure.STORE_UNUSABLE, "it cannot be read", "mend it")
+
+    async with open_peer(swarm, 0, tmp_path) as peer:
+        before = peer.providers.holdings
+        peer.providers._whole = (1, 0)
+        monkeypatch.setattr(peer.state, "load_certificates", fail)
+        await peer.providers.refresh()
+        assert peer.providers.holdings == before
 
 
 async def test_a_gap_is_not_told_as_held(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from shoal.node.disk_watch import DISK_PERIOD_S, DiskPorts, DiskWatch
 from shoal.node.ledger_store import StoreError
 from shoal.protocol.codecs import Float32s
-from shoal.protocol.effects import AttemptFailed, Effect, Persist, PhaseEntered, Pledge, Send, VoteRecord
+from shoal.protocol.effects import AttemptFailed, Commit, Effect, Persist, PhaseEntered, Pledge, Send, VoteRecord
 from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
@@ -241,6 +241,26 @@ async def test_what_was_wanted_before_a_snapshot_is_not_done_after_it(
         peer.driver.pump()
         await wait_until(lambda: puppet.heard(Prepare))
         assert [one.attempt for one in puppet.heard(Prepare)] == [9]
+
+
+async def test_a_snapshot_that_live_rounds_have_led_past_is_not_taken_over(tmp_path: Path) -> None:
+    swarm = make_samples()
+    chain = make_chain(swarm, 5, (3, 5))
+    async with open_peer(swarm, 0, tmp_path) as peer:
+        await peer.driver.install(chain.heads[5], *chain.states[5])
+        await peer.driver.install(chain.heads[3], *chain.states[3])
+        assert peer.core.head == peer.state.head == chain.heads[5]
+
+
+async def test_a_part_that_the_disk_has_lost_since_stops_the_peer_and_not_its_driver(tmp_path: Path) -> None:
+    swarm = make_samples()
+    (certificate,) = make_chain(swarm, 1).certificates
+    async with open_peer(swarm, 0, tmp_path) as peer:
+        peer.core._effects.append(Commit(certificate=certificate))
+        peer.driver.pump()
+        await wait_until(lambda: peer.disk_failures)
+        assert [reason for reason, _ in peer.disk_failures] == [Failure.STORE_UNUSABLE]
+        assert peer.state.head.round == 0 and peer.state.load_certificates(1, 1) == ()
 
 
 async def test_a_message_that_no_honest_peer_sends_is_reported_and_one_that_is_late_is_counted(tmp_path: Path) -> None:

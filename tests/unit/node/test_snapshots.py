@@ -224,6 +224,18 @@ def test_a_chunk_is_found_by_its_digest_in_the_newest_snapshot(tmp_path: Path) -
     assert store.find_chunk(straddling) is None, "half of two digests is none"
 
 
+def test_a_snapshot_that_another_thread_removes_meanwhile_is_not_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SnapshotStore(tmp_path)
+    index = write(store, 4)
+    monkeypatch.setattr(store, "rounds", lambda: [4, 8])  # as it was listed before
+    found = store.find_chunk(index.digest(1))
+    assert found is not None and found[0].index.round == 4
+    store.remove(4)
+    assert store.find_chunk(index.digest(1)) is None
+
+
 # -- lent snapshots --------------------------------------------------------------------------------------------------
 
 
