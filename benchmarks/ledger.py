@@ -22,93 +22,35 @@ import subprocess
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ledger_log import measure_log
+from benchmarks.ledger_samples import (
+    IDENTITIES,
+    PEERS,
+    QUORUM,
+    START_MS,
+    VOTERS,
+    Row,
+    clock,
+    make_ledger,
+    make_log,
+    make_rules,
+)
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
-from shoal.crdt.ledger import Draft, Ledger, LedgerRules
-from shoal.node.certificate_trail import CERTIFICATES_KEPT, CertificateTrail
-from shoal.node.ledger_store import LedgerStore, StoredCertificate
-from shoal.protocol.identity import Identity
-from shoal.protocol.messages import Certificate, Member, PartResult, Result, digest_record
-from shoal.protocol.quorum import Authority, QuorumRule, make_bitmap
-from shoal.protocol.trail import Anchor, check_trail
+from shoal.crdt.ledger import Draft, Ledger
+from shoal.node.ledger_store import LedgerStore
 from shoal.protocol.wire import encode_record
 from tests.properties.reconciliation_cost import LAYOUTS, MISSED_BY, Cost, compare, fill, make_pair, write_many
 from tests.sim.replicas import measure_convergence, shared_verification
-from tests.unit.crdt.certificates import certify
 
-SWARM = b"s" * 32
-START_MS = 1_700_000_000_000
-PEERS, VOTERS, QUORUM, PARTS = 32, 31, 16, 32
 ENTRIES = 10_000
-ROUNDS_PER_ERA = 256
 CERTIFICATES_TIMED = 300
-IDENTITIES = [Identity(f"peer {number}".encode().ljust(32)) for number in range(PEERS)]
 PYCRDT = "pycrdt==0.14.13"
 PYCRDT_ENV = Path("build/pycrdt-env")
-
-Row = dict[str, Any]
-
-
-def make_rules(*, with_rounds: bool) -> LedgerRules:
-    """Of a swarm that trusts its members to crash only; without rounds no certificate is judged."""
-    owner = IDENTITIES[0].peer
-    authority = Authority(swarm=SWARM, rule=QuorumRule.MAJORITY, owner=owner, parts=PARTS, may_declare=True)
-    return LedgerRules(
-        swarm=SWARM,
-        owner=owner,
-        is_valid_snapshot=lambda *_: False,
-        authority=authority if with_rounds else None,
-        founders=tuple(identity.peer for identity in IDENTITIES[:VOTERS]),
-        rounds_per_era=ROUNDS_PER_ERA,
-    )
-
-
-def make_ledger(number: int = 0, *, with_rounds: bool = True) -> Ledger:
-    """The empty ledger of one of the peers."""
-    return Ledger(identity=IDENTITIES[number], rules=make_rules(with_rounds=with_rounds))
-
-
-def make_certificate(number: int, previous: bytes) -> Certificate:
-    """A round with the votes of a quorum."""
-    return certify(SWARM, make_certificate_result(number, previous), IDENTITIES[:QUORUM])
-
-
-def make_certificate_result(number: int, previous: bytes) -> Result:
-    """A round with 32 members, 32 parts and 31 voters."""
-    everybody = make_bitmap(frozenset(range(PEERS)), PEERS)
-    members = (
-        Member(peer=one.peer, contribution_root=bytes(32), tokens=40_960, steps=20, weight=1.0) for one in IDENTITIES
-    )
-    return Result(
-        round=number,
-        previous=previous,
-        base_root=bytes(32),
-        codec="int8",
-        members=tuple(members),
-        parts=(PartResult(digest=number.to_bytes(32, "big"), contributors=everybody),) * PARTS,
-        voters=tuple(one.peer for one in IDENTITIES[:VOTERS]),
-    )
-
-
-def make_log(rounds: int) -> Iterable[Certificate]:
-    """Consecutive certified rounds from the first on."""
-    previous = SWARM
-    for number in range(1, rounds + 1):
-        certificate = make_certificate(number, previous)
-        previous = digest_record(certificate.result)
-        yield certificate
-
-
-def clock(work: Callable[[], object]) -> float:
-    """The processor seconds that `work` takes."""
-    begun = time.process_time()
-    work()
-    return time.process_time() - begun
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -221,67 +163,6 @@ def open_store(path: Path) -> tuple[float, int]:
         state = ledger.fold(START_MS + 10**12)
         assert state.certificates, "the newest rounds count"
     return time.process_time() - begun, len(ledger)
-
-
-# -- log ---------------------------------------------------------------------------------------------------------------
-
-
-def measure_log(rounds: int, folder: Path) -> list[Row]:
-    """The table of certificates alone, with voters that stay and with one who is replaced every few rounds."""
-    return [measure_shortened(rounds, folder, replaced_every) for replaced_every in (0, 256, 16)]
-
-
-def measure_shortened(rounds: int, folder: Path, replaced_every: int) -> Row:
-    path = folder / f"log-{replaced_every}.sqlite"
-    log = make_changing_log(rounds, replaced_every)
-    most, shortening_s = 0, 0.0
-    with LedgerStore.open(path) as store:
-        genesis = Anchor(round=0, digest=SWARM, voters=tuple(one.peer for one in IDENTITIES[:VOTERS]))
-        authority = make_rules(with_rounds=True).authority
-        assert authority is not None, "a swarm with rounds"
-        trail = CertificateTrail(store, genesis, authority)
-        for first in range(1, rounds + 1, ROUNDS_PER_ERA):
-            some = (next(log) for _ in range(min(ROUNDS_PER_ERA, rounds - first + 1)))
-            rows = [
-                StoredCertificate(
-                    round=one.result.round, result_digest=digest_record(one.result), body=encode_record(one)
-                )
-                for one in some
-            ]
-            store.fill(batches=(), certificates=rows, abandoned=(), checkpoints=(), records={})
-            keep_from = rows[-1].round - CERTIFICATES_KEPT
-            shortening_s = max(shortening_s, clock(lambda keep_from=keep_from: trail.shorten(keep_from)))  # type: ignore[misc]
-            most = max(most, path.stat().st_size)
-        checkpoints = list(trail.load())
-        walk_s = clock(lambda: check_trail(genesis, checkpoints, authority))
-        sizes = [len(encode_record(one)) for one in checkpoints]
-    row = {
-        "rounds": rounds,
-        "voter_replaced_every": replaced_every,
-        "bytes": path.stat().st_size,
-        "bytes_most": most,
-        "checkpoints": len(checkpoints),
-        "checkpoint_bytes": sum(sizes),
-        "newcomer_checks_trail_s": walk_s,
-        "longest_shortening_s": shortening_s,
-    }
-    print(json.dumps(row), flush=True)
-    return row
-
-
-def make_changing_log(rounds: int, replaced_every: int) -> Iterator[Certificate]:
-    """The longest-serving voter goes every so many rounds and a new one comes; a quorum at random votes."""
-    entropy, previous, born = random.Random(0), SWARM, VOTERS
-    voters = list(IDENTITIES[:VOTERS])
-    for number in range(1, rounds + 1):
-        result = make_certificate_result(number, previous)
-        following = list(voters)
-        if replaced_every and number % replaced_every == 0:
-            born += 1
-            following = [*voters[1:], Identity(f"peer {born}".encode().ljust(32))]
-        result = replace(result, voters=tuple(one.peer for one in following))
-        yield certify(SWARM, result, entropy.sample(voters, QUORUM))
-        previous, voters = digest_record(result), following
 
 
 # -- bytes and periods -------------------------------------------------------------------------------------------------

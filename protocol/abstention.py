@@ -15,6 +15,11 @@ Where every quorum needs this peer (two voters), that would never come. There an
 remembers, so this peer may go on at once, in attempts that it cannot have been in. A voter alone may not: nobody
 else knows what it has certified. Then the swarm's owner has to speak (a re-root).
 
+Where so many abstain that the others are no quorum, nobody can make the certificate that would end it. For the
+declared timer (`reroot_after_s`) they therefore do not count as in sight, and those who remember go on without them.
+Nothing more is given up than by any re-root: whoever abstains signs no declaration, and a certificate that only it knew
+is lost.
+
 What counts as heard: a presence may be gossiped for a while after it was signed, so within the first `window_s` the
 newest counts and not the first.
 """

@@ -481,8 +481,9 @@ class RoundBallot(RoundState):
     # -- a quorum that is gone for good -----------------------------------------------------------------------------
 
     def _watch_quorum(self, now: float) -> None:
-        """After the declared timer the peers that are left name new voters among themselves."""
-        if self._has_quorum():
+        """After the declared timer the peers that are left name new voters among themselves. Who abstains is there and
+        is not left: it signs nothing before a certificate that the others cannot make."""
+        if self._can_certify():
             self._alone_since_s = None
             return
         if self._alone_since_s is None:
@@ -507,7 +508,7 @@ class RoundBallot(RoundState):
 
     def _remaining(self) -> tuple[PeerId, ...]:
         """The voters that are left; everybody else comes in by contributing."""
-        live = {self._me, *(peer for peer, known in self._members.items() if not known.leaving)}
+        live = {self._me, *(peer for peer, known in self._members.items() if not known.leaving)} - self._abstaining()
         return tuple(peer for peer in self._order if peer in live)
 
     def _take_declaration(self, message: Proposal, sender: PeerId, now: float) -> None:

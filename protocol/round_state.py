@@ -6,7 +6,7 @@ begins, everything of one attempt when the next attempt is entered, so nothing s
 
 from dataclasses import dataclass, replace
 
-from shoal.protocol.abstention import FRESH_ATTEMPT, Abstention
+from shoal.protocol.abstention import ABSTAINING, FRESH_ATTEMPT, Abstention
 from shoal.protocol.effects import Effect, LeftRecord, Phase, PhaseEntered, Send, VoteRecord
 from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.exchange import Collection, Inbox, Waits
@@ -270,6 +270,15 @@ class RoundState:
     def _has_quorum(self) -> bool:
         """Whether enough voters are in sight to certify anything."""
         return self._live_voters() >= self._quorum_size()
+
+    def _can_certify(self) -> bool:
+        """Whether enough voters are in sight that sign."""
+        signing = self._live_voters() - len(self._abstaining().intersection(self.head.voters))
+        return signing >= self._quorum_size()
+
+    def _abstaining(self) -> frozenset[PeerId]:
+        """The peers in sight that have forgotten what they signed, as they say themselves; not this one."""
+        return frozenset(peer for peer, known in self._members.items() if known.phase == ABSTAINING)
 
     def _waits_for_quorum(self) -> bool:
         return self.phase in (Phase.GATHER, Phase.PREPARE) and not self._has_quorum()

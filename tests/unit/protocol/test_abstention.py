@@ -304,3 +304,48 @@ def test_whose_word_ends_it(signers: tuple[int, ...], head: int, over: bool) -> 
     assert abstention.is_over(certificate, PEERS[:5], QuorumRule.MAJORITY) is over
     abstention.observe(make_presence(1, 2, head_round=head, phase=ABSTAINING), 2.0)
     assert not abstention.is_over(certificate, PEERS[:5], QuorumRule.MAJORITY)
+
+
+# -- so many that the others are no quorum ----------------------------------------------------------------------------
+
+TIMER_S = 60.0
+
+
+def test_voters_who_abstain_for_as_long_as_the_timer_are_gone_on_without() -> None:
+    table = ForgetfulTable(5, rules=replace(RULES, reroot_after_s=TIMER_S, peers_min=3))
+    for seat in table.seats[3:]:
+        table.kill(seat)
+    forgetful = table.seats[2]
+    table.forget(forgetful)
+    table.make_ready()
+    table.advance(TIMER_S - 1.0)
+    assert all(seat.committed == [] and seat.said(Proposal) == [] for seat in table.up())
+    table.advance(2.0 + 2 * RULES.commit_timeout_s)
+    result = table.result()
+    assert set(result.voters) == set(PEERS[:2]) and result.parts == ()
+    assert ballots_of(forgetful) == [], "it signs no declaration either"
+    assert forgetful.core.head.round == 1, "and follows the others"
+    for number in (2, 3):
+        table.make_ready()
+        table.run(number)
+    assert PEERS[2] in table.result(3).voters, "it contributes, and so votes again"
+    assert forgetful.core.abstention is None
+
+
+def test_one_who_abstains_among_enough_who_sign_starts_no_timer() -> None:
+    table = ForgetfulTable(5, rules=replace(RULES, reroot_after_s=TIMER_S, peers_min=5))
+    table.forget(table.seats[2])
+    table.advance(10 * TIMER_S)  # nobody is ready, so nothing is certified
+    assert all(seat.committed == [] and seat.said(Proposal) == [] for seat in table.up())
+
+
+def test_an_abstention_that_ends_in_time_stops_the_timer() -> None:
+    table = ForgetfulTable(5, rules=replace(RULES, reroot_after_s=TIMER_S))
+    for seat in table.seats[3:]:
+        table.kill(seat)
+    table.forget(table.seats[2])
+    table.advance(TIMER_S - 2.0)
+    table.seats[2].vote = None
+    table.restart(table.seats[2])  # with a core that does not abstain
+    table.advance(3.0)
+    assert all(seat.committed == [] and seat.said(Proposal) == [] for seat in table.up())
