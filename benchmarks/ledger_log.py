@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -49,8 +50,9 @@ def measure_shortened(rounds: int, folder: Path, replaced_every: int) -> Row:
                 for one in some
             ]
             store.fill(batches=(), certificates=rows, abandoned=(), checkpoints=(), records={})
-            keep_from = rows[-1].round - CERTIFICATES_KEPT
-            shortening_s = max(shortening_s, clock(lambda keep_from=keep_from: trail.shorten(keep_from)))  # type: ignore[misc]
+            begun_s = time.process_time()
+            trail.shorten(rows[-1].round - CERTIFICATES_KEPT)
+            shortening_s = max(shortening_s, time.process_time() - begun_s)
             most = max(most, path.stat().st_size)
         checkpoints = list(trail.load())
         walk_s = clock(lambda: check_trail(genesis, checkpoints, authority))
