@@ -15,12 +15,13 @@ from shoal.node.nat_pmp import (
     GatewayClock,
     Mapped,
     Refused,
+    ResultCode,
     decode_answer_untrusted,
     encode_address_question,
     encode_mapping_question,
     matches,
 )
-from shoal.node.port_mapping import LEASE_S, GatewayFailed, Lease, Way
+from shoal.node.port_mapping import LEASE_S, NO_ADDRESS, GatewayFailed, Lease, Way
 from shoal.protocol.errors import Failure, ProtocolError
 
 ANSWERS_QUEUED_MAX = 16
@@ -120,7 +121,8 @@ class NatPmpGateway:
             if not matches(answer, question):
                 continue
             if isinstance(answer, Refused):
-                raise GatewayFailed(Failure.GATEWAY_REFUSED, f"{self.host} refuses by NAT-PMP: {answer}")
+                why = NO_ADDRESS if answer.code == ResultCode.NETWORK_FAILURE else str(answer)
+                raise GatewayFailed(Failure.GATEWAY_REFUSED, f"{self.host} refuses by NAT-PMP: {why}")
             if self._clock.note(answer.epoch_s, self._now()):
                 self._held.clear()
             return answer

@@ -19,6 +19,8 @@ RENEW_AT = 0.5  # of the lease: the RFC's share, so that one lost hour of the ro
 CHECK_PERIOD_S = 60.0  # a router that was started anew is noticed after so long
 RETRY_S_MIN = 60.0
 RETRY_S_MAX = 1800.0
+# Many routers hide a private address of theirs, so two NATs in a row look like no connection.
+NO_ADDRESS = "it has no public address now: no connection, or another NAT behind it"
 OTHER_PORTS_TRIED_MAX = 4
 OTHER_PORTS = range(20_000, 60_000)
 
@@ -178,7 +180,7 @@ def check_external(text: str) -> str:
     except ValueError as error:
         raise GatewayFailed(Failure.GATEWAY_MALFORMED, f"its address is said to be {text[:64]!r}") from error
     if ip.is_unspecified:
-        raise GatewayFailed(Failure.GATEWAY_REFUSED, "it has no address on the other side now")
+        raise GatewayFailed(Failure.GATEWAY_REFUSED, NO_ADDRESS)
     if not ip.is_global:
         # RFC 1918, or 100.64.0.0/10 of a provider that shares one address among its customers.
         raise GatewayFailed(Failure.DOUBLE_NAT, f"its own address {ip} is private: there is a NAT behind it")

@@ -19,7 +19,7 @@ from async_upnp_client.client_factory import UpnpFactory
 from async_upnp_client.const import HttpRequest, HttpResponse
 from async_upnp_client.exceptions import UpnpActionError, UpnpConnectionError, UpnpContentError, UpnpError
 
-from shoal.node.port_mapping import LEASE_S, GatewayFailed, Lease, Way, list_ports
+from shoal.node.port_mapping import LEASE_S, NO_ADDRESS, GatewayFailed, Lease, Way, list_ports
 from shoal.protocol.errors import Failure
 
 SEARCH_TARGET = ("239.255.255.250", 1900)
@@ -305,7 +305,7 @@ async def _open(host: str, location: str, choose: Callable[[range], int]) -> Upn
                 return one
         except GatewayFailed as error:
             problem = error
-    raise problem or GatewayFailed(Failure.GATEWAY_REFUSED, f"{host} has no address on the other side now")
+    raise problem or GatewayFailed(Failure.GATEWAY_REFUSED, f"{host}: {NO_ADDRESS}")
 
 
 def _own_ip_towards(host: str) -> str:
