@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 
 import numpy as np
 
@@ -40,6 +39,7 @@ from shoal.node.own_presence import OwnPresence
 from shoal.node.parting import Parting, PartingPorts
 from shoal.node.peer_book_file import load_peer_book, save_peer_book
 from shoal.node.providers import Providers
+from shoal.node.ready_offer import ReadyOffer
 from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
@@ -48,19 +48,17 @@ from shoal.node.surroundings import Surroundings
 from shoal.node.task_set import TaskSet
 from shoal.node.tensor_paths import TensorPaths, make_ports
 from shoal.node.trainer import SharedParameters, TrainerProcess
-from shoal.node.training.messages import Ready as TrainerReady
 from shoal.node.web import WebServer
 from shoal.protocol.codecs import Float32s
-from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import Behind, Phase, Pledge
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId, short_peer_id
 from shoal.protocol.manifest import Manifest, SwarmUri, read_manifest_untrusted
-from shoal.protocol.messages import Certificate, Certified, Presence, Ready, sign_ready
+from shoal.protocol.messages import Certificate, Certified, Presence
 from shoal.protocol.outer_step import rounds_as_specified
 from shoal.protocol.presence import PeerLost, PresenceTable
 from shoal.protocol.quorum import Head, is_reroot
-from shoal.protocol.round_state import Offer, Setting
+from shoal.protocol.round_state import Setting
 from shoal.protocol.rounds import RoundCore
 
 LEAVE_TIMEOUT_S = 10.0
@@ -233,7 +231,7 @@ class Daemon:
             manifest=self.manifest,
             state=self.state,
             ports=ComputePorts(
-                frozen=self._offer,
+                frozen=lambda frozen, ready: self.ready_offer.make(frozen, ready),
                 restarted=self._trainer_restarted,
                 gave_up=self._trainer_gave_up,
                 spawn=self._spawn,
@@ -325,6 +323,14 @@ class Daemon:
             compute=self.compute,
             tensor_addresses=self.paths.reach.announced,
             holdings=lambda: self.providers.holdings,
+        )
+        self.ready_offer = ReadyOffer(
+            presence=self.presence,
+            exchange=self.exchange,
+            reached=lambda: self.paths.reach.reached,
+            others=lambda: self.membership.table.live().values(),
+            announce=lambda: self.membership.announce(),
+            pump=self.driver.pump,
         )
         answers = Answers(
             swarm=self.swarm,
@@ -452,8 +458,8 @@ class Daemon:
     # -- presence ----------------------------------------------------------------------------------------------------
 
     def _observed(self, presence: Presence, first: bool) -> None:
-        now = asyncio.get_running_loop().time()
-        self.core.observe(presence, now)
+        self.core.observe(presence, asyncio.get_running_loop().time())
+        self.ready_offer.correct()
         self.driver.pump()
         if first:
             self.reporter.happen(HappeningKind.PEER_JOINED, f"{self.reporter.name_of(presence.peer)} is here")
@@ -469,26 +475,18 @@ class Daemon:
     def _lost(self, lost: PeerLost) -> None:
         known = self.membership.table.newest(lost.peer)
         self.core.lose(lost.peer, asyncio.get_running_loop().time())
+        self.ready_offer.correct()
         self.driver.pump()
         self.reporter.peer_lost(lost.peer, Failure.PEER_LEFT if known and known.leaving else lost.reason)
-
-    def _owns(self) -> bool:
-        """Whether parts may be given to this peer: others can dial it, or there are no others."""
-        return self.paths.reach.reached or not self.membership.table.live()
 
     def _interfaces_changed(self) -> None:
         self.paths.addresses_changed()
         self.control.refresh()
 
     def _reach_changed(self) -> None:
-        """Announce it. A READY that says otherwise is said anew, for as long as no plan uses it."""
         self.reporter.reach_changed(self.paths.reach.describe())
         self.membership.announce()
-        signed, frozen = self.presence.ready, self.exchange.frozen
-        if signed is None or frozen is None or self.presence.leaving or signed.ready.owns == self._owns():
-            return
-        if signed.ready.round == self.core.round and self.core.phase is Phase.GATHER:
-            self._publish_ready(replace(signed.ready, owns=self._owns()), frozen)
+        self.ready_offer.correct()
 
     async def _save_peer_book(self) -> None:
         """At every new peer, so that even after kill -9 this one comes back without any bootstrap peer."""
@@ -510,30 +508,6 @@ class Daemon:
         self.reporter.happen(HappeningKind.NETWORK, f"the control plane has stopped: {detail}", Severity.ERROR)
 
     # -- rounds ------------------------------------------------------------------------------------------------------
-
-    def _offer(self, frozen: Frozen, ready: TrainerReady) -> None:
-        """The trainer's work is frozen and encoded: become ready."""
-        if self.presence.leaving or frozen.round != self.core.round or self.core.phase is Phase.APPLY:
-            return
-        head = self.core.head
-        said = Ready(
-            round=frozen.round,
-            base_root=head.state_root,
-            contribution_root=frozen.root,
-            tokens=ready.tokens,
-            steps=max(1, ready.steps),
-            norm=frozen.norm,
-            owns=self._owns(),
-        )
-        self._publish_ready(said, frozen)
-
-    def _publish_ready(self, said: Ready, frozen: Frozen) -> None:
-        signed = sign_ready(self.identity, self.swarm, said)
-        offer = Offer(signed=signed, digests=frozen.digests)
-        if self.core.offer(offer, asyncio.get_running_loop().time()):
-            self.presence.ready, self.exchange.frozen = signed, frozen
-            self.membership.announce()
-        self.driver.pump()
 
     async def _committed(self, certificate: Certificate, head: Head) -> None:
         """A round is applied; the core goes on to the next one when this returns."""

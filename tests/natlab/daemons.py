@@ -1,5 +1,6 @@
 """Real daemons on the lab's hosts: a swarm whose peers run behind routers, asked for their status where they are."""
 
+import shutil
 from pathlib import Path
 
 from shoal.node.config import CONTROL_PORT, TENSOR_PORT, WEB_PORT
@@ -29,6 +30,15 @@ class LabPeer(Peer):
     def id(self) -> str:
         return run("id", "--data-dir", str(self.folder)).stdout.strip()
 
+    def begin_anew(self) -> None:
+        """Nothing is left in its folder but its key."""
+        for entry in self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "identity.key":
+                entry.unlink()
+        self.roots.clear()
+
     def sees(self, other: "LabPeer") -> PeerStatus | None:
         """The other one's row in this one's table, if it is alive there."""
         return next((row for row in self.rows() if row.name == other.name and row.alive), None)
@@ -47,12 +57,10 @@ class LabSwarm(Swarm):
 
     def __init__(self, folder: Path, founders: int, peers_min: int = 2) -> None:
         super().__init__(folder, founders, draft=DRAFT.replace("peers_min = 2", f"peers_min = {peers_min}"))
-        self.lab_peers: list[LabPeer] = []
 
     def add_on(self, host: Host, name: str) -> LabPeer:
         peer = LabPeer(self, name, host)
         self.peers.append(peer)
-        self.lab_peers.append(peer)
         return peer
 
     def begin(self, peer: LabPeer, *arguments: str) -> str:
