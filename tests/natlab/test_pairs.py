@@ -1,0 +1,36 @@
+"""Ordered pairs of routers: two daemons meet and certify a round across them."""
+
+import itertools
+
+import pytest
+
+from shoal.node.link_port import LinkPath
+from tests.natlab.daemons import LabSwarm
+from tests.natlab.pairs import KINDS, NO_WAY, run_pair
+from tests.natlab.rules import Nat
+
+# One that is dialled, one that is punched.
+SHORT = [(Nat.NONE, Nat.SYMMETRIC), (Nat.PORT_RESTRICTED, Nat.PORT_RESTRICTED)]
+# Neither works between these; the tensors of such a pair would have to go through a third peer.
+CLOSED = [
+    (one, other) for one in (Nat.PORT_RESTRICTED, Nat.SYMMETRIC) for other in (Nat.PORT_RESTRICTED, Nat.SYMMETRIC)
+]
+CLOSED.remove((Nat.PORT_RESTRICTED, Nat.PORT_RESTRICTED))
+LONG = [pair for pair in itertools.product(KINDS, KINDS) if pair not in (*SHORT, *CLOSED)]
+PAIRS = [*SHORT, *(pytest.param(*pair, marks=pytest.mark.long) for pair in LONG)]
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> LabSwarm:
+    """Its folders are emptied by each try."""
+    return LabSwarm(tmp_path_factory.mktemp("pairs"), founders=2)
+
+
+@pytest.mark.parametrize("left,right", PAIRS)
+def test_a_pair_meets_and_certifies_a_round(swarm: LabSwarm, left: Nat, right: Nat) -> None:
+    one = run_pair(swarm, left, right)
+    logs = "\n".join(f"--- {peer.name}\n{peer.log()[-2500:]}" for peer in swarm.peers)
+    assert one.round_s is not None, f"{one}\n{logs}"
+    assert one.path != NO_WAY, f"{one}\n{logs}"
+    if Nat.NONE in (left, right):
+        assert one.path == LinkPath.DIRECT, f"{one}\n{logs}"
