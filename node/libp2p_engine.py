@@ -6,8 +6,9 @@ there; every task here ends with the run.
 """
 
 import collections
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -70,6 +71,8 @@ from shoal.protocol.identity import PeerId
 UPKEEP_INTERVAL_S = 60.0
 # Changes that come together are told together.
 SETTLE_S = 0.3
+# Peers behind relays that are dialled directly once more, each UPKEEP_INTERVAL_S.
+DIRECT_TRIES_MAX = 4
 # A peer that nobody has checked asks for relays, too, but leaves others this long to check it.
 UNKNOWN_GRACE_S = 10.0
 # How long the circuits to a peer stay that can be reached directly by now: what was asked over them is answered then.
@@ -465,6 +468,14 @@ class ControlEngine:
             await self._note_reach()
             forget_strangers(self._swarm, self._router)
             await self._make_room()
+            await self._try_direct()
+
+    async def _try_direct(self) -> None:
+        """A peer that is reached through a relay may have become reachable, or this one's network another."""
+        relayed = [peer for peer, known in self._peers.items() if known.relayed]
+        for peer in random.sample(relayed, min(len(relayed), DIRECT_TRIES_MAX)):
+            with suppress(PeerUnreachable):
+                await self._dialer.connect(peer, directly=True)
 
     async def _keep_told(self) -> None:
         """Tell the connected peers of what has changed, once for changes that come together."""

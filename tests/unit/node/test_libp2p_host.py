@@ -245,7 +245,16 @@ async def test_an_oversized_frame_is_refused_and_reported(members: Members, raw:
 
 @pytest.mark.parametrize(
     "protocol",
-    ["/meshsub/1.2.0", "/ipfs/kad/1.0.0", "/ipfs/id/push/1.0.0", "/ipfs/ping/1.0.0", "/shoal/request/1"],
+    [
+        "/meshsub/1.2.0",
+        "/ipfs/kad/1.0.0",
+        "/ipfs/id/push/1.0.0",
+        "/ipfs/ping/1.0.0",
+        "/shoal/request/1",
+        "/libp2p/circuit/relay/0.2.0/stop",
+        "/libp2p/circuit/relay/0.2.0/hop",
+        "/libp2p/autonat/1.0.0",
+    ],
 )
 async def test_rubbish_on_a_stream_costs_nobody_else(members: Members, protocol: str) -> None:
     one, attacker, honest = await members.start(1) + [members.make(), members.make()]
