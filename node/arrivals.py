@@ -8,8 +8,8 @@ all; processes of this machine may have as many proven connections as they like.
 No clock and no sockets in here: time is an argument, in seconds; a connection is any value that can be looked up.
 
 Invariants: at most `half_open_max` connections are half open, `half_open_per_group_max` of one address; at most
-`proven_per_group_max` proven ones of one address stay, and `per_s` come in a second for long; what is remembered is
-bounded by those and GROUPS_MAX.
+`proven_per_group_max` proven ones of one address stay; `per_s` come from one address in a second for long,
+`total_per_s` in all; what is remembered is bounded by those and GROUPS_MAX.
 """
 
 import ipaddress
@@ -28,13 +28,16 @@ C = TypeVar("C", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrivalLimits:
-    """`burst` connections of one address at once, `per_s` for long."""
+    """`burst` connections of one address at once, `per_s` for long; of all addresses together `total_burst` and
+    `total_per_s`, for a handshake costs a millisecond and more of the processor that rounds need."""
 
     half_open_max: int = 64
     half_open_per_group_max: int = 16
     proven_per_group_max: int = 64
     burst: int = 128
     per_s: float = 16.0
+    total_burst: int = 256
+    total_per_s: float = 64.0
 
 
 class Arrivals(Generic[C]):
@@ -47,6 +50,7 @@ class Arrivals(Generic[C]):
         self._half_open: dict[str, OrderedDict[C, None]] = {}
         self._proven: Counter[str] = Counter()
         self._is_proven: set[C] = set()
+        self._total: Allowances[None] = Allowances(burst=limits.total_burst, per_s=limits.total_per_s)
         self._allowances: Allowances[str] = Allowances(burst=limits.burst, per_s=limits.per_s, keys_max=GROUPS_MAX)
 
     @property
@@ -60,9 +64,8 @@ class Arrivals(Generic[C]):
         What is returned has left.
         """
         group = group_of(host)
-        if not self._allowances.take(group, now) or (
-            group and not _is_own(group) and self._proven[group] >= self.limits.proven_per_group_max
-        ):
+        crowded = group and not _is_own(group) and self._proven[group] >= self.limits.proven_per_group_max
+        if crowded or not self._allowances.take(group, now) or not self._total.take(None, now):
             self.turned_away += 1
             return connection
         waiting = self._half_open.setdefault(group, OrderedDict())

@@ -51,6 +51,7 @@ from shoal.node.doctor_machine import (
     measure_folder,
     see_disk,
     see_firewall,
+    see_gateway,
     see_identity,
     see_ports,
     see_source,
@@ -58,6 +59,7 @@ from shoal.node.doctor_machine import (
     see_torch,
     see_versions,
 )
+from shoal.node.doctor_nat import GatewaySeen, NatSeen, judge_gateway, judge_nat, judge_relay, see_nat
 from shoal.node.doctor_network import (
     NAME_A_SWARM,
     BandwidthSeen,
@@ -76,10 +78,13 @@ from shoal.node.doctor_network import (
     judge_reach,
 )
 from shoal.node.doctor_swarm import SwarmView, SwarmVisit, part_bytes, visitor_config, visitor_handlers
+from shoal.node.endpoints import format_endpoint, is_public
 from shoal.node.identity_file import IDENTITY_FILE, load_identity
+from shoal.node.interfaces import read_interfaces
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.manifest_source import read_manifest_file
 from shoal.node.peer_book_file import load_peer_book
+from shoal.node.reachability import ReachState, judge_mapping
 from shoal.node.running import RUNNING_FILE, read_running
 from shoal.node.status import Status, fetch_status
 from shoal.protocol.errors import ConfigError, InputError, ShoalError
@@ -125,6 +130,7 @@ class _Observations:
     firewall: FirewallSeen | None = None
     disk: DiskSeen | None = None
     torch: TorchSeen | Unknown | None = None
+    gateway: GatewaySeen | Unknown | None = None
     swarm: SwarmView = field(default_factory=SwarmView)
     visit_fault: str = ""
 
@@ -252,10 +258,15 @@ async def _look_around(
         with contextlib.suppress(OSError):
             seen.disk = await look(lambda: see_disk(folder, measure_folder(folder)), 6.0)
 
+    async def see_router() -> None:
+        if seen.status is None and config.nat.port_mapping:
+            seen.gateway = await see_gateway()
+
     async def see_trainer() -> None:
         seen.torch = await see_torch()
 
     looks = {"ports": see_all_ports(), "firewall": see_walls(), "disk": see_store(), "torch": see_trainer()}
+    looks["router"] = see_router()
     tasks = {asyncio.create_task(work): name for name, work in looks.items()}
     if swarm is not None:
         tasks[asyncio.create_task(_visit(config, seen, swarm, identity, began_s + VISIT_END_S))] = "swarm"
@@ -316,7 +327,7 @@ def _judge(
     model = describe_model(view.manifest or (swarm.manifest if swarm else None))
     agents = tuple(one.agent for one in view.presences.values())
     status = seen.status
-    reached = any(row.me and row.owner for row in status.peers) if status else None
+    reached = status.reach.state is ReachState.REACHABLE if status else None
     findings = [
         judge_identity(identity),
         judge_configuration(str(path) if path else "defaults and options", fault),
@@ -351,9 +362,34 @@ def _judge_reachability(config: NodeConfig, seen: _Observations, reached: bool |
         findings.append(judge_firewall(seen.firewall, ports, reached))
     dials = seen.swarm.dials
     findings += judge_families(count_dials(see_source(4), 4, dials), count_dials(see_source(6), 6, dials))
+    findings += _judge_routers(config, seen)
     if seen.status is not None:
-        findings.append(judge_reach(ReachSeen(reached=reached, source="the running daemon"), ports))
+        source = f"the running daemon: {seen.status.reach.reason}"
+        state = seen.status.reach.state
+        told = None if state is ReachState.UNKNOWN else state is ReachState.REACHABLE
+        findings.append(judge_reach(ReachSeen(reached=told, source=source), ports))
     return findings
+
+
+def _judge_routers(config: NodeConfig, seen: _Observations) -> list[Finding]:
+    hosts = read_interfaces().hosts()
+    public = any(is_public(host) for host in hosts if ":" not in host)
+    if seen.status is not None:
+        nat: NatSeen | Unknown = see_nat(seen.status.reach, seen.status.router)
+        return [judge_nat(nat), judge_gateway(seen.status.router, public=public), judge_relay(seen.status)]
+    view = seen.swarm
+    nat = Unknown(why="no member was reached that could tell how it sees this machine", next_step=NAME_A_SWARM)
+    if view.observed:
+        observed = tuple(view.observed)
+        told = tuple(format_endpoint(one) for one in observed)
+        mapping = judge_mapping(hosts, observed, view.port)
+        nat = NatSeen(mapping=mapping, observers=view.observers, observed=told)
+    findings = [judge_nat(nat), judge_relay(None)]
+    if not config.nat.port_mapping and not public:
+        off = Unknown(why="nat.port_mapping is off: no router is asked", next_step="switch it on, or forward the ports")
+        return [*findings, not_checked(Check.GATEWAY, off)]
+    gateway = seen.gateway or Unknown(why="no router answered in time")
+    return [*findings, judge_gateway(gateway, public=public)]
 
 
 def _judge_swarm(
@@ -370,6 +406,10 @@ def _judge_swarm(
         founder=swarm.manifest is not None and _is_founder(swarm.manifest, identity.peer),
         daemon_peers=sum(not row.me and row.alive for row in seen.status.peers) if seen.status else 0,
     )
+    if seen.visit_fault and not peers.bootstraps and not peers.known:
+        # It ended before anybody was dialled, which says nothing about who is there.
+        unseen = Unknown(why=f"the swarm was not visited: {seen.visit_fault}")
+        return [not_checked(check, unseen) for check in (Check.BOOTSTRAP, Check.DHT, Check.BANDWIDTH)]
     nobody = not any(one.reached for one in (*peers.bootstraps, *peers.known))
     why = "no peer was reached to ask" if nobody else late
     bandwidth: BandwidthSeen | Unknown = view.bandwidth or Unknown(

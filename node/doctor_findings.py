@@ -54,6 +54,9 @@ class Check(StrEnum):
     IPV6 = "IPv6"
     BOOTSTRAP = "bootstrap"
     DHT = "DHT"
+    NAT = "NAT"
+    GATEWAY = "gateway"
+    RELAY = "relay"
     REACHABILITY = "reachability"
     BANDWIDTH = "bandwidth"
 

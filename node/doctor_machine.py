@@ -28,14 +28,19 @@ import psutil
 
 from shoal.node.config import NodeConfig
 from shoal.node.doctor_findings import DeviceSeen, DiskSeen, IdentitySeen, TorchSeen, Unknown, VersionsSeen
+from shoal.node.doctor_nat import GatewaySeen
 from shoal.node.doctor_network import FamilySeen, Firewall, FirewallSeen, PortSeen, PortState
 from shoal.node.identity_file import load_identity
+from shoal.node.interfaces import read_interfaces
+from shoal.node.port_mapping import Gateway, GatewayFailed, Way, check_external
+from shoal.node.portmap import WAYS
 from shoal.protocol.errors import ConfigError, ShoalError
 from shoal.protocol.identity import PROTOCOL_VERSION, format_peer_id
 
 LOOK_TIMEOUT_S = 3.0
 TORCH_TIMEOUT_S = 12.0
 COMMAND_TIMEOUT_S = 2.0
+GATEWAY_TIMEOUT_S = 4.0  # for each way
 DISK_PROBE_BYTES = 4 << 20
 COMMAND_BYTES_MAX = 1 << 20
 _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronized
@@ -281,6 +286,33 @@ def count_dials(source: str, version: int, dials: Iterable[tuple[str, str]]) -> 
     return FamilySeen(
         source=source, dials=len(mine), answered=len(mine) - len(faults), fault=faults[0] if faults else ""
     )
+
+
+async def see_gateway() -> GatewaySeen | Unknown:
+    """Whether a router answers to be asked for mapped ports. Nothing is mapped."""
+    interfaces = read_interfaces()
+    faults = []
+    for way, open_gateway in WAYS.items():
+        try:
+            async with asyncio.timeout(GATEWAY_TIMEOUT_S):
+                gateway = await open_gateway(interfaces)
+                try:
+                    return await _see_outside(gateway, way)
+                finally:
+                    await gateway.close()
+        except TimeoutError:
+            faults.append(f"{way}: no answer within {GATEWAY_TIMEOUT_S:.0f} s")
+        except (GatewayFailed, OSError) as error:
+            faults.append(f"{way}: {error}")
+    return Unknown(why="; ".join(faults))
+
+
+async def _see_outside(gateway: Gateway, way: Way) -> GatewaySeen:
+    try:
+        outside = check_external(await gateway.external_ip())
+    except GatewayFailed as error:
+        return GatewaySeen(host=gateway.host, way=way, fault=str(error))
+    return GatewaySeen(host=gateway.host, way=way, external_ip=outside)
 
 
 # -- clock -------------------------------------------------------------------------------------------------------------

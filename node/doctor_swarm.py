@@ -30,8 +30,8 @@ from shoal.node.control import (
     RequestRefused,
 )
 from shoal.node.doctor_network import BandwidthSeen, DhtSeen, PeerAnswer
-from shoal.node.endpoints import parse_endpoints_untrusted
-from shoal.node.link_port import FetchFailed, LinkConfig, LinkEnd, LinkLost
+from shoal.node.endpoints import is_loopback, parse_endpoint_untrusted, parse_endpoints_untrusted, parse_ip
+from shoal.node.link_port import Address, FetchFailed, LinkConfig, LinkEnd, LinkLost
 from shoal.node.links import TensorLinks
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.errors import ProtocolError, Refusal, UriError
@@ -43,10 +43,12 @@ from shoal.protocol.messages import (
     CertificatesAnswer,
     GetCertificates,
     GetManifest,
+    GetObserved,
     GetPeers,
     GetSnapshot,
     ManifestAnswer,
     MeasureUpload,
+    ObservedAnswer,
     PeersAnswer,
     Presence,
     SnapshotAnswer,
@@ -62,6 +64,7 @@ RATE_TIMEOUT_S = 3.0
 RATE_BYTES_MAX = 4 << 20
 FETCHES_AT_ONCE = 4
 DIALS_MAX = 24
+OBSERVERS_MAX = 4
 MEMBERS_ASKED_MAX = 4  # until one lets itself be measured with
 
 
@@ -81,6 +84,9 @@ class SwarmView:
     down_bytes_per_s: float | None = None
     measured_with: str = ""
     rates_tried: bool = False
+    observers: int = 0  # of one port of this machine
+    observed: set[Address] = field(default_factory=set)
+    port: int = 0
 
     @property
     def bandwidth(self) -> BandwidthSeen | None:
@@ -113,12 +119,14 @@ class SwarmVisit:
         calls += [self._call(self._view.known, peer, texts) for peer, texts in known if peer not in met]
         hosts = [address for _, texts in (*named, *known) for address in texts]
         await asyncio.gather(*calls, self._dial_hosts(hosts))
-        await asyncio.gather(self._look_up(), self._fetch_manifest())
+        await asyncio.gather(self._look_up(), self._fetch_manifest(), self._observe())
         await self._measure_rates()
 
     async def _call(self, into: dict[str, PeerAnswer], peer: PeerId, addresses: tuple[str, ...]) -> None:
         """Connect to one peer and ask whom it knows."""
         name = addresses[0] if addresses else short_peer_id(peer)
+        # Stands until there is an answer: a time limit must not make a peer disappear from the table.
+        into[name] = PeerAnswer(address=name, reached=False, fault="no answer in time")
         began_s = time.monotonic()
         try:
             await self._control.connect(addresses)
@@ -206,11 +214,34 @@ class SwarmVisit:
                 with contextlib.suppress(ProtocolError):
                     self._view.manifest, _ = read_manifest_untrusted(answer.signed_manifest, self._swarm)
 
+    # -- the router ----------------------------------------------------------------------------------------------------
+
+    async def _observe(self) -> None:
+        """By which address members see one port of this machine that dials them all."""
+        async with open_links(self._identity, self._swarm, "0.0.0.0") as (links, _, port):
+            self._view.port = port
+            members = [one for one in self._view.presences.values() if one.peer != self._identity.peer]
+            await asyncio.gather(*(self._observe_by(links, one) for one in members[:OBSERVERS_MAX]))
+
+    async def _observe_by(self, links: TensorLinks, presence: Presence) -> None:
+        for endpoint in parse_endpoints_untrusted(presence.tensor_addresses):
+            if ":" in endpoint[0] or is_loopback(endpoint[0]) or parse_ip(endpoint[0]) is None:
+                continue
+            with contextlib.suppress(LinkLost, TimeoutError):
+                async with asyncio.timeout(DIAL_TIMEOUT_S):
+                    binding = await links.dial_from_port(presence.peer, endpoint)
+                answer = await self._ask_quietly(presence.peer, GetObserved(binding=binding))
+                seen = parse_endpoint_untrusted(answer.address) if isinstance(answer, ObservedAnswer) else None
+                if seen is not None:
+                    self._view.observers += 1
+                    self._view.observed.add(seen)
+                return
+
     # -- rates ---------------------------------------------------------------------------------------------------------
 
     async def _measure_rates(self) -> None:
         """With the first member that lets itself be dialled."""
-        async with open_links(self._identity, self._swarm) as (links, offer):
+        async with open_links(self._identity, self._swarm) as (links, offer, _):
             # Who was asked itself before who was only heard of: it is there now.
             members = sorted(self._view.presences.values(), key=lambda one: one.peer not in self._view.ahead_s)
             for presence in members[:MEMBERS_ASKED_MAX]:
@@ -324,13 +355,15 @@ class _VisitorSink:
 
 
 @asynccontextmanager
-async def open_links(identity: Identity, swarm: bytes) -> AsyncIterator[tuple[TensorLinks, memoryview]]:
-    """Tensor links that only dial, and what they offer."""
+async def open_links(
+    identity: Identity, swarm: bytes, host: str = "127.0.0.1"
+) -> AsyncIterator[tuple[TensorLinks, memoryview, int]]:
+    """Tensor links to dial with, what they offer, and their port."""
     offer = memoryview(os.urandom(UPLOAD_BYTES_MAX // 2))
-    links = TensorLinks(identity, swarm, LinkConfig(host="127.0.0.1", goodbye_timeout_s=0.2), _VisitorSink(offer))
-    await links.start()
+    links = TensorLinks(identity, swarm, LinkConfig(host=host, goodbye_timeout_s=0.2), _VisitorSink(offer))
+    _, port = await links.start()
     try:
-        yield links, offer
+        yield links, offer, port
     finally:
         await links.stop()
 

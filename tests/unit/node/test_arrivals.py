@@ -62,6 +62,12 @@ def test_a_flood_of_one_address_is_turned_away_at_the_door() -> None:
     assert [door.arrive(number, HOME, 1.0) for number in range(6, 9)] == [None, None, 8]
 
 
+def test_a_flood_of_many_addresses_is_turned_away_at_the_door() -> None:
+    door: Arrivals[int] = Arrivals(ArrivalLimits(total_burst=3, total_per_s=2.0))
+    assert [door.arrive(number, f"192.0.2.{number}", 0.0) for number in range(5)] == [None, None, None, 3, 4]
+    assert [door.arrive(number, f"192.0.2.{number}", 1.0) for number in range(6, 9)] == [None, None, 8]
+
+
 def test_what_leaves_twice_or_was_never_here_changes_nothing() -> None:
     door: Arrivals[int] = Arrivals(LIMITS)
     door.arrive(0, HOME, 0.0)

@@ -103,6 +103,7 @@ async def test_nothing_known_and_nothing_answering_is_told_and_not_raised(
         return Unknown(why="not asked in this test")
 
     monkeypatch.setattr(doctor, "see_torch", no_torch)
+    monkeypatch.setattr(doctor, "see_gateway", no_torch)
     (tmp_path / "running.json").write_text('{"pid": 1, "web": "127.0.0.1:1"}')
     noticed: list[str] = []
     ports = {"control-port": "0", "tensor-port": "0", "web-port": "0"}
