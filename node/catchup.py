@@ -159,7 +159,7 @@ class CatchUp:
     async def _go_by_trail(self, peer: PeerId, target: int) -> bool:
         """Nobody has the next certificates. Whether the trail over them, and a snapshot behind it, led on."""
         self.detail = "looking for a trail over rounds that nobody keeps"
-        trail = await self.donors.collect_trail(peer, self._state.trail.genesis, self._state.head.round)
+        trail = await self.donors.collect_trail(self._state.trail.genesis, self._state.head.round)
         if not trail:
             return False
         await asyncio.to_thread(self._check_same_log, trail)

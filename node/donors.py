@@ -61,6 +61,7 @@ class Donors:
         self.ports = ports
         self.other_log: PeerId | None = None  # the first donor whose certificates did not follow ours
         self.liars: set[PeerId] = set()  # asked nothing more in this catch-up
+        self._without: dict[PeerId, None] = {}  # those who have said that they have not what was asked for
         self._swarm = swarm
         self._authority = authority
         self._control = control
@@ -70,6 +71,7 @@ class Donors:
         """Another catch-up begins."""
         self.other_log = None
         self.liars.clear()
+        self._without.clear()
 
     # -- who is there ------------------------------------------------------------------------------------------------
 
@@ -136,12 +138,13 @@ class Donors:
             else:
                 if found:
                     return found
+                self._without[donor] = None
         return ()
 
-    async def collect_trail(self, peer: PeerId, genesis: Anchor, last: int) -> tuple[Checkpoint, ...]:
-        """Checkpoints that lead from the manifest to behind round `last`: from `peer` or, where it has none that do,
-        from others. Empty where nobody has."""
-        for donor in dict.fromkeys((peer, *self.of_round(last)[:DONORS_ASKED_MAX])):
+    async def collect_trail(self, genesis: Anchor, last: int) -> tuple[Checkpoint, ...]:
+        """Checkpoints that lead from the manifest to behind round `last`, from one of those who have said that they do
+        not keep the certificates themselves. Empty where nobody has."""
+        for donor in list(self._without):
             try:
                 found = await self._walk_trail(donor, genesis)
             except ProtocolError as error:
