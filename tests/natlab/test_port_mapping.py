@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from shoal.node.control import Reachability
+from shoal.node.reachability import ReachState
+from tests.natlab.daemons import LabSwarm
 from tests.natlab.lab import Host, Lab, Router
 from tests.natlab.rules import Nat
 
@@ -238,3 +241,32 @@ def test_a_carriers_nat_behind_the_router_is_no_way_in(lab: Lab, tmp_path: Path)
     assert said["state"] == "failed" and said["mapped"] == {}
     assert said["reason"] == "gateway_refused" and said["detail"].count("another NAT behind it") == 2
     mapper.end()
+
+
+@pytest.mark.long
+def test_a_daemon_behind_a_router_that_maps_ports_owns_parts(lab: Lab, tmp_path: Path) -> None:
+    """The mapped addresses are dialled back by a member before they count; on exit the router's table is empty."""
+    home = lab.add_router("home", Nat.SYMMETRIC)
+    start_router(home, tmp_path, natpmp=True)
+    swarm = LabSwarm(tmp_path, founders=2)
+    try:
+        public = swarm.add_on(lab.add_host("public"), "peer1")
+        uri = swarm.begin(public)
+        hidden = swarm.add_on(home.add_host("peer"), "peer2").start("join", uri)
+
+        def is_open() -> bool:
+            status = hidden.status()
+            return (
+                status is not None
+                and status.router.addresses == (f"{home.address}:9460", f"{home.address}:9461")
+                and status.reach.state is ReachState.REACHABLE
+                and status.control.state is Reachability.CONFIRMED
+            )
+
+        swarm.wait("others dial both of its ports", is_open)
+        swarm.wait("it owns parts", lambda: any(row.me and row.owner for row in hidden.rows()))
+        assert "9461" in home.space.exec("nft", "list", "chain", "inet", "miniupnpd", "pcp_prerouting")
+        assert hidden.leave() == 0
+        assert "946" not in home.space.exec("nft", "list", "chain", "inet", "miniupnpd", "pcp_prerouting")
+    finally:
+        swarm.end()
