@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import hivemind  # type: ignore[import-not-found]
+from hivemind.utils.timed_storage import get_dht_time  # type: ignore[import-not-found]
 
 LANES = 4
 BOOTSTRAPS = 3
@@ -70,7 +71,7 @@ def main():
     figures = {"joined_s": time.perf_counter() - began}
     names = [f"key {number}" for number in range(keys)]
     pairs = [(chance.choice(alive), name) for name in names]
-    end = hivemind.get_dht_time() + LIFE_S
+    end = get_dht_time() + LIFE_S
     figures["provide"] = summarise(each(lambda node, name: node.store(name, name, end), pairs))
     for churn in churns:
         going = chance.sample(alive, len(alive) - round(nodes_count * (1 - churn)))

@@ -7,6 +7,7 @@ import pytest
 
 from shoal.dht.keys import presence_topic, provider_key
 from shoal.node.libp2p_connections import PING_PERIOD_S, SILENCE_TIMEOUT_S
+from shoal.protocol.identity import encode_libp2p_peer_id, parse_peer_id
 from tests.interop.host import SWARM
 from tests.interop.puppets import PATIENCE_S, CallFailed, Puppet, Theatre
 
@@ -171,3 +172,21 @@ async def test_dht_finds_peers_both_ways_through_our_node(theatre: Theatre) -> N
         found = await right.call("findPeer", target.peer)
         assert found["peer"] == target.peer
         assert any(target.addresses[0].startswith(address) for address in found["addresses"]), (target.name, found)
+
+
+async def test_our_nodes_store_no_values_and_lead_js_nodes_to_those_that_do(theatre: Theatre) -> None:
+    hub = await theatre.start_ours()
+    writer, keeper, reader = [await theatre.start_js() for _ in range(3)]
+    for js in (writer, keeper, reader):
+        await meet(js, hub)
+        await settle(js, 1)
+    # Every other implementation takes this one: a public key, under the id of the peer that has it.
+    key = (b"/pk/" + encode_libp2p_peer_id(parse_peer_id(writer.peer))).hex()
+    value = await writer.call("publicKey")
+    async with asyncio.timeout(PATIENCE_S):
+        while keeper.peer not in (stored := await writer.call("put", key, value)):
+            await asyncio.sleep(0.2)
+    assert hub.peer not in stored
+    found = await reader.call("get", key)
+    assert {one["value"] for one in found} == {value}
+    assert hub.peer not in {one["from"] for one in found}
