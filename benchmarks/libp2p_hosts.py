@@ -31,8 +31,14 @@ class Hosts:
     def __init__(self) -> None:
         self._hosts: dict[int, Libp2pHost] = {}
 
-    async def start(self, numbers: list[int], connections_max: int) -> dict[int, str]:
+    async def start(
+        self, numbers: list[int], connections_max: int, ping_period_s: float | None = None
+    ) -> dict[int, str]:
         """Start hosts on loopback; where each can be dialled."""
+        if ping_period_s is not None:
+            from shoal.node import libp2p_connections
+
+            libp2p_connections.PING_PERIOD_S = ping_period_s
         for number in numbers:
             handlers = ControlHandlers(
                 on_message=_ignore,
