@@ -38,9 +38,9 @@ from shoal.protocol.errors import ConfigError, ShoalError
 from shoal.protocol.identity import PROTOCOL_VERSION, format_peer_id
 
 LOOK_TIMEOUT_S = 3.0
-TORCH_TIMEOUT_S = 12.0
+TORCH_TIMEOUT_S = 11.0
 COMMAND_TIMEOUT_S = 2.0
-GATEWAY_TIMEOUT_S = 4.0  # for each way
+GATEWAY_TIMEOUT_S = 3.0  # for each way
 DISK_PROBE_BYTES = 4 << 20
 COMMAND_BYTES_MAX = 1 << 20
 _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronized
