@@ -138,7 +138,8 @@ class Reach:
     def describe(self) -> str:
         """One sentence without its full stop, for people."""
         state, reason = self._known.judge(self._ports.now())
-        where = ", ".join(format_endpoint(one) for one in self.announced()) if state is ReachState.REACHABLE else ""
+        found = self._known.describe(self._ports.now())
+        where = ", ".join(format_endpoint(one.address) for one in found if one.state is ReachState.REACHABLE)
         return f"tensor port: {state} ({reason})" + (f" at {where}" if where else "")
 
     def status(self) -> ReachStatus:
