@@ -179,8 +179,11 @@ class InterfaceWatch:
         """Watch until cancelled."""
         with contextlib.closing(_Notices(self.notice)):
             while True:
+                # Not wait_for: Python 3.11's swallows a cancellation that meets the event.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._noticed.wait(), PERIOD_S)
+                    async with asyncio.timeout(PERIOD_S):
+                        await self._noticed.wait()
+                if self._noticed.is_set():
                     await self._settle()
                 self.check()
 
