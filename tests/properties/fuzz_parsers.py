@@ -311,7 +311,7 @@ def take_location(raw: bytes) -> None:
 
 
 def list_pmp_answers() -> list[bytes]:
-    answers = ("0080000000000100cb007105", "008200000000010024f424f400000e10", "0082000200000100", "0081000000000000")
+    answers = ("0080000000000100cb007105", "008200000000010024f424f400000e10", "0082000200000100")
     return [bytes.fromhex(one) for one in answers]
 
 
