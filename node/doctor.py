@@ -144,9 +144,11 @@ class _Swarm:
     manifest: Manifest | None
 
 
-async def examine(path: Path | None, overrides: Mapping[str, str], noticed: Callable[[str], None]) -> Report:
-    """Look at everything. `noticed` is told what has been seen, for a progress line."""
-    began_s = time.monotonic() - (time.time() - psutil.Process().create_time())
+async def examine(
+    path: Path | None, overrides: Mapping[str, str], noticed: Callable[[str], None], began_s: float
+) -> Report:
+    """Look at everything. `noticed` is told what is still looked at, for a progress line; `began_s` is the monotonic
+    time from which DEADLINE_S counts."""
     config, fault = read_config(path, overrides)
     folder = config.data_path
     seen = _Observations()
@@ -445,5 +447,6 @@ def describe_model(manifest: Manifest | None) -> ModelSeen | None:
 
 
 def run(path: Path | None, overrides: Mapping[str, str], noticed: Callable[[str], None]) -> Report:
-    """`examine` on a loop of its own."""
-    return asyncio.run(examine(path, overrides, noticed))
+    """`examine` on a loop of its own; the time that this process has run for already counts."""
+    began_s = time.monotonic() - (time.time() - psutil.Process().create_time())
+    return asyncio.run(examine(path, overrides, noticed, began_s))

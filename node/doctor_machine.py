@@ -308,8 +308,9 @@ async def see_gateway() -> GatewaySeen | Unknown:
 
 
 async def _see_outside(gateway: Gateway, way: Way) -> GatewaySeen:
+    told = await gateway.external_ip()  # who does not answer this is no such router
     try:
-        outside = check_external(await gateway.external_ip())
+        outside = check_external(told)
     except GatewayFailed as error:
         return GatewaySeen(host=gateway.host, way=way, fault=str(error))
     return GatewaySeen(host=gateway.host, way=way, external_ip=outside)

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,7 +108,8 @@ async def test_nothing_known_and_nothing_answering_is_told_and_not_raised(
     (tmp_path / "running.json").write_text('{"pid": 1, "web": "127.0.0.1:1"}')
     noticed: list[str] = []
     ports = {"control-port": "0", "tensor-port": "0", "web-port": "0"}
-    report = await doctor.examine(None, {"data-dir": str(tmp_path), "role": "bootstrap", **ports}, noticed.append)
+    given = {"data-dir": str(tmp_path), "role": "bootstrap", **ports}
+    report = await doctor.examine(None, given, noticed.append, time.monotonic())
     verdicts = {one.check: one.verdict for one in report.findings}
     assert verdicts[Check.CONFIGURATION] is Verdict.OK
     assert verdicts[Check.BOOTSTRAP] is verdicts[Check.DHT] is Verdict.NOT_CHECKED
