@@ -194,6 +194,7 @@ def test_strangers_come_in_by_a_mapped_port_until_it_is_taken_back(
     assert not greets(stranger, home.address, 9460)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["nat_pmp", "upnp"])
 def test_two_peers_behind_one_router_get_a_port_each(lab: Lab, tmp_path: Path, way: str) -> None:
     stranger = lab.add_host("stranger")
@@ -218,6 +219,7 @@ def test_a_router_that_does_not_map_ports_is_told_by_both_ways(lab: Lab, tmp_pat
     mapper.end()
 
 
+@pytest.mark.long
 def test_a_peer_that_moves_asks_the_router_of_its_new_network(lab: Lab, tmp_path: Path) -> None:
     stranger = lab.add_host("stranger")
     homes = [lab.add_router(name, Nat.PORT_RESTRICTED) for name in ("first", "second")]

@@ -18,7 +18,7 @@ TIMEOUT_S = 240.0
     ("left", "right", "outcome"),
     [
         (Nat.PORT_RESTRICTED, Nat.PORT_RESTRICTED, "punched"),
-        (Nat.PORT_RESTRICTED, Nat.SYMMETRIC, Failure.PUNCH_TIMEOUT.value),
+        pytest.param(Nat.PORT_RESTRICTED, Nat.SYMMETRIC, Failure.PUNCH_TIMEOUT.value, marks=pytest.mark.long),
     ],
     ids=["can be punched", "cannot"],
 )

@@ -62,6 +62,7 @@ def lab() -> Iterator[Lab]:
         yield made
 
 
+@pytest.mark.long
 def test_every_pair_behind_routers_meets_through_a_relay(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +82,7 @@ def test_every_pair_behind_routers_meets_through_a_relay(
     assert ways == {"relayed"}
 
 
+@pytest.mark.long
 def test_a_public_peer_relays_once_others_have_dialled_it(lab: Lab, tmp_path: Path) -> None:
     first = Node(lab.add_host("first"), 1, tmp_path)
     wait("it has started", lambda: first.told()["addresses"])
@@ -109,6 +111,7 @@ def test_a_dead_relay_is_replaced_and_the_pair_meets_again(lab: Lab, tmp_path: P
     wait("they meet again", lambda: pair[0].reaches(pair[1]) and pair[1].reaches(pair[0]))
 
 
+@pytest.mark.long
 def test_a_peer_that_moves_into_the_open_needs_no_relay_any_more(lab: Lab, tmp_path: Path) -> None:
     relay = Relay(lab.add_host("relay"), tmp_path)
     host = lab.add_peer("laptop", Nat.PORT_RESTRICTED)

@@ -56,6 +56,7 @@ def test_a_peer_starts_alone_while_all_bootstraps_are_dead_and_joins_when_one_co
     swarm.check_roots()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("swarm", [(3, 2)], indirect=True)
 def test_a_peer_that_was_in_the_swarm_needs_no_bootstrap(lab: Lab, swarm: LabSwarm) -> None:
     """It meets the peers whose addresses its book has."""
