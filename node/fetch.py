@@ -68,6 +68,7 @@ class Transfer:
 
     async def __aenter__(self) -> "Transfer":
         self._runner = self._loop.create_task(self._run())
+        self._runner.add_done_callback(self._finish_running)
         return self
 
     async def __aexit__(
@@ -195,6 +196,12 @@ class Transfer:
         if failure is not AskFailure.MISSING:
             self._ports.failed(ask.donor, Failure.DONOR_FAILED)
         self.plan.failed(ask, failure, self._loop.time())
+
+    def _finish_running(self, task: "asyncio.Task[None]") -> None:
+        # It ends by a defect only; who waits for pieces must not wait for ever.
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self._error = self._error or error
+            self._changed.set()
 
     def _finish(self, task: "asyncio.Task[None]") -> None:
         ask = self._asks.pop(task)

@@ -205,7 +205,8 @@ def test_a_fetched_blob_that_retention_removes_while_all_are_synced_is_no_failur
 
     monkeypatch.setattr(blobs, "sync_path", sync)
     store.sync_fetched()
-    assert [path.name for path in synced if path.is_file()] == [blake3(b"other").hexdigest()] * 2
+    # Once or twice, by which of the two came first.
+    assert {path.name for path in synced if path.is_file()} == {blake3(b"other").hexdigest()}
     assert store.read(blake3(b"one").digest()) is None
 
 

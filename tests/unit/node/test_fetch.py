@@ -2,8 +2,9 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from blake3 import blake3
@@ -37,13 +38,13 @@ class Links:
         self.asked: Counter[tuple[PeerId, bytes]] = Counter()
 
     async def fetch(
-        self, peer: PeerId, address: Address | None, digest: bytes, into: memoryview, timeout_s: float
+        self, peer: PeerId, addresses: Sequence[Address], digest: bytes, into: memoryview, timeout_s: float
     ) -> None:
         self.asked[peer, digest] += 1
         into[:] = await self.donors[peer](digest)
 
     def statistics(self) -> LinkStatistics:
-        return LinkStatistics(links=0, half_open=0, dials=0, peers=())
+        return LinkStatistics(links=0, paths={}, half_open=0, dials=0, peers=())
 
 
 class Sink:
@@ -237,3 +238,17 @@ async def test_leaving_ends_what_is_under_way() -> None:
         while not sink.links.asked:
             await asyncio.sleep(0)
     assert sink.taken == {}
+
+
+async def test_a_transfer_whose_own_task_fails_does_not_wait_for_ever() -> None:
+    sink = Sink(Links(a=give))
+
+    def fail() -> list[Source]:
+        raise LookupError("a defect")
+
+    async with sink.open() as transfer:
+        sink.sources = []
+        transfer._ports = replace(transfer._ports, sources=fail)
+        transfer.look_again()
+        with pytest.raises(LookupError, match="a defect"):
+            await transfer.wait(DIGESTS)

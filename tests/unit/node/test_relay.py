@@ -95,6 +95,7 @@ async def test_it_introduces_and_relays_without_any_swarm(tmp_path: Path, net: N
     assert status == 200
     assert "shoal_relay_reservations 2.0" in text and "shoal_relay_circuits 1.0" in text
     await running.stop()
+    await until(other, lambda: path(other, running.node._identity.peer) == "none", "the relay's loss is noticed")
     with pytest.raises(PeerUnreachable):
         await other.plane.connect([address])
 
