@@ -147,7 +147,7 @@ class Peer:
 class Swarm:
     """Everything that one test started; `end` leaves no process behind."""
 
-    def __init__(self, folder: Path, founders: int, network: ShapedNetwork | None = None, draft: str = DRAFT) -> None:
+    def __init__(self, folder: Path, founders: int, network: ShapedNetwork | None = None, draft: str = "") -> None:
         self.folder = folder
         self.network = network
         self.ports: set[int] = set()
@@ -155,7 +155,7 @@ class Swarm:
         self.text.write_text("def add(first, second):\n    return first + second\n" * 6000)
         self.peers: list[Peer] = []
         self.manifest = folder / "swarm.shoal"
-        (folder / "draft.toml").write_text(draft)
+        (folder / "draft.toml").write_text(draft or DRAFT)
         names = [f"peer{number}" for number in range(1, founders + 1)]
         ids = [run("id", "--data-dir", str(folder / name)).stdout.strip() for name in names]
         more = [word for one in ids for word in ("--founder", one)]
