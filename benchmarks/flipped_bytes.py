@@ -175,7 +175,7 @@ class _Flipper:
             sink.blob = memoryview(self._flip(raw))
             into = memoryview(bytearray(len(raw)))
             try:
-                await asker.fetch(LIAR.peer, address, blake3(raw).digest(), into, 10.0)
+                await asker.fetch(LIAR.peer, (address,), blake3(raw).digest(), into, 10.0)
                 believed[kind] += 1
             except (FetchFailed, LinkLost):
                 pass
