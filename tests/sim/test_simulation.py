@@ -16,7 +16,9 @@ from tests.sim.faults import DiskFate, Fault, FaultKind, Lie, Moment
 from tests.sim.shrink import RUNS_MAX, shrink
 from tests.sim.world import Cluster, World
 
-SEEDS = (*range(702, 710), 2310198129)  # in the last one a peer comes back in the calm and a round starts over
+# In the first of the long ones a peer comes back in the calm and a round starts over; in the other one a voter has
+# forgotten its votes and all quorums need it.
+SEEDS = (*range(702, 710), 2310198129, 297342268)
 SEEDS_THAT_PART = (15, 24, 71, 125, 154, 169, 186, 187, 220, 266, 303, 314)
 
 
