@@ -161,6 +161,8 @@ async def test_own_entries_of_a_dropped_era_that_come_back_are_no_clones(tmp_pat
         for peer in (ann, bob):
             keep_up(peer)
         await wait_until(lambda: len(bob.ledger.state().leases) == len(ann.ledger.state().leases) == 2)
+        # What is folded is stored a moment later.
+        await wait_until(lambda: any(one.author == ann.me for one in bob.state.stores.ledger.load()))
         own = [one for one in bob.state.stores.ledger.load() if one.author == ann.me]
         assert {one.era for one in own} == {1}
         certify_all(ann, make_chain(swarm, 2 * ROUNDS_PER_ERA + 1))
