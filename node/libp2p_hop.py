@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import TypeVar
 
 import trio
@@ -23,6 +22,7 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Limit, Status, StopMessage
 from multiaddr import Multiaddr
 
+from shoal.node.arrivals import group_of
 from shoal.node.control import RelayCounts, RelayLimits
 from shoal.node.libp2p_connections import is_relayed, transport_of, undisturbed
 from shoal.node.libp2p_streams import STREAM_ERRORS, FrameReader, encode_frame, end_writing
@@ -130,7 +130,7 @@ class HopService:
         for known in [known for known, place in self._reservations.items() if place.until_s <= now_s]:
             del self._reservations[known]
         remote = transport_of(stream.muxed_conn).get_remote_address()
-        host = block_of(remote[0]) if remote else ""
+        host = group_of(remote[0]) if remote else ""
         others = [place for known, place in self._reservations.items() if known != peer]
         same_host = sum(place.host == host for place in others)
         if len(others) >= self._limits.reservations_max or same_host >= self._limits.reservations_per_host_max:
@@ -244,12 +244,3 @@ class _Way:
     source: INetStream
     sink: INetStream
     first: bytes
-
-
-def block_of(host: str) -> str:
-    """Whom places are counted for: an IPv4 address, or the /64 that one subscriber has of IPv6."""
-    try:
-        ip = ip_address(host)
-    except ValueError:
-        return host
-    return str(ip) if ip.version == 4 else ip.packed[:8].hex()

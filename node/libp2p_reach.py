@@ -25,6 +25,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from shoal.dht.addresses import Address, parse_address
+from shoal.node.arrivals import group_of
 from shoal.node.control import Reachability
 from shoal.node.libp2p_connections import (
     BufferedTcpStream,
@@ -33,7 +34,7 @@ from shoal.node.libp2p_connections import (
     make_raw_connection,
     transport_of,
 )
-from shoal.node.libp2p_hop import MESSAGE_BYTES_MAX, block_of, read_message, write_message
+from shoal.node.libp2p_hop import MESSAGE_BYTES_MAX, read_message, write_message
 from shoal.node.libp2p_streams import STREAM_ERRORS, FrameReader
 from shoal.protocol.errors import ProtocolError, ShoalError, UriError
 from shoal.protocol.identity import PeerId, encode_libp2p_peer_id
@@ -118,7 +119,7 @@ class DialBacks:
         if remote is None or is_relayed(stream.muxed_conn):
             return Message.E_DIAL_REFUSED
         targets = choose_targets(question.dial.peer.addrs, remote[0])
-        if not targets or not self._may_ask(block_of(remote[0])):
+        if not targets or not self._may_ask(group_of(remote[0])):
             return Message.E_DIAL_REFUSED
         try:
             self._places.acquire_on_behalf_of_nowait(stream)

@@ -187,11 +187,6 @@ def check_external(text: str) -> str:
     return str(ip)
 
 
-def is_public(ip: str) -> bool:
-    """Whether the internet routes this address."""
-    return ipaddress.ip_address(ip).is_global
-
-
 def list_ports(wanted: int, choose: Callable[[range], int]) -> tuple[int, ...]:
     """The external ports to try, one after the other: the wanted one, then any."""
     return (wanted, *(choose(OTHER_PORTS) for _ in range(OTHER_PORTS_TRIED_MAX)))

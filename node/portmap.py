@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from shoal.node.endpoints import is_public
 from shoal.node.interfaces import Interfaces, InterfaceWatch
 from shoal.node.nat_pmp_gateway import open_nat_pmp
 from shoal.node.port_mapping import (
@@ -29,7 +30,6 @@ from shoal.node.port_mapping import (
     Way,
     WayTried,
     check_external,
-    is_public,
     renew_after_s,
     retry_after_s,
 )

@@ -6,7 +6,6 @@ others have dialled them; whoever is found on the LAN is dialled like any other 
 
 import asyncio
 import importlib
-import ipaddress
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from shoal.dht.addresses import parse_address
 from shoal.node.config import NodeConfig
 from shoal.node.control import ControlPlane, ControlStopped, PeerUnreachable
+from shoal.node.endpoints import is_loopback
 from shoal.node.happenings import REMEDIES, HappeningKind, Severity
 from shoal.node.interfaces import InterfaceWatch
 from shoal.node.port_mapping import Listener, MappingFailure, MappingState, PortMappings, Way
@@ -173,8 +173,3 @@ def list_wanted(config: NodeConfig, control: tuple[str, ...], tensor: Endpoint) 
 def _ipv4_wildcard(host: str) -> str:
     """Either wildcard stands for both families."""
     return "0.0.0.0" if host == "::" else host
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can dial it."""
-    return ipaddress.ip_address(host).is_loopback

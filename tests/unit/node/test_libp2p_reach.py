@@ -10,7 +10,7 @@ from multiaddr import Multiaddr
 from shoal.dht.addresses import parse_address
 from shoal.node import libp2p_reach
 from shoal.node.control import Reachability
-from shoal.node.libp2p_hop import block_of, read_message, write_message
+from shoal.node.libp2p_hop import read_message, write_message
 from shoal.node.libp2p_reach import AUTONAT_PROTOCOL, DialBacks, Observations, ReachCheck, Verdict, choose_targets
 from shoal.node.libp2p_streams import FrameReader
 from shoal.protocol.identity import Identity, encode_libp2p_peer_id
@@ -228,8 +228,3 @@ def test_an_address_block_may_ask_so_often_and_no_more() -> None:
         return [*answers, backs._may_ask("b")]
 
     assert trio.run(ask) == [True] * libp2p_reach.DIAL_BACKS_PER_BLOCK_MAX + [False, True]
-
-
-def test_one_subscriber_is_one_block() -> None:
-    assert block_of("45.0.0.1") != block_of("45.0.0.2")
-    assert block_of("2001:db8::1") == block_of("2001:db8::ffff:1") != block_of("2001:db8:0:1::1")

@@ -121,6 +121,7 @@ TENSOR = Wanted(listener=Listener.TENSOR, host="0.0.0.0", port=9461)
         (ControlTable(port=0), TensorTable(), ("0.0.0.0", 9461), (replace(CONTROL, port=7001), TENSOR)),
         (ControlTable(host="127.0.0.1"), TensorTable(), ("127.0.0.1", 9461), ()),
         (ControlTable(host="::1"), TensorTable(), ("0.0.0.0", 9461), (TENSOR,)),
+        (ControlTable(host="localhost"), TensorTable(), ("localhost", 9461), ()),
         (ControlTable(announce=(PUBLIC,)), TensorTable(), ("0.0.0.0", 9461), (TENSOR,)),
         (ControlTable(), TensorTable(announce_host="a.example"), ("0.0.0.0", 9461), (CONTROL,)),
         (ControlTable(), TensorTable(announce_port=1), ("0.0.0.0", 9461), (CONTROL,)),
