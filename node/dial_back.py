@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from shoal.node.allowances import Allowances
 from shoal.node.endpoints import format_endpoint, parse_endpoint_untrusted
 from shoal.node.link_port import LinkLost
 from shoal.node.links import TensorLinks
@@ -29,7 +30,9 @@ class DialBack:
     links: TensorLinks
     is_member: Callable[[PeerId], bool]
     now: Callable[[], float]
-    _begun_s: dict[PeerId, float] = field(default_factory=dict)
+    _begun: Allowances[PeerId] = field(
+        default_factory=lambda: Allowances(burst=1, per_s=1 / PERIOD_S, keys_max=PEERS_MAX)
+    )
     _running: set[PeerId] = field(default_factory=set)
 
     async def probe(self, peer: PeerId, question: ProbeAddresses) -> ProbeAnswer:
@@ -50,16 +53,10 @@ class DialBack:
     def _admit(self, peer: PeerId) -> None:
         if not self.is_member(peer):
             raise ProtocolError(Refusal.NOT_A_MEMBER, "only members are dialled back")
-        now = self.now()
-        begun_s = self._begun_s.get(peer)
-        if begun_s is not None and now - begun_s < PERIOD_S:
-            raise ProtocolError(Refusal.LIMIT, f"one dial-back in {PERIOD_S:g} s")
         if peer in self._running or len(self._running) >= AT_ONCE_MAX:
             raise ProtocolError(Refusal.LIMIT, f"{len(self._running)} dial-backs are running")
-        self._begun_s.pop(peer, None)  # so that the newest stands last
-        self._begun_s[peer] = now
-        if len(self._begun_s) > PEERS_MAX:
-            del self._begun_s[next(iter(self._begun_s))]
+        if not self._begun.take(peer, self.now()):
+            raise ProtocolError(Refusal.LIMIT, f"one dial-back in {PERIOD_S:g} s")
 
     async def _probe(self, peer: PeerId, text: str) -> bool | None:
         address = parse_endpoint_untrusted(text)

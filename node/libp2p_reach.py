@@ -25,6 +25,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from shoal.dht.addresses import Address, parse_address
+from shoal.node.allowances import Allowances
 from shoal.node.arrivals import group_of
 from shoal.node.control import Reachability
 from shoal.node.libp2p_connections import (
@@ -98,8 +99,11 @@ class DialBacks:
     def __init__(self, upgrader: TransportUpgrader) -> None:
         self._upgrader = upgrader
         self._places = trio.CapacityLimiter(DIAL_BACKS_AT_ONCE_MAX)
-        # When the window of a block began, and how often it has asked since.
-        self._windows: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._askers: Allowances[str] = Allowances(
+            burst=DIAL_BACKS_PER_BLOCK_MAX,
+            per_s=DIAL_BACKS_PER_BLOCK_MAX / DIAL_BACK_WINDOW_S,
+            keys_max=ASKERS_REMEMBERED_MAX,
+        )
 
     async def serve(self, stream: INetStream) -> None:
         """Answer one question."""
@@ -119,7 +123,7 @@ class DialBacks:
         if remote is None or is_relayed(stream.muxed_conn):
             return Message.E_DIAL_REFUSED
         targets = choose_targets(question.dial.peer.addrs, remote[0])
-        if not targets or not self._may_ask(group_of(remote[0])):
+        if not targets or not self._askers.take(group_of(remote[0]), trio.current_time()):
             return Message.E_DIAL_REFUSED
         try:
             self._places.acquire_on_behalf_of_nowait(stream)
@@ -133,17 +137,6 @@ class DialBacks:
             return Message.E_DIAL_ERROR
         answer.dialResponse.addr = Multiaddr(str(reached)).to_bytes()
         return Message.OK
-
-    def _may_ask(self, block: str) -> bool:
-        now_s = trio.current_time()
-        began_s, count = self._windows.get(block, (now_s, 0))
-        if began_s < now_s - DIAL_BACK_WINDOW_S:
-            began_s, count = now_s, 0
-        self._windows[block] = (began_s, count + 1)
-        self._windows.move_to_end(block)
-        if len(self._windows) > ASKERS_REMEMBERED_MAX:
-            self._windows.popitem(last=False)
-        return count < DIAL_BACKS_PER_BLOCK_MAX
 
     async def _dial(self, targets: Sequence[Address], peer_id: ID) -> Address | None:
         reached: list[Address] = []

@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
+from shoal.node.allowances import Allowances
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.node.endpoints import format_endpoint, parse_endpoints_untrusted, parse_ip
 from shoal.node.link_port import Address, LinkLost, LinkPath
@@ -106,7 +107,7 @@ class Punches:
         self._ports = ports
         self._offering: set[PeerId] = set()
         self._sessions: dict[PeerId, _Session] = {}
-        self._offered_s: dict[PeerId, float] = {}
+        self._offers: Allowances[PeerId] = Allowances(burst=1, per_s=1 / OFFER_PERIOD_S, keys_max=PEERS_MAX)
         self._pauses: dict[PeerId, tuple[float, float]] = {}  # until when, and how long the next one is
 
     # -- the side that wants a link ----------------------------------------------------------------------------------
@@ -208,15 +209,10 @@ class Punches:
         if peer in self._offering and self._me < peer:
             raise ProtocolError(Refusal.DUPLICATE, "an offer of this peer stands")
         self._sessions = {one: kept for one, kept in self._sessions.items() if kept.until_s > now}
-        offered_s = self._offered_s.get(peer)
-        if offered_s is not None and now - offered_s < OFFER_PERIOD_S:
-            raise ProtocolError(Refusal.LIMIT, f"one offer in {OFFER_PERIOD_S:g} s")
         if self._find_session(peer) is not None or len(self._sessions) >= SESSIONS_MAX:
             raise ProtocolError(Refusal.LIMIT, f"{len(self._sessions)} holes are being punched")
-        self._offered_s.pop(peer, None)  # so that the newest stands last
-        self._offered_s[peer] = now
-        if len(self._offered_s) > PEERS_MAX:
-            del self._offered_s[next(iter(self._offered_s))]
+        if not self._offers.take(peer, now):
+            raise ProtocolError(Refusal.LIMIT, f"one offer in {OFFER_PERIOD_S:g} s")
         session = _Session(token=offer.token, addresses=_list_dialable(offer.addresses), until_s=now + SESSION_LIFE_S)
         self._sessions[peer] = session
         own = (await self._ports.own_addresses())[:ADDRESSES_MAX]

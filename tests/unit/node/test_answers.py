@@ -122,7 +122,7 @@ async def test_peers_are_this_one_and_those_that_live(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dial_back, "PERIOD_S", 0.0)
+    monkeypatch.setattr(dial_back, "PERIOD_S", 1e-6)
 
 
 @asynccontextmanager

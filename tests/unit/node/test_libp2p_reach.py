@@ -219,12 +219,7 @@ def test_targets_are_plain_tcp_at_the_address_that_was_seen() -> None:
 
 
 def test_an_address_block_may_ask_so_often_and_no_more() -> None:
-    async def ask() -> list[bool]:
-        backs = DialBacks(None)  # type: ignore[arg-type]
-        answers = [backs._may_ask("a") for _ in range(libp2p_reach.DIAL_BACKS_PER_BLOCK_MAX + 1)]
-        for number in range(2 * libp2p_reach.ASKERS_REMEMBERED_MAX):
-            backs._may_ask(str(number))
-        assert len(backs._windows) == libp2p_reach.ASKERS_REMEMBERED_MAX
-        return [*answers, backs._may_ask("b")]
-
-    assert trio.run(ask) == [True] * libp2p_reach.DIAL_BACKS_PER_BLOCK_MAX + [False, True]
+    askers = DialBacks(None)._askers  # type: ignore[arg-type]
+    asked = [askers.take("a", 0.0) for _ in range(libp2p_reach.DIAL_BACKS_PER_BLOCK_MAX + 1)]
+    assert [*asked, askers.take("b", 0.0)] == [True] * libp2p_reach.DIAL_BACKS_PER_BLOCK_MAX + [False, True]
+    assert askers.take("a", libp2p_reach.DIAL_BACK_WINDOW_S)

@@ -108,8 +108,7 @@ async def test_a_failure_has_a_reason_and_a_pause_that_an_own_change_ends(
             assert caught.value.reason is LinkEnd.UNREACHABLE
         assert failed[:2] == [Failure.PUNCH_TIMEOUT, Failure.PUNCH_PAUSED]
         ann.paths.addresses_changed()
-        bob.paths.punches._offered_s.clear()
-        bob.paths.punches._sessions.clear()
+        pass_time(bob, 2 * punch.SESSION_LIFE_S)
         with pytest.raises(PunchFailed) as again:
             await ann.paths.punches.punch(bob.me)
         assert again.value.failure is Failure.PUNCH_TIMEOUT
@@ -169,6 +168,11 @@ def offer(token: bytes = TOKEN, *addresses: str) -> PunchOffer:
     return PunchOffer(token=token, addresses=addresses or ("127.0.0.1:1",), varies=False)
 
 
+def pass_time(peer: Peer, seconds: float) -> None:
+    now_s = peer.now_s
+    peer.now_s = lambda: now_s() + seconds
+
+
 async def refusal_of(peer: Peer, asker: PeerId, question: object) -> Refusal:
     with pytest.raises(ProtocolError) as caught:
         await peer.paths.answer(asker, question)
@@ -180,13 +184,12 @@ async def test_offers_are_for_members_and_bounded(tmp_path: Path, monkeypatch: p
         assert await refusal_of(ann, PeerId(b"s" * 32), offer()) is Refusal.NOT_A_MEMBER
         names = offer(TOKEN, "localhost:1", "no address", "0.0.0.0:1")
         assert await refusal_of(ann, bob.me, names) is Refusal.NOT_READY, "names are not looked up for others"
-        monkeypatch.setattr(punch, "OFFER_PERIOD_S", 0.0)
-        assert isinstance(await ann.paths.answer(bob.me, offer()), PunchAnswer)
-        assert await refusal_of(ann, bob.me, offer()) is Refusal.LIMIT, "one at a time"
-        monkeypatch.setattr(punch, "OFFER_PERIOD_S", 3600.0)
-        ann.paths.punches._sessions.clear()
         assert await refusal_of(ann, bob.me, offer()) is Refusal.LIMIT, "one in a while"
-        ann.paths.punches._offered_s.clear()
+        pass_time(ann, punch.OFFER_PERIOD_S)
+        assert isinstance(await ann.paths.answer(bob.me, offer()), PunchAnswer)
+        pass_time(ann, punch.OFFER_PERIOD_S)
+        assert await refusal_of(ann, bob.me, offer()) is Refusal.LIMIT, "one at a time"
+        pass_time(ann, 2 * punch.SESSION_LIFE_S)
         monkeypatch.setattr(punch, "SESSIONS_MAX", 0)
         assert await refusal_of(ann, bob.me, offer()) is Refusal.LIMIT, "so many at all"
 
