@@ -55,7 +55,7 @@ class Lookup:
     """One look-up. Each member of `seeds` begins a path; a node in several begins the first that comes to ask it."""
 
     def __init__(self, key: bytes, me: PeerId, seeds: Sequence[Iterable[Contact]]) -> None:
-        self._target = hashlib.sha256(key).digest()
+        self._target = place_of(key)
         self._me = me
         self._asked: set[PeerId] = set()
         self._answered: dict[PeerId, Contact] = {}
@@ -124,19 +124,22 @@ class Lookup:
         return peer in path.under_way or peer in path.answered
 
     def _distance(self, peer: PeerId) -> int:
-        place = hashlib.sha256(encode_libp2p_peer_id(peer)).digest()
-        return int.from_bytes(place, "big") ^ int.from_bytes(self._target, "big")
+        return place_of(encode_libp2p_peer_id(peer)) ^ self._target
+
+
+def place_of(name: bytes) -> int:
+    """Where a key, or the node with that libp2p peer id, lies among all; the distance of two is their exclusive or."""
+    return int.from_bytes(hashlib.sha256(name).digest(), "big")
 
 
 def deal_seeds(key: bytes, own_choice: Iterable[Contact], table: Iterable[Contact]) -> tuple[tuple[Contact, ...], ...]:
     """Where each path begins. The first begins with peers that this one chose to connect to, and with them alone, for
     whoever fills the routing table has no hand in that; the others share the table's closest, turn by turn.
     """
-    place = int.from_bytes(hashlib.sha256(key).digest(), "big")
+    target = place_of(key)
 
     def distance(contact: Contact) -> int:
-        own = hashlib.sha256(encode_libp2p_peer_id(contact.peer)).digest()
-        return int.from_bytes(own, "big") ^ place
+        return place_of(encode_libp2p_peer_id(contact.peer)) ^ target
 
     chosen = tuple(sorted(own_choice, key=distance)[:CLOSER_MAX])
     rest = sorted(table, key=distance)[: PATHS * PATH_WIDTH]

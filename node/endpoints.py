@@ -7,10 +7,13 @@ Invariant: what parses formats back to the same text; no wildcard, multicast or 
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
+from typing import TypeVar
 
 from shoal.node.link_port import Address
+
+T = TypeVar("T")
 
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(?:\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
@@ -78,4 +81,9 @@ def interleave(addresses: Iterable[Address]) -> list[Address]:
     given = list(dict.fromkeys(addresses))
     six = [one for one in given if ":" in one[0]]
     rest = [one for one in given if ":" not in one[0]]
-    return [one for pair in zip_longest(six, rest) for one in pair if one is not None]
+    return take_turns(six, rest)
+
+
+def take_turns(first: Sequence[T], second: Sequence[T]) -> list[T]:
+    """One of each in turn, then what is left of the longer one."""
+    return [one for pair in zip_longest(first, second) for one in pair if one is not None]

@@ -12,7 +12,6 @@ import random
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 
 import trio
 from libp2p.exceptions import BaseLibp2pError
@@ -22,6 +21,7 @@ from multiaddr import Multiaddr
 
 from shoal.dht.addresses import Address, keep_dialable, parse_address
 from shoal.node.control import CONNECT_TIMEOUT_S, BootstrapFailed, PeerUnreachable
+from shoal.node.endpoints import take_turns
 from shoal.node.libp2p_stack import BoundedSwarm
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId, encode_libp2p_peer_id
@@ -153,8 +153,7 @@ def order_targets(targets: Sequence[Address]) -> list[Address]:
         same = [target for target in targets if target.is_relayed == through_relays]
         six = [target for target in same if target.net == "ip6"]
         four = [target for target in same if target.net != "ip6"]
-        turns = zip_longest(six, four) if same and same[0].net == "ip6" else zip_longest(four, six)
-        ordered.extend(target for turn in turns for target in turn if target is not None)
+        ordered.extend(take_turns(six, four) if same and same[0].net == "ip6" else take_turns(four, six))
     return list(dict.fromkeys(ordered))
 
 
