@@ -126,10 +126,9 @@ class ChaosSwarm:
     ) -> None:
         self.began_s = time.monotonic()
         self.network = ShapedNetwork(seed)
-        harness.DRAFT = DRAFT.format(round_time_s=round_time_s)
         for number in range(1, count + 1):
             prepare(folder / f"peer{number}")
-        self.swarm = harness.Swarm(folder, count, self.network)
+        self.swarm = harness.Swarm(folder, count, self.network, DRAFT.format(round_time_s=round_time_s))
         self.config = folder / "config.toml"
         self.config.write_text(CONFIG.format(free_gib_min=free_gib_min, step_period_s=step_period_s))
         self.members = [self._add(f"peer{number}") for number in range(1, count + 1)]

@@ -60,9 +60,8 @@ class Bench:
 
     def __init__(self, text: str, founders: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-bench-")
-        harness.DRAFT = text
         harness.WAIT_S = 400.0
-        self.swarm = harness.Swarm(Path(self._folder.name), founders)
+        self.swarm = harness.Swarm(Path(self._folder.name), founders, draft=text)
         self.swarm.text = None  # the source of the running Python
 
     def __enter__(self) -> harness.Swarm:

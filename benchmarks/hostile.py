@@ -21,9 +21,8 @@ from typing import Any
 
 import psutil
 
-from tests.e2e import swarm as harness
 from tests.e2e.hostile_clients import open_flood
-from tests.e2e.swarm import Peer, Swarm
+from tests.e2e.swarm import Peer, Swarm, vary_draft
 from tests.e2e.test_hostile import find_ports
 
 CLIENTS, PEERS, ROUNDS, TURNS = 1000, 3, 8, 3
@@ -36,10 +35,7 @@ CONFIG = "[trainer]\nstep_period_s = 0.1\n"
 
 def start_swarm(folder: Path, peers: int) -> Swarm:
     """A swarm that has certified its first rounds."""
-    harness.DRAFT = harness.DRAFT.replace("round_time_s = 2.0", f"round_time_s = {ROUND_TIME_S}").replace(
-        "inner_steps = 200", "inner_steps = 100000"
-    )
-    swarm = Swarm(folder, founders=peers)
+    swarm = Swarm(folder, founders=peers, draft=vary_draft(round_time_s=ROUND_TIME_S, inner_steps=100_000))
     config = folder / "config.toml"
     config.write_text(CONFIG)
     members = [swarm.add(f"peer{number}") for number in range(1, peers + 1)]

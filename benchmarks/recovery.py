@@ -75,9 +75,8 @@ class Recovery:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-recovery-")
         folder = Path(self._folder.name)
-        harness.DRAFT = DRAFT
         self.network = ShapedNetwork()
-        self.swarm = harness.Swarm(folder, PEERS, self.network)
+        self.swarm = harness.Swarm(folder, PEERS, self.network, DRAFT)
         config = folder / "config.toml"
         config.write_text("[trainer]\nstep_period_s = 0.2\n")
         self.peers = [self.swarm.add(f"peer{number}") for number in range(1, PEERS + 1)]

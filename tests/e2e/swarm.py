@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,15 @@ presence_period_s = 0.5
 presence_timeout_s = 6.0
 snapshot_every = 4
 """
+
+
+def vary_draft(**values: float) -> str:
+    """DRAFT with these values; each key must stand in it."""
+    text = DRAFT
+    for key, value in values.items():
+        text, found = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+        assert found == 1, key
+    return text
 
 
 class Peer:
@@ -147,7 +157,7 @@ class Peer:
 class Swarm:
     """Everything that one test started; `end` leaves no process behind."""
 
-    def __init__(self, folder: Path, founders: int, network: ShapedNetwork | None = None, draft: str = "") -> None:
+    def __init__(self, folder: Path, founders: int, network: ShapedNetwork | None = None, draft: str = DRAFT) -> None:
         self.folder = folder
         self.network = network
         self.ports: set[int] = set()
@@ -155,7 +165,7 @@ class Swarm:
         self.text.write_text("def add(first, second):\n    return first + second\n" * 6000)
         self.peers: list[Peer] = []
         self.manifest = folder / "swarm.shoal"
-        (folder / "draft.toml").write_text(draft or DRAFT)
+        (folder / "draft.toml").write_text(draft)
         names = [f"peer{number}" for number in range(1, founders + 1)]
         ids = [run("id", "--data-dir", str(folder / name)).stdout.strip() for name in names]
         more = [word for one in ids for word in ("--founder", one)]

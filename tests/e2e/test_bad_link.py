@@ -14,7 +14,6 @@ import pytest
 
 from shoal.node.happenings import HappeningKind
 from shoal.node.status import Status
-from tests.e2e import swarm as harness
 from tests.e2e.shaping_proxy import HOST, Line, ShapedNetwork
 from tests.e2e.swarm import Peer, Swarm
 
@@ -61,12 +60,11 @@ def network() -> Iterator[ShapedNetwork]:
     made.close()
 
 
-def make_swarm(folder: Path, network: ShapedNetwork, line: Line, monkeypatch: pytest.MonkeyPatch) -> list[Peer]:
+def make_swarm(folder: Path, network: ShapedNetwork, line: Line) -> list[Peer]:
     """Four peers, of which the last is behind the line, from the first certified rounds on."""
-    monkeypatch.setattr(harness, "DRAFT", DRAFT)
     config = folder / "config.toml"
     config.write_text("[trainer]\nstep_period_s = 0.1\n")
-    swarm = Swarm(folder, founders=4, network=network)
+    swarm = Swarm(folder, founders=4, network=network, draft=DRAFT)
     peers = [swarm.add(f"peer{number}") for number in range(1, 5)]
     network.set_line("peer4", line, lambda: peers[3].pid)
     for peer in peers:
@@ -107,9 +105,9 @@ def watch(peers: list[Peer], rounds: int) -> tuple[list[Status], list[float]]:
     ("line", "waits_s"), [(Line(bytes_per_s=10e6 / 8, delay_s=0.05, loss=0.02), 0.0), (Line(bytes_per_s=3e6 / 8), 0.1)]
 )
 def test_a_bad_line_neither_stalls_nor_excludes(
-    line: Line, waits_s: float, tmp_path: Path, network: ShapedNetwork, monkeypatch: pytest.MonkeyPatch
+    line: Line, waits_s: float, tmp_path: Path, network: ShapedNetwork
 ) -> None:
-    peers = make_swarm(tmp_path, network, line, monkeypatch)
+    peers = make_swarm(tmp_path, network, line)
     swarm = peers[0].swarm
     try:
         before, first = network.sent_bytes("peer4"), peers[0].round

@@ -8,22 +8,20 @@ import pytest
 
 from shoal.node.archive import open_archive
 from shoal.protocol.messages import digest_record
-from tests.e2e import swarm as e2e
-from tests.e2e.swarm import Peer, Swarm, run
+from tests.e2e.swarm import DRAFT, Peer, Swarm, run
 
 
 @pytest.fixture(params=["owner", "timer"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def way(request: pytest.FixtureRequest) -> str:
     """How the swarm gets new voters where two of three are gone for good."""
     chosen: str = request.param
-    if chosen == "timer":
-        monkeypatch.setattr(e2e, "DRAFT", e2e.DRAFT + "reroot_after_s = 6.0\n")
     return chosen
 
 
 @pytest.fixture
 def swarm(way: str, tmp_path: Path) -> Iterator[Swarm]:
-    made = Swarm(tmp_path, founders=3)
+    timer = "reroot_after_s = 6.0\n" if way == "timer" else ""
+    made = Swarm(tmp_path, founders=3, draft=DRAFT + timer)
     yield made
     made.end()
 

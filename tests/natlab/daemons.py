@@ -5,7 +5,7 @@ from pathlib import Path
 
 from shoal.node.config import CONTROL_PORT, TENSOR_PORT, WEB_PORT
 from shoal.node.status import PeerStatus, Status
-from tests.e2e.swarm import DRAFT, Peer, Swarm, run
+from tests.e2e.swarm import Peer, Swarm, run, vary_draft
 from tests.natlab.lab import Host
 
 # What a volunteer has: the default ports, open to whoever gets through.
@@ -56,7 +56,7 @@ class LabSwarm(Swarm):
     """Its founders are the first peers that are added, named peer1, peer2 and so on."""
 
     def __init__(self, folder: Path, founders: int, peers_min: int = 2) -> None:
-        super().__init__(folder, founders, draft=DRAFT.replace("peers_min = 2", f"peers_min = {peers_min}"))
+        super().__init__(folder, founders, draft=vary_draft(peers_min=peers_min))
 
     def add_on(self, host: Host, name: str) -> LabPeer:
         peer = LabPeer(self, name, host)
