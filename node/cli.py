@@ -273,7 +273,7 @@ def _run_daemon(config: "NodeConfig", identity: "Identity", incarnation: int) ->
             log = logging.getLogger("shoal")
             log.info("peer %s of swarm %s", format_peer_id(identity.peer), ready.manifest.name)
             log.info("page and metrics: http://%s:%d/", config.web.host, ready.web_port)
-            log.info("another machine joins with: shoal join '%s'", ready.reporter.subjects.uri)
+            log.info("another machine joins with: shoal join '%s'", ready.reporter.describe_uri())
 
         await daemon.run(tell)
 

@@ -53,7 +53,7 @@ from shoal.protocol.codecs import Float32s
 from shoal.protocol.effects import Behind, Phase, Pledge
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId, short_peer_id
-from shoal.protocol.manifest import Manifest, SwarmUri, read_manifest_untrusted
+from shoal.protocol.manifest import Manifest, read_manifest_untrusted
 from shoal.protocol.messages import Certificate, Certified, Presence
 from shoal.protocol.outer_step import rounds_as_specified
 from shoal.protocol.presence import PeerLost, PresenceTable
@@ -386,7 +386,6 @@ class Daemon:
             me=self.me,
             swarm=self.swarm,
             manifest=self.manifest,
-            uri=str(SwarmUri(swarm=self.swarm, bootstraps=self.control.addresses()[:4])),
             core=self.core,
             state=self.state,
             exchange=self.exchange,

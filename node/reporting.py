@@ -62,7 +62,7 @@ from shoal.protocol.effects import (
 )
 from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.identity import PeerId, format_peer_id, short_peer_id
-from shoal.protocol.manifest import Manifest
+from shoal.protocol.manifest import Manifest, SwarmUri
 from shoal.protocol.messages import Presence, Result
 from shoal.protocol.quorum import quorum_size
 from shoal.protocol.rounds import RoundCore
@@ -70,6 +70,7 @@ from shoal.protocol.rounds import RoundCore
 LAG_PERIOD_S = 0.1
 NOTES_DELAY_S = 0.2
 REFUSED_SHOWN_MAX = 8
+URI_BOOTSTRAPS_MAX = 4
 _LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
 
 log = logging.getLogger("shoal")
@@ -83,7 +84,6 @@ class Subjects:
     me: PeerId
     swarm: bytes
     manifest: Manifest
-    uri: str
     core: RoundCore
     state: LocalState
     exchange: PartExchange
@@ -316,7 +316,7 @@ class Reporter:
             name=one.config.node.name,
             swarm=one.swarm.hex(),
             swarm_name=one.manifest.name,
-            uri=one.uri,
+            uri=self.describe_uri(),
             role=one.config.node.role,
             at_s=time.time(),
             uptime_s=time.time() - self.started_s,
@@ -580,6 +580,11 @@ class Reporter:
         metrics.ledger_held.set(None if one.ledger.held is None else LedgerHeld(one.ledger.held))
         metrics.blob_bytes.set(disk.blob_bytes)
         return metrics.render()
+
+    def describe_uri(self) -> str:
+        """By what another machine joins now: the addresses at which others have reached this peer come and go."""
+        bootstraps = self.subjects.control.addresses()[:URI_BOOTSTRAPS_MAX] if self.control_up else ()
+        return str(SwarmUri(swarm=self.subjects.swarm, bootstraps=bootstraps))
 
     def _control_status(self) -> ControlStatus:
         if not self.control_up:

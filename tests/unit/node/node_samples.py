@@ -408,7 +408,6 @@ class Peer:
             me=self.me,
             swarm=swarm.id,
             manifest=manifest,
-            uri=f"shoal://{swarm.id.hex()}",
             core=self.core,
             state=self.state,
             exchange=self.exchange,

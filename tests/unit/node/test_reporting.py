@@ -17,6 +17,7 @@ from shoal.node.terminal import describe_status
 from shoal.protocol.effects import AttemptFailed, PartReassigned, Phase, PhaseEntered, SenderMissing
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import format_peer_id, short_peer_id
+from shoal.protocol.manifest import SwarmUri, parse_uri
 from tests.unit.node.exposition import read
 from tests.unit.node.node_samples import Peer, make_samples, open_peer, open_peers, wait_until
 from tests.unit.node.puppet import open_puppet
@@ -193,3 +194,13 @@ async def test_a_peer_that_went_is_told_with_its_reason(tmp_path: Path) -> None:
         assert (left.severity.value, lost.severity.value) == ("info", "warning")
         assert lost.text == f"lost {short_peer_id(BOB)}: peer_lost; {REMEDIES[Failure.PEER_LOST]}"
         assert read(peer, "peers_lost_total", reason="peer_left") == 1
+
+
+async def test_the_uri_follows_the_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_reporter(tmp_path) as peer:
+        for port in (9460, 9461):
+            address = f"/ip4/203.0.113.5/tcp/{port}/p2p/{format_peer_id(peer.me)}"
+            monkeypatch.setattr(peer.control, "addresses", lambda address=address: (address,))
+            assert parse_uri(peer.reporter.build_status().uri) == SwarmUri(swarm=peer.swarm.id, bootstraps=(address,))
+        peer.reporter.control_up = False
+        assert parse_uri(peer.reporter.build_status().uri) == SwarmUri(swarm=peer.swarm.id)
