@@ -10,6 +10,7 @@ for SETTLE_S (at most SETTLE_S_MAX after the first sign); what is read from the 
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import socket
@@ -129,6 +130,17 @@ def parse_gateways(text: str) -> tuple[Gateway, ...]:
             ip = str(ipaddress.IPv4Address(socket.htonl(gateway)))
             found.append(Gateway(metric=metric, interface=cells[0], ip=ip))
     return tuple(sorted(found)[:GATEWAYS_MAX])
+
+
+def has_address(host: str) -> bool:
+    """Whether an IP address is one of this machine's, those of loopback and of the link included."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host.partition("%")[0], 0))
+        except OSError as error:
+            return error.errno != errno.EADDRNOTAVAIL
+    return True
 
 
 def read_slept_s() -> float:

@@ -36,6 +36,8 @@ from libp2p.transport.upgrader import TransportUpgrader
 from libp2p.utils.multiaddr_utils import multiaddr_from_socket
 from multiaddr import Multiaddr
 
+from shoal.node.interfaces import has_address
+
 # A peer whose kernel acknowledges nothing for this long is hung up on.
 LINK_TIMEOUT_S = 20
 # And one that sends no byte for this long after a ping, too: a relay's kernel may acknowledge for it.
@@ -99,6 +101,10 @@ class Transport(ReadWriteCloser):
     async def abort(self) -> None:
         """End it now, whatever the peer does."""
 
+    def is_stranded(self) -> bool:
+        """Whether it begins at an address that this machine no longer has, so that nothing comes back."""
+        return False
+
     async def read(self, n: int | None = None) -> bytes:
         enough = 1 if n is None else min(n, READ_BYTES_MAX)
         while len(self._unread) < enough:
@@ -119,6 +125,7 @@ class BufferedTcpStream(Transport, TrioTCPStream):
     def __init__(self, stream: trio.SocketStream) -> None:
         super().__init__(stream)
         self._unread = bytearray()
+        self._local_host = str(stream.socket.getsockname()[0])
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         # Not every system has these; there, the daemon's own heartbeats are all there is.
         for name, value in (
@@ -137,6 +144,9 @@ class BufferedTcpStream(Transport, TrioTCPStream):
 
     async def _receive(self) -> bytes:
         return await TrioTCPStream.read(self, READ_BYTES_MAX)
+
+    def is_stranded(self) -> bool:
+        return not has_address(self._local_host)
 
     async def abort(self) -> None:
         # Closing the socket never blocks, unlike the library's farewell to a peer that has stopped reading.

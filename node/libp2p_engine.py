@@ -223,6 +223,12 @@ class ControlEngine:
         for connection in self._swarm.get_connections(libp2p_id(peer)):
             await _close_socket(connection)
 
+    async def _drop_stranded(self) -> None:
+        # Their silence would be noticed, but only after a while, and no other connection be made before.
+        for connection in self._swarm.get_connections():
+            if transport_of(connection.muxed_conn).is_stranded():
+                await _close_socket(connection)
+
     async def _close(self) -> None:
         self._dialer.close()
         # Circuits end with the connections that they run in.
@@ -489,6 +495,7 @@ class ControlEngine:
         """What was true of this machine's addresses may be so no more."""
         assert self._tasks is not None
         self._reach.forget()
+        self._tasks.start_soon(self._drop_stranded)
         self._dialer.retry()
         self._tasks.start_soon(self._note_reach)
 

@@ -16,6 +16,7 @@ from shoal.node.interfaces import (
     Interfaces,
     InterfaceWatch,
     describe_change,
+    has_address,
     parse_gateways,
     read_interfaces,
 )
@@ -184,3 +185,8 @@ def test_the_kernel_gives_notice_in_a_namespace() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[('192.0.2.2', 24)] ['192.0.2.1']", "192.0.2.2"]
+
+
+@pytest.mark.parametrize(("host", "has"), [("127.0.0.1", True), ("203.0.113.1", False), ("0.0.0.0", True)])
+def test_an_address_is_this_machines_or_not(host: str, has: bool) -> None:
+    assert has_address(host) is has

@@ -19,6 +19,7 @@ from shoal.node.control import (
     ControlPlane,
     PeerUnreachable,
 )
+from shoal.node.interfaces import has_address
 from shoal.node.libp2p_connections import UNREAD_BYTES_PER_CONNECTION_MAX
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.libp2p_stack import STREAMS_PER_PEER_MAX
@@ -182,6 +183,22 @@ async def test_a_peer_that_something_else_answers_for_is_lost(
         assert not await other.hears()
     finally:
         network.close()
+
+
+async def test_connections_of_an_address_that_is_gone_end_at_once(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = await members.start(2)
+    other.plane.refresh()
+    assert await other.plane.request(one.peer, b"there?") == b"answer to there?", "the address is still there"
+    assert not await other.hears()
+    monkeypatch.setattr(libp2p_connections, "has_address", lambda host: host != "127.0.0.1")
+    other.plane.refresh()
+    assert await other.find("lost") == (one.peer,)
+    assert await one.find("lost") == (other.peer,)
+    monkeypatch.setattr(libp2p_connections, "has_address", has_address)
+    await other.plane.connect(one.plane.addresses())
+    assert await other.plane.request(one.peer, b"there?") == b"answer to there?"
 
 
 async def test_a_peer_that_is_back_before_its_loss_was_noticed_hears_presences(
