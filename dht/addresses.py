@@ -132,6 +132,12 @@ def keep_dialable(texts: Iterable[str], peer: PeerId) -> tuple[str, ...]:
     return tuple(kept)
 
 
+def with_peer(texts: Iterable[str], peer: PeerId) -> tuple[str, ...]:
+    """The addresses, none twice, each with the id of the peer that must answer there."""
+    tail = f"/p2p/{format_peer_id(peer)}"
+    return tuple(dict.fromkeys(text if text.endswith(tail) else text + tail for text in texts))
+
+
 def _parse_tail(text: str, parts: list[str]) -> PeerId:
     if parts[0] != "p2p":
         raise _malformed(text, f"goes on with {parts[0]!r}")

@@ -37,7 +37,7 @@ from shoal.node.metered_control import MeteredControl
 from shoal.node.metrics import Metrics
 from shoal.node.own_presence import OwnPresence
 from shoal.node.parting import Parting, PartingPorts
-from shoal.node.peer_book_file import load_peer_book, save_peer_book
+from shoal.node.peer_book_file import PEER_BOOK_FILE, load_peer_book, save_peer_book
 from shoal.node.providers import Providers
 from shoal.node.ready_offer import ReadyOffer
 from shoal.node.repair import abstains, open_ledger
@@ -62,7 +62,6 @@ from shoal.protocol.round_state import Setting
 from shoal.protocol.rounds import RoundCore
 
 LEAVE_TIMEOUT_S = 10.0
-PEER_BOOK_FILE = "peers.book"
 
 log = logging.getLogger("shoal")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from shoal.dht.addresses import with_peer
 from shoal.node.config import BOOTSTRAP, MANIFEST_FILE, TRAINER, NodeConfig, load_config
 from shoal.node.control import STOP_TIMEOUT_S, ControlStopped
 from shoal.node.doctor_findings import (
@@ -83,7 +84,7 @@ from shoal.node.identity_file import IDENTITY_FILE, load_identity
 from shoal.node.interfaces import read_interfaces
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.manifest_source import read_manifest_file
-from shoal.node.peer_book_file import load_peer_book
+from shoal.node.peer_book_file import PEER_BOOK_FILE, load_peer_book
 from shoal.node.reachability import ReachState, judge_mapping
 from shoal.node.running import RUNNING_FILE, read_running
 from shoal.node.status import Status, fetch_status
@@ -98,7 +99,6 @@ LOOKS_END_S = DEADLINE_S - PRINTING_S
 VISIT_END_S = LOOKS_END_S - STOP_TIMEOUT_S
 STATUS_TIMEOUT_S = 2.0
 KNOWN_PEERS_MAX = 6
-PEER_BOOK_FILE = "peers.book"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,13 +305,7 @@ async def _visit(config: NodeConfig, seen: _Observations, swarm: _Swarm, identit
 def _known_peers(config: NodeConfig, me: PeerId, own: str) -> list[tuple[PeerId, tuple[str, ...]]]:
     book = load_peer_book(config.data_path / PEER_BOOK_FILE, me)
     ranked = [known for known in book.ranked() if known.addresses and format_peer_id(known.peer) != own]
-    return [(known.peer, with_peer(known.peer, known.addresses)) for known in ranked[:KNOWN_PEERS_MAX]]
-
-
-def with_peer(peer: PeerId, addresses: tuple[str, ...]) -> tuple[str, ...]:
-    """The addresses with the id of the peer that must answer there."""
-    tail = f"/p2p/{format_peer_id(peer)}"
-    return tuple(text if text.endswith(tail) else text + tail for text in addresses)
+    return [(known.peer, with_peer(known.addresses, known.peer)) for known in ranked[:KNOWN_PEERS_MAX]]
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------

@@ -17,14 +17,14 @@ from libp2p.peer.peerinfo import PeerInfo
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.rcmgr import Direction
 
-from shoal.dht.addresses import ADDRESSES_PER_PEER_MAX, Address, keep_dialable
+from shoal.dht.addresses import ADDRESSES_PER_PEER_MAX, Address, keep_dialable, with_peer
 from shoal.dht.lookup import PATH_WIDTH, PATHS, Contact, Lookup, Query, deal_seeds, share_out
 from shoal.node.control import LOOKUP_TIMEOUT_S, PROVIDERS_MAX, PeerAddresses
 from shoal.node.libp2p_dialer import Dialer
 from shoal.node.libp2p_lookup import FIND_NODE, GET_PROVIDERS, Answer, DhtClient, OpenStream
 from shoal.node.libp2p_stack import BoundedSwarm
 from shoal.protocol.errors import ProtocolError
-from shoal.protocol.identity import PeerId, decode_libp2p_peer_id, encode_libp2p_peer_id, format_peer_id
+from shoal.protocol.identity import PeerId, decode_libp2p_peer_id, encode_libp2p_peer_id
 
 TELLS_AT_ONCE_MAX = 10
 # A peer is found when so many paths agree that it is somewhere.
@@ -155,9 +155,3 @@ def ed25519_peer(peer_id: ID) -> PeerId | None:
         return decode_libp2p_peer_id(peer_id.to_bytes())
     except ProtocolError:
         return None
-
-
-def with_peer(texts: Sequence[str], peer: PeerId) -> tuple[str, ...]:
-    """The addresses, each with the peer's id."""
-    tail = f"/p2p/{format_peer_id(peer)}"
-    return tuple(dict.fromkeys(text if text.endswith(tail) else text + tail for text in texts))

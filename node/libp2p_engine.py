@@ -24,7 +24,7 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.rcmgr import Direction
 from multiaddr import Multiaddr
 
-from shoal.dht.addresses import Address, keep_dialable, parse_address, parse_peer_address
+from shoal.dht.addresses import Address, keep_dialable, parse_address, parse_peer_address, with_peer
 from shoal.dht.keys import presence_topic
 from shoal.node.control import (
     PRESENCE_BYTES_MAX,
@@ -40,7 +40,7 @@ from shoal.node.control import (
 from shoal.node.libp2p_addresses import OwnAddresses, open_listeners
 from shoal.node.libp2p_connections import is_relayed, transport_of
 from shoal.node.libp2p_dialer import Dialer
-from shoal.node.libp2p_discovery import Discovery, ed25519_peer, libp2p_id, with_peer
+from shoal.node.libp2p_discovery import Discovery, ed25519_peer, libp2p_id
 from shoal.node.libp2p_hop import HOP_PROTOCOL, STOP_PROTOCOL, HopService
 from shoal.node.libp2p_reach import AUTONAT_PROTOCOL, DialBacks, Observations, ReachCheck
 from shoal.node.libp2p_relays import CircuitTransport, RelayClient

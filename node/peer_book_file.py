@@ -7,6 +7,8 @@ from shoal.dht.peer_book import PeerBook, decode_peer_book_untrusted
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import PeerId
 
+PEER_BOOK_FILE = "peers.book"  # in the data folder
+
 log = logging.getLogger(__name__)
 
 

@@ -10,6 +10,7 @@ from shoal.dht.addresses import (
     parse_address,
     parse_address_untrusted,
     parse_peer_address,
+    with_peer,
 )
 from shoal.protocol.errors import ProtocolError, Refusal, UriError
 from shoal.protocol.identity import Identity, format_peer_id
@@ -180,3 +181,8 @@ def test_good_addresses_survive_bad_ones() -> None:
 def test_no_more_addresses_are_kept_than_a_peer_may_have() -> None:
     many = [f"/ip4/1.2.3.4/tcp/{port}" for port in range(1, 2 * ADDRESSES_PER_PEER_MAX)]
     assert keep_dialable(many, PEER) == tuple(many[:ADDRESSES_PER_PEER_MAX])
+
+
+def test_addresses_get_the_id_of_the_peer_once() -> None:
+    direct, circuit = "/ip4/1.2.3.4/tcp/1", f"/ip4/1.2.3.4/tcp/1/p2p/{format_peer_id(OTHER)}/p2p-circuit"
+    assert with_peer([direct, direct + TAIL, circuit], PEER) == (direct + TAIL, circuit + TAIL)
