@@ -19,8 +19,9 @@ from pathlib import Path
 import psutil
 
 from shoal.dht.addresses import parse_address
-from shoal.node.control import FRAME_BYTES_MAX, ControlConfig, ControlHandlers, Reachability
+from shoal.node.control import FRAME_BYTES_MAX, ControlConfig, ControlHandlers
 from shoal.node.libp2p_host import Libp2pHost
+from shoal.node.reachability import ReachState
 from shoal.protocol.identity import Identity, PeerId
 
 SWARM = bytes(range(32))
@@ -38,7 +39,7 @@ def make_host(number: int, relay: str) -> Libp2pHost:
         swarm=SWARM,
         listen=("/ip4/127.0.0.1/tcp/0",),
         bootstrap=(relay,),
-        reachability=Reachability.PRIVATE,
+        reachability=ReachState.PRIVATE,
     )
 
     def ignore(*_: object) -> None:

@@ -10,9 +10,9 @@ longer than its named timeout; every queue is bounded.
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
+from shoal.node.reachability import ReachState
 from shoal.protocol.errors import Failure, ProtocolError, Refusal, ShoalError
 from shoal.protocol.identity import Identity, PeerId, short_peer_id
 from shoal.protocol.wire import DELTA_BYTES_MAX
@@ -76,14 +76,6 @@ class BootstrapFailed:
     failure: Failure = Failure.BOOTSTRAP_UNREACHABLE
 
 
-class Reachability(StrEnum):
-    """Whether others can dial this peer's control port."""
-
-    UNKNOWN = "unknown"
-    CONFIRMED = "confirmed"
-    PRIVATE = "private"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayLimits:
     """What a relay gives to others: circuits, each a stream of bytes between two peers that it cannot read.
@@ -133,7 +125,7 @@ class ControlConfig:
     relay: RelayLimits | None = RelayLimits()
     relays_unconfirmed: bool = False
     relays_wanted: int = 2
-    reachability: Reachability | None = None
+    reachability: ReachState | None = None
     listen_field: str = "control.port"
 
 
@@ -146,7 +138,7 @@ class ControlReach:
     `checked_s` how long ago one was asked. `serves`: it relays for others; `served` is what.
     """
 
-    state: Reachability = Reachability.UNKNOWN
+    state: ReachState = ReachState.UNKNOWN
     confirmed: tuple[str, ...] = ()
     seen_hosts: tuple[str, ...] = ()
     relays: tuple[PeerId, ...] = ()

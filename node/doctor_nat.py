@@ -6,7 +6,6 @@ The terms are those of RFC 5780. Pure functions like those of `node/doctor_findi
 from dataclasses import dataclass
 from enum import StrEnum
 
-from shoal.node.control import Reachability as ControlReachability
 from shoal.node.doctor_findings import Check, Finding, Unknown, not_checked, ok, warning
 from shoal.node.endpoints import is_public, parse_endpoint_untrusted
 from shoal.node.port_mapping import MappingState
@@ -126,10 +125,10 @@ def judge_relay(status: Status | None) -> Finding:
     control = status.control
     if control.relays:
         return ok(Check.RELAY, f"others reach the control port through {len(control.relays)} relays as well")
-    if control.state is ControlReachability.CONFIRMED:
+    if control.state is ReachState.REACHABLE:
         relaying = f"; it relays for {control.reservations} others" if control.relaying else ""
         return ok(Check.RELAY, f"not needed: others dial the control port{relaying}")
-    if control.state is ControlReachability.UNKNOWN:
+    if control.state is ReachState.UNKNOWN:
         why = "nobody has said yet whether the control port can be dialled"
         return not_checked(Check.RELAY, Unknown(why=why, next_step="run it again in a minute"))
     fix = "ask for a reachable peer in the swarm: shoal relay on any machine with a public address"

@@ -34,7 +34,6 @@ from shoal.node.control import (
     ControlReach,
     PeerAddresses,
     PeerUnreachable,
-    Reachability,
     RelayCounts,
 )
 from shoal.node.libp2p_addresses import OwnAddresses, open_listeners
@@ -65,6 +64,7 @@ from shoal.node.libp2p_streams import (
     receive_messages,
 )
 from shoal.node.libp2p_tls import add_tls
+from shoal.node.reachability import ReachState
 from shoal.protocol.errors import Failure, ProtocolError, Refusal, ShoalError
 from shoal.protocol.identity import PeerId
 
@@ -508,7 +508,7 @@ class ControlEngine:
         """Act on whether this peer can be dialled."""
         state = self._reach.state
         serves = self._hop is not None and (
-            state is Reachability.CONFIRMED or (state is Reachability.UNKNOWN and self._config.relays_unconfirmed)
+            state is ReachState.REACHABLE or (state is ReachState.UNKNOWN and self._config.relays_unconfirmed)
         )
         if serves != (HOP_PROTOCOL in self._host.get_mux().get_protocols()):
             self._changed.set()
@@ -522,7 +522,7 @@ class ControlEngine:
     def _count_relays_wanted(self) -> int:
         waits = trio.current_time() < self._started_s + UNKNOWN_GRACE_S
         state = self._reach.state
-        wants = state is Reachability.PRIVATE or (state is Reachability.UNKNOWN and not waits)
+        wants = state is ReachState.PRIVATE or (state is ReachState.UNKNOWN and not waits)
         return self._config.relays_wanted if wants else 0
 
     def _protocols_of(self, peer_id: ID) -> Sequence[str]:
@@ -570,7 +570,7 @@ class ControlEngine:
 
     def _announced(self) -> list[Multiaddr]:
         # A router's word counts until others have tried.
-        unknown = self._reach.state is Reachability.UNKNOWN
+        unknown = self._reach.state is ReachState.UNKNOWN
         confirmed = self._own.offered if unknown else self._reach.confirmed()
         addresses = self._own.announced(confirmed, self._relays.addresses())
         return [Multiaddr(str(address)) for address in addresses]

@@ -27,7 +27,6 @@ from multiaddr import Multiaddr
 from shoal.dht.addresses import Address, parse_address
 from shoal.node.allowances import Allowances
 from shoal.node.arrivals import group_of
-from shoal.node.control import Reachability
 from shoal.node.libp2p_connections import (
     BufferedTcpStream,
     format_multiaddr_untrusted,
@@ -37,6 +36,7 @@ from shoal.node.libp2p_connections import (
 )
 from shoal.node.libp2p_hop import MESSAGE_BYTES_MAX, read_message, write_message
 from shoal.node.libp2p_streams import STREAM_ERRORS, FrameReader
+from shoal.node.reachability import ReachState
 from shoal.protocol.errors import ProtocolError, ShoalError, UriError
 from shoal.protocol.identity import PeerId, encode_libp2p_peer_id
 
@@ -197,7 +197,7 @@ class ReachCheck:
         me: PeerId,
         observations: Observations,
         open_stream: Callable[[PeerId, TProtocol], Awaitable[INetStream]],
-        forced: Reachability | None,
+        forced: ReachState | None,
     ) -> None:
         self._me = me
         self._observations = observations
@@ -208,19 +208,19 @@ class ReachCheck:
         self._checked_s: float | None = None
 
     @property
-    def state(self) -> Reachability:
+    def state(self) -> ReachState:
         """What most of the servers say that see the most public of this peer's addresses."""
         if self._forced is not None:
             return self._forced
         verdicts = self._weighty()
         if not verdicts:
-            return Reachability.UNKNOWN
+            return ReachState.UNKNOWN
         reached = sum(verdict.reached is not None for verdict in verdicts)
-        return Reachability.CONFIRMED if 2 * reached >= len(verdicts) else Reachability.PRIVATE
+        return ReachState.REACHABLE if 2 * reached >= len(verdicts) else ReachState.PRIVATE
 
     def confirmed(self) -> tuple[Address, ...]:
         """The addresses by which others have reached this peer, where most say that it can be reached."""
-        if self.state is not Reachability.CONFIRMED:
+        if self.state is not ReachState.REACHABLE:
             return ()
         reached = Counter(verdict.reached for verdict in self._weighty() if verdict.reached is not None)
         return tuple(address for address, _ in reached.most_common())

@@ -19,7 +19,6 @@ import prometheus_client
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from shoal.node.control import Reachability as ControlReachability
 from shoal.node.link_port import LinkPath
 from shoal.node.port_mapping import MappingFailure, Way
 from shoal.node.reachability import NatMapping, ReachReason, ReachState
@@ -228,7 +227,7 @@ class Metrics:
         self.lan_peers = table.gauge("lan_peers", "Peers of the swarm that were found on the LAN.")
 
         self.control_reachability = table.current(
-            "control_reachability", "1 for whether others can dial the control port.", ControlReachability, "state"
+            "control_reachability", "1 for whether others can dial the control port.", ReachState, "state"
         )
         self.relays = table.gauge("relays", "Other peers that carry control connections to this one.")
         self.relay_reservations = table.gauge("relay_reservations", "Peers that are reached through this one.")

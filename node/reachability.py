@@ -23,7 +23,8 @@ VERDICTS_MAX = 16  # of each address
 
 
 class ReachState(StrEnum):
-    """Of one address, and of the peer: it is as reachable as the best of its addresses."""
+    """Whether others can dial something: an address, the tensor port (as reachable as the best of its addresses), the
+    control port."""
 
     UNKNOWN = "unknown"
     REACHABLE = "reachable"

@@ -28,12 +28,12 @@ from shoal.node.control import (
     ControlPlane,
     ControlReach,
     PeerUnreachable,
-    Reachability,
 )
 from shoal.node.control_setup import make_control_config
 from shoal.node.interfaces import InterfaceWatch
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.metrics import CONTENT_TYPE
+from shoal.node.reachability import ReachState
 from shoal.node.running import forget_running, note_running
 from shoal.node.status import Verdict
 from shoal.node.task_set import TaskSet
@@ -165,7 +165,7 @@ class RelayNode:
         if told == self._told:
             return
         self._told = told
-        if reach.state is Reachability.PRIVATE:
+        if reach.state is ReachState.PRIVATE:
             log.warning("others cannot dial this relay: open its port, or give --announce where it is another address")
         for text in self.addresses():
             log.info("%s: %s", "others have dialled" if _is_confirmed(text, reach) else "address", text)
@@ -188,7 +188,7 @@ class RelayNode:
 
         async def serve_readiness(_: web.Request) -> web.StreamResponse:
             state = self.control.reach().state
-            reasons = () if state is Reachability.CONFIRMED else (f"whether others can dial it is {state}",)
+            reasons = () if state is ReachState.REACHABLE else (f"whether others can dial it is {state}",)
             return answer_verdict(Verdict(reasons=reasons))
 
         return {"/metrics": serve_metrics, "/healthz": serve_health, "/readyz": serve_readiness}
@@ -207,7 +207,7 @@ class RelayCollector(Collector):
         state = GaugeMetricFamily(
             "shoal_control_reachability", "1 for whether others can dial the control port.", labels=["state"]
         )
-        for one in Reachability:
+        for one in ReachState:
             state.add_metric([one], reach.state is one)
         yield build
         yield state

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from shoal.node.control import Reachability as ControlReachability
 from shoal.node.happenings import Happening, HappeningKind
 from shoal.node.port_mapping import MappingState
 from shoal.node.reachability import NatMapping, ReachReason, ReachState
@@ -189,7 +188,7 @@ class ControlStatus:
     """Whether others can dial this peer's control port, at which `relays` it is reached while they cannot, and what it
     relays for others itself."""
 
-    state: ControlReachability = ControlReachability.UNKNOWN
+    state: ReachState = ReachState.UNKNOWN
     addresses: tuple[str, ...] = ()
     confirmed: tuple[str, ...] = ()
     relays: tuple[str, ...] = ()

@@ -13,8 +13,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from shoal.node.control import ControlConfig, ControlHandlers, Reachability
+from shoal.node.control import ControlConfig, ControlHandlers
 from shoal.node.libp2p_host import Libp2pHost
+from shoal.node.reachability import ReachState
 from shoal.protocol.errors import ProtocolError, ShoalError
 from shoal.protocol.identity import Identity, PeerId, encode_libp2p_peer_id, format_peer_id, parse_peer_id
 
@@ -129,7 +130,7 @@ async def main() -> None:
         listen=tuple(start["listen"]),
         serves_dht=start["serves_dht"],
         bootstrap=tuple(start["bootstrap"]),
-        reachability=None if start["reachability"] is None else Reachability(start["reachability"]),
+        reachability=None if start["reachability"] is None else ReachState(start["reachability"]),
     )
     handlers = ControlHandlers(
         on_message=note("message"),

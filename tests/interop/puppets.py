@@ -162,7 +162,7 @@ class Theatre:
         protocol_version: str | None = None,
     ) -> Puppet:
         """The production host in a process. `reachability` is given to it, for on loopback nobody would find it out:
-        one that is "confirmed" relays, one that is "private" keeps a place at a relay."""
+        one that is "reachable" relays, one that is "private" keeps a place at a relay."""
         first = {
             "security": security,
             "serves_dht": serves_dht,

@@ -16,7 +16,7 @@ def through(relay: Puppet, target: Puppet) -> str:
 
 async def start_relay(theatre: Theatre) -> Puppet:
     """A host of ours that relays."""
-    return await theatre.start_ours(reachability="confirmed")
+    return await theatre.start_ours(reachability="reachable")
 
 
 async def hide_ours(theatre: Theatre, relay: Puppet) -> Puppet:

@@ -63,7 +63,7 @@ async def test_dht_finds_providers_both_ways_through_our_node(theatre: Theatre) 
 
 
 async def test_rust_reserves_at_our_relay_and_is_reached_through_it(theatre: Theatre) -> None:
-    relay, ours = await start_ours(theatre, "confirmed"), await start_ours(theatre)
+    relay, ours = await start_ours(theatre, "reachable"), await start_ours(theatre)
     rust = await theatre.start_rust(relays=(relay.addresses[0],), listens=False)
     circuit = f"{relay.addresses[0]}/p2p-circuit/p2p/{rust.peer}"
     async with asyncio.timeout(PATIENCE_S):

@@ -90,7 +90,7 @@ def test_a_public_peer_relays_once_others_have_dialled_it(lab: Lab, tmp_path: Pa
     public = Node(lab.add_host("public"), 2, tmp_path, address)
     hidden = Node(lab.add_peer("hidden", Nat.SYMMETRIC), 3, tmp_path, address)
     for node in (first, public):
-        wait("it knows that it can be dialled", lambda node=node: node.told()["state"] == "confirmed")
+        wait("it knows that it can be dialled", lambda node=node: node.told()["state"] == "reachable")
     wait("two relays", lambda: len(hidden.told()["relays"]) == 2)
     wait("all meet", lambda: public.reaches(hidden) and hidden.reaches(public) == "direct")
 
@@ -118,5 +118,5 @@ def test_a_peer_that_moves_into_the_open_needs_no_relay_any_more(lab: Lab, tmp_p
     laptop = Node(host, 1, tmp_path, relay.address)
     wait("a relay", lambda: laptop.told()["relays"])
     host.move(lab.internet)
-    wait("it can be dialled", lambda: laptop.told()["state"] == "confirmed" and not laptop.told()["relays"])
+    wait("it can be dialled", lambda: laptop.told()["state"] == "reachable" and not laptop.told()["relays"])
     assert any(host.address in text for text in laptop.told()["addresses"])

@@ -20,9 +20,9 @@ from shoal.node.control import (
     ControlStopped,
     PeerAddresses,
     PeerUnreachable,
-    Reachability,
     RequestRefused,
 )
+from shoal.node.reachability import ReachState
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal, UriError
 from shoal.protocol.identity import PeerId
 
@@ -99,7 +99,7 @@ class MemoryControl:
 
     def reach(self) -> ControlReach:
         self._check_running()
-        return ControlReach(state=Reachability.CONFIRMED, confirmed=self._addresses)
+        return ControlReach(state=ReachState.REACHABLE, confirmed=self._addresses)
 
     def offer(self, addresses: Sequence[str]) -> None:
         self._check_running()

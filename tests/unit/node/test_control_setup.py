@@ -1,8 +1,9 @@
 """What a configuration makes of the control plane."""
 
 from shoal.node.config import ControlTable
-from shoal.node.control import ControlReach, Reachability, RelayCounts
+from shoal.node.control import ControlReach, RelayCounts
 from shoal.node.control_setup import describe_control, make_control_config
+from shoal.node.reachability import ReachState
 from shoal.protocol.identity import Identity, format_peer_id
 
 ME = Identity(b"m" * 32)
@@ -23,6 +24,6 @@ def test_relaying_is_switched_off_by_one_word_and_never_takes_all_connections() 
 
 
 def test_the_status_names_the_relays() -> None:
-    reach = ControlReach(state=Reachability.PRIVATE, relays=(ME.peer,), served=RelayCounts(circuits=3))
+    reach = ControlReach(state=ReachState.PRIVATE, relays=(ME.peer,), served=RelayCounts(circuits=3))
     status = describe_control(reach, ("/ip4/1.2.3.4/tcp/1",))
     assert status.state == "private" and status.relays == (format_peer_id(ME.peer),) and status.circuits == 3

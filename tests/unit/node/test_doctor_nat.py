@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.node.control import Reachability as ControlReachability
 from shoal.node.doctor_findings import Check, Finding, Unknown, Verdict
 from shoal.node.doctor_nat import (
     GatewaySeen,
@@ -105,15 +104,15 @@ def test_gateway(seen: GatewaySeen | RouterStatus | Unknown, verdict: Verdict, t
     ("control", "verdict", "text", "step"),
     [
         (ControlStatus(relays=("a", "b")), Verdict.OK, "through 2 relays", ""),
-        (ControlStatus(state=ControlReachability.CONFIRMED), Verdict.OK, "others dial the control port", ""),
+        (ControlStatus(state=ReachState.REACHABLE), Verdict.OK, "others dial the control port", ""),
         (
-            ControlStatus(state=ControlReachability.CONFIRMED, relaying=True, reservations=3),
+            ControlStatus(state=ReachState.REACHABLE, relaying=True, reservations=3),
             Verdict.OK,
             "it relays for 3 others",
             "",
         ),
         (ControlStatus(), Verdict.NOT_CHECKED, "nobody has said", "in a minute"),
-        (ControlStatus(state=ControlReachability.PRIVATE), Verdict.WARNING, "no peer gives a place", "shoal relay"),
+        (ControlStatus(state=ReachState.PRIVATE), Verdict.WARNING, "no peer gives a place", "shoal relay"),
     ],
 )
 def test_relay(status: Status, control: ControlStatus, verdict: Verdict, text: str, step: str) -> None:

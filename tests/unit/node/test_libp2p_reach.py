@@ -9,10 +9,10 @@ from multiaddr import Multiaddr
 
 from shoal.dht.addresses import parse_address
 from shoal.node import libp2p_reach
-from shoal.node.control import Reachability
 from shoal.node.libp2p_hop import read_message, write_message
 from shoal.node.libp2p_reach import AUTONAT_PROTOCOL, DialBacks, Observations, ReachCheck, Verdict, choose_targets
 from shoal.node.libp2p_streams import FrameReader
+from shoal.node.reachability import ReachState
 from shoal.protocol.identity import Identity, encode_libp2p_peer_id
 from tests.unit.node.control_contract import Member
 from tests.unit.node.test_libp2p_relays import Net, circuits, engine_of, until
@@ -28,7 +28,7 @@ async def net() -> AsyncIterator[Net]:
     await net.members.stop()
 
 
-def state_of(member: Member) -> Reachability:
+def state_of(member: Member) -> ReachState:
     return member.plane.reach().state
 
 
@@ -64,12 +64,12 @@ def make_question(peer: bytes, *addresses: str) -> Message:
 
 async def test_peers_that_can_be_dialled_know_it_and_relay(net: Net) -> None:
     one, other = await net.start(), await net.start()
-    assert state_of(one) is Reachability.UNKNOWN and not one.plane.reach().serves
+    assert state_of(one) is ReachState.UNKNOWN and not one.plane.reach().serves
     await other.plane.connect(one.plane.addresses())
     for member in (one, other):
         await until(member, lambda member=member: member.plane.reach().serves, "relaying")
         reach = member.plane.reach()
-        assert reach.state is Reachability.CONFIRMED and reach.servers == 1 and reach.checked_s is not None
+        assert reach.state is ReachState.REACHABLE and reach.servers == 1 and reach.checked_s is not None
         assert [f"{text}/p2p/" in member.plane.addresses()[0] for text in reach.confirmed] == [True]
         assert reach.seen_hosts == ("127.0.0.1",)
 
@@ -82,7 +82,7 @@ async def test_who_cannot_be_dialled_finds_a_relay_by_itself(net: Net) -> None:
     await stop_listening(private)
     await private.plane.connect(one.plane.addresses())
     await until(private, lambda: circuits(private, one), "a place at the relay")
-    assert state_of(private) is Reachability.PRIVATE and not private.plane.reach().serves
+    assert state_of(private) is ReachState.PRIVATE and not private.plane.reach().serves
     assert private.plane.reach().relays == (one.peer,) and one.plane.reach().served.reservations == 1
     assert await other.plane.connect(private.plane.addresses()) == private.peer
     assert await other.plane.request(private.peer, b"there?") == b"answer to there?"
@@ -128,7 +128,7 @@ async def test_only_the_asker_is_dialled_and_only_with_its_key(net: Net) -> None
 async def test_nobody_is_dialled_for_who_asks_through_a_relay(net: Net) -> None:
     relay = await net.start_relay()
     server = await net.start_private(relay)
-    asker = await net.start(reachability=Reachability.CONFIRMED)
+    asker = await net.start(reachability=ReachState.REACHABLE)
     await asker.plane.connect(circuits(server))
     own = asker.plane.addresses()[0].partition("/p2p/")[0]
 
@@ -148,7 +148,7 @@ async def test_offered_addresses_are_announced_once_they_were_dialled(net: Net) 
     asker.plane.offer([bad])
     await until(asker, lambda: any("/tcp/1/" in text for text in asker.plane.addresses()), "the router's word")
     await asker.plane.connect(server.plane.addresses())
-    await until(asker, lambda: state_of(asker) is Reachability.CONFIRMED, "confirmation")
+    await until(asker, lambda: state_of(asker) is ReachState.REACHABLE, "confirmation")
     assert not any("/tcp/1/" in text for text in asker.plane.addresses())
     assert asker.plane.reach().confirmed == (good,)
 
@@ -156,10 +156,10 @@ async def test_offered_addresses_are_announced_once_they_were_dialled(net: Net) 
 async def test_a_change_makes_what_was_said_void(net: Net) -> None:
     server, asker = await net.start_relay(), await net.start()
     await asker.plane.connect(server.plane.addresses())
-    await until(asker, lambda: state_of(asker) is Reachability.CONFIRMED, "confirmation")
+    await until(asker, lambda: state_of(asker) is ReachState.REACHABLE, "confirmation")
     await stop_listening(asker)
     asker.plane.refresh()
-    await until(asker, lambda: state_of(asker) is Reachability.PRIVATE, "the opposite")
+    await until(asker, lambda: state_of(asker) is ReachState.PRIVATE, "the opposite")
 
 
 def check() -> ReachCheck:
@@ -176,26 +176,26 @@ def told(reached: bool, scope: int, at_s: float = 0.0) -> Verdict:
 @pytest.mark.parametrize(
     ("verdicts", "state"),
     [
-        ({}, Reachability.UNKNOWN),
-        ({ONE: told(True, 2)}, Reachability.CONFIRMED),
-        ({ONE: told(False, 2)}, Reachability.PRIVATE),
-        ({ONE: told(False, 2), TWO: told(True, 2)}, Reachability.CONFIRMED),
-        ({ONE: told(False, 2), TWO: told(True, 2), THREE: told(False, 2)}, Reachability.PRIVATE),
+        ({}, ReachState.UNKNOWN),
+        ({ONE: told(True, 2)}, ReachState.REACHABLE),
+        ({ONE: told(False, 2)}, ReachState.PRIVATE),
+        ({ONE: told(False, 2), TWO: told(True, 2)}, ReachState.REACHABLE),
+        ({ONE: told(False, 2), TWO: told(True, 2), THREE: told(False, 2)}, ReachState.PRIVATE),
         # Neighbours reach it, the world does not.
-        ({ONE: told(True, 1), TWO: told(True, 1), THREE: told(False, 2)}, Reachability.PRIVATE),
-        ({ONE: told(True, 1)}, Reachability.CONFIRMED),
-        ({ONE: told(True, 2, at_s=-1000.0)}, Reachability.UNKNOWN),
+        ({ONE: told(True, 1), TWO: told(True, 1), THREE: told(False, 2)}, ReachState.PRIVATE),
+        ({ONE: told(True, 1)}, ReachState.REACHABLE),
+        ({ONE: told(True, 2, at_s=-1000.0)}, ReachState.UNKNOWN),
     ],
 )
 def test_the_majority_of_those_who_see_the_most_public_address_counts(
-    verdicts: dict[bytes, Verdict], state: Reachability
+    verdicts: dict[bytes, Verdict], state: ReachState
 ) -> None:
-    async def judge() -> Reachability:
+    async def judge() -> ReachState:
         reach = check()
         now_s = trio.current_time()
         for peer, verdict in verdicts.items():
             reach._verdicts[peer] = Verdict(reached=verdict.reached, scope=verdict.scope, at_s=now_s + verdict.at_s)
-        assert bool(reach.confirmed()) == (state is Reachability.CONFIRMED)
+        assert bool(reach.confirmed()) == (state is ReachState.REACHABLE)
         return reach.state
 
     assert trio.run(judge) is state

@@ -16,13 +16,13 @@ from shoal.node.control import (
     ControlConfig,
     ControlHandlers,
     PeerUnreachable,
-    Reachability,
     RelayLimits,
 )
 from shoal.node.libp2p_discovery import libp2p_id
 from shoal.node.libp2p_engine import ControlEngine
 from shoal.node.libp2p_hop import HOP_PROTOCOL, _Reservation
 from shoal.node.libp2p_host import Libp2pHost
+from shoal.node.reachability import ReachState
 from shoal.protocol.identity import PeerId, short_peer_id
 from tests.unit.node.control_contract import PATIENCE_S, Member, Members, gossip_until_heard
 
@@ -53,12 +53,12 @@ class Net:
 
     async def start_relay(self, **changes: object) -> Member:
         """A member that knows that it can be dialled."""
-        return await self.start(reachability=Reachability.CONFIRMED, **changes)
+        return await self.start(reachability=ReachState.REACHABLE, **changes)
 
     async def start_private(self, *relays: Member, **changes: object) -> Member:
         """A peer with a place at each of the relays."""
         bootstrap = tuple(relay.plane.addresses()[0] for relay in relays)
-        member = await self.start(reachability=Reachability.PRIVATE, bootstrap=bootstrap, **changes)
+        member = await self.start(reachability=ReachState.PRIVATE, bootstrap=bootstrap, **changes)
         for relay in relays:
             await until(member, lambda relay=relay: circuits(member, relay), f"a place at {short_peer_id(relay.peer)}")
         return member
@@ -212,7 +212,7 @@ async def test_who_has_no_place_is_not_reached(net: Net) -> None:
 async def test_places_and_circuits_are_bounded(net: Net) -> None:
     relay = await net.start_relay(relay=RelayLimits(reservations_max=1, circuits_per_peer_max=1))
     first = await net.start_private(relay)
-    second = await net.start(reachability=Reachability.PRIVATE, bootstrap=(relay.plane.addresses()[0],))
+    second = await net.start(reachability=ReachState.PRIVATE, bootstrap=(relay.plane.addresses()[0],))
     await until(second, lambda: engine_of(second)._relays._refused_until_s, "a refusal")
     assert not circuits(second)
     one, other = await net.start(), await net.start()
@@ -291,7 +291,7 @@ async def test_a_stranger_brings_no_connections(net: Net) -> None:
 
 async def test_a_relay_that_is_switched_off_relays_nothing(net: Net) -> None:
     off = await net.start_relay(relay=None)
-    private = await net.start(reachability=Reachability.PRIVATE, bootstrap=(off.plane.addresses()[0],))
+    private = await net.start(reachability=ReachState.PRIVATE, bootstrap=(off.plane.addresses()[0],))
     await private.find("connected")
     await private.plane.request(off.peer, b"identified by then")
     assert engine_of(private)._find_serving(HOP_PROTOCOL) == []

@@ -16,8 +16,9 @@ import pytest
 
 from shoal.dht.keys import lookup_keys
 from shoal.node.config import BOOTSTRAP, ControlTable, NodeConfig, NodeTable, WebTable
-from shoal.node.control import PeerUnreachable, Reachability, RequestRefused
+from shoal.node.control import PeerUnreachable, RequestRefused
 from shoal.node.manifest_source import _meet_members
+from shoal.node.reachability import ReachState
 from shoal.node.relay import RelayNode
 from shoal.protocol.errors import Refusal
 from shoal.protocol.identity import Identity
@@ -76,8 +77,8 @@ async def net() -> AsyncIterator[Net]:
 async def test_it_introduces_and_relays_without_any_swarm(tmp_path: Path, net: Net) -> None:
     running = await Running(make_config(tmp_path)).start()
     (address,) = running.node.addresses()
-    one = await net.start(reachability=Reachability.PRIVATE, bootstrap=(address,))
-    other = await net.start(reachability=Reachability.PRIVATE, bootstrap=(address,))
+    one = await net.start(reachability=ReachState.PRIVATE, bootstrap=(address,))
+    other = await net.start(reachability=ReachState.PRIVATE, bootstrap=(address,))
     for member in (one, other):
         await until(member, lambda member=member: circuits(member), "a place at the relay")
     key = lookup_keys(SWARM, time.time())[0]
@@ -117,7 +118,7 @@ async def test_health_and_readiness(tmp_path: Path, net: Net) -> None:
     status, text = await running.get("/readyz")
     assert status == 503 and "unknown" in text
     member = await net.start(bootstrap=running.node.addresses())
-    await until(member, lambda: running.node.control.reach().state is Reachability.CONFIRMED, "confirmation")
+    await until(member, lambda: running.node.control.reach().state is ReachState.REACHABLE, "confirmation")
     assert (await running.get("/readyz"))[0] == 200
     assert (await running.get("/status.json"))[0] == 404
     await running.stop()
