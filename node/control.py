@@ -111,7 +111,7 @@ class ControlConfig:
     any of them may be dead. `listen_field` is what an error about `listen` calls it. Without `relay` this peer relays
     for nobody; with `relays_unconfirmed` it does so before anybody has told that it can be dialled. `relays_wanted` is
     at how many others it asks to be relayed to while nobody can dial it. `reachability` stands instead of what would be
-    found out.
+    found out. `upgrades_circuits`: whether peers that met through a relay try to reach each other without it.
     """
 
     identity: Identity
@@ -126,6 +126,7 @@ class ControlConfig:
     relays_unconfirmed: bool = False
     relays_wanted: int = 2
     reachability: ReachState | None = None
+    upgrades_circuits: bool = True
     listen_field: str = "control.port"
 
 

@@ -9,6 +9,7 @@ ADDRESSES_PER_PEER_MAX addresses, and no kind crowds out the kinds after it enti
 """
 
 import errno
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from shoal.dht.addresses import ADDRESSES_PER_PEER_MAX, Address, parse_address
 from shoal.node.control import ControlConfig
 from shoal.node.interfaces import read_interfaces
 from shoal.node.libp2p_stack import LISTEN_BACKLOG
+from shoal.node.link_listen import open_exclusive
 from shoal.protocol.errors import ConfigError
 
 CONFIRMED_MAX = 2
@@ -35,7 +37,7 @@ class OwnAddresses:
         self._given = tuple(replace(parse_address(text), peer=None) for text in config.announce)
         self._hosts = hosts or (lambda: read_interfaces().hosts())
         self._own: tuple[Address, ...] = ()
-        self._ports: tuple[Address, ...] = ()
+        self.bound: tuple[Address, ...] = ()
         self.offered: tuple[Address, ...] = ()
 
     def read(self, bound: Iterable[Multiaddr]) -> bool:
@@ -43,7 +45,7 @@ class OwnAddresses:
         before = self._own
         listening = tuple(parse_address(str(address)) for address in bound)
         hosts = self._hosts()
-        self._ports = listening
+        self.bound = listening
         self._own = tuple(dict.fromkeys(form for address in listening for form in _dialable_forms(address, hosts)))
         return self._own != before
 
@@ -63,7 +65,7 @@ class OwnAddresses:
         seen: list[Address] = []
         for host in seen_hosts:
             net = "ip6" if ":" in host else "ip4"
-            ports = [address.port for address in (*self._given, *self._ports) if _family(address) in (net, "dns")]
+            ports = [address.port for address in (*self._given, *self.bound) if _family(address) in (net, "dns")]
             seen.extend(Address(net=net, host=host, port=port) for port in ports)
         return list(dict.fromkeys([*self._given, *self.offered, *seen, *self._own]))
 
@@ -92,7 +94,7 @@ async def open_listeners(config: ControlConfig) -> list[Sequence[trio.SocketList
         address = parse_address(text)
         port = address.port or chosen
         try:
-            opened.append(await trio.open_tcp_listeners(port, host=address.host, backlog=LISTEN_BACKLOG))
+            opened.append([_listen(address.host, port)])
             chosen = opened[0][0].socket.getsockname()[1]
         except OSError as error:
             if address.host == "::" and (error.errno in _NO_IPV6 or not address.port):
@@ -104,6 +106,12 @@ async def open_listeners(config: ControlConfig) -> list[Sequence[trio.SocketList
     if not opened:
         raise ConfigError(config.listen_field, "no address to listen on", "give one, such as /ip4/0.0.0.0/tcp/4001")
     return opened
+
+
+def _listen(host: str, port: int) -> trio.SocketListener:
+    opened = open_exclusive(socket.AF_INET6 if ":" in host else socket.AF_INET, host, port)
+    opened.listen(LISTEN_BACKLOG)
+    return trio.SocketListener(trio.socket.from_stdlib_socket(opened))
 
 
 def _listen_error(config_field: str, address: Address, error: OSError) -> ConfigError:

@@ -38,6 +38,7 @@ from shoal.node.control import (
 )
 from shoal.node.libp2p_addresses import OwnAddresses, open_listeners
 from shoal.node.libp2p_connections import is_relayed, transport_of
+from shoal.node.libp2p_dcutr import DCUTR_PROTOCOL, DirectUpgrades
 from shoal.node.libp2p_dialer import Dialer
 from shoal.node.libp2p_discovery import Discovery, ed25519_peer, libp2p_id
 from shoal.node.libp2p_hop import HOP_PROTOCOL, STOP_PROTOCOL, HopService
@@ -157,6 +158,9 @@ class ControlEngine:
         self._swarm.transport_manager.add_transport(
             CircuitTransport(self._relays, partial(self._dialer.connect, directly=True))
         )
+        self._upgrades = DirectUpgrades(
+            self._swarm, self._dialer, self._open_stream, self._candidates, lambda: self._own.bound
+        )
         self._hop: HopService | None = None
         if config.relay is not None:
             self._hop = HopService(
@@ -182,6 +186,8 @@ class ControlEngine:
         self._host.set_stream_handler(REQUEST_PROTOCOL, self._serve_requests)
         self._host.set_stream_handler(STOP_PROTOCOL, self._relays.serve)
         self._host.set_stream_handler(AUTONAT_PROTOCOL, self._dial_backs.serve)
+        if self._config.upgrades_circuits:
+            self._host.set_stream_handler(DCUTR_PROTOCOL, self._upgrades.serve)
         self._host.on_identified = self._note_identified
         self._pubsub.set_topic_validator(self._topic, self._is_presence_valid, is_async_validator=False)
         self._pubsub.on_message = self._receive_presence
@@ -334,10 +340,15 @@ class ControlEngine:
     async def _note_identified(self, peer_id: ID) -> None:
         self._relays.wake()
         self._reach.wake()
-        await self.discovery.meet(peer_id, self._protocols_of(peer_id))
+        protocols = self._protocols_of(peer_id)
+        await self.discovery.meet(peer_id, protocols)
         peer = ed25519_peer(peer_id)
         if peer is None or peer not in self._peers:
             return
+        upgrades = self._config.upgrades_circuits and DCUTR_PROTOCOL in protocols
+        if upgrades and self._swarm.is_dialled_by_relay(peer_id):
+            assert self._tasks is not None
+            self._tasks.start_soon(self._upgrades.upgrade, peer)
         if addresses := self._dialer.known_addresses(peer):
             self._peers[peer].addresses = with_peer(addresses, peer)
             self._publish_peers()
@@ -496,6 +507,7 @@ class ControlEngine:
         assert self._tasks is not None
         self._reach.forget()
         self._tasks.start_soon(self._drop_stranded)
+        self._upgrades.forget_pauses()
         self._dialer.retry()
         self._tasks.start_soon(self._note_reach)
 

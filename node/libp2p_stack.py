@@ -37,6 +37,7 @@ from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.metrics.swarm import SwarmEvent
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
@@ -44,6 +45,7 @@ from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.score import ScoreParams, TopicScoreParams
+from libp2p.rcmgr import Direction
 from libp2p.records.validator import NamespacedValidator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
 from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -161,6 +163,8 @@ class BoundedSwarm(Swarm):
         super()._init_connection_management()
         self.arrivals: Arrivals[ReadWriteCloser] = Arrivals(ArrivalLimits())
         self.auto_connector = _NoAutoConnector(swarm=self)
+        # While both sides dial at once: from where a peer's packets come, on whose connection this side is the client.
+        self.punching: dict[tuple[str, int], ID] = {}
 
     async def dial_peer(self, peer_id: ID) -> list[INetConn]:
         await self.dial_known(peer_id)
@@ -177,6 +181,14 @@ class BoundedSwarm(Swarm):
             for connection in self.get_connections(peer_id)
         )
 
+    def is_dialled_by_relay(self, peer_id: ID) -> bool:
+        """Whether the peer has dialled this one through a relay, and that connection stands."""
+        return any(
+            not one.is_closed and is_relayed(one.muxed_conn) and one.direction is Direction.INBOUND
+            for one in self.get_connections(peer_id)
+            if isinstance(one, SwarmConn)
+        )
+
     def add_listener(self, sockets: Sequence[trio.SocketListener], nursery: trio.Nursery) -> None:
         """Accept connections on these sockets from now on."""
         maddr = multiaddr_from_socket(sockets[0].socket)
@@ -190,13 +202,22 @@ class BoundedSwarm(Swarm):
             if gone is stream:
                 return
             try:
-                await self._handle_inbound_connection(stream, maddr)
+                if remote is not None and (peer_id := self.punching.get(remote)) is not None:
+                    await self._serve_as_client(stream, peer_id)
+                else:
+                    await self._handle_inbound_connection(stream, maddr)
             finally:
                 self.arrivals.leave(stream)
 
         listener = TcpListener(handle, sockets)
         self.listeners[str(maddr)] = listener
         nursery.start_soon(listener.listen, maddr)
+
+    async def _serve_as_client(self, stream: ReadWriteCloser, peer_id: ID) -> None:
+        connection = await self.upgrade_outbound_raw_conn(make_raw_connection(stream, is_initiator=True), peer_id)
+        assert isinstance(connection.muxed_conn, Yamux)
+        self.arrivals.prove(stream)
+        await connection.muxed_conn.event_closed.wait()
 
     async def _do_handle_inbound_connection(
         self, read_write_closer: ReadWriteCloser, maddr: Multiaddr, failure_event: SwarmEvent

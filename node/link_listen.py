@@ -1,5 +1,4 @@
-"""The sockets of the tensor port: those that listen, and those that dial from the same port, so that a router gives
-both the same mapping.
+"""Sockets that listen, and sockets that dial from the same port, so that a router gives both the same mapping.
 
 Invariant: nobody else has the port: SO_REUSEPORT, which dialling from it needs, would let two daemons share it unseen.
 """
@@ -19,7 +18,7 @@ _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
 def open_listeners(host: str, port: int) -> list[socket.socket]:
     """Bound sockets, IPv4 first, on one port; a wildcard is both families where there are both. Raises OSError."""
     if not is_wildcard(host):
-        return [_open_exclusive(socket.AF_INET6 if ":" in host else socket.AF_INET, host, port)]
+        return [open_exclusive(socket.AF_INET6 if ":" in host else socket.AF_INET, host, port)]
     for tries_left in reversed(range(PORTS_TRIED_MAX)):
         try:
             return _open_both(port)
@@ -30,7 +29,7 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
 
 
 def open_dialling(family: socket.AddressFamily, bound: Address) -> socket.socket:
-    """A socket that dials from the tensor port, to be connected; raises OSError."""
+    """A socket that dials from the port of a listening one, to be connected; raises OSError."""
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
         made.setblocking(False)
@@ -46,10 +45,10 @@ def open_dialling(family: socket.AddressFamily, bound: Address) -> socket.socket
 
 def _open_both(port: int) -> list[socket.socket]:
     with ExitStack() as opened:
-        four = opened.enter_context(_open_exclusive(socket.AF_INET, "0.0.0.0", port))
+        four = opened.enter_context(open_exclusive(socket.AF_INET, "0.0.0.0", port))
         sockets = [four]
         try:
-            six = _open_exclusive(socket.AF_INET6, "::", four.getsockname()[1])
+            six = open_exclusive(socket.AF_INET6, "::", four.getsockname()[1])
             sockets.append(opened.enter_context(six))
         except OSError as error:
             if error.errno not in _NO_IPV6:
@@ -58,7 +57,8 @@ def _open_both(port: int) -> list[socket.socket]:
     return sockets
 
 
-def _open_exclusive(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+def open_exclusive(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    """A bound socket on a port that nobody else has, from which may be dialled, too; raises OSError."""
     if port:
         # Fails where another socket listens, which it would not with SO_REUSEPORT set.
         with socket.socket(family, socket.SOCK_STREAM) as probe:

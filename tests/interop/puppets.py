@@ -160,9 +160,11 @@ class Theatre:
         bootstrap: tuple[str, ...] = (),
         reachability: str | None = None,
         protocol_version: str | None = None,
+        inside: tuple[str, ...] = (),
     ) -> Puppet:
         """The production host in a process. `reachability` is given to it, for on loopback nobody would find it out:
-        one that is "reachable" relays, one that is "private" keeps a place at a relay."""
+        one that is "reachable" relays, one that is "private" keeps a place at a relay. `inside` is a command that runs
+        another one elsewhere."""
         first = {
             "security": security,
             "serves_dht": serves_dht,
@@ -172,7 +174,7 @@ class Theatre:
             "protocol_version": protocol_version,
             "seed": self._seed(),
         }
-        return await self._start("ours", [sys.executable, "-m", "tests.interop.host"], first, {})
+        return await self._start("ours", [*inside, sys.executable, "-m", "tests.interop.host"], first, {})
 
     async def start_js(
         self,
@@ -181,15 +183,18 @@ class Theatre:
         serves_dht: bool = True,
         relays: bool = False,
         listen: tuple[str, ...] = (LOOPBACK,),
+        announce: tuple[str, ...] = (),
+        inside: tuple[str, ...] = (),
     ) -> Puppet:
-        """A js-libp2p node."""
+        """A js-libp2p node. Without AutoNAT it tells nobody of a public address but of what it is to `announce`."""
         scripts = HERE / "js"
-        command = ["node", "--import", str(scripts / "polyfill.mjs"), str(scripts / "node.mjs")]
+        command = [*inside, "node", "--import", str(scripts / "polyfill.mjs"), str(scripts / "node.mjs")]
         first = {
             "security": security,
             "serves_dht": serves_dht,
             "relays": relays,
             "listen": listen,
+            "announce": announce,
             "seed": self._seed(),
         }
         return await self._start("js", command, first, {})

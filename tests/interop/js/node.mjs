@@ -1,6 +1,6 @@
 // A js-libp2p node that a test drives: commands come as JSON lines on stdin, answers and events go to stdout.
 //
-// The first line says what to start: {seed, listen, security, serves_dht, relays}. A command is {id, call, args}; its
+// The first line says what to start: {seed, listen, announce, security, serves_dht, relays}. A command is {id, call, args}; its
 // answer {id, result} or {id, error}. Events are {event, ...}. Bytes travel as hex. Ends with its stdin.
 
 import { createInterface } from 'node:readline'
@@ -31,7 +31,7 @@ const bytes = text => new Uint8Array(Buffer.from(text, 'hex'))
 const say = line => process.stdout.write(JSON.stringify(line) + '\n')
 const cidOf = key => CID.createV1(RAW_CODEC, Digest.decode(bytes(key)))
 
-async function start ({ seed, listen, security, serves_dht: servesDht, relays }) {
+async function start ({ seed, listen, announce, security, serves_dht: servesDht, relays }) {
   const services = {
     identify: identify(),
     identifyPush: identifyPush(),
@@ -48,7 +48,7 @@ async function start ({ seed, listen, security, serves_dht: servesDht, relays })
   }
   const node = await createLibp2p({
     privateKey: await generateKeyPairFromSeed('Ed25519', bytes(seed)),
-    addresses: { listen },
+    addresses: { listen, appendAnnounce: announce },
     transports: [tcp(), circuitRelayTransport()],
     connectionEncrypters: security.map(name => ENCRYPTERS[name]),
     streamMuxers: [yamux()],

@@ -44,7 +44,7 @@ class Net:
 
     async def start(self, **changes: object) -> Member:
         def make_plane(config: ControlConfig, handlers: ControlHandlers) -> Libp2pHost:
-            return Libp2pHost(replace(config, **changes), handlers)
+            return Libp2pHost(replace(config, **{"upgrades_circuits": False, **changes}), handlers)
 
         self.members.make_plane = make_plane
         member = self.members.make()
