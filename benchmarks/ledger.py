@@ -43,6 +43,7 @@ from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
 from shoal.crdt.ledger import Draft, Ledger
 from shoal.node.ledger_store import LedgerStore
+from shoal.protocol.identity import forget_signatures
 from shoal.protocol.wire import encode_record
 from tests.properties.reconciliation_cost import LAYOUTS, MISSED_BY, Cost, compare, fill, make_pair, write_many
 from tests.sim.replicas import measure_convergence, shared_verification
@@ -72,6 +73,7 @@ def write_leases(entries_per_batch: int) -> list[bytes]:
 def time_intake(encoded: list[bytes], entries: int, *, with_rounds: bool) -> Row:
     """Seconds and rates of each step from bytes to a fold."""
     batches: list[Batch] = []
+    forget_signatures()
     decoding_s = clock(lambda: batches.extend(map(decode_batch_untrusted, encoded)))
     ledger = make_ledger(with_rounds=with_rounds)
     accepting_s = clock(lambda: [ledger.accept(batch) for batch in batches])

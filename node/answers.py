@@ -68,7 +68,7 @@ class Answers:
             case GetSnapshot():
                 answer = await asyncio.to_thread(self._answer_snapshot, question)
             case Reconcile():
-                answer = self.ledger.answer_reconcile(question)
+                answer = await self.ledger.answer_reconcile(question)
             case GetPeers():
                 answer = self.membership.answer_peers()
             case MeasureUpload():

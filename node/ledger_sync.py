@@ -5,8 +5,11 @@ Whom to push to and to compare with, and how long, is decided in `shoal.crdt.ant
 Nothing is written before other peers have been asked where this peer's own chain ends (`shoal.crdt.own_chain`). What
 was not written meanwhile is made up for period by period: the lease of each era, and certificates that nobody entered.
 
+To compare ledgers, and to read and verify batches, takes tens of milliseconds a message: threads do it. The ledger
+knows nothing of them, so while one reads it nobody changes it (`_quiet`).
+
 Invariants: what this peer signs is durable before anyone sees it; what arrives is verified by the ledger before it is
-stored; a conversation is bounded and is taken up again at the next period.
+stored; a conversation is bounded and is taken up again at the next period; the ledger changes on the event loop only.
 """
 
 import asyncio
@@ -15,13 +18,14 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from blake3 import blake3
 
 from shoal.crdt.anti_entropy import ANSWER_TIMEOUTS_S, PERIOD_S, ROUND_TRIPS_MAX, Conversation, PeerChoice
 from shoal.crdt.certified import ChainBase
-from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
+from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch, verify_batch
 from shoal.crdt.eras import PERMANENT_ERA, choose_rounds_per_era, era_of_round, oldest_kept
 from shoal.crdt.fold import LedgerState
 from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
@@ -87,7 +91,8 @@ class LedgerSync:
         self._store = store
         self._control = control
         self._choice = PeerChoice(os.urandom)
-        self._lock = asyncio.Lock()
+        self._lock = asyncio.Lock()  # held by whoever changes ledger and store
+        self._quiet = asyncio.Lock()  # held while the ledger changes, and while a thread reads it
         self._signed: list[Batch] = []  # at most one: signed, and not stored yet
         self._log = CertifiedLog(store, rules)
         self._rounds_per_era = rules.rounds_per_era
@@ -145,7 +150,8 @@ class LedgerSync:
             stored = await self._store_signed()
             if not self._signed:
                 try:
-                    self._signed.append(self.ledger.write([draft], _wall_ms()))
+                    async with self._quiet:
+                        self._signed.append(self.ledger.write([draft], _wall_ms()))
                 except ChainForkedError as error:
                     if not self._fork_told:
                         log.error("%s: %s", Failure.CHAIN_FORKED, error)
@@ -160,7 +166,8 @@ class LedgerSync:
         stored: list[Batch] = []
         while self._signed and await self._keep(self._signed[:1], own=True):
             batch = self._signed.pop(0)
-            self.ledger.accept(batch)
+            async with self._quiet:
+                self.ledger.accept(batch)
             stored.append(batch)
         return stored
 
@@ -179,14 +186,16 @@ class LedgerSync:
         fresh: list[Batch] = []
         async with self._lock:
             try:
-                for raw in message.batches:
-                    # Ed25519 takes a quarter of a millisecond; between batches the loop may breathe.
-                    batch = decode_batch_untrusted(raw)
+                batches, fault = await asyncio.to_thread(_read_batches, message.batches, self.ledger)
+                for batch in batches:
                     is_unknown = self._is_unknown_own(batch)
-                    fresh += self.ledger.accept(batch).accepted
+                    async with self._quiet:
+                        fresh += self.ledger.accept(batch).accepted
                     if is_unknown:
                         self._meet_own(batch)
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)  # a certificate takes milliseconds; between batches the loop may breathe
+                if fault is not None:
+                    raise fault
             finally:
                 await self._keep_fresh(fresh)
                 await self._truncate()
@@ -232,7 +241,8 @@ class LedgerSync:
 
     async def _truncate(self) -> None:
         """Drop what has no meaning any more, here and on the disk."""
-        done = self.ledger.truncate()
+        async with self._quiet:
+            done = self.ledger.truncate()
         if done is not None:
             try:
                 await asyncio.to_thread(self._store.truncate, done)
@@ -249,9 +259,10 @@ class LedgerSync:
             return False
         return True
 
-    def answer_reconcile(self, message: Reconcile) -> LedgerEntries:
+    async def answer_reconcile(self, message: Reconcile) -> LedgerEntries:
         """One step of a conversation that a peer opened."""
-        reply = answer(self.ledger, message.payload)
+        async with self._quiet:
+            reply = await asyncio.to_thread(answer, self.ledger, message.payload)
         return LedgerEntries(payload=reply.reply or b"", batches=reply.batches)
 
     async def reconcile(self, peer: PeerId) -> int:
@@ -272,7 +283,8 @@ class LedgerSync:
             if not isinstance(reply, LedgerEntries):
                 return fresh, conversation.found_difference
             fresh += await self.take(reply)
-            lacking = conversation.go_on(reply.payload, len(reply.batches))
+            async with self._quiet:
+                lacking = await asyncio.to_thread(conversation.go_on, reply.payload, len(reply.batches))
             if lacking:
                 push = LedgerEntries(payload=b"", batches=lacking)
                 await self._control.send(peer, encode_message(self._swarm, push))
@@ -332,7 +344,8 @@ class LedgerSync:
             if base is not None:
                 async with self._lock:
                     await asyncio.to_thread(self._store.put_base, base)
-                    self.ledger.settle(base)
+                    async with self._quiet:
+                        self.ledger.settle(base)
                     await self._truncate()
         except StoreError as error:
             log.error("the ledger was not settled on the certified rounds: %s", error)
@@ -377,6 +390,23 @@ class LedgerSync:
         if self._gap.periods > turns.index(self._identity.peer):
             for certificate in missing:
                 await self.write_certificate(certificate, live)
+
+
+def _read_batches(encoded: Sequence[bytes], ledger: Ledger) -> tuple[list[Batch], ProtocolError | None]:
+    """The batches up to the first that does not decode, and what is wrong with that one. Signatures, up to the first
+    bad one, are checked here only so that the ledger, which judges them, finds them known (protocol.identity)."""
+    batches: list[Batch] = []
+    try:
+        batches += map(decode_batch_untrusted, encoded)
+    except ProtocolError as error:
+        fault: ProtocolError | None = error
+    else:
+        fault = None
+    with suppress(ProtocolError):
+        for batch in batches:
+            if batch.tip not in ledger:
+                verify_batch(batch)
+    return batches, fault
 
 
 def _tell_of_clone() -> None:

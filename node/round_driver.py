@@ -20,6 +20,7 @@ from shoal.node.exchange import PartExchange
 from shoal.node.ledger_store import StoreError, classify_failure
 from shoal.node.local_state import LocalState
 from shoal.node.repair import begin_abstention, end_abstention
+from shoal.node.verification import Verification
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.effects import (
     AttemptFailed,
@@ -96,6 +97,7 @@ class RoundDriver:
         self._forgot = False
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
+        self._verification = Verification(swarm, deliver=self._hand_over, drop=ports.dropped, spawn=ports.spawn)
 
     def now(self) -> float:
         """The core's clock: the loop's, monotonic, in seconds."""
@@ -122,7 +124,11 @@ class RoundDriver:
         self.pump()
 
     def receive(self, message: ROUND_MESSAGES, sender: PeerId) -> None:
-        """Hand a peer's message to the core; a peer that must not send it is reported."""
+        """Hand a peer's message to the core, behind those that it sent before; a peer that must not send it is
+        reported."""
+        self._verification.take(message, sender, self.core.head.voters)
+
+    def _hand_over(self, message: ROUND_MESSAGES, sender: PeerId) -> None:
         try:
             dropped = self.core.receive(message, sender, self.now())
             if dropped is not None and sender != self._me:
@@ -199,7 +205,7 @@ class RoundDriver:
 
     def _send(self, effect: Send) -> None:
         if effect.peer == self._me:
-            self.receive(effect.message, self._me)
+            self._hand_over(effect.message, self._me)
         else:
             # Tasks start in the order in which they are made, so messages to one peer keep theirs.
             self._ports.spawn(self._transmit(effect.peer, encode_message(self._swarm, effect.message)))

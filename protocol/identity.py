@@ -3,9 +3,13 @@
 A peer id is the 32-byte Ed25519 public key; its text form is libp2p's (base58 of the identity multihash of the
 protobuf-encoded key, "12D3KooW…"; libp2p peer-ids specification), so that both transports name a peer alike.
 
+Signatures that were found good are remembered, in bounds: most are met again (a vote alone and in its certificate),
+and what a thread has checked costs the event loop nothing. What is remembered changes no answer.
+
 Invariant: no signature is valid in another domain, another swarm or under another protocol version.
 """
 
+from functools import lru_cache
 from typing import NewType
 
 import base58
@@ -20,6 +24,8 @@ PEER_ID_BYTES = 32
 SIGNATURE_BYTES = 64
 SEED_BYTES = 32
 PROTOCOL_VERSION = 1
+GOOD_SIGNATURES_MAX = 8192  # more than the largest proposal has
+GOOD_TEXT_BYTES_MAX = 1024  # longer signed texts, such as plans, are not remembered: 10 MiB in all
 
 # identity multihash (0x00), 36 bytes, of the protobuf PublicKey{Type: Ed25519 (1), Data: 32 bytes}
 _LIBP2P_PREFIX = bytes.fromhex("0024080112 20".replace(" ", ""))
@@ -75,10 +81,25 @@ class Identity:
 
 def verify_signature(peer: PeerId, domain: str, swarm: bytes, payload: bytes, signature: bytes) -> None:
     """Raise ProtocolError(BAD_SIGNATURE) unless `peer` signed `payload` in this domain and swarm."""
+    text = _signed_bytes(domain, swarm, payload)
+    verify = _verify_once if len(text) <= GOOD_TEXT_BYTES_MAX else _verify
     try:
-        Ed25519PublicKey.from_public_bytes(peer).verify(signature, _signed_bytes(domain, swarm, payload))
+        verify(peer, text, signature)
     except (InvalidSignature, ValueError) as error:
         raise ProtocolError(Refusal.BAD_SIGNATURE, f"{domain} is not signed by {short_peer_id(peer)}") from error
+
+
+def _verify(peer: PeerId, text: bytes, signature: bytes) -> None:
+    Ed25519PublicKey.from_public_bytes(peer).verify(signature, text)
+
+
+# What raises is not remembered.
+_verify_once = lru_cache(maxsize=GOOD_SIGNATURES_MAX)(_verify)
+
+
+def forget_signatures() -> None:
+    """Check everything anew: for measurements."""
+    _verify_once.cache_clear()
 
 
 def _signed_bytes(domain: str, swarm: bytes, payload: bytes) -> bytes:

@@ -1,7 +1,9 @@
 """The ledger at work: durable before it is shown, pushed and compared, and no peer or disk that fails ends it."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,9 @@ import pytest
 from shoal.crdt.anti_entropy import PUSH_PEERS, ROUND_TRIPS_MAX
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.kinds import Kind, RoundBody
-from shoal.crdt.ledger import Draft
+from shoal.crdt.ledger import Draft, Ledger
 from shoal.crdt.own_chain import OwnChain
-from shoal.crdt.reconciliation import begin
+from shoal.crdt.reconciliation import Answer, answer, begin
 from shoal.crdt.sketch import SALT_BYTES
 from shoal.node import ledger_sync
 from shoal.node.control import PeerUnreachable
@@ -132,7 +134,47 @@ async def test_entries_that_do_not_decode_cost_their_sender_and_leave_nothing(tm
             await peer.ledger.take(LedgerEntries(payload=b"", batches=(b"no batch",)))
         assert len(peer.ledger.ledger) == 0
         with pytest.raises(ProtocolError):
-            peer.ledger.answer_reconcile(Reconcile(payload=b"\xff no step"))
+            await peer.ledger.answer_reconcile(Reconcile(payload=b"\xff no step"))
+
+
+async def test_while_a_thread_reads_the_ledger_it_does_not_change_and_the_loop_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_peers(tmp_path, 2) as (ann, bob):
+        await bob.ledger.write_lease(b"bob", [])
+        go_on, seen = threading.Event(), list[int]()
+
+        def read(ledger: Ledger, message: bytes) -> Answer:
+            assert go_on.wait(20), "the loop goes on"
+            seen.append(len(ledger))
+            return answer(ledger, message)
+
+        monkeypatch.setattr(ledger_sync, "answer", read)
+        question = Reconcile(payload=begin(bob.ledger.ledger, bytes(SALT_BYTES)))
+        answering = asyncio.create_task(ann.ledger.answer_reconcile(question))
+        await wait_until(lambda: ann.ledger._quiet.locked())
+        (batch,) = bob.state.stores.ledger.load()
+        taking = asyncio.create_task(ann.ledger.take(LedgerEntries(payload=b"", batches=(encode_batch(batch),))))
+        await wait_until(lambda: ann.ledger._lock.locked() and bool(ann.ledger._quiet._waiters))
+        assert len(ann.ledger.ledger) == 0
+        go_on.set()
+        await answering
+        assert await taking == 1
+        assert seen == [0] and len(ann.ledger.ledger) == 1
+
+
+async def test_what_came_before_a_batch_that_does_not_hold_is_kept(tmp_path: Path) -> None:
+    async with open_peers(tmp_path, 2) as (ann, bob):
+        for number in range(3):
+            await bob.ledger.write_lease(b"bob %d" % number, [])
+        one, two, three = bob.state.stores.ledger.load()
+        forged = encode_batch(replace(two, signature=bytes(64)))
+        for spoilt, refusal in ((forged, Refusal.BAD_SIGNATURE), (b"no batch", Refusal.MALFORMED)):
+            with pytest.raises(ProtocolError) as caught:
+                batches = (encode_batch(one), spoilt, encode_batch(three))
+                await ann.ledger.take(LedgerEntries(payload=b"", batches=batches))
+            assert caught.value.refusal is refusal
+            assert len(ann.ledger.ledger) == 1 and len(ann.state.stores.ledger.load()) == 1
 
 
 async def test_a_key_that_is_in_use_elsewhere_stops_writing_and_nothing_else(tmp_path: Path) -> None:

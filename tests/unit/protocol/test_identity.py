@@ -111,3 +111,17 @@ def test_a_key_that_is_none_verifies_nothing(key: bytes) -> None:
     with pytest.raises(ProtocolError) as caught:
         verify_signature(PeerId(key), "vote", SWARM, b"payload", bytes(64))
     assert caught.value.refusal is Refusal.BAD_SIGNATURE
+
+
+def test_only_what_holds_is_remembered_and_only_where_it_is_short() -> None:
+    module.forget_signatures()
+    signature = IDENTITY.sign("vote", SWARM, b"payload")
+    for _ in range(2):
+        verify_signature(IDENTITY.peer, "vote", SWARM, b"payload", signature)
+        refuse(payload=b"another payload")
+        refuse(domain="ready")
+    known = module._verify_once.cache_info()
+    assert (known.hits, known.currsize, known.maxsize) == (1, 1, module.GOOD_SIGNATURES_MAX)
+    long = bytes(module.GOOD_TEXT_BYTES_MAX)
+    verify_signature(IDENTITY.peer, "vote", SWARM, long, IDENTITY.sign("vote", SWARM, long))
+    assert module._verify_once.cache_info().currsize == 1
