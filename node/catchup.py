@@ -25,6 +25,7 @@ from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
 from shoal.node.replay import Replay, ReplayPorts
 from shoal.node.snapshot_fetch import SnapshotFetch, map_state
+from shoal.node.snapshots import Snapshot
 from shoal.protocol.codecs import CODECS, Float32s
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
@@ -222,13 +223,15 @@ class CatchUp:
 
     # -- by replay ---------------------------------------------------------------------------------------------------
 
-    async def _replay(self, page: Sequence[Certificate], peer: PeerId, target: int) -> None:
+    async def _replay(
+        self, page: Sequence[Certificate], peer: PeerId, target: int, begin: Awaitable[bool] | None = None
+    ) -> None:
         ports = ReplayPorts(
             take_certificate=self._ports.take_certificate, wait_past=self._ports.wait_past, tell=self._tell
         )
         replay = Replay(self._manifest, self._state, self._links, self.donors, ports)
         try:
-            await replay.run(page, peer, target)
+            await replay.run(page, peer, target, begin)
         finally:
             self.fetched_bytes += replay.fetched_bytes
             self._apply_s = replay.apply_s if replay.apply_s is not None else self._apply_s
@@ -260,8 +263,9 @@ class CatchUp:
                 self._ports.misbehaved(donor, ProtocolError(Refusal.WRONG_BASE, detail))
                 continue
             # The chunks that came stay: the next catch-up goes on from them.
-            taken = await self._take_over(index, chain[: index.round + 1 - first], donor, trail)
-            return Jump.DONE if taken else Jump.CUT_SHORT
+            end = index.round + 1 - first
+            way = _Way(to=chain[:end], behind=chain[end:], trail=trail, peer=peer, target=target)
+            return Jump.DONE if await self._take_over(index, donor, way) else Jump.CUT_SHORT
         return Jump.NOT_OFFERED
 
     async def _lengthen(self, chain: list[Certificate], peer: PeerId, last: int) -> None:
@@ -275,25 +279,39 @@ class CatchUp:
                 return
             chain += page
 
-    async def _take_over(
-        self, index: SnapshotIndex, chain: Sequence[Certificate], donor: PeerId, trail: Sequence[Checkpoint]
-    ) -> bool:
-        """Fetch the snapshot that `chain` leads to, behind the trail if there is one, and become its round."""
+    async def _take_over(self, index: SnapshotIndex, donor: PeerId, way: "_Way") -> bool:
+        """Fetch the snapshot, become its round and go on from there; whether that worked. The line does not wait while
+        the snapshot is checked and taken over: the updates behind it come meanwhile."""
+        loop = asyncio.get_running_loop()
+        taken: asyncio.Future[bool] = loop.create_future()
+        replaying: list[asyncio.Task[None]] = []
+
+        def go_on() -> None:
+            replaying.append(loop.create_task(self._replay(way.behind, way.peer, way.target, taken)))
+
         snapshots = self._state.stores.snapshots
-        fetch = SnapshotFetch(index, self._folder, snapshots, self._links, self.donors, self._tell)
+        fetch = SnapshotFetch(index, self._folder, snapshots, self._links, self.donors, self._tell, go_on)
         try:
             snapshot = await fetch.run(donor)
+            taken.set_result(snapshot is not None and await self._become(snapshot, way))
+            await asyncio.gather(*replaying)
         finally:
             self.fetched_bytes += fetch.fetched_bytes
-        if snapshot is None:
-            return False
+            for task in replaying:
+                task.cancel()
+            await asyncio.gather(*replaying, return_exceptions=True)
+        return taken.result()
+
+    async def _become(self, snapshot: Snapshot, way: "_Way") -> bool:
+        """Take the snapshot's round over, behind the trail if there is one."""
+        index = snapshot.index
         self.detail = f"taking over the snapshot of round {index.round}"
         began_s = asyncio.get_running_loop().time()
-        for certificate in chain:
+        for certificate in way.to:
             await asyncio.to_thread(self._state.save_certificate, certificate)
-        if trail:
-            await asyncio.to_thread(self._state.trail.adopt, trail)
-        own = chain[-1].result
+        if way.trail:
+            await asyncio.to_thread(self._state.trail.adopt, way.trail)
+        own = way.to[-1].result
         head = Head(round=own.round, digest=digest_record(own), state_root=index.root, voters=own.voters)
         if head.round <= self._state.head.round:
             return True  # the swarm's live rounds have led past it
@@ -301,6 +319,18 @@ class CatchUp:
         self.snapshots_taken += 1
         self._install_s = asyncio.get_running_loop().time() - began_s
         return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    """The certificates up to a snapshot's round and those behind it, checked; the trail before them, if one leads
+    there; who is ahead, and where the catch-up is to end."""
+
+    to: Sequence[Certificate]
+    behind: Sequence[Certificate]
+    trail: Sequence[Checkpoint]
+    peer: PeerId
+    target: int
 
 
 def _describe(route: Route | None) -> str:

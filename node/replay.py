@@ -3,7 +3,8 @@
 Certificates are fetched ahead and checked as a stretch of the log; then their parts come from all donors at once into
 the blob store, where the round core finds them when the certificate is handed to it.
 
-Invariants: nothing is fetched that is not named by a certificate which follows the own head; at most AHEAD_BYTES_MAX
+Invariants: nothing is fetched that is not named by a certificate which follows the own head, or that of the snapshot
+which is being taken over; at most AHEAD_BYTES_MAX
 bytes and AHEAD_ROUNDS_MAX rounds are fetched ahead of the round that is applied; every part decodes before it is kept.
 """
 
@@ -61,8 +62,11 @@ class Replay:
         self._freed = asyncio.Event()
         self._parts: dict[bytes, int] = {}  # which part a digest that is fetched stands for
 
-    async def run(self, page: Sequence[Certificate], peer: PeerId, target: int) -> None:
-        """Up to round `target`, or as far as the donors lead. `page` is checked and begins after the head."""
+    async def run(
+        self, page: Sequence[Certificate], peer: PeerId, target: int, begin: Awaitable[bool] | None = None
+    ) -> None:
+        """Up to round `target`, or as far as the donors lead. `page` is checked and begins after the head, or after the
+        one that is there once `begin` says that it is; until then updates are fetched and none is applied."""
         ports = TransferPorts(
             sources=lambda: self._donors.of_updates(self._state.head.round + 1),
             addresses_of=self._donors.ports.addresses_of,
@@ -73,6 +77,8 @@ class Replay:
         async with Transfer(self._links, ports) as transfer:
             looking = asyncio.create_task(self._look_ahead(page, peer, target, transfer))
             try:
+                if begin is not None and not await begin:
+                    return
                 while (certificate := await self._asked.get()) is not None:
                     self._ports.tell(f"replaying round {certificate.result.round} of {target}")
                     if not await self._apply(certificate, peer, transfer):

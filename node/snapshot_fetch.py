@@ -37,7 +37,9 @@ class SnapshotFetch:
         links: TensorLinks,
         donors: Donors,
         tell: Callable[[str], None],
+        line_freed: Callable[[], None],
     ) -> None:
+        """`line_freed` is called when the last chunk is here: what follows takes the disk and the processor."""
         self.fetched_bytes = 0
         self._index = index
         self._folder = folder
@@ -45,6 +47,7 @@ class SnapshotFetch:
         self._links = links
         self._donors = donors
         self._tell = tell
+        self._line_freed = line_freed
         self._having: dict[PeerId, None] = {}  # donors that have said that they have it
         self._numbers: dict[bytes, list[int]] = {}
         for number in range(index.chunks):
@@ -55,6 +58,7 @@ class SnapshotFetch:
     async def run(self, donor: PeerId) -> Snapshot | None:
         """The snapshot, whole and in the store; None where chunks of it are to be had nowhere. `donor` has it."""
         if (known := self._store.get(self._index.round)) is not None and known.index == self._index:
+            self._line_freed()
             return known  # a restart came between its last chunk and its use
         partial = await asyncio.to_thread(PartialSnapshot, self._folder, self._index)
         try:
@@ -62,6 +66,7 @@ class SnapshotFetch:
                 return None
         finally:
             partial.close()
+        self._line_freed()
         await asyncio.to_thread(partial.finish, self._store)
         snapshot = self._store.get(self._index.round)
         if snapshot is not None and not await asyncio.to_thread(_is_whole, snapshot):

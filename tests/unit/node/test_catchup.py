@@ -3,18 +3,22 @@
 import asyncio
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from shoal.node.ledger_store import StoreError
 from shoal.node.partial_snapshot import PartialSnapshot
-from shoal.protocol.errors import Refusal
+from shoal.protocol.codecs import Float32s
+from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.fetch_plan import ASKS_PER_PIECE_MAX
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
     CERTIFICATES_PER_ANSWER,
 )
+from shoal.protocol.quorum import Head
 from shoal.protocol.state import StateVector
 from tests.unit.node.catchup_samples import (
     CHUNKS,
@@ -253,3 +257,33 @@ async def test_a_disk_that_fails_ends_the_catch_up_and_it_may_begin_again(
         obstacle.unlink()
         await newcomer.catch_up.run(donors[0].me, FAR)
         assert_same_state(newcomer, donors[0])
+
+
+async def test_while_a_snapshot_is_taken_over_the_updates_behind_it_come(tmp_path: Path) -> None:
+    async with open_swarm(tmp_path, FAR, elements=WIDE_ELEMENTS) as (newcomer, donors, chain):
+        behind = [part.digest for one in chain.certificates[SNAPSHOT:] for part in one.result.parts]
+        blobs, install = newcomer.state.stores.blobs, newcomer.driver.install
+        assert behind and not any(map(blobs.has, behind))
+
+        async def install_late(head: Head, params: Float32s, momentum: Float32s) -> None:
+            await wait_until(lambda: all(map(blobs.has, behind)))
+            assert newcomer.state.head.round == 0
+            await install(head, params, momentum)
+
+        newcomer.catch_up._ports = replace(newcomer.catch_up._ports, install=install_late)
+        await newcomer.catch_up.run(donors[0].me, FAR)
+        assert_same_state(newcomer, donors[0])
+        assert newcomer.catch_up.snapshots_taken == 1
+
+
+async def test_a_snapshot_that_cannot_be_taken_over_leaves_nothing_running(tmp_path: Path) -> None:
+    async with open_swarm(tmp_path, FAR, elements=WIDE_ELEMENTS) as (newcomer, donors, chain):
+
+        async def fail(head: Head, params: Float32s, momentum: Float32s) -> None:
+            raise StoreError(tmp_path, Failure.DISK_FULL, "the disk is full", "make space")
+
+        before = asyncio.all_tasks()
+        newcomer.catch_up._ports = replace(newcomer.catch_up._ports, install=fail)
+        await newcomer.catch_up.run(donors[0].me, FAR)
+        assert newcomer.state.head == chain.heads[0] and not newcomer.catch_up.active
+        assert not [task for task in asyncio.all_tasks() - before if "_replay" in repr(task)]

@@ -291,5 +291,5 @@ async def test_what_is_asked_for_is_within_the_schema(tmp_path: Path) -> None:
             GetCertificates(first_round=1, count=CERTIFICATES_PER_ANSWER),
             GetSnapshot(round_max=FAR - 1),
             GetCertificates(first_round=17, count=SNAPSHOT + 1 - CERTIFICATES_PER_ANSWER),
-            GetCertificates(first_round=SNAPSHOT + 1, count=FAR - SNAPSHOT),
+            GetCertificates(first_round=SNAPSHOT + 2, count=FAR - SNAPSHOT - 1),
         ]
