@@ -94,6 +94,8 @@ class Answers:
 
     def _answer_checkpoints(self, after: int) -> CheckpointsAnswer:
         kept, size = list[Checkpoint](), 0
+        if not self.state.trail.is_whole:
+            return CheckpointsAnswer(checkpoints=())  # whoever walked it would take this peer for a liar
         for checkpoint in islice(self.state.trail.load(after), CHECKPOINTS_PER_ANSWER):
             size += len(encode_record(checkpoint))
             if size > ANSWER_BYTES_MAX:

@@ -4,8 +4,9 @@ Whoever joins later walks it by the rule in `protocol.trail`, and so needs no mo
 certificates of the last CERTIFICATES_KEPT rounds stay as they are, as many as two logs that part are compared over
 (node.parting), and so do all that something else on this disk still needs.
 
-Invariant: nothing is dropped before the trail over it is durable, in the same transaction; a log over which no trail
-leads, as one with rows that a damaged file has lost, is left as it is.
+Invariants: nothing is dropped before the trail over it is durable, in the same transaction; a log over which no trail
+leads, as one with rows that a damaged file has lost, is left as it is; a trail with a gap is shown to nobody, and is
+fetched again from others (node.log_repair).
 
 Everything here blocks.
 """
@@ -16,7 +17,15 @@ from collections.abc import Iterator, Sequence
 from shoal.node.ledger_store import LedgerStore, StoredCertificate
 from shoal.protocol.messages import Certificate, Checkpoint
 from shoal.protocol.quorum import Authority
-from shoal.protocol.trail import Anchor, Candidate, anchor_of, check_trail, choose_trail, make_candidate
+from shoal.protocol.trail import (
+    Anchor,
+    Candidate,
+    anchor_of,
+    check_trail,
+    choose_trail,
+    is_connected,
+    make_candidate,
+)
 from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted, encode_record
 
 CERTIFICATES_KEPT = 4096
@@ -33,6 +42,34 @@ class CertificateTrail:
         self._store = store
         self.genesis = genesis
         self._authority = authority
+        self.is_whole = True
+
+    def examine(self) -> Anchor | None:
+        """Where the checkpoints lead by their rounds and signers: they were checked before they were stored. None, and
+        it is not whole, where some are missing."""
+        end, candidates = self.genesis, list[Candidate]()
+        for checkpoint in self.load():
+            candidates.append(make_candidate(checkpoint.certificate))
+            end = anchor_of(checkpoint.certificate)
+        leads = is_connected(self.genesis.voters, candidates, self._authority.rule)
+        self.is_whole = leads and (end.round > 0 or self._store.get_first_round() in (None, 1))
+        return end if self.is_whole else None
+
+    def mend(self, checkpoints: Sequence[Checkpoint]) -> bool:
+        """Take a trail that was checked in place of the own one, of which checkpoints are missing. False, and nothing
+        is taken, where it does not lead to the own log."""
+        first, end = self._store.get_first_round(), anchor_of(checkpoints[-1].certificate)
+        own = self._store.get_certificate(end.round)
+        if first is None or own is None or own.result_digest != end.digest:
+            return False
+        self._store.shorten_log(first, _encode(checkpoints))
+        self.is_whole = True
+        return True
+
+    def forget(self) -> None:
+        """The certificates begin with the first round: no trail is needed."""
+        self._store.shorten_log(1, ())
+        self.is_whole = True
 
     def load(self, after: int = 0) -> Iterator[Checkpoint]:
         """The checkpoints of the rounds behind this one, in order."""
@@ -51,9 +88,9 @@ class CertificateTrail:
         first = self._store.get_first_round()
         if first is None or first_kept <= first:
             return
-        kept = [one for one in self.load() if one.certificate.result.round <= first]
+        kept = [one for one in self.load() if one.certificate.result.round <= first_kept]
         candidates = [make_candidate(one.certificate) for one in kept]
-        candidates += self._list_candidates(first if kept else 0, first_kept)
+        candidates += self._list_candidates(max(first, candidates[-1].round) if kept else 0, first_kept)
         chosen = choose_trail(self.genesis.voters, candidates, self._authority.rule)
         if chosen is None or candidates[-1].round != first_kept:
             log.warning("no trail leads over the certified rounds to %d: none of them is dropped", first_kept)
@@ -70,8 +107,8 @@ class CertificateTrail:
         end = checkpoints[-1].certificate
         stored = StoredCertificate(round=end.result.round, result_digest=anchor_of(end).digest, body=encode_record(end))
         self._store.put_certificate(stored)
-        bodies = [(one.certificate.result.round, encode_record(one)) for one in checkpoints]
-        self._store.shorten_log(stored.round, bodies)
+        self._store.shorten_log(stored.round, _encode(checkpoints))
+        self.is_whole = True
 
     def _list_candidates(self, after: int, last: int) -> Iterator[Candidate]:
         """The rounds behind `after` of which the round before is here, too."""
@@ -89,6 +126,10 @@ class CertificateTrail:
             before=None if before is None else _decode(before).result,
             certificate=_decode(own),
         )
+
+
+def _encode(checkpoints: Sequence[Checkpoint]) -> list[tuple[int, bytes]]:
+    return [(one.certificate.result.round, encode_record(one)) for one in checkpoints]
 
 
 def _decode(stored: StoredCertificate) -> Certificate:

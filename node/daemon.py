@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
+from functools import partial
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState, open_stores
+from shoal.node.log_repair import LogRepair
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
 from shoal.node.membership import Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
@@ -362,6 +364,7 @@ class Daemon:
             self.providers.run(),
             self.disk_watch.watch(),
             self.reporter.watch_lag(),
+            LogRepair(self.state, self.catch_up.donors, partial(self.reporter.happen, HappeningKind.DISK)).run(),
         ):
             self._spawn(work)
         self.surroundings.begin(bound, self.paths.reach.set_mapped, self.membership.hear)

@@ -145,15 +145,19 @@ class Donors:
         """Checkpoints that lead from the manifest to behind round `last`, from one of those who have said that they do
         not keep the certificates themselves. Empty where nobody has."""
         for donor in list(self._without):
-            try:
-                found = await self._walk_trail(donor, genesis)
-            except ProtocolError as error:
-                self._refuse(donor, error)
-            except (PeerUnreachable, RequestRefused) as error:
-                self._note_failure(donor, error)
-            else:
-                if found and found[-1].certificate.result.round > last:
-                    return found
+            found = await self.ask_trail(donor, genesis)
+            if found and found[-1].certificate.result.round > last:
+                return found
+        return ()
+
+    async def ask_trail(self, donor: PeerId, genesis: Anchor) -> tuple[Checkpoint, ...]:
+        """This donor's checkpoints, which lead from the manifest somewhere; empty where it has none, or did not say."""
+        try:
+            return await self._walk_trail(donor, genesis)
+        except ProtocolError as error:
+            self._refuse(donor, error)
+        except (PeerUnreachable, RequestRefused) as error:
+            self._note_failure(donor, error)
         return ()
 
     async def _walk_trail(self, donor: PeerId, anchor: Anchor) -> tuple[Checkpoint, ...]:

@@ -336,6 +336,12 @@ class LedgerStore:
         assert first is None or isinstance(first, int), "a STRICT table"
         return first
 
+    def list_rounds(self, first: int, end: int) -> list[int]:
+        """The rounds from `first` up to but not including `end` of which there is a certificate, in order."""
+        with self._lock, _explain(self._path):
+            query = "SELECT round FROM certificates WHERE round >= ? AND round < ? ORDER BY round"
+            return [number for (number,) in self._connection.execute(query, (first, end))]
+
     def get_certificate(self, round_number: int) -> StoredCertificate | None:
         """The certificate of this round, or None."""
         return _certificate_of(self._read_one(f"{_SELECT_CERTIFICATES} WHERE round = ?", (round_number,)))

@@ -98,6 +98,7 @@ class LocalState:
             self.head = await asyncio.to_thread(self.restore_now)
             await asyncio.to_thread(self._restore_feedback)
             await asyncio.to_thread(self._find_updates)
+            await asyncio.to_thread(self.trail.examine)
         return self.head
 
     def restore_now(self) -> Head:
@@ -371,6 +372,11 @@ class LocalState:
             if sizes and not any(self.stores.blobs.has(digest) for digest in sizes):
                 break  # a round without parts says nothing
             self._updates[number] = sizes
+
+    async def find_retained(self) -> None:
+        """Look again which updates can be replayed: certificates were missing that are here now."""
+        async with self.lock:
+            await asyncio.to_thread(self._find_updates)
 
     def _sizes(self, result: Result) -> Sizes:
         codec = CODECS[result.codec]

@@ -95,6 +95,16 @@ def _check_step(anchor: Anchor, checkpoint: Checkpoint, authority: Authority) ->
     return anchor_of(certificate)
 
 
+def is_connected(founders: tuple[PeerId, ...], candidates: Sequence[Candidate], rule: QuorumRule) -> bool:
+    """Whether each of these certified rounds is led to by the one before it, and the first one by the manifest."""
+    anchor = Candidate(round=0, voters=founders, signers=frozenset(), is_reroot=False)
+    for candidate in candidates:
+        if candidate.round <= anchor.round or not _leads(anchor, candidate, rule):
+            return False
+        anchor = candidate
+    return True
+
+
 def choose_trail(founders: tuple[PeerId, ...], candidates: Sequence[Candidate], rule: QuorumRule) -> list[int] | None:
     """Indices of the candidates that lead from the manifest to the last one of them, which is among them; None where
     none lead there. Each candidate follows the one before it, either as the next round or by a skip.
