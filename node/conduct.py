@@ -48,6 +48,7 @@ HONEST = frozenset(
         Refusal.LIMIT,
         Refusal.NOT_READY,
         Refusal.NOT_AUTHENTIC,
+        Refusal.BUDGET_SPENT,
     }
 )
 

@@ -86,6 +86,16 @@ class TensorTable:
     """The IP address or DNS name under which others reach this port, where the observed one is wrong."""
     announce_port: Port = 0
     """The port that others dial, where a router forwards another one to `port`; 0 means `port` itself."""
+    relay: bool = True
+    """Pass on the sealed bytes of links between members that cannot reach each other, where this one can be dialled."""
+    relay_links_max: Annotated[int, Bound(1, 1024)] = 16
+    """Such links at a time, each with two connections and 256 KiB of memory."""
+    relay_links_per_peer_max: Annotated[int, Bound(1, 1024)] = 4
+    """Those of one member."""
+    relay_mib_per_hour: Annotated[int, Bound(1, 1 << 24)] = 4096
+    """Bytes of all such links within an hour, both ways together: each comes in here and goes out again."""
+    relay_peer_mib_per_hour: Annotated[int, Bound(1, 1 << 24)] = 2048
+    """Those of one member's links."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

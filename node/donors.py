@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.node.fetch import Source
-from shoal.node.link_port import Address
+from shoal.node.link_port import Address, LinkPath
 from shoal.node.links import TensorLinks
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
@@ -100,7 +100,8 @@ class Donors:
     def of_updates(self, number: int) -> list[Source]:
         """Who has updates of this round or later ones, and from where on."""
         live = self.ports.live()
-        return [Source(peer=peer, first_round=live[peer].updates_from) for peer in self.of_round(number)]
+        donors = self._spare_relays(self.of_round(number))
+        return [Source(peer=peer, first_round=live[peer].updates_from) for peer in donors]
 
     def of_snapshots(self) -> dict[int, list[PeerId]]:
         """Who has announced which snapshot."""
@@ -108,7 +109,11 @@ class Donors:
         for peer, one in self.ports.live().items():
             for number in one.snapshots if peer not in self.liars else ():
                 found.setdefault(number, []).append(peer)
-        return found
+        return {number: self._spare_relays(peers) for number, peers in found.items()}
+
+    def _spare_relays(self, peers: list[PeerId]) -> list[PeerId]:
+        """Without those whose bytes a third peer passes on, at twice their cost, while there are others."""
+        return [peer for peer in peers if self._links.path_to(peer) is not LinkPath.RELAYED] or peers
 
     # -- what they are asked -----------------------------------------------------------------------------------------
 

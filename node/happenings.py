@@ -87,10 +87,19 @@ REMEDIES: Mapping[Failure, str] = {
     Failure.PORT_TAKEN: "no port is mapped; remove old mappings in the router",
     Failure.DOUBLE_NAT: "a mapping would not help; put the outer router into bridge mode, or forward its ports, too",
     Failure.MULTICAST_UNAVAILABLE: "peers on the LAN are not found by themselves; others are",
-    Failure.PUNCH_TIMEOUT: "what it holds is fetched from others",
-    Failure.PUNCH_REFUSED: "what it holds is fetched from others",
-    Failure.PUNCH_PAUSED: "what it holds is fetched from others",
-    Failure.NO_OBSERVED_ADDRESS: "what it holds is fetched from others",
+    Failure.PUNCH_TIMEOUT: "a member is asked to relay",
+    Failure.PUNCH_REFUSED: "a member is asked to relay",
+    Failure.PUNCH_PAUSED: "a member is asked to relay",
+    Failure.NO_OBSERVED_ADDRESS: "a member is asked to relay",
+    Failure.NO_RELAY: "what it holds is fetched from others",
+    Failure.RELAY_REFUSED: "another member is asked, or the same one later",
+    Failure.RELAY_LOST: "another member is asked, or the same one later",
+    Failure.RELAY_TIMEOUT: "another member is asked, or the same one later",
+    Failure.RELAY_PAUSED: "what it holds is fetched from others",
+    Failure.RELAY_HALF_OPEN: "the two ask another member",
+    Failure.RELAY_IDLE: "the two ask again when they need it",
+    Failure.RELAY_EXPIRED: "the two ask again when they need it",
+    Failure.BUDGET_SPENT: "the two ask another member; within an hour this one relays again",
 }
 
 

@@ -1,5 +1,6 @@
 """What one tensor link asks of the table that it stands in: limits, the sink, and where to be counted."""
 
+import asyncio
 from collections.abc import Coroutine
 from typing import Protocol, TypeVar
 
@@ -21,6 +22,9 @@ class LinkHost(Protocol[L]):
     def connected(self, link: L) -> bool:
         """The socket is connected; False ends the link before its handshake."""
 
+    def divert(self, transport: asyncio.Transport, first: memoryview) -> bool:
+        """Whether an accepted connection that begins with these bytes is no link, and somebody else has it now."""
+
     def link_opened(self, link: L, peer: PeerId) -> Refusal | None:
         """The handshake has proven `peer`; a refusal ends the link."""
 
@@ -35,3 +39,13 @@ class LinkHost(Protocol[L]):
 
     def spawn(self, work: Coroutine[None, None, None]) -> object:
         """Run this as a task that ends with the table."""
+
+
+class ConnectionTaker(Protocol):
+    """Who shares the listening port with the links."""
+
+    def take_connection(self, transport: asyncio.BaseTransport, first: memoryview) -> bool:
+        """Whether a connection that begins with these bytes is its own; it is then taken over."""
+
+    async def close(self) -> None:
+        """Every connection that it has taken over is gone on return."""

@@ -33,6 +33,8 @@ class LinkEnd(StrEnum):
     LIMIT = "limit"  # one of our own limits
     STOPPED = "stopped"
     OUTRUN = "outrun"  # another address of the peer answered first
+    DIVERTED = "diverted"  # the connection was no link, and somebody else has it
+    RELAY_ENDED = "relay_ended"  # without a goodbye, by the peer or by the member that passed its bytes on
 
 
 class LinkPath(StrEnum):

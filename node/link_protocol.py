@@ -228,7 +228,8 @@ class Link(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         orderly = LinkEnd.PEER_SAID_GOODBYE if self._peer_left else None
-        self._finish(self._leaving or orderly or LinkEnd.CLOSED_BY_PEER, None)
+        abrupt = LinkEnd.RELAY_ENDED if self.path is LinkPath.RELAYED else LinkEnd.CLOSED_BY_PEER
+        self._finish(self._leaving or orderly or abrupt, None)
         self._host.disconnected(self)
         self.closed.set_result(None)
 
@@ -277,6 +278,12 @@ class Link(asyncio.BufferedProtocol):
 
     def _shake_hands(self, nbytes: int) -> None:
         assert self._handshake is not None
+        is_new = self.expected is None and self._wire_bytes_in == nbytes
+        if is_new and self._host.divert(self._transport, self._early[:nbytes]):
+            self._finish(LinkEnd.DIVERTED, None)
+            self._host.disconnected(self)
+            self.closed.set_result(None)
+            return
         try:
             channel = self._handshake.receive(self._early[:nbytes])
         except ProtocolError as error:

@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from contextlib import contextmanager, suppress
 
 from shoal.node.arrivals import ArrivalLimits, Arrivals
+from shoal.node.link_host import ConnectionTaker
 from shoal.node.link_listen import open_dialling, open_listeners
 from shoal.node.link_port import (
     Address,
@@ -66,6 +67,8 @@ class TensorLinks:
         self.accepted = 0  # proven links that others have dialled
         # A proven link that a peer has dialled, with its local and its remote address.
         self.on_accepted: Callable[[PeerId, Address, Address], None] = lambda peer, local, remote: None
+        # Takes over a connection that begins with these bytes, where it is no link, and holds it until `close`.
+        self.relay: ConnectionTaker | None = None
         # Makes a link to a peer that cannot be dialled directly, or raises LinkLost.
         self.detour: Callable[[PeerId], Awaitable[None]] | None = None
         self._peer = identity.peer
@@ -111,6 +114,8 @@ class TensorLinks:
             server.close()
         for dial in list(self._dials.values()):
             dial.cancel()
+        if self.relay is not None:
+            await self.relay.close()
         for link in list(self._connected):
             link.leave(LinkEnd.STOPPED)
         await self._wait_closed(self.config.goodbye_timeout_s)
@@ -199,7 +204,7 @@ class TensorLinks:
 
     async def connect_from_port(self, peer: PeerId, address: Address, timeout_s: float) -> socket.socket:
         """A socket from the listening port to an IP address of `peer`, to be adopted; raises LinkLost."""
-        if self.stopping or len(self._connected) + len(self._dials) >= self.config.links_max:
+        if self.is_full:
             raise LinkLost(peer, LinkEnd.LIMIT)
         self._note_hole(peer)
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -218,9 +223,15 @@ class TensorLinks:
             raise
         return connection
 
-    async def wait_linked(self, peer: PeerId) -> None:
-        """Until a link to this peer is open that no relay carries."""
-        while not any(link.is_usable and link.path is not LinkPath.RELAYED for link in self._links.get(peer, ())):
+    @property
+    def is_full(self) -> bool:
+        """Whether no connection may be made now."""
+        return self.stopping or len(self._connected) + len(self._dials) >= self.config.links_max
+
+    async def wait_linked(self, peer: PeerId, *, relayed: bool = False) -> None:
+        """Until a link to this peer is open, one that no relay carries unless `relayed`."""
+        ways = [path for path in LinkPath if relayed or path is not LinkPath.RELAYED]
+        while not any(link.is_usable and link.path in ways for link in self._links.get(peer, ())):
             await self._opening.wait()
 
     @contextmanager
@@ -274,7 +285,7 @@ class TensorLinks:
     async def probe(self, peer: PeerId, address: Address) -> bool | None:
         """Whether `peer` can be dialled there now, whatever links to it are open; None where this machine has no way to
         such an address at all. Raises LinkLost(LIMIT)."""
-        if self.stopping or len(self._connected) + len(self._dials) >= self.config.links_max:
+        if self.is_full:
             raise LinkLost(peer, LinkEnd.LIMIT)
         try:
             link = await self._dial_address(peer, address)
@@ -318,6 +329,10 @@ class TensorLinks:
         if gone not in (None, link):
             gone.end(LinkEnd.LIMIT)
         return gone is not link
+
+    def divert(self, transport: asyncio.Transport, first: memoryview) -> bool:
+        """Whether an accepted connection that begins with these bytes is no link, and somebody else has it now."""
+        return self.relay is not None and not self.stopping and self.relay.take_connection(transport, first)
 
     def link_opened(self, link: Link, peer: PeerId) -> Refusal | None:
         """Enter a proven link in the table, unless a limit or the sink says no."""

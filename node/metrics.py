@@ -59,6 +59,34 @@ class WayFailure(StrEnum):
     PUNCH_REFUSED = Failure.PUNCH_REFUSED.value
     PUNCH_PAUSED = Failure.PUNCH_PAUSED.value
     NO_OBSERVED_ADDRESS = Failure.NO_OBSERVED_ADDRESS.value
+    NO_RELAY = Failure.NO_RELAY.value
+    RELAY_REFUSED = Failure.RELAY_REFUSED.value
+    RELAY_LOST = Failure.RELAY_LOST.value
+    RELAY_TIMEOUT = Failure.RELAY_TIMEOUT.value
+    RELAY_PAUSED = Failure.RELAY_PAUSED.value
+
+
+class RelayEnd(StrEnum):
+    """Those failures that end a link which this peer passes on for two others."""
+
+    RELAY_HALF_OPEN = Failure.RELAY_HALF_OPEN.value
+    RELAY_IDLE = Failure.RELAY_IDLE.value
+    RELAY_EXPIRED = Failure.RELAY_EXPIRED.value
+    BUDGET_SPENT = Failure.BUDGET_SPENT.value
+    PEER_LOST = Failure.PEER_LOST.value
+    PEER_UNREACHABLE = Failure.PEER_UNREACHABLE.value
+
+
+class RelayRefusal(StrEnum):
+    """Those refusals that meet who wants a link passed on."""
+
+    NOT_READY = Refusal.NOT_READY.value
+    NOT_A_MEMBER = Refusal.NOT_A_MEMBER.value
+    BANNED = Refusal.BANNED.value
+    DUPLICATE = Refusal.DUPLICATE.value
+    EXPIRED = Refusal.EXPIRED.value
+    LIMIT = Refusal.LIMIT.value
+    BUDGET_SPENT = Refusal.BUDGET_SPENT.value
 
 
 class Deadline(StrEnum):
@@ -234,6 +262,22 @@ class Metrics:
         self.relay_circuits = table.gauge("relay_circuits", "Control connections of others that this peer carries.")
         self.relayed_bytes = table.counter("relayed_bytes", "Bytes of such connections, both ways.")
         self.links = table.gauges("tensor_links", "Open tensor links, by how they came about.", ("path", LinkPath))
+        self.tensor_relay_links = table.gauge(
+            "tensor_relay_links", "Tensor links of two other members that this peer passes on."
+        )
+        self.tensor_relay_opened = table.counter("tensor_relay_opened", "How many such links it has begun to pass on.")
+        self.tensor_relay_bytes = table.counter("tensor_relay_bytes", "Bytes of such links, both ways.")
+        self.tensor_relay_budget_bytes = table.gauge(
+            "tensor_relay_budget_bytes", "How many more of these may pass within the hour."
+        )
+        self.tensor_relay_ends = table.counters(
+            "tensor_relay_ends", "Such links that did not end in order.", ("reason", RelayEnd)
+        )
+        self.tensor_relay_refusals = table.counters(
+            "tensor_relay_refusals",
+            "Asks for such a link, and connections for one, that were refused.",
+            ("reason", RelayRefusal),
+        )
         self.ways_opened = table.counters(
             "ways_opened", "Peers that could not be dialled and were linked all the same.", ("path", LinkPath)
         )

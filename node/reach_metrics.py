@@ -2,15 +2,18 @@
 
 from shoal.node.links import TensorLinks
 from shoal.node.metrics import Metrics
-from shoal.node.reach import Reach
 from shoal.node.status import ControlStatus
 from shoal.node.surroundings import Surroundings
+from shoal.node.tensor_paths import TensorPaths
+from shoal.node.tensor_relay import TensorRelay
+from shoal.protocol.errors import Failure, Refusal
 
 
 def show_reachability(
-    metrics: Metrics, reach: Reach, links: TensorLinks, control: ControlStatus, surroundings: Surroundings
+    metrics: Metrics, paths: TensorPaths, links: TensorLinks, control: ControlStatus, surroundings: Surroundings
 ) -> None:
     """Set everything that is not counted where it happens."""
+    reach = paths.reach
     metrics.reachability.set(reach.state)
     metrics.reachability_reason.set(reach.reason)
     metrics.nat_mapping.set(reach.mapping)
@@ -25,6 +28,18 @@ def show_reachability(
     for key, count in surroundings.failures.items():
         metrics.port_mapping_failures[key].count_to(count)
     metrics.lan_peers.set(surroundings.lan_peers)
-    paths = links.statistics().paths
+    counts = links.statistics().paths
     for path, links_of_path in metrics.links.items():
-        links_of_path.set(paths.get(path, 0))
+        links_of_path.set(counts.get(path, 0))
+    _show_relay(metrics, paths.relay)
+
+
+def _show_relay(metrics: Metrics, relay: TensorRelay) -> None:
+    metrics.tensor_relay_links.set(relay.carried)
+    metrics.tensor_relay_opened.count_to(relay.opened)
+    metrics.tensor_relay_bytes.count_to(relay.relayed_bytes)
+    metrics.tensor_relay_budget_bytes.set(relay.budget_bytes)
+    for end, ends in metrics.tensor_relay_ends.items():
+        ends.count_to(relay.ends[Failure(end)])
+    for refusal, refusals in metrics.tensor_relay_refusals.items():
+        refusals.count_to(relay.refusals[Refusal(refusal)])

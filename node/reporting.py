@@ -332,6 +332,7 @@ class Reporter:
             disk=self._disk_status(),
             reach=self.subjects.paths.reach.status(),
             control=self._control_status(),
+            tensor_relay=self.subjects.paths.relay.status(),
             router=self.subjects.surroundings.router_status(),
             peers=self._peer_rows(live),
             rounds_certified=self.rounds_certified,
@@ -567,7 +568,7 @@ class Reporter:
         metrics.wire_bytes[Direction.RECEIVED, Plane.CONTROL].count_to(traffic.control_received_bytes)
         metrics.contribution_bytes.count_to(traffic.contribution_bytes)
         metrics.contribution_fp32_bytes.count_to(traffic.fp32_bytes)
-        show_reachability(metrics, one.paths.reach, one.links, self._control_status(), one.surroundings)
+        show_reachability(metrics, one.paths, one.links, self._control_status(), one.surroundings)
         metrics.rounds_behind.set(self._rounds_behind(live))
         metrics.catching_up.set(one.catch_up.active)
         metrics.fetched_bytes.count_to(one.catch_up.fetched_bytes)

@@ -215,6 +215,19 @@ class ReasonCount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRelayStatus:
+    """What this peer passes on of other members' tensor links; `active` while it would, `budget_bytes` is what it may
+    still pass on within the hour."""
+
+    active: bool = False
+    links: int = 0
+    relayed_bytes: int = 0
+    budget_bytes: int = 0
+    refusals: tuple[ReasonCount, ...] = ()
+    ends: tuple[ReasonCount, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """Everything that a person or a program asks a running daemon. `failures` are the newest of each kind, the newest
     first."""
@@ -239,6 +252,7 @@ class Status:
     reach: ReachStatus
     router: RouterStatus
     control: ControlStatus = ControlStatus()
+    tensor_relay: TensorRelayStatus = TensorRelayStatus()
     peers: tuple[PeerStatus, ...]
     rounds_certified: int
     aborted: tuple[ReasonCount, ...]

@@ -3,6 +3,7 @@
     open link    there is one already
     direct       the addresses that the peer announces, with a head start each
     punched      both sides dial at once, where nobody can dial the peer
+    relayed      both sides connect to a member that passes their bytes on, where no hole comes about
 
 Each way is bounded in time, and only what the one before could not do is left to the next. This is the one piece that
 the daemon wires; everything behind it has a module of its own.
@@ -22,9 +23,19 @@ from shoal.node.membership import Membership
 from shoal.node.punch import Punches, PunchFailed, PunchPorts
 from shoal.node.reach import Reach, ReachPorts
 from shoal.node.reachability import NatMapping
+from shoal.node.relayed_links import RelayedLinks, RelayedPorts, RelayFailed
+from shoal.node.tensor_relay import RelayPorts, TensorRelay
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
-from shoal.protocol.messages import GetObserved, GetPunchClock, ProbeAddresses, PunchOffer, PunchSync
+from shoal.protocol.messages import (
+    AskRelay,
+    GetObserved,
+    GetPunchClock,
+    ProbeAddresses,
+    PunchOffer,
+    PunchSync,
+    RelayCall,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +58,7 @@ class TensorPaths:
         ports: ReachPorts,
     ) -> None:
         self._live = ports.live
+        self._links = links
         self.on_opened: Callable[[PeerId, LinkPath], None] = _ignore  # a way round has led to a link
         self.on_failed: Callable[[PeerId, Failure], None] = _ignore  # it has not
         self.reach = Reach(swarm, config, bound, control, links, ports)
@@ -63,6 +75,22 @@ class TensorPaths:
                 now=ports.now,
             ),
         )
+        self.relay = TensorRelay(
+            me,
+            swarm,
+            config,
+            control,
+            links,
+            RelayPorts(refusal=self._why_no_member, reached=lambda: self.reach.reached, now=ports.now),
+        )
+        self.relayed = RelayedLinks(
+            me,
+            swarm,
+            control,
+            links,
+            RelayedPorts(is_member=self._is_member, live=ports.live, addresses_of=ports.addresses_of, now=ports.now),
+        )
+        links.relay = self.relay
         links.detour = self._find_way
 
     async def answer(self, peer: PeerId, question: object) -> object:
@@ -78,16 +106,27 @@ class TensorPaths:
                 return self.punches.tell_clock(peer, question)
             case PunchSync():
                 return self.punches.take_sync(peer, question)
+            case AskRelay():
+                return await self.relay.take_ask(peer, question)
+            case RelayCall():
+                return self.relayed.take_call(peer, question)
             case _:
                 raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(question).__name__} is no question")
 
     def addresses_changed(self) -> None:
         """The machine's own addresses, or the network behind them, are others now."""
         self.punches.forget_pauses()
+        self.relayed.forget_pauses()
         self.reach.addresses_changed()
 
     def _is_member(self, peer: PeerId) -> bool:
-        return peer in self._live()
+        return peer in self._live() and self._links.sink.admit(peer) is None
+
+    def _why_no_member(self, peer: PeerId) -> Refusal | None:
+        """Why nothing is relayed for this peer; None for a member. What else it is refused for concerns nobody else."""
+        if self._links.sink.admit(peer) is Refusal.BANNED:
+            return Refusal.BANNED
+        return None if self._is_member(peer) else Refusal.NOT_A_MEMBER
 
     async def _find_way(self, peer: PeerId) -> None:
         """Make a link to a peer that could not be dialled; raises LinkLost."""
@@ -98,8 +137,16 @@ class TensorPaths:
         except PunchFailed as failed:
             log.debug("%s", failed)
             self.on_failed(peer, failed.failure)
+        else:
+            self.on_opened(peer, LinkPath.PUNCHED)
+            return
+        try:
+            await self.relayed.link(peer)
+        except RelayFailed as failed:
+            log.debug("%s", failed)
+            self.on_failed(peer, failed.failure)
             raise LinkLost(peer, LinkEnd.UNREACHABLE) from failed
-        self.on_opened(peer, LinkPath.PUNCHED)
+        self.on_opened(peer, LinkPath.RELAYED)
 
 
 def make_ports(

@@ -447,6 +447,7 @@ def _figures(status: Status) -> "Table":
         ("traffic", f"{sent} sent, {received} received"),
         ("reachable", f"{status.reach.state} ({status.reach.reason}){_addresses(status)}"),
         ("control port", _describe_control(status)),
+        ("tensor relay", _describe_tensor_relay(status)),
         ("router", clean_text(status.router.detail)),
         ("contributions", _compression(traffic.contribution_bytes, traffic.fp32_bytes)),
         (
@@ -471,6 +472,18 @@ def _describe_control(status: Status) -> str:
         parts.append(f"reached through {len(control.relays)} relays")
     if control.relaying:
         parts.append(f"relays {control.circuits} connections for {control.reservations} peers")
+    return ", ".join(parts)
+
+
+def _describe_tensor_relay(status: Status) -> str:
+    relay = status.tensor_relay
+    parts = [f"passes on {_plural(relay.links, 'link')}" if relay.active or relay.links else "passes on nothing"]
+    if relay.active:
+        parts.append(f"{format_bytes(relay.budget_bytes)} left within the hour")
+    if relay.relayed_bytes:
+        parts.append(f"{format_bytes(relay.relayed_bytes)} so far")
+    parts += [f"refused {one.count} {one.reason}" for one in relay.refusals]
+    parts += [f"ended {one.count} {one.reason}" for one in relay.ends]
     return ", ".join(parts)
 
 

@@ -43,6 +43,7 @@ class Refusal(StrEnum):
     NOT_READY = "not_ready"
     OTHER_LOG = "other_log"
     BANNED = "banned"
+    BUDGET_SPENT = "budget_spent"
 
 
 class Failure(StrEnum):
@@ -89,6 +90,15 @@ class Failure(StrEnum):
     PORT_TAKEN = "port_taken"
     DOUBLE_NAT = "double_nat"
     MULTICAST_UNAVAILABLE = "multicast_unavailable"
+    NO_RELAY = "no_relay"
+    RELAY_REFUSED = "relay_refused"
+    RELAY_LOST = "relay_lost"
+    RELAY_TIMEOUT = "relay_timeout"
+    RELAY_PAUSED = "relay_paused"
+    RELAY_HALF_OPEN = "relay_half_open"
+    RELAY_IDLE = "relay_idle"
+    RELAY_EXPIRED = "relay_expired"
+    BUDGET_SPENT = "budget_spent"
 
 
 class ShoalError(Exception):

@@ -406,6 +406,28 @@ class PunchClock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AskRelay:
+    """Asks the other one to pass on the bytes of a tensor link between this peer and `peer`."""
+
+    peer: Peer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayCall:
+    """Asks the other one to come for a link with `peer`, which this peer will pass on."""
+
+    peer: Peer
+    token: Bytes32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayTicket:
+    """What to name to the relaying peer's tensor port; as the answer to RelayCall an agreement."""
+
+    token: Bytes32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasureUpload:
     """Asks the other one to fetch these bytes over the asker's tensor link, and to say how long that took."""
 
@@ -493,6 +515,9 @@ SCHEMA = Schema(
         48: GetPunchClock,
         49: PunchSync,
         50: PunchClock,
+        51: AskRelay,
+        52: RelayCall,
+        53: RelayTicket,
         54: GetCheckpoints,
         55: CheckpointsAnswer,
         56: GetLedgerBase,

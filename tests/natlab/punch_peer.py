@@ -100,6 +100,7 @@ class PunchPeer:
                 print(self.failed[-1], f"{time.monotonic() - began_s:.2f}", flush=True)
             self.links.hang_up(peer, Refusal.EXPIRED)
             self.paths.punches.forget_pauses()
+            self.paths.relayed.forget_pauses()
             await self.until(lambda: not self.links.is_linked(peer))
             await asyncio.sleep(2.5)  # an offer that comes sooner is refused
         (self.folder / "done").write_text("")

@@ -16,7 +16,7 @@ from shoal.protocol.effects import Phase
 from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.manifest import Rounds
 
-SERIES_MAX = 640
+SERIES_MAX = 768
 BODY_BYTES_MAX = 256 * 1024
 DOCKER = Path(__file__).parents[3] / "docker"
 DASHBOARD = json.loads((DOCKER / "grafana/dashboards/shoal.json").read_text())

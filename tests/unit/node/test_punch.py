@@ -106,7 +106,7 @@ async def test_a_failure_has_a_reason_and_a_pause_that_an_own_change_ends(
             with pytest.raises(LinkLost) as caught:
                 await ann.links.send(bob.me, (), HEADER, memoryview(b"x"))
             assert caught.value.reason is LinkEnd.UNREACHABLE
-        assert failed[:2] == [Failure.PUNCH_TIMEOUT, Failure.PUNCH_PAUSED]
+        assert [one for one in failed if one.startswith("punch")] == [Failure.PUNCH_TIMEOUT, Failure.PUNCH_PAUSED]
         ann.paths.addresses_changed()
         pass_time(bob, 2 * punch.SESSION_LIFE_S)
         with pytest.raises(PunchFailed) as again:
