@@ -295,6 +295,7 @@ class Daemon:
             self.manifest.authority(swarm),
             PartingPorts(
                 ask=self.catch_up.ask_certificates,
+                ask_trail=lambda peer: self.catch_up.donors.ask_trail(peer, self.state.trail.genesis),
                 head_of=self.membership.head_of,
                 switch=self._switch,
                 pledge=self.core.pledge,

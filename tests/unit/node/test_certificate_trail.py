@@ -7,6 +7,7 @@ import pytest
 
 from shoal.node.certificate_trail import CertificateTrail
 from shoal.node.ledger_store import LedgerStore, StoredCertificate, StoreError
+from shoal.node.parting import Parting, PartingPorts
 from shoal.node.repair import open_ledger
 from shoal.protocol.errors import Refusal
 from shoal.protocol.identity import Identity
@@ -27,6 +28,7 @@ from tests.unit.node.catchup_samples import (
     short_hope,
 )
 from tests.unit.node.node_samples import WIDE_ELEMENTS, fill_folder, make_chain
+from tests.unit.protocol.samples import IDENTITIES
 
 __all__ = ["short_hope"]  # a fixture
 SWARM = b"s" * 32
@@ -171,3 +173,34 @@ async def test_without_a_trail_that_leads_there_nothing_is_believed(tmp_path: Pa
         donors[0].state.stores.ledger.shorten_log(CUT, ())
         await newcomer.catch_up.run(donors[0].me, FAR)
         assert_untouched(newcomer, chain)
+
+
+async def test_who_parted_longer_ago_than_certificates_are_kept_goes_over_to_the_heavier_log(tmp_path: Path) -> None:
+    async with open_swarm(tmp_path, FAR, elements=WIDE_ELEMENTS) as (newcomer, donors, _):
+        for donor in donors:
+            donor.state.trail.shorten(CUT)
+        common = make_chain(newcomer.swarm, 3)
+        head = common.heads[3]
+        named = replace(make_result(4, head.digest, head.voters[:1], {}), base_root=head.state_root)
+        owner = next(one for one in IDENTITIES if one.peer == newcomer.swarm.manifest.owner)
+        own = certify(newcomer.swarm.id, named, [owner], REROOT_ATTEMPT)
+        chain = replace(common, certificates=(*common.certificates, own))
+        fill_folder(newcomer.swarm, tmp_path / str(NEWCOMER - 1), chain)
+        async with open_newcomer(newcomer.swarm, tmp_path, donors, NEWCOMER - 1) as away:
+            assert away.state.head.round == 4
+            told: list[str] = []
+            ports = PartingPorts(
+                ask=away.catch_up.ask_certificates,
+                ask_trail=lambda peer: away.catch_up.donors.ask_trail(peer, away.state.trail.genesis),
+                head_of=away.membership.head_of,
+                switch=away.driver.switch,
+                pledge=away.core.pledge,
+                misbehaved=away.misbehaved,
+                happen=told.append,
+            )
+            assert await Parting(away.state, away.swarm.manifest.authority(away.swarm.id), ports).run(donors[0].me)
+            assert away.core.head.round == 3 and away.core.pledge() is not None
+            await away.catch_up.run(donors[0].me, FAR)
+            assert_same_state(away, donors[0])
+            assert away.core.pledge() is None and not away.misbehaviours
+            assert len(told) == 1

@@ -18,7 +18,14 @@ from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.lineage import weigh
 from shoal.protocol.manifest import genesis_head
-from shoal.protocol.messages import CERTIFICATES_PER_ANSWER, Certificate, Vote, digest_record, sign_message
+from shoal.protocol.messages import (
+    CERTIFICATES_PER_ANSWER,
+    Certificate,
+    Checkpoint,
+    Vote,
+    digest_record,
+    sign_message,
+)
 from shoal.protocol.proposer import make_voters_result
 from shoal.protocol.quorum import REROOT_ATTEMPT, Head
 from shoal.protocol.replica import Replica
@@ -78,6 +85,8 @@ class Other:
     is_gone: bool = False
     kept_from: int = 1  # earlier certificates are not handed out
     page: int = CERTIFICATES_PER_ANSWER  # so many fit into an answer
+    trail: tuple[Checkpoint, ...] = ()
+    walked: int = 0  # how often the trail was asked for
 
     async def ask(self, peer: PeerId, first: int, count: int) -> tuple[Certificate, ...]:
         if self.is_gone:
@@ -86,6 +95,10 @@ class Other:
         certificates = self.chain.certificates[first - 1 : first - 1 + min(count, self.page)]
         self.chain = self.follows or self.chain
         return certificates if first >= self.kept_from else ()
+
+    async def ask_trail(self, peer: PeerId) -> tuple[Checkpoint, ...]:
+        self.walked += 1
+        return self.trail
 
     async def switch(self, pledge: Pledge) -> None:
         self.switched.append(pledge)
@@ -96,17 +109,21 @@ async def compare(swarm: Swarm, folder: Path, mine: Chain, other: Other) -> Loca
     fill_folder(swarm, folder, mine)
     state = open_state(swarm, folder)
     await state.restore()
-    ports = PartingPorts(
+    gone_over = await Parting(state, swarm.manifest.authority(swarm.id), make_ports(other)).run(PEERS[1])
+    assert gone_over is bool(other.switched)
+    return state
+
+
+def make_ports(other: Other) -> PartingPorts:
+    return PartingPorts(
         ask=other.ask,
+        ask_trail=other.ask_trail,
         head_of=lambda peer: other.chain.heads[-1].round,
         switch=other.switch,
         pledge=lambda: other.pledge,
         misbehaved=lambda peer, error: other.accused.append(error),
         happen=other.told.append,
     )
-    gone_over = await Parting(state, swarm.manifest.authority(swarm.id), ports).run(PEERS[1])
-    assert gone_over is bool(other.switched)
-    return state
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(8, 12), (7, 60), (40, 45), (6, 30), (21, 30)])
@@ -209,6 +226,68 @@ async def test_a_peer_that_has_left_its_log_meanwhile_is_not_accused(swarm: Swar
     state.stores.ledger.close()
     assert (other.switched, other.accused, other.told) == ([], [], [])
     assert other.asked > 1
+
+
+def shorten(swarm: Swarm, folder: Path, chain: Chain, first_kept: int) -> Other:
+    """A peer that keeps the certificates of this log from that round on, and a trail over those before."""
+    fill_folder(swarm, folder, chain)
+    state = open_state(swarm, folder)
+    state.trail.shorten(first_kept)
+    trail = tuple(state.trail.load())
+    assert state.stores.ledger.get_first_round() == first_kept and trail
+    state.stores.ledger.close()
+    return Other(chain=chain, kept_from=first_kept, trail=trail)
+
+
+@pytest.mark.parametrize("own_reroot", [True, False])
+async def test_who_was_away_with_few_rounds_goes_over_although_nobody_keeps_where_they_part(
+    swarm: Swarm, tmp_path: Path, own_reroot: bool
+) -> None:
+    ours, theirs = (COMMON, None) if own_reroot else (None, COMMON)
+    other = shorten(swarm, tmp_path / "other", make_log(swarm, 40, seed=1, reroots_after=theirs), 20)
+    state = await compare(swarm, tmp_path / "own", make_log(swarm, 8, reroots_after=ours), other)
+    state.stores.ledger.close()
+    (pledge,) = other.switched
+    assert (pledge.first, pledge.end) == (COMMON + 1, 40)
+    assert pledge.tokens == weigh(other.chain.certificates[20:]).tokens, "what it weighs at least"
+    assert other.accused == [] and len(other.told) == 1 and "local work is kept" in other.told[0]
+
+
+@pytest.mark.parametrize("forgotten", [False, True], ids=["it is not heavier for certain", "the own side is not kept"])
+async def test_a_parting_that_cannot_be_weighed_is_told_and_the_peer_stays(
+    swarm: Swarm, tmp_path: Path, forgotten: bool
+) -> None:
+    other = shorten(swarm, tmp_path / "other", make_log(swarm, 40, seed=1), 20)
+    mine = make_log(swarm, 8 if forgotten else 38, reroots_after=COMMON)
+    if forgotten:
+        fill_folder(swarm, tmp_path / "own", mine)
+        state = open_state(swarm, tmp_path / "own")
+        state.trail.shorten(COMMON + 3)
+        state.stores.ledger.close()
+        mine = replace(mine, certificates=())
+    state = await compare(swarm, tmp_path / "own", mine, other)
+    state.stores.ledger.close()
+    assert (other.switched, other.accused) == ([], [])
+    assert len(other.told) == 1 and f"parts at round {COMMON + 1}" in other.told[0] and "stays" in other.told[0]
+
+
+async def test_a_trail_that_shows_no_parting_changes_nothing(swarm: Swarm, tmp_path: Path) -> None:
+    other = shorten(swarm, tmp_path / "other", make_log(swarm, 40), 20)
+    state = await compare(swarm, tmp_path / "own", make_log(swarm, 8), other)
+    state.stores.ledger.close()
+    assert (other.switched, other.accused, other.told, other.walked) == ([], [], [], 1)
+
+
+async def test_one_peers_trail_is_walked_now_and_then_only(swarm: Swarm, tmp_path: Path) -> None:
+    other = Other(chain=make_log(swarm, 40), kept_from=20)
+    fill_folder(swarm, tmp_path, make_log(swarm, 8))
+    state = open_state(swarm, tmp_path)
+    await state.restore()
+    parting = Parting(state, swarm.manifest.authority(swarm.id), make_ports(other))
+    for _ in range(3):
+        assert not await parting.run(PEERS[1])
+    state.stores.ledger.close()
+    assert other.walked == 1
 
 
 async def test_going_back_keeps_the_common_rounds_the_residual_and_what_is_given_up(
