@@ -4,7 +4,7 @@ Invariant: the state is a function of the set of entries that were applied, what
 same bytes wherever the state is the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -15,6 +15,7 @@ from shoal.crdt.entries import Entry
 from shoal.crdt.eras import FIRST_ERA
 from shoal.crdt.evidence import Slot
 from shoal.crdt.kinds import (
+    AdmissionBody,
     BanBody,
     EntryId,
     Kind,
@@ -49,7 +50,7 @@ class Verdicts:
     `certificates`: those of the rounds that are not settled yet. `head`: the newest round that counts; `credit` is that
     of all rounds up to it. `contradiction`: a round with two certified results, from which on nothing counts.
     `excluded` maps an author that equivocated to the slot from which on nothing of it counts; `readmissions` are the
-    owner's words about such authors.
+    owner's words about such authors. `admitted`: whom the owner has let into the swarm.
     """
 
     era: int = FIRST_ERA
@@ -60,6 +61,7 @@ class Verdicts:
     excluded: Mapping[PeerId, Slot] = field(default_factory=dict)
     readmissions: Mapping[PeerId, ReadmissionBody] = field(default_factory=dict)
     bans: tuple[Ban, ...] = ()
+    admitted: Set[PeerId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,7 @@ class LedgerState:
                 ),
                 readmissions=tuple(body for _, body in sorted(verdicts.readmissions.items())),
                 bans=verdicts.bans,
+                admitted=tuple(sorted(verdicts.admitted)),
                 leases=_list_registers(self.leases),
                 addresses=_list_registers(self.addresses),
                 snapshots=tuple(
@@ -153,6 +156,7 @@ class _StateRecord:
     excluded: tuple[_ExcludedRecord, ...]
     readmissions: tuple[ReadmissionBody, ...]
     bans: tuple[Ban, ...]
+    admitted: tuple[Bytes32, ...]
     leases: tuple[_RegisterRecord, ...]
     addresses: tuple[_RegisterRecord, ...]
     snapshots: tuple[_RoundRecord, ...]
@@ -177,8 +181,8 @@ class Fold:
         self._reroot = OwnerRegister()
 
     def apply(self, entry_id: EntryId, entry: Entry) -> None:
-        """Merge one entry, whose body its batch's decoder has checked. Certificates, bans and readmissions are judged
-        elsewhere: they do not depend on who wrote them, or when."""
+        """Merge one entry, whose body its batch's decoder has checked. Certificates and decrees about peers are
+        judged elsewhere: they do not depend on who wrote them, or when."""
         body = decode_body_untrusted(entry.kind, entry.body)
         match body:
             case RegisterBody():
@@ -195,7 +199,7 @@ class Fold:
             case VersionedBody():
                 decree = self._manifest if entry.kind == Kind.MANIFEST else self._reroot
                 decree.put(entry.seq, OwnerValue(version=body.version, value=body.value))
-            case BanBody() | ReadmissionBody():
+            case BanBody() | ReadmissionBody() | AdmissionBody():
                 pass
             case _:
                 assert_never(body)

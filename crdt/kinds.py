@@ -24,6 +24,7 @@ BAN_REASON_BYTES_MAX = 256
 TAG_NAME_BYTES_MAX = 64
 TAG_VALUE_BYTES_MAX = 512
 TAG_REMOVALS_MAX = 24
+ADMISSIONS_MAX = 24  # peers of one decree
 
 
 class Kind(StrEnum):
@@ -38,6 +39,7 @@ class Kind(StrEnum):
     REROOT = "reroot"
     BAN = "ban"
     READMISSION = "readmission"
+    ADMISSION = "admission"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +106,21 @@ class ReadmissionBody:
     stands: Annotated[EntryId, Bound(ENTRY_ID_BYTES, ENTRY_ID_BYTES)]
 
 
-Body = RegisterBody | RoundBody | TagBody | VersionedBody | BanBody | ReadmissionBody
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionBody:
+    """Of an admission: these peers may take part in a swarm that is not open, in ascending order. Only a ban takes it
+    back."""
+
+    peers: Annotated[tuple[Annotated[PeerId, Bound(PEER_ID_BYTES, PEER_ID_BYTES)], ...], Bound(1, ADMISSIONS_MAX)]
+
+    def __post_init__(self) -> None:
+        if list(self.peers) != sorted(set(self.peers)):
+            raise ValueError("the peers of an admission are in ascending order")
+
+
+# What stands in the owner's chain about peers.
+Decree = BanBody | ReadmissionBody | AdmissionBody
+Body = RegisterBody | RoundBody | TagBody | VersionedBody | Decree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +156,10 @@ def _decode_readmission(body: bytes) -> ReadmissionBody:
     return decode_record_untrusted(ReadmissionBody, body)
 
 
+def _decode_admission(body: bytes) -> AdmissionBody:
+    return decode_record_untrusted(AdmissionBody, body)
+
+
 KIND_RULES: Mapping[str, KindRule] = {
     Kind.LEASE: KindRule(body_bytes_max=1024, decode=_decode_register),
     Kind.ADDRESSES: KindRule(body_bytes_max=1024, decode=_decode_register),
@@ -150,6 +170,7 @@ KIND_RULES: Mapping[str, KindRule] = {
     Kind.REROOT: KindRule(body_bytes_max=BODY_BYTES_MAX, decode=_decode_versioned, is_owners=True),
     Kind.BAN: KindRule(body_bytes_max=1024, decode=_decode_ban, is_owners=True),
     Kind.READMISSION: KindRule(body_bytes_max=128, decode=_decode_readmission, is_owners=True),
+    Kind.ADMISSION: KindRule(body_bytes_max=1024, decode=_decode_admission, is_owners=True),
 }
 
 

@@ -56,11 +56,10 @@ from shoal.crdt.fold import Fold, LedgerState, Verdicts
 from shoal.crdt.key_set import KeySet, make_key
 from shoal.crdt.kinds import (
     KIND_RULES,
-    BanBody,
     Body,
+    Decree,
     EntryId,
     Kind,
-    ReadmissionBody,
     RoundBody,
     decode_body_untrusted,
     encode_body,
@@ -392,6 +391,7 @@ class Ledger:
             excluded=dict(self.standing.forks),
             readmissions=dict(self.standing.readmissions),
             bans=self.standing.bans,
+            admitted=self.standing.admitted,
         )
 
     def _is_current(self, era: int) -> bool:
@@ -514,9 +514,9 @@ class Ledger:
     def _take_verdict(self, entry_id: EntryId, entry: Entry) -> None:
         if entry.kind == Kind.CERTIFICATE:
             self._add_certificate(entry)
-        elif entry.kind in (Kind.BAN, Kind.READMISSION):
+        elif entry.kind in (Kind.BAN, Kind.READMISSION, Kind.ADMISSION):
             body = decode_body_untrusted(entry.kind, entry.body)
-            assert isinstance(body, BanBody | ReadmissionBody), "bodies follow their kinds"
+            assert isinstance(body, Decree), "bodies follow their kinds"
             self.standing.decree(entry_id, entry.seq, body)
             before = self._shelf.batches
             for author in self._shelf.slots:

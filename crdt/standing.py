@@ -1,9 +1,10 @@
-"""Whose entries count: equivocation, readmission and bans.
+"""Whose entries count: equivocation, readmission and bans; and whom the owner has admitted to the swarm.
 
 An author that signed two entries for one slot has equivocated: from the first such slot on nothing of it counts, in no
 era, until the owner re-admits it. A readmission names an era and an entry: of that era the chain that ends in the entry
 counts and nothing else, of earlier ones what lies before the first contradiction, and from the next era on the author
-is judged anew. The readmission of the latest era stands, of one era the last. A ban holds until the owner lifts it.
+is judged anew. The readmission of the latest era stands, of one era the last. A ban holds until the owner lifts it. An
+admission holds for ever and says nothing about entries; a ban beats it.
 
 Certificates are not subject to any of this, because they prove themselves (certified.py).
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from shoal.crdt.entries import DECREES_MAX, Entry
 from shoal.crdt.eras import PERMANENT_ERA
 from shoal.crdt.evidence import Slot
-from shoal.crdt.kinds import BanBody, EntryId, ReadmissionBody
+from shoal.crdt.kinds import AdmissionBody, BanBody, Decree, EntryId, ReadmissionBody
 from shoal.protocol.identity import PeerId
 
 
@@ -36,9 +37,10 @@ class Standing:
         self._owner = owner
         self._list_branch = list_branch
         self._slots: dict[PeerId, set[Slot]] = {}
-        self._decrees: dict[int, tuple[EntryId, BanBody | ReadmissionBody]] = {}
+        self._decrees: dict[int, tuple[EntryId, Decree]] = {}
         self._bans: tuple[Ban, ...] = ()
         self._banned: frozenset[bytes] = frozenset()
+        self._admitted: frozenset[PeerId] = frozenset()
         self._readmissions: dict[PeerId, ReadmissionBody] = {}
         self._branches: dict[PeerId, frozenset[EntryId]] = {}
         self._forks: dict[PeerId, Slot] = {}
@@ -61,6 +63,16 @@ class Standing:
         return self._banned
 
     @property
+    def admitted(self) -> frozenset[PeerId]:
+        """The peers that the owner has admitted, banned ones among them."""
+        return self._admitted
+
+    @property
+    def last_decree(self) -> EntryId | None:
+        """The end of the owner's chain, as far as it is known."""
+        return self._decrees[max(self._decrees)][0] if self._decrees else None
+
+    @property
     def readmissions(self) -> Mapping[PeerId, ReadmissionBody]:
         """The one that stands of each author that was re-admitted."""
         return self._readmissions
@@ -73,7 +85,7 @@ class Standing:
                 self._read_decrees()
             self._find_fork(author)
 
-    def decree(self, entry_id: EntryId, seq: int, body: BanBody | ReadmissionBody) -> None:
+    def decree(self, entry_id: EntryId, seq: int, body: Decree) -> None:
         """An entry of the owner's permanent chain."""
         self._decrees[seq] = entry_id, body
         self._read_decrees()
@@ -155,6 +167,7 @@ class Standing:
             )
         )
         self._banned = frozenset(ban.peer for ban in self._bans)
+        self._admitted = frozenset(peer for _, body in chain if isinstance(body, AdmissionBody) for peer in body.peers)
         readmissions = [body for _, body in chain if isinstance(body, ReadmissionBody)]
         self._readmissions = {body.author: body for body in sorted(readmissions, key=lambda body: body.era)}
         self._branches = {}

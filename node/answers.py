@@ -10,6 +10,7 @@ from itertools import islice
 from blake3 import blake3
 
 from shoal.crdt.certified import ChainBase
+from shoal.node.decree_exchange import list_decrees
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.ledger_view import make_page
 from shoal.node.links import TensorLinks
@@ -27,6 +28,7 @@ from shoal.protocol.messages import (
     CheckpointsAnswer,
     GetCertificates,
     GetCheckpoints,
+    GetDecrees,
     GetLedgerBase,
     GetManifest,
     GetPeers,
@@ -77,6 +79,8 @@ class Answers:
                 answer = await asyncio.to_thread(self._answer_checkpoints, question.after_round)
             case GetLedgerBase():
                 answer = await asyncio.to_thread(_cut_base, self.ledger.ledger.base, question.offset)
+            case GetDecrees():
+                answer = list_decrees(self.ledger.ledger, question.first)
             case _:
                 answer = await self.paths.answer(peer, question)
         return encode_message(self.swarm, answer)

@@ -62,7 +62,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
     up = commands.add_parser("up", help="run one peer in the foreground")
     join = commands.add_parser("join", help="join a swarm by its shoal:// URI, in the foreground")
-    join.add_argument("uri", help="shoal://<swarm-id>?bootstrap=<multiaddr>")
+    join.add_argument("uri", help="shoal://<swarm-id>?bootstrap=<multiaddr>[&invite=<invitation>]")
     for command in (up, join):
         command.add_argument("--config", type=Path, help="a TOML file; see configs/")
         for flag, field in FLAGS.items():
@@ -100,6 +100,7 @@ def _make_parser() -> argparse.ArgumentParser:
     reroot.set_defaults(run=_run_reroot)
 
     _add_decree_commands(swarm)
+    _add_invite_command(swarm)
 
     identity = commands.add_parser("id", help="print this peer's id, making its key if there is none")
     identity.add_argument("--data-dir", type=Path)
@@ -162,9 +163,10 @@ def _add_decree_commands(swarm: "argparse._SubParsersAction[argparse.ArgumentPar
         ("ban", "the owner bans a peer from the ledger: nothing counts of what it writes", _run_ban),
         ("unban", "the owner lifts the bans of a peer", _run_unban),
         ("readmit", "the owner re-admits a peer whose ledger chain has two branches", _run_readmit),
+        ("admit", "the owner lets peers into a swarm that is not open", _run_admit),
     ):
         decree = swarm.add_parser(name, help=told)
-        decree.add_argument("peer", metavar="PEER_ID")
+        decree.add_argument("peer", metavar="PEER_ID", nargs="+" if name == "admit" else None)
         decree.add_argument("--data-dir", type=Path, help="of a stopped peer that has heard of everything")
         decree.add_argument("--owner-key", type=Path, help="default: owner.key in the data directory")
         if name == "ban":
@@ -174,6 +176,19 @@ def _add_decree_commands(swarm: "argparse._SubParsersAction[argparse.ArgumentPar
                 "--entry", metavar="ID", help="the last entry of the branch that stands; else the longest"
             )
         decree.set_defaults(run=run)
+
+
+def _add_invite_command(swarm: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from shoal.node.invitations import DAYS_DEFAULT
+
+    invite = swarm.add_parser("invite", help="the owner makes a URI that lets whoever has it into an invited swarm")
+    days = f"it lets in for so long; default {DAYS_DEFAULT}"
+    invite.add_argument("--days", type=float, default=DAYS_DEFAULT, help=days)
+    invite.add_argument("--data-dir", type=Path, help="of a peer of the swarm, running or not")
+    invite.add_argument("--owner-key", type=Path, help="default: owner.key in the data directory")
+    told = "goes into the URI; default: the addresses of the running peer"
+    invite.add_argument("--bootstrap", action="append", default=[], metavar="MULTIADDR", help=told)
+    invite.set_defaults(run=_run_invite)
 
 
 def _add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -350,6 +365,13 @@ def _run_doctor(options: argparse.Namespace) -> int:
     return 0 if report.takes_part else EXIT_INPUT
 
 
+ADMISSION_TOLD = {
+    "open": "open: whoever has the URI may take part",
+    "listed": "listed: let others in with `shoal swarm admit PEER_ID`",
+    "invited": "invited: let others in with `shoal swarm invite`, or `shoal swarm admit PEER_ID`",
+}
+
+
 def _run_create(options: argparse.Namespace) -> int:
     from shoal.node.identity_file import load_or_create_identity
     from shoal.node.trainer import describe_task
@@ -376,6 +398,7 @@ def _run_create(options: argparse.Namespace) -> int:
     print(f"manifest   {out}")
     print(f"owner key  {folder / 'owner.key'} (keep it safe: it signs changes of the swarm)")
     print(f"URI        {SwarmUri(swarm=swarm, bootstraps=tuple(options.bootstrap))}")
+    print(f"admission  {ADMISSION_TOLD[draft.admission.rule]}")
     print(f"start it   shoal up --manifest {out} --data-dir {folder}")
     return 0
 
@@ -417,13 +440,44 @@ def _run_readmit(options: argparse.Namespace) -> int:
     return _print_decree(options, lambda folder, key, peer, now_ms: readmit(folder, key, peer, now_ms, stands))
 
 
-def _print_decree(options: argparse.Namespace, sign: "Callable[[Path, Path, PeerId, int], Batch]") -> int:
-    from shoal.node.identity_file import OWNER_FILE
+def _run_admit(options: argparse.Namespace) -> int:
+    from shoal.node.decrees import admit
     from shoal.protocol.identity import parse_peer_id
 
+    peers = frozenset(map(parse_peer_id, options.peer))
+    return _tell_decree(options, lambda folder, key, now_ms: admit(folder, key, peers, now_ms))
+
+
+def _run_invite(options: argparse.Namespace) -> int:
+    from shoal.node.identity_file import OWNER_FILE
+    from shoal.node.invitations import find_bootstraps, make_invitation
+    from shoal.protocol.identity import format_peer_id
+
     folder = _data_dir(options.data_dir)
-    owner_key = options.owner_key or folder / OWNER_FILE
-    batch = sign(folder, owner_key, parse_peer_id(options.peer), time.time_ns() // 1_000_000)
+    bootstraps = tuple(options.bootstrap) or find_bootstraps(folder)
+    uri = make_invitation(folder, options.owner_key or folder / OWNER_FILE, bootstraps, options.days)
+    assert uri.ticket is not None, "that is what was made"
+    until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(uri.ticket.expires_s))
+    print(f"invitation {format_peer_id(uri.ticket.invitation.ticket)} (`shoal swarm ban` withdraws it)")
+    print(f"until      {until}; whoever has the URI may use it until then: send it privately")
+    if not bootstraps:
+        print("no address of a member is in it: start the peer of this folder first, or give --bootstrap")
+    print(f"join with  shoal join '{uri}'")
+    return 0
+
+
+def _print_decree(options: argparse.Namespace, sign: "Callable[[Path, Path, PeerId, int], Batch]") -> int:
+    from shoal.protocol.identity import parse_peer_id
+
+    peer = parse_peer_id(options.peer)
+    return _tell_decree(options, lambda folder, key, now_ms: sign(folder, key, peer, now_ms))
+
+
+def _tell_decree(options: argparse.Namespace, sign: "Callable[[Path, Path, int], Batch]") -> int:
+    from shoal.node.identity_file import OWNER_FILE
+
+    folder = _data_dir(options.data_dir)
+    batch = sign(folder, options.owner_key or folder / OWNER_FILE, time.time_ns() // 1_000_000)
     print(f"decree     {batch.entries[-1].seq} of the owner, entry {batch.tip.hex()}")
     print(f"next       shoal up --data-dir {folder}   (the others get it from this peer)")
     return 0

@@ -39,6 +39,7 @@ HONEST = frozenset(
         Refusal.WRONG_PROPOSER,
         Refusal.OTHER_LOG,
         Refusal.BANNED,
+        Refusal.NOT_ADMITTED,
         Refusal.NOT_A_MEMBER,
         Refusal.NO_QUORUM,
         Refusal.DUPLICATE,

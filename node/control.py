@@ -57,12 +57,13 @@ class ControlStopped(ShoalError):
 class PeerAddresses:
     """A peer and where it can be dialled, the most promising first; no addresses when only it can dial.
 
-    `relayed`: it is connected, and through a relay only.
+    `relayed`: it is connected, and through a relay only. `dialled`: it is connected because this peer has dialled it.
     """
 
     peer: PeerId
     addresses: tuple[str, ...]
     relayed: bool = False
+    dialled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,9 +24,11 @@ from shoal.node.control import BootstrapFailed, ControlHandlers
 from shoal.node.control_setup import make_control_config
 from shoal.node.disk_watch import DiskPorts, DiskWatch
 from shoal.node.exchange import ExchangePorts, PartExchange
+from shoal.node.gate import Gate
 from shoal.node.happenings import HappeningFeed, HappeningKind, Severity
 from shoal.node.head_watch import HeadWatch
 from shoal.node.intake import Intake, IntakePorts
+from shoal.node.invitations import load_proof
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.link_port import Address, LinkConfig
@@ -108,7 +110,7 @@ class Daemon:
                 return
             store_manifest(self.config, signed)
             self._signed_manifest = signed
-            await self._assemble(signed, choice.swarm)
+            await self._assemble(signed, choice)
             await self._serve()
             note_running(self.config.data_path, self.config.web.host, self.web_port)
             on_ready(self)
@@ -161,8 +163,9 @@ class Daemon:
             return None
         return task.result()
 
-    async def _assemble(self, signed: bytes, swarm: bytes) -> None:
+    async def _assemble(self, signed: bytes, choice: SwarmChoice) -> None:
         """Build what needs the manifest. Nothing of it runs yet."""
+        swarm = choice.swarm
         self.manifest, _ = read_manifest_untrusted(signed, swarm)
         self.conduct.expect_parts(self.manifest.parts)
         folder = self.config.data_path
@@ -224,7 +227,8 @@ class Daemon:
         )
         self.ledger.on_forgotten = lambda cloned: self._spawn(self.driver.forget(for_good=cloned))
         await self.ledger.start()
-        self._assemble_membership(swarm)
+        self._proof = await asyncio.to_thread(load_proof, self.config, self.me, self.manifest, swarm)
+        self._assemble_membership(choice)
 
     def _assemble_compute(self) -> None:
         self.compute = Compute(
@@ -250,8 +254,17 @@ class Daemon:
         params = self._memory.base if self._memory else np.zeros(elements, np.float32)
         return params, np.zeros(elements, np.float32)
 
-    def _assemble_membership(self, swarm: bytes) -> None:
-        rounds = self.manifest.rounds
+    def _assemble_membership(self, choice: SwarmChoice) -> None:
+        swarm, rounds = choice.swarm, self.manifest.rounds
+        self.gate = Gate(
+            me=self.me,
+            manifest=self.manifest,
+            swarm=swarm,
+            standing=self.ledger.ledger.standing,
+            voters=lambda: self.core.head.voters,
+            bootstraps=choice.bootstraps,
+            proof=self._proof,
+        )
         self.membership = Membership(
             me=self.me,
             swarm=swarm,
@@ -265,6 +278,8 @@ class Daemon:
                 lost=self._lost,
                 misbehaved=self.intake.misbehaved,
                 refuses=self.intake.refuses,
+                shuns=self.intake.shuns,
+                meet=self.gate.meet,
                 spawn=self._spawn,
                 own=self.ledger.meet_presence,
             ),
@@ -325,6 +340,7 @@ class Daemon:
             compute=self.compute,
             tensor_addresses=self.paths.reach.announced,
             holdings=lambda: self.providers.holdings,
+            admission=self._proof,
         )
         self.ready_offer = ReadyOffer(
             presence=self.presence,
@@ -345,11 +361,11 @@ class Daemon:
         )
         ports = IntakePorts(
             round_message=self.driver.receive,
-            presence=self.membership.take_presence,
+            membership=self.membership,
             ledger=self.ledger,
             answer=answers.answer,
             hang_up=self.links.hang_up,
-            forget=self.membership.connection_lost,
+            gate=self.gate,
             spawn=self._spawn,
         )
         self._begin_reports()
@@ -401,6 +417,7 @@ class Daemon:
             compute=self.compute,
             catch_up=self.catch_up,
             conduct=self.conduct,
+            gate=self.gate,
         )
 
     # -- stop --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The owner's word in the ledger: ban a peer, lift a ban, re-admit a peer whose chain has two branches.
+"""The owner's word in the ledger: ban a peer, lift a ban, admit peers, re-admit one whose chain has two branches.
 
 It is written into the folder of a peer that is not running; when that peer is started again, the others hear of it. The
 owner has one chain of decrees for all time, so beside its key stands a note of where it ends: with a folder that has
@@ -6,7 +6,7 @@ not heard of the last decree yet, none is signed, because a chain with two branc
 and no further, for ever.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,15 @@ from typing import Annotated
 from shoal.crdt.entries import Batch, Entry
 from shoal.crdt.eras import PERMANENT_ERA
 from shoal.crdt.key_set import KEY_END, KEY_FIRST, id_of_key
-from shoal.crdt.kinds import TAG_REMOVALS_MAX, BanBody, EntryId, Kind, ReadmissionBody
+from shoal.crdt.kinds import (
+    ADMISSIONS_MAX,
+    TAG_REMOVALS_MAX,
+    AdmissionBody,
+    BanBody,
+    EntryId,
+    Kind,
+    ReadmissionBody,
+)
 from shoal.crdt.ledger import Draft, Ledger
 from shoal.node.config import MANIFEST_FILE
 from shoal.node.durability import sync_path
@@ -22,9 +30,10 @@ from shoal.node.identity_file import load_identity
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.ledger_sync import make_rules
 from shoal.node.manifest_source import read_manifest_file
+from shoal.protocol.admission import AdmissionRule
 from shoal.protocol.errors import ConfigError, ProtocolError
-from shoal.protocol.identity import PeerId, format_peer_id
-from shoal.protocol.manifest import read_manifest_untrusted
+from shoal.protocol.identity import Identity, PeerId, format_peer_id
+from shoal.protocol.manifest import Manifest, read_manifest_untrusted
 from shoal.protocol.wire import Bound, Bytes32, decode_record_untrusted, encode_record
 
 CHAIN_SUFFIX = ".chain"
@@ -59,6 +68,23 @@ def unban(data_dir: Path, owner_key: Path, peer: PeerId, wall_ms: int) -> Batch:
     return _sign(data_dir, owner_key, draft, wall_ms)
 
 
+def admit(data_dir: Path, owner_key: Path, peers: Collection[PeerId], wall_ms: int) -> Batch:
+    """Let these peers take part in a swarm that is not open. Those who are admitted already are left out."""
+    rule = load_swarm(data_dir, owner_key).manifest.admission_rule
+    if rule is AdmissionRule.OPEN:
+        raise ConfigError("PEER_ID", 'this swarm is open (admission.rule = "open")', "let them join: nobody is refused")
+
+    def draft(ledger: Ledger) -> Draft:
+        fresh = sorted(frozenset(peers) - ledger.standing.admitted)
+        if not fresh:
+            raise ConfigError("PEER_ID", "admitted already, as far as this folder knows", "let them join")
+        if len(fresh) > ADMISSIONS_MAX:
+            raise ConfigError("PEER_ID", f"{len(fresh)} peers", f"admit at most {ADMISSIONS_MAX} at once")
+        return Draft(kind=Kind.ADMISSION, body=AdmissionBody(peers=tuple(fresh)))
+
+    return _sign(data_dir, owner_key, draft, wall_ms)
+
+
 def readmit(data_dir: Path, owner_key: Path, peer: PeerId, wall_ms: int, stands: EntryId | None = None) -> Batch:
     """Forgive what this peer's chain contradicts itself in. `stands`: the last entry of the branch that counts; by
     default the longest branch."""
@@ -84,7 +110,17 @@ def readmit(data_dir: Path, owner_key: Path, peer: PeerId, wall_ms: int, stands:
 _START = "start the peer of this folder until it has heard of everything, stop it, and try again"
 
 
-def _sign(data_dir: Path, owner_key: Path, make_draft: Callable[[Ledger], Draft], wall_ms: int) -> Batch:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnedSwarm:
+    """A swarm and the key of its owner."""
+
+    manifest: Manifest
+    swarm: bytes
+    owner: Identity
+
+
+def load_swarm(data_dir: Path, owner_key: Path) -> OwnedSwarm:
+    """The swarm of a data folder, for whoever has its owner's key; raises ConfigError."""
     if not (data_dir / MANIFEST_FILE).exists():
         fix = "give the --data-dir of a peer that has taken part in the swarm"
         raise ConfigError("--data-dir", f"{data_dir} holds no manifest", fix)
@@ -96,8 +132,13 @@ def _sign(data_dir: Path, owner_key: Path, make_draft: Callable[[Ledger], Draft]
     if owner.peer != manifest.owner:
         fix = "give the key that `shoal swarm create` made for this swarm"
         raise ConfigError("--owner-key", f"{owner_key} is not the key of this swarm's owner", fix)
+    return OwnedSwarm(manifest=manifest, swarm=swarm, owner=owner)
+
+
+def _sign(data_dir: Path, owner_key: Path, make_draft: Callable[[Ledger], Draft], wall_ms: int) -> Batch:
+    owned = load_swarm(data_dir, owner_key)
     with LedgerStore.open(data_dir / "ledger.sqlite") as store:
-        ledger = Ledger(identity=owner, rules=make_rules(manifest, swarm))
+        ledger = Ledger(identity=owned.owner, rules=make_rules(owned.manifest, owned.swarm))
         ledger.restore(store.load(), store.load_base())
         end = _read_end(owner_key)
         if end is not None and ledger.next_seq(PERMANENT_ERA) < end.count:

@@ -16,15 +16,20 @@ from shoal.node.allowances import Allowances
 from shoal.node.ban_watch import BanWatch
 from shoal.node.conduct import REFUSED_S, Conduct, Fault, judge
 from shoal.node.control import ControlPlane, PeerUnreachable
+from shoal.node.gate import Gate, GatePorts
 from shoal.node.happenings import HappeningKind, Severity
 from shoal.node.ledger_sync import LedgerSync
+from shoal.node.membership import Membership
 from shoal.node.metrics import Direction, Plane
 from shoal.node.reporting import Reporter
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
     ROUND_MESSAGES,
+    GetDecrees,
+    GetManifest,
     LedgerEntries,
+    Presence,
     Refused,
     decode_message_untrusted,
     encode_message,
@@ -33,6 +38,10 @@ from shoal.protocol.messages import (
 TOLD_MAX = 1024
 QUESTIONS_BURST = 256  # of one peer at once; a peer that catches up asks some dozens
 QUESTIONS_PER_S = 32.0  # and for long; what comes faster is answered that much later
+STRANGER_BURST = 8  # of one that is not admitted
+STRANGER_PER_S = 0.5
+REMIND_S = 60.0  # from one reminder that this peer is not admitted to the next
+BY_OWNER = "by the swarm's owner"
 TOLD = (Refusal.WRONG_SWARM, Refusal.WRONG_VERSION, Refusal.WRONG_BASE)
 
 log = logging.getLogger("shoal")
@@ -43,11 +52,11 @@ class IntakePorts:
     """Where decoded messages go, and what else has to end when a peer is hung up on."""
 
     round_message: Callable[[ROUND_MESSAGES, PeerId], None]
-    presence: Callable[[bytes, PeerId], None]
+    membership: Membership  # takes presences; who is hung up on counts there as lost
     answer: Callable[[PeerId, bytes], Awaitable[bytes]]
     hang_up: Callable[[PeerId, Refusal], None]  # on the tensor links
-    forget: Callable[[PeerId], None]  # it counts as lost
     ledger: LedgerSync  # takes entries, and has the owner's bans
+    gate: Gate  # knows who is admitted
     spawn: Callable[[Coroutine[object, object, object]], None]
 
 
@@ -64,12 +73,25 @@ class Intake:
         self._control: ControlPlane
         self._ports: IntakePorts | None = None
         self._questions: Allowances[PeerId] = Allowances(burst=QUESTIONS_BURST, per_s=QUESTIONS_PER_S)
+        self._strangers: Allowances[PeerId] = Allowances(burst=STRANGER_BURST, per_s=STRANGER_PER_S)
         self._told: set[tuple[PeerId, Refusal]] = set()
+        self._reminded_s = -REMIND_S
 
     def open(self, control: ControlPlane, ports: IntakePorts) -> None:
         self._control = control
         self._ports = ports
         ports.spawn(BanWatch(self._conduct.me, ports.ledger.ledger.standing, self._end_banned).watch())
+        gate_ports = GatePorts(
+            control=control,
+            membership=ports.membership,
+            ledger=ports.ledger,
+            turn_away=self._turn_away,
+            end=self._end_stranger,
+            round_message=ports.round_message,
+            misbehaved=self.misbehaved,
+            spawn=ports.spawn,
+        )
+        ports.gate.open(gate_ports)
 
     def close(self) -> None:
         self._ports = None
@@ -82,27 +104,50 @@ class Intake:
 
     def take_presence(self, source: PeerId, payload: bytes) -> None:
         self._reporter.control_bytes[Direction.RECEIVED] += len(payload)
-        if self._ports is not None and not self._ignores(source):
-            self._ports.presence(payload, source)
+        if self._ports is not None and not self._ignores(source, unless=Refusal.NOT_ADMITTED):
+            self._take_presence(self._ports, source, payload)
+
+    def _take_presence(self, ports: IntakePorts, source: PeerId, payload: bytes) -> None:
+        ports.membership.take_presence(payload, source)
+        if self.why_refused(source) is Refusal.NOT_ADMITTED:  # the presence has shown nothing that changes that
+            self._reporter.metrics.refusals[Refusal.NOT_ADMITTED, Plane.CONTROL].add()
 
     def take_message(self, peer: PeerId, payload: bytes) -> None:
         self._reporter.control_bytes[Direction.RECEIVED] += len(payload)
         ports = self._ports
-        if ports is None or self._ignores(peer):
+        if ports is None or self._ignores(peer, unless=Refusal.NOT_ADMITTED):
             return
         try:
             message = decode_message_untrusted(self._swarm, payload)
-            if isinstance(message, ROUND_MESSAGES):
-                ports.round_message(message, peer)
+            if isinstance(message, Presence):
+                self._take_presence(ports, peer, payload)
+            elif isinstance(message, Refused):
+                self._note_refused(ports, peer, message)
+            elif self._ignores(peer):
+                return
+            elif isinstance(message, ROUND_MESSAGES):
+                if ports.gate.find_refused(message):
+                    ports.spawn(ports.gate.judge(message, peer))
+                else:
+                    ports.round_message(message, peer)
             elif isinstance(message, LedgerEntries):
                 ports.spawn(self._take_entries(peer, message))
-            elif isinstance(message, Refused):
-                text = f"{self._reporter.name_of(peer)} refuses this peer: {message.refusal} ({message.detail})"
-                self._reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
             else:
                 raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(message).__name__} is no message")
         except ProtocolError as error:
             self.misbehaved(peer, error)
+
+    def _note_refused(self, ports: IntakePorts, peer: PeerId, message: Refused) -> None:
+        told = f"{self._reporter.name_of(peer)} refuses this peer: {message.refusal}"
+        if message.refusal == Refusal.NOT_ADMITTED and not ports.gate.is_open:
+            remedy = ports.gate.was_refused(peer)
+            if self._clock() < self._reminded_s + REMIND_S:
+                return
+            self._reminded_s = self._clock()
+            text = f"{told}; {remedy}. It goes on trying"
+        else:
+            text = f"{told} ({message.detail})"
+        self._reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
 
     async def _take_entries(self, peer: PeerId, message: LedgerEntries) -> None:
         assert self._ports is not None, "spawned by take_message"
@@ -116,10 +161,14 @@ class Intake:
         self._reporter.control_bytes[Direction.RECEIVED] += len(raw)
         if self._ports is None:
             raise ProtocolError(Refusal.NOT_READY, "this peer is starting or leaving")
-        if self._ignores(peer):
-            raise ProtocolError(self.why_refused(peer) or Refusal.LIMIT, "nothing of it is taken now")
+        refusal = self.why_refused(peer)
+        is_stranger = refusal is Refusal.NOT_ADMITTED and self._may_ask(raw)
+        if refusal is not None and not is_stranger:
+            self._reporter.metrics.refusals[refusal, Plane.CONTROL].add()
+            raise ProtocolError(refusal, "nothing of it is taken now")
         # A flood waits in its own streams, of which a peer has few.
-        if wait_s := self._questions.reserve(peer, self._clock()):
+        allowances = self._strangers if is_stranger else self._questions
+        if wait_s := allowances.reserve(peer, self._clock()):
             await asyncio.sleep(wait_s)
             if self._ports is None:
                 raise ProtocolError(Refusal.NOT_READY, "this peer is leaving")
@@ -131,12 +180,20 @@ class Intake:
         self._reporter.control_bytes[Direction.SENT] += len(answer)
         return answer
 
-    def _ignores(self, peer: PeerId) -> bool:
+    def _may_ask(self, raw: bytes) -> bool:
+        """Whether this question is answered to one that is not admitted: it needs that in order to be so."""
+        try:
+            return isinstance(decode_message_untrusted(self._swarm, raw), GetManifest | GetDecrees)
+        except ProtocolError:
+            return False
+
+    def _ignores(self, peer: PeerId, *, unless: Refusal | None = None) -> bool:
         """Whether this peer is refused, and so what just came of it is dropped and counted."""
         refusal = self.why_refused(peer)
-        if refusal is not None:
-            self._reporter.metrics.refusals[refusal, Plane.CONTROL].add()
-        return refusal is not None
+        if refusal is None or refusal is unless:
+            return False
+        self._reporter.metrics.refusals[refusal, Plane.CONTROL].add()
+        return True
 
     # -- who misbehaves ----------------------------------------------------------------------------------------------
 
@@ -145,20 +202,47 @@ class Intake:
         return self.why_refused(peer) is not None
 
     def why_refused(self, peer: PeerId) -> Refusal | None:
-        """Why this peer gets no connection now; None when it may have one."""
+        """Why nothing of this peer is taken now; None when it may take part."""
         if self._ports is not None and peer in self._ports.ledger.ledger.standing.banned:
             return Refusal.BANNED
-        return self._conduct.refusal(peer, self._clock())
+        refusal = self._conduct.refusal(peer, self._clock())
+        if refusal is None and self._ports is not None and not self._ports.gate.admits(peer):
+            return Refusal.NOT_ADMITTED
+        return refusal
+
+    def shuns(self, peer: PeerId) -> bool:
+        """Whether this peer gets no connection at all; one that is not admitted may wait at the gate."""
+        return self.why_refused(peer) not in (None, Refusal.NOT_ADMITTED)
 
     def admits(self, peer: PeerId) -> bool:
-        """Whether a new control connection to this peer may stay; otherwise it is ended."""
+        """Whether the new control connection is that of a peer that takes part; otherwise it is ended, or waits."""
         refusal = self.why_refused(peer)
-        if refusal is None:
-            return True
-        if self._ports is not None:
-            told = self._dismiss(peer) if refusal is Refusal.BANNED else self._control.disconnect(peer)
-            self._ports.spawn(told)
-        return False
+        if self._ports is None:
+            return refusal is None
+        if refusal in (None, Refusal.NOT_ADMITTED):
+            self._ports.gate.greet(peer)
+        elif refusal is Refusal.BANNED:
+            self._ports.spawn(self._dismiss(peer, Refusal.BANNED, BY_OWNER))
+        else:
+            self._ports.spawn(self._control.disconnect(peer))
+        return refusal is None
+
+    def _turn_away(self, peer: PeerId, ends: bool) -> None:
+        """The gate has let it wait for long enough."""
+        assert self._ports is not None, "the gate acts while this is open"
+        if ends:
+            self._reporter.metrics.hang_ups[Refusal.NOT_ADMITTED].add()
+            if (peer, Refusal.NOT_ADMITTED) not in self._told and len(self._told) < TOLD_MAX:
+                self._told.add((peer, Refusal.NOT_ADMITTED))
+                text = f"hung up on {short_peer_id(peer)}: {Refusal.NOT_ADMITTED} by the swarm's owner"
+                self._reporter.happen(HappeningKind.NETWORK, text)
+        self._ports.spawn(self._dismiss(peer, Refusal.NOT_ADMITTED, "ask the swarm's owner", ends=ends))
+
+    def _end_stranger(self, peer: PeerId) -> None:
+        """It was admitted and is so no more."""
+        assert self._ports is not None, "the gate acts while this is open"
+        self._ports.hang_up(peer, Refusal.NOT_ADMITTED)
+        self._ports.membership.connection_lost(peer)
 
     def _end_banned(self, peer: PeerId, reason: str) -> None:
         """The owner has banned this peer: end what there is, and tell it why."""
@@ -167,13 +251,13 @@ class Intake:
         self._reporter.metrics.hang_ups[Refusal.BANNED].add()
         if self._ports is not None:
             self._ports.hang_up(peer, Refusal.BANNED)
-            self._ports.forget(peer)
-            self._ports.spawn(self._dismiss(peer))
+            self._ports.membership.connection_lost(peer)
+            self._ports.spawn(self._dismiss(peer, Refusal.BANNED, BY_OWNER))
 
-    async def _dismiss(self, peer: PeerId) -> None:
-        refused = Refused(refusal=Refusal.BANNED.value, detail="by the swarm's owner")
-        await self._tell(peer, encode_message(self._swarm, refused))
-        await self._control.disconnect(peer)
+    async def _dismiss(self, peer: PeerId, refusal: Refusal, detail: str, *, ends: bool = True) -> None:
+        await self._tell(peer, encode_message(self._swarm, Refused(refusal=refusal.value, detail=detail)))
+        if ends:
+            await self._control.disconnect(peer)
 
     def misbehaved(self, peer: PeerId, error: ProtocolError) -> None:
         """A control message was refused: count it, tell a peer that is in the wrong place, note who sent it."""
@@ -213,7 +297,7 @@ class Intake:
 
     async def _hang_up(self, ports: IntakePorts, peer: PeerId, refusal: Refusal) -> None:
         ports.hang_up(peer, refusal)
-        ports.forget(peer)
+        ports.membership.connection_lost(peer)
         await self._control.disconnect(peer)
 
     async def _tell(self, peer: PeerId, payload: bytes) -> None:

@@ -20,6 +20,7 @@ from shoal.crdt.clock import Hlc, wall_ms_of
 from shoal.crdt.entries import BATCH_BYTES_MAX, Batch, Entry, decode_batch_untrusted
 from shoal.crdt.fold import LedgerState
 from shoal.crdt.kinds import (
+    AdmissionBody,
     BanBody,
     EntryId,
     Kind,
@@ -264,6 +265,8 @@ def tell_ledger(view: LedgerView) -> Iterator[str]:
         yield f"tag           {tag.name} = {_show_bytes(tag.value)} (by {format_peer_id(tag.author)})"
     for ban in state.verdicts.bans:
         yield f"ban           {format_peer_id(PeerId(ban.peer))}: {ban.reason or 'no reason given'}"
+    for peer in sorted(state.verdicts.admitted):
+        yield f"admitted      {format_peer_id(peer)}"
     for author, slot in sorted(state.excluded.items()):
         yield f"EQUIVOCATED   {format_peer_id(author)}, from entry {slot.seq} of era {slot.era} on nothing counts"
     yield ""
@@ -329,5 +332,7 @@ def _tell_body(entry: Entry) -> dict[str, object]:
             if removes:
                 return {"lifts": [one.hex() for one in removes]}
             return {"peer": format_peer_id(PeerId(peer)), "reason": reason}
+        case AdmissionBody(peers=peers):
+            return {"peers": [format_peer_id(peer) for peer in peers]}
         case ReadmissionBody(author=author, era=era, stands=stands):
             return {"author": format_peer_id(author), "era": era, "stands": stands.hex()}

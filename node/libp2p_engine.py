@@ -101,6 +101,7 @@ class AsyncioSide(Protocol):
 class _ConnectedPeer:
     addresses: tuple[str, ...]
     relayed: bool = False
+    dialled: bool = False
     used_s: float = field(default_factory=trio.current_time)
     lost: trio.Event = field(default_factory=trio.Event)
 
@@ -292,7 +293,7 @@ class ControlEngine:
         dialled = isinstance(connection, SwarmConn) and connection.direction is Direction.OUTBOUND
         remote = [str(address) for address in connection.get_transport_addresses()] if dialled else []
         addresses = with_peer(keep_dialable(remote, peer), peer)
-        self._peers[peer] = _ConnectedPeer(addresses=addresses, relayed=relayed)
+        self._peers[peer] = _ConnectedPeer(addresses=addresses, relayed=relayed, dialled=dialled)
         self._publish_peers()
         self._asyncio.deliver(self._handlers.on_peer_connected, peer)
 
@@ -355,7 +356,7 @@ class ControlEngine:
 
     def _publish_peers(self) -> None:
         self.peers = tuple(
-            PeerAddresses(peer=peer, addresses=known.addresses, relayed=known.relayed)
+            PeerAddresses(peer=peer, addresses=known.addresses, relayed=known.relayed, dialled=known.dialled)
             for peer, known in self._peers.items()
         )
 

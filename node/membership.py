@@ -50,7 +50,9 @@ class MembershipPorts:
     observed: Callable[[Presence, bool], None]  # a newer presence; whether the peer was not alive before
     lost: Callable[[PeerLost], None]
     misbehaved: Callable[[PeerId, ProtocolError], None]
-    refuses: Callable[[PeerId], bool]  # whether it has misbehaved so often that nothing of it is wanted for now
+    refuses: Callable[[PeerId], bool]  # whether nothing of it is wanted for now
+    shuns: Callable[[PeerId], bool]  # whether it is not even dialled, as who only is not admitted yet may be
+    meet: Callable[[Presence], None]  # before that is asked: it may bring an invitation; raises ProtocolError
     spawn: Callable[[Coroutine[object, object, object]], None]
     own: Callable[[Presence], None] = lambda presence: None  # a presence of this peer, as others know it, unchecked
 
@@ -108,6 +110,8 @@ class Membership:
             message = decode_message_untrusted(self._swarm, payload)
             if not isinstance(message, Presence):
                 raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(message).__name__} is no presence")
+            if message.peer != source and self._ports.refuses(source):
+                return  # a stranger may speak for itself alone
             known = self.table.newest(message.peer)
             if known and (message.incarnation, message.sequence) < (known.incarnation, known.sequence):
                 raise ProtocolError(Refusal.REPLAYED, "a presence older than one that is known")
@@ -118,6 +122,7 @@ class Membership:
     def _take(self, presence: Presence) -> None:
         if presence.peer == self._me:
             self._ports.own(presence)
+        self._ports.meet(presence)
         if self._ports.refuses(presence.peer):
             return
         seen = self.table.receive(presence, asyncio.get_running_loop().time())
@@ -139,20 +144,20 @@ class Membership:
         """The control plane has a connection to this peer."""
         addresses = next((one.addresses for one in self._control.peers() if one.peer == peer), ())
         self.book.note_success(peer, keep_dialable(addresses, peer), time.time())
-        self._note_peers()
+        self.note_peers()
         self.announce()
-        self._ports.spawn(self._exchange_peers(peer))
+        self._ports.spawn(self.exchange_peers(peer))
 
     def connection_lost(self, peer: PeerId) -> None:
         """The control connection is gone: gone for good, unless the peer can be dialled anew."""
-        self._note_peers()
+        self.note_peers()
         self._ports.spawn(self._check(peer))
 
     async def _check(self, peer: PeerId) -> None:
         known = self.table.newest(peer)
         if known is None:
             return
-        if known.leaving or not await self.connect(peer):
+        if known.leaving or self._ports.refuses(peer) or not await self.connect(peer):
             lost = self.table.suspect(peer, asyncio.get_running_loop().time())
             if lost is not None:
                 self._lose(lost)
@@ -162,7 +167,7 @@ class Membership:
         if any(one.peer == peer for one in self._control.peers()):
             return True
         addresses = self._control_addresses_of(peer)
-        if not addresses or peer in self._dialling or self._ports.refuses(peer):
+        if not addresses or peer in self._dialling or self._ports.shuns(peer):
             return False
         self._dialling.add(peer)
         try:
@@ -188,10 +193,18 @@ class Membership:
         self._schedule.note_addresses(time.time())
         self.announce()
 
-    def _note_peers(self) -> None:
+    def note_peers(self) -> None:
+        """Peers have come or gone."""
         self._schedule.note_peers(len(self._control.peers()), time.time())
 
-    async def _exchange_peers(self, peer: PeerId) -> None:
+    async def introduce(self, peer: PeerId) -> None:
+        """Show one peer who this one is, before it has heard that from anybody."""
+        try:
+            await self._control.send(peer, encode_message(self._swarm, self._ports.describe()))
+        except PeerUnreachable as error:
+            log.debug("not introduced: %s", error)
+
+    async def exchange_peers(self, peer: PeerId) -> None:
         """Ask a new neighbour whom it knows, rather than wait for their next beat."""
         try:
             raw = await self._control.request(peer, encode_message(self._swarm, GetPeers()))
@@ -240,9 +253,9 @@ class Membership:
                     case LookUp():
                         await self._look_up(intent)
             await self._dial_known()
-            connected = self._control.peers()
+            connected = [one for one in self._control.peers() if not self._ports.refuses(one.peer)]
             if period % EXCHANGE_PERIODS == 0 and connected:
-                self._ports.spawn(self._exchange_peers(connected[period // EXCHANGE_PERIODS % len(connected)].peer))
+                self._ports.spawn(self.exchange_peers(connected[period // EXCHANGE_PERIODS % len(connected)].peer))
             await asyncio.sleep(DISCOVERY_PERIOD_S)
 
     async def _look_up(self, intent: LookUp) -> None:
@@ -257,7 +270,7 @@ class Membership:
 
     async def _dial_known(self) -> None:
         connected = {one.peer for one in self._control.peers()}
-        if len(connected) >= CONNECTIONS_WANTED:
+        if len([peer for peer in connected if not self._ports.refuses(peer)]) >= CONNECTIONS_WANTED:
             return
         due = self.book.candidates(time.time(), DIALS_AT_ONCE_MAX, connected)
         await asyncio.gather(*(self.connect(known.peer) for known in due))

@@ -16,6 +16,7 @@ from shoal.node.endpoints import format_endpoint
 from shoal.node.link_port import Address
 from shoal.node.status import TrainerState
 from shoal.protocol.abstention import ABSTAINING
+from shoal.protocol.admission import AdmissionProof
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import ADDRESSES_MAX, Presence, SignedReady, sign_message
 from shoal.protocol.rounds import RoundCore
@@ -37,6 +38,7 @@ class OwnPresence:
     compute: Compute
     tensor_addresses: Callable[[], tuple[Address, ...]]  # where others can dial the tensor port now
     holdings: Callable[[], Holdings] = Holdings  # what others can fetch here
+    admission: AdmissionProof | None = None  # shown to everybody, where the swarm is not open
     ready: SignedReady | None = None
     leaving: bool = False
     sequence: int = 0
@@ -67,5 +69,6 @@ class OwnPresence:
             ready=self.ready if stands else None,
             updates_from=holdings.updates_from,
             snapshots=holdings.snapshots,
+            admission=self.admission,
         )
         return sign_message(self.identity, self.swarm, presence)

@@ -21,6 +21,7 @@ from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import ControlPlane
 from shoal.node.control_setup import describe_control
 from shoal.node.exchange import PartExchange
+from shoal.node.gate import Gate
 from shoal.node.happenings import REMEDIES, Happening, HappeningFeed, HappeningKind, Severity, describe_notes
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.link_port import LinkPath
@@ -60,7 +61,7 @@ from shoal.protocol.effects import (
     QuorumSeen,
     SenderMissing,
 )
-from shoal.protocol.errors import Failure, Refusal
+from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId, format_peer_id, short_peer_id
 from shoal.protocol.manifest import Manifest, SwarmUri
 from shoal.protocol.messages import Presence, Result
@@ -96,6 +97,7 @@ class Subjects:
     compute: Compute
     catch_up: CatchUp
     conduct: Conduct
+    gate: Gate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -484,8 +486,7 @@ class Reporter:
         abstention = self.subjects.core.abstention
         if abstention is not None:
             found.append(tell_abstention(abstention))
-        if self.subjects.me in self.subjects.ledger.ledger.standing.banned:
-            found.append(f"{Refusal.BANNED}: the swarm's owner has banned this peer; ask the owner")
+        found += self.subjects.gate.warnings()
         skew = self.clock_skew_s()
         if skew > CLOCK_SKEW_WARN_S:
             found.append(

@@ -44,6 +44,7 @@ class Refusal(StrEnum):
     OTHER_LOG = "other_log"
     BANNED = "banned"
     BUDGET_SPENT = "budget_spent"
+    NOT_ADMITTED = "not_admitted"
 
 
 class Failure(StrEnum):

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 from blake3 import blake3
 
+from shoal.protocol.admission import AdmissionRule, Ticket, parse_ticket
 from shoal.protocol.aggregators import AGGREGATORS
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriError
@@ -96,6 +97,13 @@ class Rounds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """Who may take part, besides the founders and the owner (protocol.admission)."""
+
+    rule: Annotated[str, Choice(tuple(rule.value for rule in AdmissionRule))] = AdmissionRule.OPEN.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
     """The part of a manifest that a person writes."""
 
@@ -105,6 +113,7 @@ class Draft:
     training: Training = field(default_factory=Training)
     outer: Outer = field(default_factory=Outer)
     rounds: Rounds = field(default_factory=Rounds)
+    admission: Admission = field(default_factory=Admission)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +125,7 @@ class Manifest:
     training: Training
     outer: Outer
     rounds: Rounds
+    admission: Admission
     owner: Peer
     founders: Annotated[tuple[Peer, ...], Bound(1, VOTERS_MAX)]
 
@@ -129,6 +139,10 @@ class Manifest:
         """First element and one past the last of a part of the flat vector."""
         first = part * self.rounds.part_elements
         return first, min(first + self.rounds.part_elements, self.layout.elements)
+
+    @property
+    def admission_rule(self) -> AdmissionRule:
+        return AdmissionRule(self.admission.rule)
 
     @property
     def quorum(self) -> QuorumRule:
@@ -153,14 +167,16 @@ class SignedManifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwarmUri:
-    """shoal://<swarm-id>?bootstrap=<multiaddr>[&bootstrap=…]"""
+    """shoal://<swarm-id>?bootstrap=<multiaddr>[&bootstrap=…][&invite=<ticket>]"""
 
     swarm: bytes
     bootstraps: tuple[str, ...] = ()
+    ticket: Ticket | None = None
 
     def __str__(self) -> str:
-        query = "&".join(f"bootstrap={quote(address, safe='/:.')}" for address in self.bootstraps)
-        return f"{URI_SCHEME}://{self.swarm.hex()}" + (f"?{query}" if query else "")
+        pieces = [f"bootstrap={quote(address, safe='/:.')}" for address in self.bootstraps]
+        pieces += [] if self.ticket is None else [f"invite={self.ticket}"]
+        return f"{URI_SCHEME}://{self.swarm.hex()}" + (f"?{'&'.join(pieces)}" if pieces else "")
 
 
 def parse_draft(text: str, options: str) -> Draft:
@@ -207,6 +223,7 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
         training=draft.training,
         outer=draft.outer,
         rounds=draft.rounds,
+        admission=draft.admission,
         owner=owner,
         founders=founders,
     )
@@ -253,12 +270,16 @@ def parse_uri(text: str) -> SwarmUri:
     if len(swarm) != 32:
         raise UriError("swarm id", f"{split.netloc[:80]!r} is not 64 hex digits", "copy the URI whole")
     query = parse_qs(split.query, keep_blank_values=True)
-    if unknown := [key for key in query if key != "bootstrap"]:
-        raise UriError("query", f"{unknown[0]!r} is no known parameter", "only bootstrap=<multiaddr> may stand there")
+    if unknown := [key for key in query if key not in ("bootstrap", "invite")]:
+        fix = "only bootstrap=<multiaddr> and invite=<invitation> may stand there"
+        raise UriError("query", f"{unknown[0]!r} is no known parameter", fix)
     bootstraps = tuple(query.get("bootstrap", ()))
     if len(bootstraps) > BOOTSTRAPS_MAX:
         raise UriError("bootstrap", f"{len(bootstraps)} addresses", f"give at most {BOOTSTRAPS_MAX}")
     for address in bootstraps:
         if not address.startswith("/") or "/p2p/" not in address:
             raise UriError("bootstrap", f"{address!r} is no multiaddr with a peer id", f"write {example}")
-    return SwarmUri(swarm=swarm, bootstraps=bootstraps)
+    invites = query.get("invite", [])
+    if len(invites) > 1:
+        raise UriError("invite", f"{len(invites)} invitations", "give one")
+    return SwarmUri(swarm=swarm, bootstraps=bootstraps, ticket=parse_ticket(invites[0]) if invites else None)

@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 
 from blake3 import blake3
 
+from shoal.protocol.admission import AdmissionProof
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PROTOCOL_VERSION, Identity, PeerId, verify_signature
 from shoal.protocol.wire import (
@@ -88,6 +89,7 @@ class Presence:
     # What others can fetch here: every update from this round on to the head (0: not known yet), and these snapshots.
     updates_from: U63 = 0
     snapshots: Annotated[tuple[U63, ...], Bound(0, SNAPSHOTS_TOLD_MAX)] = ()
+    admission: AdmissionProof | None = None  # where the swarm is not open: why this peer may take part
     signature: Bytes64 = _NO_SIGNATURE
 
 
@@ -470,6 +472,14 @@ class LedgerBaseAnswer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GetDecrees:
+    """Asks for the owner's decrees from this one of its chain on: who waits to be admitted may read them, too. They
+    come as LedgerEntries."""
+
+    first: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
     """What a control frame carries. The version and the swarm are readable before the body is."""
 
@@ -522,6 +532,7 @@ SCHEMA = Schema(
         55: CheckpointsAnswer,
         56: GetLedgerBase,
         57: LedgerBaseAnswer,
+        58: GetDecrees,
         60: MeasureUpload,
         61: UploadAnswer,
     }

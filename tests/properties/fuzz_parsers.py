@@ -16,6 +16,7 @@ from shoal.crdt.clock import HLC_ZERO, Hlc
 from shoal.crdt.entries import NO_ENTRY, ChainPosition, EntryContent, decode_batch_untrusted, encode_batch, sign_batch
 from shoal.crdt.kinds import (
     KIND_RULES,
+    AdmissionBody,
     BanBody,
     Body,
     Kind,
@@ -37,6 +38,15 @@ from shoal.node.ledger_view import LedgerPage
 from shoal.node.mdns import decode_txt_untrusted, encode_txt
 from shoal.node.nat_pmp import decode_answer_untrusted
 from shoal.node.upnp_gateway import read_location_untrusted
+from shoal.protocol.admission import (
+    AdmissionProof,
+    AdmissionRule,
+    AdmissionTable,
+    Known,
+    issue_ticket,
+    parse_ticket,
+    prove_admission,
+)
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.effects import VoteRecord
 from shoal.protocol.errors import ProtocolError, UriError
@@ -91,9 +101,23 @@ def draw(strategy: st.SearchStrategy[T], count: int) -> list[T]:
 # -- messages and records ---------------------------------------------------------------------------------------------
 
 
+TICKET = issue_ticket(ANNA, SWARM, b"t" * 32, NOW_S)
+PROOF = prove_admission(TICKET, SWARM, BEN.peer)
+
+
+def take_proof(raw: bytes) -> None:
+    """What a stranger shows: it is good, or it is refused and changes nothing."""
+    table = AdmissionTable(AdmissionRule.INVITED, SWARM, ANNA.peer, ())
+    nobody = Known(voters=frozenset(), admitted=frozenset(), banned=frozenset())
+    try:
+        table.take(BEN.peer, decode_record_untrusted(AdmissionProof, raw), frozenset())
+    finally:
+        assert table.admits(BEN.peer, nobody, NOW_S) == (raw == encode_record(PROOF))
+
+
 @cache
 def list_messages() -> list[bytes]:
-    made = [encode_message(SWARM, make_presence(1))]
+    made = [encode_message(SWARM, make_presence(1)), encode_message(SWARM, make_presence(1, admission=PROOF))]
     for cls in SCHEMA._classes.values():
         made += [encode_message(SWARM, message) for message in draw(records(cls), SAMPLES_PER_TYPE)]
     return made
@@ -190,6 +214,7 @@ def list_entry_bodies() -> list[bytes]:
         BanBody(peer=BEN.peer, reason="lies", removes=()),
         BanBody(peer=b"", reason="", removes=(BATCH.tip,)),
         ReadmissionBody(author=BEN.peer, era=1, stands=BATCH.tip),
+        AdmissionBody(peers=tuple(sorted((ANNA.peer, BEN.peer)))),
     ]
     made = [bytes([at]) + encode_body(body) for at in range(len(kinds)) for body in bodies]
     return [raw for raw in made if _is_body(raw)]
@@ -392,9 +417,26 @@ PARSERS: tuple[Parser, ...] = (
     Parser(
         name="uri",
         take=take_text(parse_uri),
-        samples=lambda: [str(SwarmUri(swarm=SWARM, bootstraps=("/ip4/1.2.3.4/tcp/5/p2p/12D3",))).encode()],
+        samples=lambda: [
+            str(SwarmUri(swarm=SWARM, bootstraps=("/ip4/1.2.3.4/tcp/5/p2p/12D3",))).encode(),
+            str(SwarmUri(swarm=SWARM, ticket=TICKET)).encode(),
+        ],
         covers=("protocol.manifest.parse_uri",),
         is_packed=False,
+    ),
+    Parser(
+        name="ticket",
+        take=take_text(parse_ticket),
+        samples=lambda: [str(TICKET).encode()],
+        covers=("protocol.admission.parse_ticket",),
+        is_packed=False,
+    ),
+    Parser(
+        name="admission_proof",
+        take=take_proof,
+        samples=lambda: [encode_record(PROOF)],
+        share=0.3,
+        covers=("protocol.admission.AdmissionTable",),
     ),
     Parser(
         name="manifest",

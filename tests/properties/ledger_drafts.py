@@ -9,6 +9,7 @@ from shoal.crdt.entries import (
 )
 from shoal.crdt.eras import era_of_round
 from shoal.crdt.kinds import (
+    AdmissionBody,
     BanBody,
     Kind,
     RegisterBody,
@@ -64,8 +65,14 @@ peers_drafts = st.one_of(
 ban_bodies = st.builds(
     BanBody, peer=st.sampled_from([one.peer for one in LIARS]), reason=st.just("x"), removes=st.just(())
 )
-owners_drafts = st.builds(Draft, kind=st.sampled_from([Kind.MANIFEST, Kind.REROOT]), body=versioned_bodies) | st.builds(
-    Draft, kind=st.just(Kind.BAN), body=ban_bodies
+admission_bodies = st.builds(
+    AdmissionBody,
+    peers=st.sets(st.sampled_from([one.peer for one in LIARS]), min_size=1).map(lambda peers: tuple(sorted(peers))),
+)
+owners_drafts = st.one_of(
+    st.builds(Draft, kind=st.sampled_from([Kind.MANIFEST, Kind.REROOT]), body=versioned_bodies),
+    st.builds(Draft, kind=st.just(Kind.BAN), body=ban_bodies),
+    st.builds(Draft, kind=st.just(Kind.ADMISSION), body=admission_bodies),
 )
 
 

@@ -15,6 +15,7 @@ from shoal.crdt.evidence import Slot
 from shoal.crdt.fold import LedgerState, Verdicts
 from shoal.crdt.key_set import KEY_END, KEY_FIRST, id_of_key
 from shoal.crdt.kinds import (
+    AdmissionBody,
     BanBody,
     EntryId,
     Kind,
@@ -127,6 +128,7 @@ class Model:
             for entry_id, body in bodies
             if isinstance(body, BanBody) and body.peer and entry_id not in lifted
         ]
+        self.admitted = {peer for _, body in bodies if isinstance(body, AdmissionBody) for peer in body.peers}
         self.readmissions: dict[PeerId, ReadmissionBody] = {}
         for _, body in bodies:
             if isinstance(body, ReadmissionBody):
@@ -252,6 +254,7 @@ class Model:
                 excluded=self.excluded,
                 readmissions=self.readmissions,
                 bans=tuple(sorted(self.bans, key=lambda ban: (ban.peer, ban.entry))),
+                admitted=self.admitted,
             ),
         )
 

@@ -11,7 +11,7 @@ from shoal.crdt import certified, ledger
 from shoal.crdt.certified import CertifiedChain
 from shoal.crdt.entries import Batch, Entry
 from shoal.crdt.evidence import EvidenceShelf, slot_of
-from shoal.crdt.kinds import EntryId
+from shoal.crdt.kinds import AdmissionBody, Decree, EntryId
 from shoal.crdt.ledger import ChainForkedError, Ledger
 from shoal.crdt.own_chain import OwnPositions
 from shoal.crdt.standing import Standing
@@ -77,6 +77,18 @@ def bans_are_not_heeded(patch: pytest.MonkeyPatch) -> None:
         return is_counting(self, entry_id, entry)
 
     patch.setattr(Standing, "is_counting", plant)
+
+
+@bug
+def the_last_admission_is_the_only_one(patch: pytest.MonkeyPatch) -> None:
+    decree = Standing.decree
+
+    def plant(self: Standing, entry_id: EntryId, seq: int, body: Decree) -> None:
+        decree(self, entry_id, seq, body)
+        if isinstance(body, AdmissionBody):
+            self._admitted = frozenset(body.peers)
+
+    patch.setattr(Standing, "decree", plant)
 
 
 @bug

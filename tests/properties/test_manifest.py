@@ -7,11 +7,13 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.protocol.admission import Ticket
 from shoal.protocol.errors import ManifestError, ProtocolError, UriError
 from shoal.protocol.identity import Identity
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import (
     BOOTSTRAPS_MAX,
+    Admission,
     Draft,
     Manifest,
     Outer,
@@ -43,6 +45,7 @@ drafts = st.builds(
     training=records(Training),
     outer=records(Outer),
     rounds=records(Rounds),
+    admission=records(Admission),
 )
 GOOD = make_manifest(Draft(name="good", task=Task(kind="none")), LAYOUT, OWNER.peer, (OWNER.peer,))
 SIGNED = sign_manifest(GOOD, OWNER)
@@ -120,6 +123,7 @@ uris = st.builds(
         ),
         max_size=BOOTSTRAPS_MAX,
     ).map(tuple),
+    ticket=st.none() | records(Ticket),
 )
 
 

@@ -66,6 +66,7 @@ class MemoryControl:
         self._me = config.identity.peer
         self._addresses: tuple[str, ...] = ()
         self._connected: dict[PeerId, MemoryControl] = {}
+        self._dialled: set[PeerId] = set()
         self._is_running = False
         self._bootstraps: list[asyncio.Task[None]] = []
         self._requests: set[asyncio.Task[bytes]] = set()
@@ -111,7 +112,10 @@ class MemoryControl:
 
     def peers(self) -> tuple[PeerAddresses, ...]:
         self._check_running()
-        return tuple(PeerAddresses(peer=peer, addresses=plane._addresses) for peer, plane in self._connected.items())
+        return tuple(
+            PeerAddresses(peer=peer, addresses=plane._addresses, dialled=peer in self._dialled)
+            for peer, plane in self._connected.items()
+        )
 
     async def connect(self, addresses: Sequence[str]) -> PeerId:
         targets = [parse_peer_address(text) for text in addresses]
@@ -123,6 +127,7 @@ class MemoryControl:
             return peer
         for _, address in targets:
             if peer != self._me and self._network.listening.get((address.host, address.port)) == peer:
+                self._dialled.add(peer)
                 self._join(self._network.planes[peer])
                 return peer
         raise PeerUnreachable(peer, Failure.PEER_UNREACHABLE, "nobody listens there")
@@ -226,6 +231,7 @@ class MemoryControl:
             return
         for plane, lost in ((self, other), (other, self)):
             del plane._connected[lost._me]
+            plane._dialled.discard(lost._me)
             plane._lost.pop(lost._me).set()
             plane._deliver(plane._handlers.on_peer_lost, lost._me)
 

@@ -96,6 +96,7 @@ def test_each_verdict_moves_the_digest() -> None:
         Verdicts(excluded={ANNA: Slot(1, 9)}),
         Verdicts(readmissions={ANNA: ReadmissionBody(author=ANNA, era=1, stands=EntryId(bytes(32)))}),
         Verdicts(bans=(Ban(peer=ANNA, reason="", entry=EntryId(bytes(32))),)),
+        Verdicts(admitted=frozenset((ANNA,))),
     ]
     assert len({read(one).digest() for one in verdicts}) == len(verdicts)
 

@@ -47,6 +47,7 @@ def test_every_kind_has_a_rule_and_no_rule_lacks_a_kind() -> None:
         Kind.REROOT,
         Kind.BAN,
         Kind.READMISSION,
+        Kind.ADMISSION,
     }
 
 

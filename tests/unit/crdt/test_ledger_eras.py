@@ -9,7 +9,7 @@ from shoal.crdt.entries import NO_ENTRY, Batch, ChainPosition, EntryContent, sig
 from shoal.crdt.eras import ROUNDS_PER_ERA_MIN, choose_rounds_per_era, era_of_round, last_settled_round, oldest_kept
 from shoal.crdt.evidence import check_evidence
 from shoal.crdt.key_set import KEY_END, KEY_FIRST, id_of_key
-from shoal.crdt.kinds import BanBody, EntryId, Kind, ReadmissionBody, RegisterBody, RoundBody
+from shoal.crdt.kinds import AdmissionBody, BanBody, EntryId, Kind, ReadmissionBody, RegisterBody, RoundBody
 from shoal.crdt.ledger import Draft, Ledger, LedgerRules
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import Identity
@@ -181,9 +181,11 @@ def test_the_owners_decrees_are_never_dropped() -> None:
     anna, owner = make_ledger(), make_ledger(OWNER)
     ban = write(owner, Draft(kind=Kind.BAN, body=BanBody(peer=BEN.peer, reason="spam", removes=())))
     anna.accept(ban)
+    anna.accept(write(owner, Draft(kind=Kind.ADMISSION, body=AdmissionBody(peers=(BEN.peer,)))))
     enter(anna, LOG)
     done = anna.truncate()
     assert done is not None and ban.tip in anna
+    assert anna.standing.admitted == {BEN.peer} == anna.fold(NOW_MS).verdicts.admitted
     anna.accept(sign(BEN, [b"lease"], 5))
     state = anna.fold(NOW_MS)
     assert len(state.verdicts.bans) == 1 and BEN.peer not in state.leases

@@ -1,17 +1,30 @@
-"""Equivocation, readmission and bans, as every replica sees them."""
+"""Equivocation, readmission, bans and admissions, as every replica sees them."""
 
 import itertools
 from collections.abc import Iterable, Sequence
 
+import msgpack
 import pytest
 
 from shoal.crdt.clock import HLC_ZERO, Hlc
 from shoal.crdt.entries import NO_ENTRY, Batch, ChainPosition, EntryContent, sign_batch
 from shoal.crdt.eras import PERMANENT_ERA
-from shoal.crdt.kinds import BanBody, Body, EntryId, Kind, ReadmissionBody, RegisterBody, TagBody, encode_body
+from shoal.crdt.kinds import (
+    AdmissionBody,
+    BanBody,
+    Body,
+    Decree,
+    EntryId,
+    Kind,
+    ReadmissionBody,
+    RegisterBody,
+    TagBody,
+    decode_body_untrusted,
+    encode_body,
+)
 from shoal.crdt.ledger import ChainForkedError, Draft, Ledger, LedgerRules
 from shoal.protocol.errors import ProtocolError, Refusal
-from shoal.protocol.identity import Identity
+from shoal.protocol.identity import Identity, PeerId
 
 SWARM = b"s" * 32
 OWNER, ANNA, BEN = (Identity(name * 32) for name in (b"o", b"a", b"b"))
@@ -38,7 +51,7 @@ def after(batch: Batch, count: int) -> ChainPosition:
     return ChainPosition(era=last.era, seq=last.seq + 1, prev=batch.ids[count - 1], hlc=last.hlc)
 
 
-def decree(owner: Ledger, kind: Kind, body: BanBody | ReadmissionBody) -> Batch:
+def decree(owner: Ledger, kind: Kind, body: Decree) -> Batch:
     batch = owner.write([Draft(kind=kind, body=body)], NOW_MS)
     assert batch.era == PERMANENT_ERA
     assert owner.accept(batch).accepted
@@ -153,11 +166,12 @@ def test_without_an_owner_only_a_new_identity_helps() -> None:
     assert "new identity" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [Kind.BAN, Kind.READMISSION])
-def test_nobody_but_the_owner_bans_or_readmits(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [Kind.BAN, Kind.READMISSION, Kind.ADMISSION])
+def test_nobody_but_the_owner_bans_readmits_or_admits(kind: Kind) -> None:
     bodies: dict[Kind, Body] = {
         Kind.BAN: BanBody(peer=BEN.peer, reason="", removes=()),
         Kind.READMISSION: ReadmissionBody(author=ANNA.peer, era=1, stands=LEFT.tip),
+        Kind.ADMISSION: AdmissionBody(peers=(ANNA.peer,)),
     }
     content = EntryContent(deps=(), hlc=Hlc(1), kind=kind, body=encode_body(bodies[kind]))
     start = ChainPosition(era=PERMANENT_ERA, seq=0, prev=NO_ENTRY, hlc=HLC_ZERO)
@@ -180,6 +194,40 @@ def test_a_banned_authors_entries_do_not_count_until_the_ban_is_lifted() -> None
     again = decree(owner, Kind.BAN, BanBody(peer=ANNA.peer, reason="spam again", removes=()))
     assert read_lease(fill([COMMON, ban, lifted])) == b"1"
     assert read_lease(fill([COMMON, ban, lifted, again])) is None
+
+
+def test_an_admission_holds_in_any_order_and_says_nothing_about_entries() -> None:
+    owner = make_ledger(OWNER)
+    first = decree(owner, Kind.ADMISSION, AdmissionBody(peers=tuple(sorted((ANNA.peer, BEN.peer)))))
+    ban = decree(owner, Kind.BAN, BanBody(peer=BEN.peer, reason="", removes=()))
+    second = decree(owner, Kind.ADMISSION, AdmissionBody(peers=(OWNER.peer,)))
+    for order in itertools.permutations([COMMON, first, ban, second]):
+        ledger = fill(order)
+        assert ledger.standing.admitted == ledger.fold(NOW_MS).verdicts.admitted == {ANNA.peer, BEN.peer, OWNER.peer}
+        assert ledger.standing.banned == {BEN.peer} and read_lease(ledger) == b"1"
+        assert ledger.standing.last_decree == second.tip
+    assert make_ledger().standing.last_decree is None
+
+
+def test_an_owner_who_contradicts_itself_admits_nobody_from_there_on() -> None:
+    owner, clone = make_ledger(OWNER), make_ledger(OWNER)
+    first = decree(owner, Kind.ADMISSION, AdmissionBody(peers=(ANNA.peer,)))
+    clone.accept(first)
+    said = ((owner, BEN.peer), (clone, OWNER.peer))
+    words = [decree(one, Kind.ADMISSION, AdmissionBody(peers=(peer,))) for one, peer in said]
+    for order in itertools.permutations([first, *words]):
+        assert fill(order).standing.admitted == {ANNA.peer}
+
+
+@pytest.mark.parametrize(
+    "peers",
+    [(), (BEN.peer,) * 2, tuple(sorted((ANNA.peer, BEN.peer), reverse=True)), (b"short",), (ANNA.peer,) * 25],
+    ids=["nobody", "twice", "descending", "short", "too many"],
+)
+def test_an_admission_names_peers_once_and_in_order(peers: tuple[PeerId, ...]) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        decode_body_untrusted(Kind.ADMISSION, msgpack.packb([list(peers)]))
+    assert caught.value.refusal is Refusal.OUT_OF_RANGE
 
 
 def test_an_owner_who_contradicts_itself_is_heard_up_to_there() -> None:

@@ -8,6 +8,7 @@ from shoal.crdt import entries, eras, evidence
 from shoal.crdt.certified import CREDIT_PEERS_MAX
 from shoal.crdt.kinds import (
     KIND_RULES,
+    AdmissionBody,
     BanBody,
     Kind,
     ReadmissionBody,
@@ -29,6 +30,7 @@ BODIES: dict[Kind, type | None] = {
     Kind.REROOT: VersionedBody,
     Kind.BAN: BanBody,
     Kind.READMISSION: ReadmissionBody,
+    Kind.ADMISSION: AdmissionBody,
 }
 
 

@@ -168,7 +168,8 @@ class ControlContract:
         assert await one.expect("connected") == (other.peer,)
         assert await other.expect("connected") == (one.peer,)
         assert [known.peer for known in one.plane.peers()] == [other.peer]
-        assert other.plane.peers() == (PeerAddresses(peer=one.peer, addresses=one.plane.addresses()),)
+        assert [known.dialled for known in one.plane.peers()] == [False]
+        assert other.plane.peers() == (PeerAddresses(peer=one.peer, addresses=one.plane.addresses(), dialled=True),)
 
     async def test_connecting_again_is_no_event(self, members: Members) -> None:
         one, other = await members.start(2)

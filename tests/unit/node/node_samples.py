@@ -41,6 +41,7 @@ from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.snapshots import SnapshotStore
 from shoal.node.training.messages import Ready as TrainerReady
+from shoal.protocol.admission import AdmissionProof
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import Behind, Forked, Note
@@ -48,6 +49,7 @@ from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import (
+    Admission,
     Draft,
     Manifest,
     Rounds,
@@ -66,7 +68,7 @@ from shoal.protocol.rounds import RoundCore
 from shoal.protocol.state import SnapshotIndex, chunk_digests
 from shoal.protocol.wire import encode_record
 from tests.sim.memory_control import MemoryNetwork
-from tests.unit.node.path_samples import make_paths, make_surroundings
+from tests.unit.node.path_samples import make_gate, make_paths, make_surroundings
 from tests.unit.node.planes import MakeControl, in_memory
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
@@ -106,12 +108,12 @@ async def wait_until(condition: Callable[[], object], patience_s: float = PATIEN
                 handle.cancel()
 
 
-def make_samples(elements: int = TINY_ELEMENTS, founders: int = 2, **rules: object) -> "Swarm":
+def make_samples(elements: int = TINY_ELEMENTS, founders: int = 2, admission: str = "open", **rules: object) -> "Swarm":
     """A swarm that its first `founders` peers vote in; `rules` are other values of RULES."""
     layout = Layout(tensors=(TensorSpec(name="w", shape=(elements,), init="uniform", std=0.02),))
     part_elements = RULES.part_elements if elements == TINY_ELEMENTS else 1 << 18
     changed = replace(RULES, **{"part_elements": part_elements, **rules})  # type: ignore[arg-type]
-    draft = Draft(name="samples", task=Task(kind="none"), seed=3, rounds=changed)
+    draft = Draft(name="samples", task=Task(kind="none"), seed=3, rounds=changed, admission=Admission(rule=admission))
     signed = sign_manifest(make_manifest(draft, layout, PEERS[0], PEERS[:founders]), IDENTITIES[0])
     manifest, swarm = read_manifest_untrusted(signed)
     return Swarm(manifest=manifest, id=swarm, signed=signed)
@@ -126,6 +128,7 @@ class Swarm:
     signed: bytes
     network: MemoryNetwork = field(default_factory=MemoryNetwork)
     addresses: dict[PeerId, Address] = field(default_factory=dict)  # of tensor ports
+    proofs: dict[PeerId, AdmissionProof] = field(default_factory=dict)  # what peers show, where it is not open
 
     def addresses_of(self, peer: PeerId) -> tuple[Address, ...]:
         return (self.addresses[peer],) if peer in self.addresses else ()
@@ -255,7 +258,7 @@ class Peer:
         self.reporter = Reporter(Metrics(), HappeningFeed())
         self.conduct = Conduct(self.me)
         self.conduct.expect_parts(swarm.manifest.parts)
-        self.now_s = time.monotonic  # the clock of `conduct`
+        self.now_s, self.wall_s = time.monotonic, time.time  # the clocks of `conduct` and of the gate
         self.intake = Intake(swarm.id, self.reporter, self.conduct, lambda: self.now_s())
         config = ControlConfig(identity=self.identity, swarm=swarm.id, listen=("/ip4/127.0.0.1/tcp/0",))
         handlers = ControlHandlers(
@@ -283,18 +286,16 @@ class Peer:
         self._wire(head)
         await self.providers.refresh()
         self._count_served()
-        self.intake.open(
-            self.control,
-            IntakePorts(
-                round_message=self.driver.receive,
-                presence=self.membership.take_presence,
-                ledger=self.ledger,
-                answer=lambda peer, raw: self.answer(peer, raw),
-                hang_up=self.links.hang_up,
-                forget=self.membership.connection_lost,
-                spawn=self.spawn,
-            ),
+        ports = IntakePorts(
+            round_message=self.driver.receive,
+            membership=self.membership,
+            ledger=self.ledger,
+            answer=lambda peer, raw: self.answer(peer, raw),
+            hang_up=self.links.hang_up,
+            gate=self.gate,
+            spawn=self.spawn,
         )
+        self.intake.open(self.control, ports)
         self.spawn(self.driver.run())
 
     def _wire(self, head: Head) -> None:
@@ -344,6 +345,7 @@ class Peer:
                 spawn=self.spawn,
             ),
         )
+        self.gate = make_gate(self)
         self.paths = make_paths(self, swarm.addresses[self.me])
         self.presence = OwnPresence(
             config=self.config,
@@ -355,6 +357,7 @@ class Peer:
             compute=self.compute,
             tensor_addresses=self.paths.reach.announced,
             holdings=lambda: self.providers.holdings,
+            admission=swarm.proofs.get(self.me),
         )
         self.providers = Providers(self.me, swarm.id, self.state, self.control)
         self.membership = Membership(
@@ -370,6 +373,8 @@ class Peer:
                 lost=self._lost,
                 misbehaved=self.misbehaved,
                 refuses=self.intake.refuses,
+                shuns=self.intake.shuns,
+                meet=self.gate.meet,
                 spawn=self.spawn,
                 own=self.ledger.meet_presence,
             ),
@@ -420,6 +425,7 @@ class Peer:
             compute=self.compute,
             catch_up=self.catch_up,
             conduct=self.conduct,
+            gate=self.gate,
         )
 
     async def stop(self) -> None:

@@ -1,7 +1,8 @@
-"""The tensor paths and the surroundings of a test's peer: wired as the daemon wires them, on a made-up machine."""
+"""The tensor paths, the gate and the surroundings of a test's peer: wired as in the daemon, on a made-up machine."""
 
 from typing import TYPE_CHECKING
 
+from shoal.node.gate import Gate
 from shoal.node.link_port import Address
 from shoal.node.reach import ReachPorts
 from shoal.node.surroundings import Surroundings
@@ -22,6 +23,20 @@ def make_paths(peer: "Peer", bound: Address) -> TensorPaths:
         now=lambda: peer.now_s(),
     )
     return TensorPaths(peer.me, peer.swarm.id, peer.config.tensor, bound, peer.control, peer.links, ports)
+
+
+def make_gate(peer: "Peer") -> Gate:
+    """By the test's clocks."""
+    return Gate(
+        me=peer.me,
+        manifest=peer.swarm.manifest,
+        swarm=peer.swarm.id,
+        standing=peer.ledger.ledger.standing,
+        voters=lambda: peer.core.head.voters,
+        proof=peer.swarm.proofs.get(peer.me),
+        clock=lambda: peer.now_s(),
+        wall=lambda: peer.wall_s(),
+    )
 
 
 def make_surroundings(peer: "Peer") -> Surroundings:

@@ -9,15 +9,16 @@ from shoal.crdt.clock import HLC_ZERO, Hlc
 from shoal.crdt.entries import NO_ENTRY, Batch, ChainPosition, EntryContent, sign_batch
 from shoal.crdt.eras import PERMANENT_ERA
 from shoal.crdt.fold import LedgerState
+from shoal.crdt.kinds import ADMISSIONS_MAX
 from shoal.crdt.ledger import Ledger
 from shoal.node import decrees
 from shoal.node.cli import main
 from shoal.node.config import MANIFEST_FILE
-from shoal.node.decrees import ban, readmit, unban
+from shoal.node.decrees import admit, ban, readmit, unban
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.ledger_sync import make_rules
 from shoal.protocol.errors import ConfigError
-from shoal.protocol.identity import format_peer_id
+from shoal.protocol.identity import PeerId, format_peer_id
 from tests.unit.node.node_samples import LEDGER, Swarm, make_samples
 from tests.unit.protocol.samples import IDENTITIES, PEERS
 
@@ -161,3 +162,41 @@ def test_the_command_line_does_all_three(swarm: Swarm, tmp_path: Path, capsys: p
     assert "is not banned" in capsys.readouterr().err
     assert main(["swarm", "readmit", *where, "--entry", "xyz"]) == 1
     assert "is no entry id" in capsys.readouterr().err
+
+
+# -- admissions ------------------------------------------------------------------------------------------------------
+
+
+def test_peers_are_admitted_once_and_some_at_a_time(tmp_path: Path) -> None:
+    swarm = make_samples(admission="listed")
+    folder, key = make_folder(swarm, tmp_path / "peer"), make_key(tmp_path / "owner.key", find_seed())
+    batch = admit(folder, key, (PEERS[4], LIAR.peer), NOW_MS)
+    assert (batch.author, batch.era) == (swarm.manifest.owner, PERMANENT_ERA)
+    assert read(swarm, folder).verdicts.admitted == {PEERS[4], LIAR.peer}
+    with pytest.raises(ConfigError, match="admitted already"):
+        admit(folder, key, (LIAR.peer,), NOW_MS)
+    admit(folder, key, (LIAR.peer, PEERS[5]), NOW_MS)
+    assert read(swarm, folder).verdicts.admitted == {PEERS[4], PEERS[5], LIAR.peer}
+    crowd = [PeerId(number.to_bytes(32, "big")) for number in range(ADMISSIONS_MAX + 1)]
+    with pytest.raises(ConfigError, match=f"admit at most {ADMISSIONS_MAX} at once"):
+        admit(folder, key, crowd, NOW_MS)
+
+
+def test_an_open_swarm_admits_nobody(swarm: Swarm, tmp_path: Path) -> None:
+    folder, key = make_folder(swarm, tmp_path / "peer"), make_key(tmp_path / "owner.key", find_seed())
+    with pytest.raises(ConfigError, match="this swarm is open"):
+        admit(folder, key, (LIAR.peer,), NOW_MS)
+
+
+def test_the_command_line_admits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    swarm = make_samples(admission="listed")
+    folder = make_folder(swarm, tmp_path / "peer")
+    make_key(folder / "owner.key", find_seed())
+    ids = [format_peer_id(peer) for peer in (LIAR.peer, PEERS[4])]
+    assert main(["swarm", "admit", *ids, "--data-dir", str(folder)]) == 0
+    assert "decree     0 of the owner" in capsys.readouterr().out
+    assert read(swarm, folder).verdicts.admitted == {LIAR.peer, PEERS[4]}
+    assert main(["ledger", "show", "--data-dir", str(folder)]) == 0
+    assert capsys.readouterr().out.count("admitted      12D3KooW") == 2
+    assert main(["swarm", "admit", ids[0][:-1], "--data-dir", str(folder)]) == 1
+    assert "is not an Ed25519 peer id" in capsys.readouterr().err

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 from blake3 import blake3
 
+from shoal.protocol.admission import AdmissionRule, issue_ticket
 from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriError
 from shoal.protocol.identity import Identity, PeerId, format_peer_id
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import (
     BOOTSTRAPS_MAX,
+    Admission,
     Draft,
     Manifest,
     Rounds,
@@ -53,6 +55,9 @@ momentum = 0.9
 [rounds]  # the defaults serve small swarms
 peers_min = 3
 quorum = "two_thirds"
+
+[admission]
+rule = "listed"
 """
 
 
@@ -96,6 +101,7 @@ def test_a_draft_is_read_and_what_it_leaves_out_has_a_default() -> None:
         training=Training(inner_steps=50, round_time_s=30.0),
         outer=replace(Draft(name="x", task=Task(kind="x")).outer, momentum=0.9),
         rounds=Rounds(peers_min=3, quorum="two_thirds"),
+        admission=Admission(rule="listed"),
     )
     assert task_options(TEXT) == {"width": 64}
 
@@ -117,6 +123,8 @@ def test_a_draft_is_read_and_what_it_leaves_out_has_a_default() -> None:
         ("momentum = 0.9", "momentum = 1.01", "outer.momentum (line 13)", "out of range"),
         ("momentum = 0.9", 'optimizer = "adam"', "outer.optimizer (line 13)", "'adam' is not allowed"),
         ('"two_thirds"', '"all"', "rounds.quorum (line 17)", "'all' is not allowed"),
+        ('"listed"', '"friends"', "admission.rule (line 20)", "'friends' is not allowed"),
+        ('rule = "listed"', 'rules = "listed"', "admission.rules (line 20)", "is no known field"),
         ("peers_min = 3", "part_elements = 255", "rounds.part_elements (line 16)", "out of range"),
         ("peers_min = 3", 'codec = "zip"', "rounds.codec (line 16)", "'zip' is not allowed"),
         ("[training]", "[trainning]", "trainning (line 8)", "is no known field"),
@@ -242,6 +250,19 @@ def test_a_refused_field_of_a_manifest_is_named() -> None:
     assert refuse_signed(slow).detail.startswith("Manifest.rounds.grace_s: value -1.0")
 
 
+def test_who_may_take_part_is_the_manifests_to_say() -> None:
+    assert MANIFEST.admission_rule is AdmissionRule.OPEN
+    swarms = set()
+    for rule in AdmissionRule:
+        changed = make_manifest(replace(DRAFT, admission=Admission(rule=rule.value)), LAYOUT, PEERS[0], PEERS[:4])
+        read, swarm = read_manifest_untrusted(sign_manifest(changed, OWNER))
+        assert read.admission_rule is rule
+        swarms.add(swarm)
+    assert len(swarms) == len(AdmissionRule)
+    odd = resign(replace(MANIFEST, admission=Admission(rule="friends")), OWNER)
+    assert refuse_signed(odd).detail.startswith("Manifest.admission.rule: 'friends' is none of")
+
+
 def test_only_the_owner_signs() -> None:
     with pytest.raises(AssertionError, match="only its owner"):
         sign_manifest(MANIFEST, IDENTITIES[1])
@@ -267,10 +288,21 @@ def test_a_uri_is_readable() -> None:
     assert str(SwarmUri(swarm=SWARM, bootstraps=(BOOTSTRAP,))) == f"shoal://{SWARM.hex()}?bootstrap={BOOTSTRAP}"
 
 
+def test_an_invitation_goes_with_the_uri() -> None:
+    ticket = issue_ticket(OWNER, SWARM, b"t" * 32, 1_800_000_000)
+    for bootstraps in ((), (BOOTSTRAP,)):
+        uri = SwarmUri(swarm=SWARM, bootstraps=bootstraps, ticket=ticket)
+        assert parse_uri(str(uri)) == uri
+        assert str(uri).endswith(f"invite={ticket}")
+
+
 @pytest.mark.parametrize(
     ("text", "field"),
     [
         ("", "scheme"),
+        (f"shoal://{SWARM.hex()}?invite=", "invite"),
+        (f"shoal://{SWARM.hex()}?invite=z&invite=z", "invite"),
+        (f"shoal://{SWARM.hex()}?bootstrap={BOOTSTRAP}&invite={'2' * 9000}", "invite"),
         ("http://example.org", "scheme"),
         (SWARM.hex(), "scheme"),
         ("shoal://", "swarm id"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 
-from shoal.protocol import messages
+from shoal.protocol import admission, messages
 from shoal.protocol.effects import VoteRecord
 from shoal.protocol.errors import Refusal
 from shoal.protocol.frames import PAYLOAD_BYTES_MAX, FrameKind
@@ -28,6 +28,9 @@ RECORDS = (
     messages.Evidence,
     messages.Certificate,
     messages.Checkpoint,
+    admission.Invitation,
+    admission.AdmissionProof,
+    admission.Ticket,
 )
 UNSIGNED = {(0.0, 2.0**bits - 1): f"u{bits}" for bits in (16, 32, 63)}
 
