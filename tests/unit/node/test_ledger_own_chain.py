@@ -186,7 +186,7 @@ async def test_a_clone_is_met_by_its_presence_as_others_know_it(tmp_path: Path) 
         bob.membership.take_presence(
             encode_message(bob.swarm.id, sign_message(ann.identity, bob.swarm.id, clones)), ann.me
         )
-        await ann.membership._exchange_peers(bob.me)
+        await ann.membership.exchange_peers(bob.me)
         assert ann.ledger.held is Failure.CHAIN_CLONED and forgotten == [True]
 
 
