@@ -18,6 +18,7 @@ from shoal.node.local_state import LocalState
 from shoal.node.membership import Membership
 from shoal.node.tensor_paths import TensorPaths
 from shoal.node.upload_meter import UploadMeter
+from shoal.protocol.admission import GetDecrees
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
     BASE_PIECE_BYTES_MAX,
@@ -28,7 +29,6 @@ from shoal.protocol.messages import (
     CheckpointsAnswer,
     GetCertificates,
     GetCheckpoints,
-    GetDecrees,
     GetLedgerBase,
     GetManifest,
     GetPeers,

@@ -13,9 +13,10 @@ from shoal.crdt.kinds import EntryId
 from shoal.crdt.ledger import Ledger
 from shoal.node.control import ControlPlane
 from shoal.node.ledger_sync import LedgerSync
+from shoal.protocol.admission import GetDecrees
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
-from shoal.protocol.messages import GetDecrees, LedgerEntries, decode_message_untrusted, encode_message
+from shoal.protocol.messages import LedgerEntries, decode_message_untrusted, encode_message
 
 DECREES_PER_ANSWER = 128
 ANSWER_BYTES_MAX = 128 * 1024

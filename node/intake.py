@@ -22,11 +22,11 @@ from shoal.node.ledger_sync import LedgerSync
 from shoal.node.membership import Membership
 from shoal.node.metrics import Direction, Plane
 from shoal.node.reporting import Reporter
+from shoal.protocol.admission import GetDecrees
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
     ROUND_MESSAGES,
-    GetDecrees,
     GetManifest,
     LedgerEntries,
     Presence,

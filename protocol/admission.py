@@ -21,7 +21,7 @@ import base58
 
 from shoal.protocol.errors import ProtocolError, UriError
 from shoal.protocol.identity import PEER_ID_BYTES, SEED_BYTES, Identity, PeerId, verify_signature
-from shoal.protocol.wire import U63, Bound, Bytes64, decode_record_untrusted, encode_record
+from shoal.protocol.wire import U32, U63, Bound, Bytes64, decode_record_untrusted, encode_record
 
 CLOCK_SKEW_MAX_S = 60.0
 TICKET_TEXT_MAX = 256  # characters of an invitation in a URI; base58 takes quadratic time
@@ -51,6 +51,14 @@ class AdmissionProof:
 
     invitation: Invitation
     signature: Bytes64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetDecrees:
+    """Asks for the owner's decrees from this one of its chain on: who waits to be admitted may read them, too. They
+    come as LedgerEntries."""
+
+    first: U32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 
 from blake3 import blake3
 
-from shoal.protocol.admission import AdmissionProof
+from shoal.protocol.admission import AdmissionProof, GetDecrees
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PROTOCOL_VERSION, Identity, PeerId, verify_signature
 from shoal.protocol.wire import (
@@ -472,14 +472,6 @@ class LedgerBaseAnswer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GetDecrees:
-    """Asks for the owner's decrees from this one of its chain on: who waits to be admitted may read them, too. They
-    come as LedgerEntries."""
-
-    first: U32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
     """What a control frame carries. The version and the swarm are readable before the body is."""
 
@@ -544,13 +536,7 @@ _LARGE = (
 )  # fmt: skip
 
 S = TypeVar("S", Presence, Plan, PartDone, Lock, Vote)
-_DOMAINS: dict[type, str] = {
-    Presence: "presence",
-    Plan: "plan",
-    PartDone: "part-done",
-    Lock: "lock",
-    Vote: "vote",
-}
+_DOMAINS: dict[type, str] = {Presence: "presence", Plan: "plan", PartDone: "part-done", Lock: "lock", Vote: "vote"}
 
 
 def encode_message(swarm: bytes, message: object) -> bytes:

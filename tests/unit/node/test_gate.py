@@ -18,12 +18,11 @@ from shoal.node.gate import ASKING_SHOWN_S, GRACE_S, PERIOD_S, WAITING_MAX
 from shoal.node.intake import REMIND_S, STRANGER_BURST
 from shoal.node.ledger_sync import make_rules
 from shoal.node.link_port import LinkLost
-from shoal.protocol.admission import AdmissionProof, issue_ticket, prove_admission
+from shoal.protocol.admission import AdmissionProof, GetDecrees, issue_ticket, prove_admission
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
 from shoal.protocol.identity import PeerId, format_peer_id
 from shoal.protocol.messages import (
-    GetDecrees,
     GetManifest,
     GetPeers,
     LedgerEntries,

@@ -9,6 +9,7 @@ import pytest
 from blake3 import blake3
 
 from shoal.protocol import messages as module
+from shoal.protocol.admission import GetDecrees
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PROTOCOL_VERSION, PeerId
 from shoal.protocol.messages import (
@@ -159,6 +160,7 @@ SAMPLES = (
     GetCheckpoints(after_round=9),
     CheckpointsAnswer(checkpoints=(Checkpoint(before=RESULT, certificate=CERTIFICATE),)),
     GetLedgerBase(offset=0),
+    GetDecrees(first=7),
     LedgerBaseAnswer(round=256, digest=bytes(32), nbytes=4, piece=b"base"),
 )
 SIGNED = {
