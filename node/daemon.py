@@ -326,9 +326,8 @@ class Daemon:
             bound = await self.links.start()
         except OSError as error:
             problem = f"port {config.tensor.port} of {config.tensor.host} cannot be listened on: {error.strerror}"
-            raise ConfigError(
-                "tensor.port", problem, "stop the other program, or give --tensor-port another"
-            ) from error
+            fix = "stop the other program, or give --tensor-port another"
+            raise ConfigError("tensor.port", problem, fix) from error
         self._open_paths(bound)
         self.presence = OwnPresence(
             config=config,
