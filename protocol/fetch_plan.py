@@ -1,9 +1,10 @@
 """Which donor is asked for which piece next: content-addressed pieces from several donors at once.
 
 A core without a clock and without sockets: the shell calls `take_asks`, carries each one out and reports how it ended.
-The fastest donor with a free place takes the next piece, so that every donor is as busy as it is fast (work stealing,
-as in block-based download: Cohen, "Incentives build robustness in BitTorrent", 2003, with its end game). A piece that
-is late at its donor is asked of a second one, and so are the last pieces of all, where somebody else is sooner.
+The donor with a free place that would have the next piece here soonest takes it, so that every donor is as busy as it
+is fast, to the end (list scheduling: Graham, "Bounds on multiprocessing timing anomalies", 1969; work stealing as in
+block-based download: Cohen, "Incentives build robustness in BitTorrent", 2003, with its end game). A piece that is late
+at its donor is asked of a second one, and so are the last pieces of all, where somebody else is sooner.
 
 Invariants: at most ASKS_PER_PIECE_MAX asks of a piece are open at once, at most WINDOW_MAX at a donor, never two of one
 piece at one donor; a donor that gave wrong bytes is asked nothing more; a donor that keeps failing is asked less and
@@ -174,13 +175,17 @@ class FetchPlan:
         """What to ask now, so that at most `bytes_max` bytes are open, or one piece. Each must be reported back."""
         asks: list[Ask] = []
         room = bytes_max - self.open_bytes
-        for donor, one in self._by_rate(now):
-            while len(one.open) < self._window(one):
-                piece = self._next_waiting(one) or self._next_late(donor, one, now)
-                if piece is None or room <= 0 or (piece.nbytes > room and self._asked):
-                    break
-                room -= piece.nbytes
-                asks.append(self._ask(donor, one, piece, now))
+        free = self._by_rate(now)
+        while free:
+            nbytes = next((piece.nbytes for piece in self._waiting.values()), 0)
+            donor, one = min(free, key=lambda item: (self._open_bytes(item[1]) + nbytes) / item[1].bytes_per_s)
+            piece = self._next_waiting(one) or self._next_late(donor, one, now)
+            is_full = len(one.open) >= self._window(one)
+            if is_full or piece is None or room <= 0 or (piece.nbytes > room and self._asked):
+                free.remove((donor, one))
+                continue
+            room -= piece.nbytes
+            asks.append(self._ask(donor, one, piece, now))
         return asks
 
     def next_deadline(self, now: float) -> float | None:

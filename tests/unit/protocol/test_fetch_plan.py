@@ -1,5 +1,7 @@
 """Fetch plans: who is asked for what, in virtual time."""
 
+from collections import Counter
+
 import pytest
 
 from shoal.protocol.fetch_plan import (
@@ -45,11 +47,11 @@ def bytes_from(done: Transfer, peer: bytes) -> int:
 # -- who takes the next piece ----------------------------------------------------------------------------------------
 
 
-def test_the_fastest_donor_takes_the_first_pieces_in_order() -> None:
+def test_who_has_the_next_piece_soonest_takes_it() -> None:
     pieces = make_pieces(8)
     plan = begin(*pieces, donors=((B, 1e6), (A, 5e6), (C, None)))
     asks = plan.take_asks(0.0, BYTES_MAX)
-    assert [ask.donor for ask in asks[:2]] == [A, A]
+    assert [ask.donor for ask in asks] == [A, C, A, C, B, B], "of C, as of anybody unknown, 4 MB/s are assumed"
     assert [ask.piece for ask in asks[: len(pieces)]] == pieces[: len(asks)]
     assert len({(ask.donor, ask.piece.digest) for ask in asks}) == len(asks)
 
@@ -61,6 +63,12 @@ def test_donors_give_in_proportion_to_their_rates() -> None:
     shares = [bytes_from(done, peer) / total for peer in (A, B, C)]
     assert shares == [pytest.approx(0.6, abs=0.06), pytest.approx(0.3, abs=0.05), pytest.approx(0.1, abs=0.04)]
     assert done.now < 1.1 * total / 100e6, "all lines are busy to the end"
+
+
+def test_what_fits_into_two_windows_is_still_shared_by_three() -> None:
+    plan = begin(*make_pieces(30), donors=((A, 40e6), (B, 40e6), (C, 40e6)))
+    asks = plan.take_asks(0.0, BYTES_MAX)
+    assert Counter(ask.donor for ask in asks) == {A: 10, B: 10, C: 10}
 
 
 def test_a_slow_donor_does_not_hold_up_the_end() -> None:
