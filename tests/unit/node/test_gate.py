@@ -23,6 +23,7 @@ from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
 from shoal.protocol.identity import PeerId, format_peer_id
 from shoal.protocol.messages import (
+    Evidence,
     GetManifest,
     GetPeers,
     LedgerEntries,
@@ -31,6 +32,7 @@ from shoal.protocol.messages import (
     Plan,
     Prepare,
     Presence,
+    Proposal,
     Reconcile,
     Refused,
     RosterEntry,
@@ -39,18 +41,24 @@ from shoal.protocol.messages import (
 )
 from tests.unit.node.exposition import count_refused, read
 from tests.unit.node.node_samples import Peer, Swarm, make_samples, open_peer, wait_until
+from tests.unit.node.planes import MakeControl, in_memory, over_libp2p
 from tests.unit.node.puppet import Puppet, open_puppet
-from tests.unit.protocol.samples import IDENTITIES, PEERS, make_head, make_ready
+from tests.unit.protocol.samples import IDENTITIES, PEERS, make_head, make_ready, make_sample_result
 
 OWNER = IDENTITIES[0]
 JOINER, OTHER = 3, 4
 
 
 @asynccontextmanager
-async def open_gate(folder: Path, rule: str, founders: int = 1) -> AsyncIterator[tuple[Peer, Puppet]]:
+async def open_gate(
+    folder: Path, rule: str, founders: int = 1, make_control: MakeControl = in_memory
+) -> AsyncIterator[tuple[Peer, Puppet]]:
     """A founder, and a stranger who has connected to it."""
     swarm = make_samples(founders=founders, admission=rule)
-    async with open_peer(swarm, 0, folder, trains=True) as peer, open_puppet(swarm, JOINER, peer) as puppet:
+    async with (
+        open_peer(swarm, 0, folder, trains=True, make_control=make_control) as peer,
+        open_puppet(swarm, JOINER, peer, make_control=make_control) as puppet,
+    ):
         await wait_until(lambda: is_connected(peer, puppet))
         yield peer, puppet
 
@@ -120,8 +128,9 @@ async def test_of_a_stranger_nothing_is_taken_and_little_is_answered(tmp_path: P
         assert is_connected(peer, puppet), "it may still show an invitation"
 
 
-async def test_a_stranger_that_has_waited_is_told_why_and_hung_up_on(tmp_path: Path) -> None:
-    async with open_gate(tmp_path, "listed") as (peer, puppet):
+@pytest.mark.parametrize("make_control", [in_memory, over_libp2p], ids=["memory", "libp2p"])
+async def test_a_stranger_that_has_waited_is_told_why_and_hung_up_on(tmp_path: Path, make_control: MakeControl) -> None:
+    async with open_gate(tmp_path, "listed", make_control=make_control) as (peer, puppet):
         peer.gate.look()
         assert not puppet.heard(Refused)
         await show(peer, puppet, None)
@@ -173,8 +182,9 @@ async def test_a_stranger_may_ask_a_few_times_and_then_slowly(tmp_path: Path) ->
 # -- who is let in ---------------------------------------------------------------------------------------------------
 
 
-async def test_an_invitation_lets_its_peer_in_at_once(tmp_path: Path) -> None:
-    async with open_gate(tmp_path, "invited") as (peer, puppet):
+@pytest.mark.parametrize("make_control", [in_memory, over_libp2p], ids=["memory", "libp2p"])
+async def test_an_invitation_lets_its_peer_in_at_once(tmp_path: Path, make_control: MakeControl) -> None:
+    async with open_gate(tmp_path, "invited", make_control=make_control) as (peer, puppet):
         await show(peer, puppet, invite(peer.swarm, JOINER))
         await wait_until(lambda: puppet.me in peer.membership.table.live())
         assert peer.intake.why_refused(puppet.me) is None
@@ -337,6 +347,20 @@ async def test_a_plan_with_a_stranger_in_it_is_not_followed(tmp_path: Path) -> N
             peer.ledger.ledger.accept(batch)
         await puppet.tell(peer, make_plan(peer, 1, JOINER))
         await wait_until(lambda: count_refused(peer, "banned", "control") == 1)
+
+
+async def test_the_plan_behind_a_proposal_is_judged_and_a_lock_is_not(tmp_path: Path) -> None:
+    async with open_gate(tmp_path, "listed") as (peer, _):
+        result = make_sample_result(make_head())
+        plan = make_plan(peer, 0, JOINER)
+        for evidence, refused in (
+            (Evidence(plan=plan, done=(), lock=None), [PEERS[JOINER]]),
+            (Evidence(plan=None, done=(), lock=None), []),  # a lock of a quorum stands there
+            (None, []),
+        ):
+            assert peer.gate.find_refused(Proposal(attempt=0, result=result, evidence=evidence)) == refused
+        admit(peer, JOINER)
+        assert peer.gate.find_refused(plan) == []
 
 
 async def test_a_plan_is_followed_when_its_proposer_shows_who_the_stranger_is(tmp_path: Path) -> None:
