@@ -22,6 +22,7 @@ from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
 from shoal.node.control import BootstrapFailed, ControlHandlers
 from shoal.node.control_setup import make_control_config
+from shoal.node.disk_check import DiskCheck
 from shoal.node.disk_watch import DiskPorts, DiskWatch
 from shoal.node.exchange import ExchangePorts, PartExchange
 from shoal.node.gate import Gate
@@ -371,6 +372,7 @@ class Daemon:
         sources = self.reporter.make_sources(answers)
         self.web = WebServer(config.web.host, config.web.port, sources)
         self.web_port = await self.web.start()
+        tell_of_disk = partial(self.reporter.happen, HappeningKind.DISK)
         for work in (
             self.driver.run(),
             self.membership.beat(),
@@ -380,7 +382,8 @@ class Daemon:
             self.providers.run(),
             self.disk_watch.watch(),
             self.reporter.watch_lag(),
-            LogRepair(self.state, self.catch_up.donors, partial(self.reporter.happen, HappeningKind.DISK)).run(),
+            LogRepair(self.state, self.catch_up.donors, tell_of_disk).run(),
+            DiskCheck(self.state, self.links, self.catch_up.donors, tell_of_disk).run(),
         ):
             self._spawn(work)
         self.surroundings.begin(bound, self.paths.reach.set_mapped, self.membership.hear)

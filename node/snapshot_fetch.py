@@ -69,7 +69,7 @@ class SnapshotFetch:
         self._line_freed()
         await asyncio.to_thread(partial.finish, self._store)
         snapshot = self._store.get(self._index.round)
-        if snapshot is not None and not await asyncio.to_thread(_is_whole, snapshot):
+        if snapshot is not None and not await asyncio.to_thread(is_whole, snapshot):
             log.warning("the snapshot of round %d was spoilt on this disk and is removed", self._index.round)
             await asyncio.to_thread(self._store.remove, self._index.round)
             return None
@@ -141,6 +141,7 @@ def map_state(snapshot: Snapshot) -> tuple[Float32s, Float32s]:
     return mapped[1], mapped[0]  # as chunk_offset says
 
 
-def _is_whole(snapshot: Snapshot) -> bool:
+def is_whole(snapshot: Snapshot) -> bool:
+    """Whether every chunk in the file has its digest. Reads all of it."""
     params, momentum = map_state(snapshot)
     return chunk_digests(params) + chunk_digests(momentum) == snapshot.index.digests
