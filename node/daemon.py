@@ -372,7 +372,6 @@ class Daemon:
         sources = self.reporter.make_sources(answers)
         self.web = WebServer(config.web.host, config.web.port, sources)
         self.web_port = await self.web.start()
-        tell_of_disk = partial(self.reporter.happen, HappeningKind.DISK)
         for work in (
             self.driver.run(),
             self.membership.beat(),
@@ -382,8 +381,7 @@ class Daemon:
             self.providers.run(),
             self.disk_watch.watch(),
             self.reporter.watch_lag(),
-            LogRepair(self.state, self.catch_up.donors, tell_of_disk).run(),
-            DiskCheck(self.state, self.links, self.catch_up.donors, tell_of_disk).run(),
+            *self._mend_disk(),
         ):
             self._spawn(work)
         self.surroundings.begin(bound, self.paths.reach.set_mapped, self.membership.hear)
@@ -392,6 +390,10 @@ class Daemon:
             self._peer_connected(one.peer)
         if config.node.role == TRAINER:
             self._spawn(self.compute.start())
+
+    def _mend_disk(self) -> tuple[Coroutine[object, object, object], ...]:
+        tell, donors = partial(self.reporter.happen, HappeningKind.DISK), self.catch_up.donors
+        return LogRepair(self.state, donors, tell).run(), DiskCheck(self.state, self.links, donors, tell).run()
 
     def _open_paths(self, bound: Address) -> None:
         interfaces = self.surroundings.interfaces
