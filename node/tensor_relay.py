@@ -256,13 +256,13 @@ class TensorRelay:
         )  # fmt: skip
 
     async def close(self) -> None:
-        """Cut every connection, and wait until they are gone."""
+        """Cut every connection, and wait until they are gone, for DRAIN_TIMEOUT_S at most."""
         for splice in self._splices.values():
             splice.cut()
         for side in self._sides:
             side.transport.abort()
         if self._sides:
-            await asyncio.wait([side.closed for side in self._sides])
+            await asyncio.wait([side.closed for side in self._sides], timeout=DRAIN_TIMEOUT_S)
 
 
 async def _wait(event: asyncio.Future[None], timeout_s: float) -> bool:

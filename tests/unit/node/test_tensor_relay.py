@@ -115,9 +115,9 @@ async def test_the_member_between_them_sees_nothing_and_forges_nothing(patched: 
 
 @on_both_loops
 async def test_a_slow_reader_slows_its_writer_and_buffers_stay_small() -> None:
-    async with open_village(OPEN) as (_, (ann, bob, relay)):
+    async with open_village(OPEN, completions_max=1) as (_, (ann, bob, relay)):
         bob.sink.completing = asyncio.Event()
-        payloads = [os.urandom(4 * MIB) for _ in range(16)]
+        payloads = [os.urandom(4 * MIB) for _ in range(8)]
         sends = [asyncio.ensure_future(ann.push(bob, one, part)) for part, one in enumerate(payloads)]
         held = bob.links.config.completions_max * 4 * MIB
         await wait_until(lambda: relay.relay.relayed_bytes >= held)
@@ -194,12 +194,12 @@ async def test_a_member_has_a_share_of_its_own() -> None:
 
 @on_both_loops
 async def test_a_relaying_member_dies_and_another_one_takes_its_place() -> None:
-    async with open_village(OPEN, OPEN) as (village, (ann, bob, *relays)):
+    async with open_village(OPEN, OPEN, completions_max=1) as (village, (ann, bob, *relays)):
         await ann.push(bob, b"x")
         dying = next(one for one in relays if one.relay.opened)
         other = next(one for one in relays if one is not dying)
         bob.sink.completing = asyncio.Event()  # so that the transfer cannot be over before that member is
-        payloads = [os.urandom(4 * MIB) for _ in range(16)]
+        payloads = [os.urandom(4 * MIB) for _ in range(8)]
         sends = [asyncio.ensure_future(ann.push(bob, one, part)) for part, one in enumerate(payloads)]
         await wait_until(lambda: dying.relay.relayed_bytes > 4 * MIB)
         village.silent.add(dying.me)
