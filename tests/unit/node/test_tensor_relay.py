@@ -196,12 +196,13 @@ async def test_a_member_has_a_share_of_its_own() -> None:
 async def test_a_relaying_member_dies_and_another_one_takes_its_place() -> None:
     async with open_village(OPEN, OPEN, completions_max=1) as (village, (ann, bob, *relays)):
         await ann.push(bob, b"x")
+        await bob.sink.until(lambda: bob.sink.payloads)
         dying = next(one for one in relays if one.relay.opened)
         other = next(one for one in relays if one is not dying)
         bob.sink.completing = asyncio.Event()  # so that the transfer cannot be over before that member is
         payloads = [os.urandom(4 * MIB) for _ in range(8)]
         sends = [asyncio.ensure_future(ann.push(bob, one, part)) for part, one in enumerate(payloads)]
-        await wait_until(lambda: dying.relay.relayed_bytes > 4 * MIB)
+        await wait_until(lambda: dying.relay.relayed_bytes > MIB)
         village.silent.add(dying.me)
         await dying.links.stop()
         told = await asyncio.gather(*sends, return_exceptions=True)
