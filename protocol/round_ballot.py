@@ -82,6 +82,15 @@ class RoundBallot(RoundState):
             following += 1
         self._enter_attempt(following, now)
 
+    def _give_up_attempt(self, reason: Failure, now: float) -> None:
+        """It leads nowhere. Whoever is ahead of the others waits for them all the same: they come by their own
+        deadlines, and if everybody went on, the distance would stay for good (Castro and Liskov, OSDI 1999, section
+        4.5.2)."""
+        if self._stragglers():
+            self._deadline_s = now + self._rules.plan_timeout_s * self._backoff()
+        else:
+            self._fail_attempt(reason, self._proposer(), now)
+
     def _check_proposer(self, attempt: int, sender: PeerId) -> None:
         if sender != self._proposer(attempt):
             problem = f"attempt {attempt} of round {self.round} belongs to {short_peer_id(self._proposer(attempt))}"

@@ -355,6 +355,17 @@ class RoundState:
             if one.ready.round == self.round and one.ready.base_root == self.head.state_root
         }
 
+    def _stragglers(self) -> tuple[PeerId, ...]:
+        """The voters in sight that are behind this peer, where those that are not are no quorum. Only where nobody
+        follows one voter's word to a later attempt, and where a quorum is in sight."""
+        if not self._needs_locks() or not self._has_quorum():
+            return ()
+        at = self.head.round, self.attempt
+        here = {peer for peer, known in self._members.items() if (known.head_round, known.attempt) >= at}
+        behind = set(self.head.voters).intersection(self._members) - here - {self._me}
+        is_short = self._live_voters() - len(behind) < self._quorum_size()
+        return tuple(sorted(behind)) if is_short else ()
+
     def _waiting_for(self) -> tuple[PeerId, ...]:
         if self.phase is Phase.EXCHANGE and self._lead:
             return tuple(sorted({owner for owner, _ in self._lead.open.entries}))
@@ -367,6 +378,8 @@ class RoundState:
             return tuple(sorted(set(self.head.voters) - set(self._lead.votes)))
         if self._waits_for_quorum():
             return tuple(sorted(peer for peer in self.head.voters if peer not in self._members and peer != self._me))
+        if self.attempt > 0 and (behind := self._stragglers()):
+            return behind
         if self.phase is Phase.GATHER:
             ready = self._ready_members()
             return tuple(sorted(peer for peer, known in self._members.items() if known.trains and peer not in ready))

@@ -384,12 +384,12 @@ class RoundCore(RoundExchange):
             self._wait_for_quorum()
             return
         if self._proposer() in self._lost and not self._lost.issuperset(self._order):
-            self._fail_attempt(Failure.PROPOSER_LOST, self._proposer(), now)
+            self._give_up_attempt(Failure.PROPOSER_LOST, now)
         elif self.phase is Phase.PREPARE and self._deadline_s is None:
             self._deadline_s = now + self._rules.plan_timeout_s * self._backoff()  # a quorum has come into sight
         elif self._deadline_s is not None and now >= self._deadline_s:
             self._note_commit(now)
-            self._fail_attempt(PHASE_TIMEOUTS[self.phase], self._proposer(), now)
+            self._give_up_attempt(PHASE_TIMEOUTS[self.phase], now)
         if self.phase is Phase.GATHER:
             self._gather(now)
         if self.phase is Phase.EXCHANGE:

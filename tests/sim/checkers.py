@@ -322,6 +322,15 @@ class Checker:
         """A phase begins; its time starts."""
         self._phases[peer.identity.peer] = (phase, peer.clock(), peer.paused_s)
 
+    def _is_ahead(self, peer: "SimPeer") -> bool:
+        """Whether too few voters have come to this peer's attempt: it waits for them."""
+        core, others = peer.core, peer.world.by_id
+        up = (others[one] for one in core.head.voters if one in others and others[one].up and others[one] is not peer)
+        voters = [one.core for one in up]
+        here = sum(one.round > core.round or (one.round, one.attempt) >= (core.round, core.attempt) for one in voters)
+        own = peer.identity.peer in core.head.voters
+        return not oracle.is_quorum(here + own, len(core.head.voters), self.manifest.rounds.quorum)
+
     def check_bounds(self, peer: "SimPeer") -> None:
         """Every attempt ends in bounded time, and memory is bounded; looked at with every heartbeat."""
         core, me = peer.core, peer.identity.peer
@@ -330,7 +339,9 @@ class Checker:
         # Without a quorum in sight nobody can end an attempt, and none is given up.
         voters = core.head.voters
         in_sight = len({me, *peer.table.live()} & set(voters))
-        if phase is Phase.PREPARE and not oracle.is_quorum(in_sight, len(voters), self.manifest.rounds.quorum):
+        is_alone = not oracle.is_quorum(in_sight, len(voters), self.manifest.rounds.quorum)
+        may_lie = self.manifest.rounds.quorum == "two_thirds"
+        if (phase is Phase.PREPARE and is_alone) or (may_lie and self._is_ahead(peer)):
             self.entered(peer, phase)
         elif phase is core.phase and awake_s > self._phase_bound_s(phase):
             at = f"{phase.value} of {core.round}/{core.attempt}"

@@ -88,6 +88,11 @@ class Seat:
 Filter = Callable[[Travelling, Seat, Seat], bool]
 
 
+def everything(effect: Travelling, source: Seat, target: Seat) -> bool:
+    """Hold back every message; presences are heard."""
+    return True
+
+
 def nothing(effect: Travelling, source: Seat, target: Seat) -> bool:
     """Hold back nothing."""
     return False

@@ -25,13 +25,14 @@ from tests.unit.protocol.round_table import (
     Seat,
     drop_of,
     effects_of,
+    everything,
     nothing,
     only_to,
     refusal_of,
     turned_down,
     withhold,
 )
-from tests.unit.protocol.samples import IDENTITIES, OTHER_SWARM, PEERS, SWARM
+from tests.unit.protocol.samples import IDENTITIES, OTHER_SWARM, PEERS, SWARM, make_presence
 
 
 def kinds_of(seat: Seat) -> list[type]:
@@ -228,6 +229,31 @@ def test_one_presence_that_claims_a_late_attempt_moves_nobody() -> None:
     assert [seat.core.attempt for seat in (lead, third, fourth)] == [0, 0, 0]
     table.announce(third, attempt=5)
     assert [seat.core.attempt for seat in (lead, fourth)] == [5, 5], "one of the two is honest"
+
+
+def test_who_is_ahead_of_a_quorum_waits_until_it_has_come() -> None:
+    """A number that nobody follows: with everybody's clock running, the distance would stay as it is."""
+    table = sit_down()
+    *others, fourth = table.order()
+    one, second, third = others
+    table.blocked = everything
+    table.kill(fourth)
+    for seat in (second, third):
+        head = one.core.head
+        claim = {"head_round": head.round, "head_digest": head.digest, "attempt": 5}
+        one.core.observe(make_presence(seat.number, 1000, **claim), table.now)
+    assert one.core.attempt == 5
+    table.make_ready(*others)
+    table.advance(0.5)
+    waits: list[int] = []
+    while second.core.attempt < 5 or third.core.attempt < 5:
+        assert one.core.attempt == 5
+        waits.append(min(second.core.attempt, third.core.attempt))
+        table.advance(1.0)
+    assert waits[0] == 0, "they come by their own deadlines"
+    table.blocked = nothing
+    table.run(1)
+    table.result()
 
 
 def test_a_lock_counts_for_its_voter_and_what_was_proposed() -> None:
