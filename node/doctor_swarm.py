@@ -33,6 +33,7 @@ from shoal.node.doctor_network import BandwidthSeen, DhtSeen, PeerAnswer
 from shoal.node.endpoints import is_loopback, parse_endpoint_untrusted, parse_endpoints_untrusted, parse_ip
 from shoal.node.link_port import Address, FetchFailed, LinkConfig, LinkEnd, LinkLost
 from shoal.node.links import TensorLinks
+from shoal.node.upload_meter import PAUSE_S
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.errors import ProtocolError, Refusal, UriError
 from shoal.protocol.frames import FrameHeader
@@ -250,14 +251,20 @@ class SwarmVisit:
                     continue
                 self._view.measured_with = short_peer_id(presence.peer)
                 await self._measure_down(links, presence)
-                await self._measure_up(presence.peer, offer)
+                if not await self._measure_up(presence.peer, offer):
+                    # Once more, over a link of its own, when the member takes another measurement: one may get lost.
+                    await asyncio.sleep(PAUSE_S)
+                    if await _open_link(links, presence):
+                        await self._measure_up(presence.peer, offer)
                 if self._view.up_bytes_per_s is not None or self._view.down_bytes_per_s is not None:
                     return
 
-    async def _measure_up(self, peer: PeerId, offer: memoryview) -> None:
+    async def _measure_up(self, peer: PeerId, offer: memoryview) -> bool:
         answer = await self._ask_quietly(peer, MeasureUpload(digest=blake3(offer).digest(), nbytes=len(offer)))
-        if isinstance(answer, UploadAnswer) and answer.seconds > 0:
-            self._view.up_bytes_per_s = len(offer) / answer.seconds
+        if not isinstance(answer, UploadAnswer) or answer.seconds <= 0:
+            return False
+        self._view.up_bytes_per_s = len(offer) / answer.seconds
+        return True
 
     async def _measure_down(self, links: TensorLinks, presence: Presence) -> None:
         """Fetch what the member holds for everybody: chunks of its snapshot, or the parts of the newest update."""
