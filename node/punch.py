@@ -26,6 +26,7 @@ from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.node.endpoints import format_endpoint, parse_endpoints_untrusted, parse_ip
 from shoal.node.link_port import Address, LinkLost, LinkPath
 from shoal.node.links import TensorLinks
+from shoal.node.pauses import Pauses
 from shoal.protocol.errors import Failure, ProtocolError, Refusal, ShoalError
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
@@ -108,14 +109,13 @@ class Punches:
         self._offering: set[PeerId] = set()
         self._sessions: dict[PeerId, _Session] = {}
         self._offers: Allowances[PeerId] = Allowances(burst=1, per_s=1 / OFFER_PERIOD_S, keys_max=PEERS_MAX)
-        self._pauses: dict[PeerId, tuple[float, float]] = {}  # until when, and how long the next one is
+        self._pauses: Pauses[PeerId] = Pauses(first_s=PAUSE_S, last_s=PAUSE_S_MAX, keys_max=PEERS_MAX)
 
     # -- the side that wants a link ----------------------------------------------------------------------------------
 
     async def punch(self, peer: PeerId) -> None:
         """Make a link to `peer`; raises PunchFailed."""
-        now = self._ports.now()
-        if now < self._pauses.get(peer, (0.0, 0.0))[0]:
+        if self._pauses.has(peer, self._ports.now()):
             raise PunchFailed(peer, Failure.PUNCH_PAUSED)
         assert peer not in self._offering, "one dial of a peer at a time"
         self._offering.add(peer)
@@ -123,24 +123,18 @@ class Punches:
             async with asyncio.timeout(TIMEOUT_S):
                 await self._punch(peer)
         except TimeoutError:
-            self._pause(peer)
+            self._pauses.begin(peer, self._ports.now())
             raise PunchFailed(peer, Failure.PUNCH_TIMEOUT) from None
         except PunchFailed:
-            self._pause(peer)
+            self._pauses.begin(peer, self._ports.now())
             raise
         finally:
             self._offering.discard(peer)
-        self._pauses.pop(peer, None)
+        self._pauses.end(peer)
 
     def forget_pauses(self) -> None:
         """What failed may work now: this peer's addresses have changed."""
         self._pauses.clear()
-
-    def _pause(self, peer: PeerId) -> None:
-        _, next_s = self._pauses.pop(peer, (0.0, PAUSE_S))
-        self._pauses[peer] = self._ports.now() + next_s, min(2 * next_s, PAUSE_S_MAX)
-        if len(self._pauses) > PEERS_MAX:
-            del self._pauses[next(iter(self._pauses))]
 
     async def _punch(self, peer: PeerId) -> None:
         if self._find_session(peer) is not None:

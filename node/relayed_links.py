@@ -15,9 +15,9 @@ makes this peer connect anywhere but to a member's announced addresses, CALLS_MA
 import asyncio
 import logging
 import socket
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from blake3 import blake3
 
@@ -26,6 +26,7 @@ from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.node.link_port import Address, LinkEnd, LinkLost, LinkPath
 from shoal.node.link_race import race, resolve
 from shoal.node.links import TensorLinks
+from shoal.node.pauses import Pauses
 from shoal.node.splice import MAGIC
 from shoal.protocol.errors import Failure, ProtocolError, Refusal, ShoalError
 from shoal.protocol.identity import PeerId, short_peer_id
@@ -50,8 +51,6 @@ CALLS_PER_S = 0.5  # and for long
 PEERS_MAX = 1024
 
 log = logging.getLogger(__name__)
-
-V = TypeVar("V")
 
 
 class RelayFailed(ShoalError):
@@ -85,9 +84,9 @@ class RelayedLinks:
         self._ports = ports
         self._called: set[PeerId] = set()  # whose link is being made because a member has called
         self._calls: Allowances[PeerId] = Allowances(burst=CALLS_BURST, per_s=CALLS_PER_S)
-        self._pauses: dict[PeerId, float] = {}  # until when
-        self._shunned: dict[PeerId, float] = {}  # members, until when
-        self._last: dict[PeerId, PeerId] = {}  # through whom a peer was linked last
+        self._pauses: Pauses[PeerId] = Pauses(first_s=PAUSE_S, keys_max=PEERS_MAX)
+        self._shunned: Pauses[PeerId] = Pauses(first_s=SHUN_S, keys_max=PEERS_MAX)  # members that have not relayed
+        self._last: OrderedDict[PeerId, PeerId] = OrderedDict()  # through whom a peer was linked last
 
     def forget_pauses(self) -> None:
         """What failed may work now: this peer's addresses have changed."""
@@ -98,18 +97,18 @@ class RelayedLinks:
 
     async def link(self, peer: PeerId) -> None:
         """Make a link to `peer`; raises RelayFailed."""
-        if self._ports.now() < self._pauses.get(peer, 0.0):
+        if self._pauses.has(peer, self._ports.now()):
             raise RelayFailed(peer, Failure.RELAY_PAUSED)
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 await self._link(peer)
         except TimeoutError:
-            _remember(self._pauses, peer, self._ports.now() + PAUSE_S)
+            self._pauses.begin(peer, self._ports.now())
             raise RelayFailed(peer, Failure.RELAY_TIMEOUT) from None
         except RelayFailed:
-            _remember(self._pauses, peer, self._ports.now() + PAUSE_S)
+            self._pauses.begin(peer, self._ports.now())
             raise
-        self._pauses.pop(peer, None)
+        self._pauses.end(peer)
 
     async def _link(self, peer: PeerId) -> None:
         if peer in self._called and await self._wait_linked(peer):
@@ -121,7 +120,7 @@ class RelayedLinks:
             except RelayFailed as error:
                 failed = error
                 log.info("%s has not relayed: %s", short_peer_id(relay), error)
-                _remember(self._shunned, relay, self._ports.now() + SHUN_S)
+                self._shunned.begin(relay, self._ports.now())
             else:
                 return
         raise failed
@@ -133,7 +132,7 @@ class RelayedLinks:
 
         def rank(relay: PeerId) -> tuple[bool, bool, bytes]:
             digest = blake3(pair + relay, derive_key_context="shoal tensor relay rank").digest()
-            return now < self._shunned.get(relay, 0.0), relay == self._last.get(peer), digest
+            return self._shunned.has(relay, now), relay == self._last.get(peer), digest
 
         live = self._ports.live()
         able = [one for one in live if one not in (self._me, peer) and self._ports.addresses_of(one)]
@@ -200,7 +199,10 @@ class RelayedLinks:
 
     async def _join(self, relay: PeerId, peer: PeerId, token: bytes, *, dialer: bool) -> None:
         """Connect to the relaying member, name the token, and make a link of it; raises LinkLost."""
-        _remember(self._last, peer, relay)
+        self._last[peer] = relay
+        self._last.move_to_end(peer)
+        if len(self._last) > PEERS_MAX:
+            self._last.popitem(last=False)
         try:
             async with asyncio.timeout(JOIN_TIMEOUT_S):
                 connection = await self._connect(relay)
@@ -235,11 +237,3 @@ async def _dial(relay: PeerId, address: Address) -> socket.socket:
         connection.close()
         raise
     return connection
-
-
-def _remember(table: dict[PeerId, V], peer: PeerId, value: V) -> None:
-    """Keep the newest PEERS_MAX."""
-    table.pop(peer, None)
-    table[peer] = value
-    if len(table) > PEERS_MAX:
-        del table[next(iter(table))]

@@ -222,7 +222,7 @@ async def test_members_that_say_no_or_nothing_are_passed_over(patched: pytest.Mo
         patched.setattr(relays[1].paths.reach._known, "judge", lambda now: (None, ReachReason.NOT_ASKED))
         await ann.push(bob, b"x")
         assert relays[3].relay.opened == 1
-        tried = set(ann.paths.relayed._shunned)
+        tried = set(ann.paths.relayed._shunned._known)
         assert relays[3].me not in tried and tried <= {one.me for one in relays}
         assert ann.paths.relayed._rank(bob.me)[-len(tried) :] != [] and (
             set(ann.paths.relayed._rank(bob.me)[4 - len(tried) :]) == tried
