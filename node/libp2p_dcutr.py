@@ -9,11 +9,11 @@ about, whoever has dialled through the relay is the client.
 
 Invariants: only connections through relays are upgraded; one session of a peer at a time in each role, SESSIONS_MAX at
 all; a peer makes this one dial at ADDRESSES_MAX addresses, KNOCKS_MAX times each within WINDOW_S, and no sooner again
-than the allowance for it has grown; after ATTEMPTS_MAX attempts there is a pause that doubles up to PAUSE_S_MAX.
+than the allowance for it has grown; a host that the world may dial is made to dial nothing in its own network or on
+its own machine; after ATTEMPTS_MAX attempts there is a pause that doubles up to PAUSE_S_MAX.
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -31,8 +31,10 @@ from shoal.node.control import PeerUnreachable
 from shoal.node.libp2p_connections import format_multiaddr_untrusted, is_relayed
 from shoal.node.libp2p_dialer import Dialer
 from shoal.node.libp2p_hop import read_message, write_message
+from shoal.node.libp2p_reach import SCOPE_MAX, scope_of
 from shoal.node.libp2p_stack import BoundedSwarm
 from shoal.node.libp2p_streams import STREAM_ERRORS, FrameReader
+from shoal.node.pauses import Pauses
 from shoal.protocol.errors import ProtocolError, Refusal, ShoalError
 from shoal.protocol.identity import PeerId, decode_libp2p_peer_id, encode_libp2p_peer_id
 
@@ -78,8 +80,7 @@ class DirectUpgrades:
         self._begun: set[PeerId] = set()
         self._answering: set[PeerId] = set()
         self._offers: Allowances[PeerId] = Allowances(burst=ATTEMPTS_MAX, per_s=OFFERS_PER_S, keys_max=PEERS_MAX)
-        # Until when, and how long the next one is.
-        self._pauses: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()
+        self._pauses: Pauses[PeerId] = Pauses(first_s=PAUSE_S, last_s=PAUSE_S_MAX, keys_max=PEERS_MAX)
 
     def forget_pauses(self) -> None:
         """What failed may work now: this machine's addresses have changed."""
@@ -89,9 +90,8 @@ class DirectUpgrades:
 
     async def upgrade(self, peer: PeerId) -> None:
         """Try to reach the peer directly that has dialled this one through a relay; gives up without a word."""
-        until_s, _ = self._pauses.get(peer, (0.0, 0.0))
         is_busy = peer in self._begun or len(self._begun) >= SESSIONS_MAX
-        if is_busy or trio.current_time() < until_s or self._dialer.is_directly_connected(peer):
+        if is_busy or self._pauses.has(peer, trio.current_time()) or self._dialer.is_directly_connected(peer):
             return
         self._begun.add(peer)
         try:
@@ -107,9 +107,9 @@ class DirectUpgrades:
         finally:
             self._begun.discard(peer)
         if self._dialer.is_directly_connected(peer):
-            self._pauses.pop(peer, None)
+            self._pauses.end(peer)
         else:
-            self._pause(peer)
+            self._pauses.begin(peer, trio.current_time())
 
     async def _try_alone(self, peer: PeerId) -> None:
         known = (parse_address(text) for text in self._dialer.known_addresses(peer))
@@ -130,19 +130,13 @@ class DirectUpgrades:
                 await write_message(stream, self._make_offer())
                 answer = await read_message(FrameReader(stream, MESSAGE_BYTES_MAX), HolePunch())
                 round_trip_s = trio.current_time() - asked_s
-                targets = _read_offer(answer, peer)
+                targets = self._read_offer(answer, peer)
                 await write_message(stream, HolePunch(type=HolePunch.SYNC))
             finally:
                 with trio.CancelScope(shield=True):
                     await stream.close()
         await trio.sleep(round_trip_s / 2)
         await self._knock_at_all(peer, targets, self._swarm.dial_addr_as_responder)
-
-    def _pause(self, peer: PeerId) -> None:
-        _, next_s = self._pauses.pop(peer, (0.0, PAUSE_S))
-        self._pauses[peer] = trio.current_time() + next_s, min(2 * next_s, PAUSE_S_MAX)
-        if len(self._pauses) > PEERS_MAX:
-            self._pauses.popitem(last=False)
 
     # -- the side that has dialled through the relay
 
@@ -158,7 +152,7 @@ class DirectUpgrades:
         try:
             with trio.fail_after(EXCHANGE_TIMEOUT_S):
                 reader = FrameReader(stream, MESSAGE_BYTES_MAX)
-                targets = _read_offer(await read_message(reader, HolePunch()), peer)
+                targets = self._read_offer(await read_message(reader, HolePunch()), peer)
                 await write_message(stream, self._make_offer())
                 if (await read_message(reader, HolePunch())).type != HolePunch.SYNC:
                     raise ProtocolError(Refusal.UNKNOWN_TYPE, "no SYNC after CONNECT")
@@ -178,6 +172,20 @@ class DirectUpgrades:
     def _make_offer(self) -> HolePunch:
         own = [Multiaddr(str(replace(one, peer=None))).to_bytes() for one in self._own()[:ADDRESSES_MAX]]
         return HolePunch(type=HolePunch.CONNECT, ObsAddrs=own)
+
+    def _read_offer(self, offer: HolePunch, peer: PeerId) -> list[Address]:
+        """The IP addresses in a CONNECT that are as far away as this host's own; raises ProtocolError."""
+        if offer.type != HolePunch.CONNECT:
+            raise ProtocolError(Refusal.UNKNOWN_TYPE, "no CONNECT")
+        texts = [text for raw in offer.ObsAddrs[:ADDRESSES_MAX] if (text := format_multiaddr_untrusted(raw))]
+        found = (parse_address(text) for text in keep_dialable(texts, peer))
+        # Anybody may offer: what only this machine or its network can dial is not knocked at for strangers.
+        scope = max((scope_of(one.host) for one in self._own()), default=SCOPE_MAX)
+        return [
+            replace(one, peer=peer)
+            for one in found
+            if not one.is_relayed and one.net in ("ip4", "ip6") and scope_of(one.host) >= scope
+        ]
 
     async def _knock_at_all(self, peer: PeerId, targets: Iterable[Address], dial: Dial) -> None:
         """Dial all of them until there is a direct connection, or the time is over."""
@@ -202,12 +210,3 @@ class DirectUpgrades:
 
     def _find_source(self, target: Address) -> tuple[str, int] | None:
         return next(((one.host, one.port) for one in self._bound() if one.net == target.net), None)
-
-
-def _read_offer(offer: HolePunch, peer: PeerId) -> list[Address]:
-    """The IP addresses in a CONNECT; raises ProtocolError."""
-    if offer.type != HolePunch.CONNECT:
-        raise ProtocolError(Refusal.UNKNOWN_TYPE, "no CONNECT")
-    texts = [text for raw in offer.ObsAddrs[:ADDRESSES_MAX] if (text := format_multiaddr_untrusted(raw))]
-    found = (parse_address(text) for text in keep_dialable(texts, peer))
-    return [replace(one, peer=peer) for one in found if not one.is_relayed and one.net in ("ip4", "ip6")]

@@ -55,6 +55,7 @@ ADDRESSES_READ_MAX = 32
 ANSWER_TIMEOUT_S = 20.0
 SERVERS_ASKED_MAX = 4
 CANDIDATES_MAX = 16
+SCOPE_MAX = 2
 VERDICT_TTL_S = 15 * 60.0
 RECHECK_S = 5 * 60.0
 # While nobody has said anything, or a server was just met.
@@ -321,9 +322,9 @@ class ReachCheck:
 
 
 def scope_of(host: str) -> int:
-    """Who can reach an address: 0 this machine, 1 its network, 2 everybody."""
+    """Who can reach an address: 0 this machine, 1 its network, SCOPE_MAX everybody."""
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:
-        return 2
-    return 0 if ip.is_loopback else 2 if ip.is_global else 1
+        return SCOPE_MAX
+    return 0 if ip.is_loopback else SCOPE_MAX if ip.is_global else 1

@@ -10,7 +10,7 @@ from multiaddr import Multiaddr
 
 from shoal.dht.addresses import Address, parse_address
 from shoal.node import libp2p_dcutr, libp2p_engine
-from shoal.node.libp2p_dcutr import DCUTR_PROTOCOL, DirectUpgrades, _read_offer
+from shoal.node.libp2p_dcutr import DCUTR_PROTOCOL, DirectUpgrades
 from shoal.node.libp2p_hop import read_message, write_message
 from shoal.node.libp2p_streams import STREAM_ERRORS, FrameReader
 from shoal.protocol.errors import ProtocolError
@@ -62,13 +62,12 @@ async def test_where_nothing_gets_through_the_circuit_stays_and_there_is_a_pause
     monkeypatch.setattr(DirectUpgrades, "_find_source", lambda *_: None)
     dialler, dialled = await start_pair(net)
     upgrades = engine_of(dialled)._upgrades
-    await until(dialled, lambda: dialler.peer in upgrades._pauses, "given up")
-    _, next_s = upgrades._pauses[dialler.peer]
-    assert next_s == 2 * libp2p_dcutr.PAUSE_S
+    await until(dialled, lambda: dialler.peer in upgrades._pauses._known, "given up")
+    assert upgrades._pauses._known[dialler.peer].next_s == 2 * libp2p_dcutr.PAUSE_S
     assert path(dialler, dialled.peer) == path(dialled, dialler.peer) == "relayed"
     assert await dialled.plane.request(dialler.peer, b"there?") == b"answer to there?"
     dialled.plane.refresh()
-    await until(dialled, lambda: not upgrades._pauses, "the addresses are others now")
+    await until(dialled, lambda: not upgrades._pauses._known, "the addresses are others now")
 
 
 async def say(member: Member, peer: PeerId, *messages: HolePunch) -> HolePunch | None:
@@ -120,13 +119,40 @@ async def test_what_is_no_offer_ends_the_session_alone(net: Net, message: HolePu
 def test_an_offer_leads_to_few_dials_of_ip_addresses() -> None:
     tail = "/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
     texts = ["/dns4/victim.example/tcp/80", f"/ip4/45.0.0.1/tcp/1{tail}/p2p-circuit", "/ip4/45.0.0.1/udp/1"]
-    assert _read_offer(offer(*texts, "/ip4/45.0.0.1/tcp/1"), PEER) == [
+    upgrades = upgrades_of("/ip4/45.0.0.9/tcp/1")
+    assert upgrades._read_offer(offer(*texts, "/ip4/45.0.0.1/tcp/1"), PEER) == [
         Address(net="ip4", host="45.0.0.1", port=1, peer=PEER)
     ]
     many = [f"/ip4/45.0.0.{number}/tcp/1" for number in range(1, 100)]
-    assert len(_read_offer(offer(*many), PEER)) == libp2p_dcutr.ADDRESSES_MAX
+    assert len(upgrades._read_offer(offer(*many), PEER)) == libp2p_dcutr.ADDRESSES_MAX
     with pytest.raises(ProtocolError):
-        _read_offer(HolePunch(type=HolePunch.SYNC), PEER)
+        upgrades._read_offer(HolePunch(type=HolePunch.SYNC), PEER)
+
+
+@pytest.mark.parametrize(
+    ("own", "knocked_at"),
+    [
+        (["/ip4/127.0.0.1/tcp/1", "/ip4/192.168.1.2/tcp/1", "/ip4/45.0.0.9/tcp/1"], ["45.0.0.1", "2001:4860::1"]),
+        (["/ip4/127.0.0.1/tcp/1", "/ip4/192.168.1.2/tcp/1"], ["192.168.1.1", "fd00::1", "45.0.0.1", "2001:4860::1"]),
+        (
+            ["/ip4/127.0.0.1/tcp/1"],
+            ["127.0.0.1", "::1", "192.168.1.1", "fd00::1", "45.0.0.1", "2001:4860::1"],
+        ),
+        ([], ["45.0.0.1", "2001:4860::1"]),
+    ],
+    ids=["public", "private", "loopback", "none"],
+)
+def test_strangers_make_nobody_dial_nearer_than_where_it_can_be_dialled_itself(
+    own: list[str], knocked_at: list[str]
+) -> None:
+    offered = [f"/ip4/{host}/tcp/22" for host in ("127.0.0.1", "192.168.1.1", "45.0.0.1")]
+    offered += [f"/ip6/{host}/tcp/22" for host in ("::1", "fd00::1", "2001:4860::1")]
+    found = {one.host for one in upgrades_of(*own)._read_offer(offer(*offered), PEER)}
+    assert found == set(knocked_at)
+
+
+def upgrades_of(*own: str) -> DirectUpgrades:
+    return DirectUpgrades(Mock(), Mock(), Mock(), lambda: [parse_address(text) for text in own], tuple)
 
 
 def test_each_family_is_dialled_from_its_own_listener() -> None:
