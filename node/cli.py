@@ -127,6 +127,7 @@ def _add_doctor_command(commands: "argparse._SubParsersAction[argparse.ArgumentP
     doctor = commands.add_parser("doctor", help="look for what keeps this machine from taking part, within 15 s")
     doctor.add_argument("uri", nargs="?", help="shoal://… of the swarm; default: that of the data directory")
     doctor.add_argument("--json", action="store_true", help="one JSON object")
+    doctor.add_argument("--within", type=float, metavar="SECONDS", help="look for so long at most (default: 15)")
     doctor.add_argument("--config", type=Path, help="as for `up`, and the same options")
     for flag, field in FLAGS.items():
         if flag != "swarm":
@@ -346,14 +347,14 @@ def _run_status(options: argparse.Namespace) -> int:
 
 def _run_doctor(options: argparse.Namespace) -> int:
     from shoal.node.config import FLAGS
-    from shoal.node.doctor import run
+    from shoal.node.doctor import DEADLINE_S, run
     from shoal.node.doctor_findings import Verdict
     from shoal.node.terminal import print_table, show_progress
 
     given = {flag: getattr(options, flag.replace("-", "_"), None) for flag in FLAGS} | {"swarm": options.uri}
     overrides = {flag: value for flag, value in given.items() if value is not None}
     with show_progress("looking at") as noticed:
-        report = run(options.config, overrides, noticed)
+        report = run(options.config, overrides, noticed, DEADLINE_S if options.within is None else options.within)
     if options.json:
         print(report.to_json())
         return 0 if report.takes_part else EXIT_INPUT

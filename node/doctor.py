@@ -1,4 +1,4 @@
-"""`shoal doctor`: looks at everything at once, within DEADLINE_S, and says what it found.
+"""`shoal doctor`: looks at everything at once, within DEADLINE_S or the time given, and says what it found.
 
 With a running daemon on the data folder it asks that one what it knows, by its local web port, and visits the swarm
 under a key made for the purpose; without one it uses the peer's own key, if there is one, so that what the swarm says
@@ -94,11 +94,26 @@ from shoal.protocol.manifest import Manifest, parse_uri, read_manifest_untrusted
 
 DEADLINE_S = 15.0  # from the start of the process to its last line
 PRINTING_S = 2.0  # and ending: on a machine that is busy with other things that takes its time, too
-LOOKS_END_S = DEADLINE_S - PRINTING_S
-# Its host takes up to that long to hang up.
-VISIT_END_S = LOOKS_END_S - STOP_TIMEOUT_S
+DEADLINE_S_MIN = 10.0
+DEADLINE_S_MAX = 600.0
 STATUS_TIMEOUT_S = 2.0
 KNOWN_PEERS_MAX = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadline:
+    """When which work ends, on the monotonic clock. The visit's host takes up to STOP_TIMEOUT_S to hang up."""
+
+    began_s: float
+    within_s: float = DEADLINE_S
+
+    @property
+    def looks_end_s(self) -> float:
+        return self.began_s + self.within_s - PRINTING_S
+
+    @property
+    def visit_ends_s(self) -> float:
+        return self.looks_end_s - STOP_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +160,9 @@ class _Swarm:
 
 
 async def examine(
-    path: Path | None, overrides: Mapping[str, str], noticed: Callable[[str], None], began_s: float
+    path: Path | None, overrides: Mapping[str, str], noticed: Callable[[str], None], deadline: Deadline
 ) -> Report:
-    """Look at everything. `noticed` is told what is still looked at, for a progress line; `began_s` is the monotonic
-    time from which DEADLINE_S counts."""
+    """Look at everything. `noticed` is told what is still looked at, for a progress line."""
     config, fault = read_config(path, overrides)
     folder = config.data_path
     seen = _Observations()
@@ -158,13 +172,13 @@ async def examine(
         await _ask_daemon(folder, seen)
         swarm = find_swarm(config, seen.status)
         key = held or Identity(secrets.token_bytes(SEED_BYTES))
-        await _look_around(config, seen, swarm, key, began_s, noticed)
+        await _look_around(config, seen, swarm, key, deadline, noticed)
     findings = _judge(config, fault, path, seen, swarm, identity_seen)
     return Report(
         findings=tuple(order(findings)),
         peer=identity_seen.peer,
         swarm=swarm.id.hex() if swarm else "",
-        took_s=round(time.monotonic() - began_s, 2),
+        took_s=round(time.monotonic() - deadline.began_s, 2),
     )
 
 
@@ -244,7 +258,7 @@ async def _look_around(
     seen: _Observations,
     swarm: _Swarm | None,
     identity: Identity,
-    began_s: float,
+    deadline: Deadline,
     noticed: Callable[[str], None],
 ) -> None:
     """Everything at once; what is not there when its time is over stays None."""
@@ -271,9 +285,9 @@ async def _look_around(
     looks["router"] = see_router()
     tasks = {asyncio.create_task(work): name for name, work in looks.items()}
     if swarm is not None:
-        tasks[asyncio.create_task(_visit(config, seen, swarm, identity, began_s + VISIT_END_S))] = "swarm"
+        tasks[asyncio.create_task(_visit(config, seen, swarm, identity, deadline))] = "swarm"
     waiting = set(tasks)
-    while waiting and (left_s := began_s + LOOKS_END_S - time.monotonic()) > 0:
+    while waiting and (left_s := deadline.looks_end_s - time.monotonic()) > 0:
         noticed(", ".join(sorted(tasks[task] for task in waiting)))
         _, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
     for task in waiting:
@@ -281,20 +295,22 @@ async def _look_around(
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _visit(config: NodeConfig, seen: _Observations, swarm: _Swarm, identity: Identity, ends_s: float) -> None:
-    """Visit the swarm with a control host of its own, until `ends_s`."""
+async def _visit(
+    config: NodeConfig, seen: _Observations, swarm: _Swarm, identity: Identity, deadline: Deadline
+) -> None:
+    """Visit the swarm with a control host of its own, for as long as that may take."""
     host = Libp2pHost(visitor_config(identity, swarm.id), visitor_handlers())
     view = seen.swarm
     view.manifest = swarm.manifest
     own = seen.status.peer if seen.status else format_peer_id(identity.peer)
     try:
-        async with asyncio.timeout(ends_s - time.monotonic()):
+        async with asyncio.timeout(deadline.visit_ends_s - time.monotonic()):
             await host.start()
             visit = SwarmVisit(identity, swarm.id, host, view)
             bootstraps = [text for text in swarm.bootstraps if not text.endswith(f"/p2p/{own}")]
             await visit.look(bootstraps, _known_peers(config, identity.peer, own))
     except TimeoutError:
-        seen.visit_fault = f"the {DEADLINE_S:.0f} s of this command were over"
+        seen.visit_fault = f"the {deadline.within_s:.0f} s of this command were over"
     except (ShoalError, OSError) as error:
         seen.visit_fault = str(error)
     finally:
@@ -440,7 +456,12 @@ def describe_model(manifest: Manifest | None) -> ModelSeen | None:
     )
 
 
-def run(path: Path | None, overrides: Mapping[str, str], noticed: Callable[[str], None]) -> Report:
-    """`examine` on a loop of its own; the time that this process has run for already counts."""
+def run(
+    path: Path | None, overrides: Mapping[str, str], noticed: Callable[[str], None], within_s: float = DEADLINE_S
+) -> Report:
+    """`examine` on a loop of its own; the time that this process has run for already counts. Raises ConfigError."""
+    if not DEADLINE_S_MIN <= within_s <= DEADLINE_S_MAX:
+        limits = f"give {DEADLINE_S_MIN:.0f} to {DEADLINE_S_MAX:.0f} seconds"
+        raise ConfigError("--within", f"{within_s:g} s is no time to look around in", limits)
     began_s = time.monotonic() - (time.time() - psutil.Process().create_time())
-    return asyncio.run(examine(path, overrides, noticed, began_s))
+    return asyncio.run(examine(path, overrides, noticed, Deadline(began_s=began_s, within_s=within_s)))

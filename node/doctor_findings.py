@@ -28,7 +28,7 @@ TRAINER_BYTES_PER_PARAMETER = 16
 SNAPSHOT_BYTES_PER_PARAMETER = 8
 # Trainer's checkpoints (two of 12) and the residual (8), beside the snapshots.
 PRIVATE_BYTES_PER_PARAMETER = 32
-AGAIN = "run `shoal doctor` again when the machine is less busy"
+AGAIN = "run `shoal doctor` again when the machine is less busy, or with more time: --within 60"
 
 
 class Verdict(StrEnum):

@@ -321,19 +321,23 @@ def judge_dht(seen: DhtSeen | Unknown) -> Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BandwidthSeen:
-    """Bytes a second over a tensor link, None in a direction that could not be measured; `source` says how."""
+    """Bytes a second over a tensor link, None in a direction that could not be measured, and then why in its fault;
+    `source` says how they were measured."""
 
     up_bytes_per_s: float | None
     down_bytes_per_s: float | None
     source: str
+    up_fault: str = ""
+    down_fault: str = ""
 
 
 def judge_bandwidth(seen: BandwidthSeen | Unknown, config: NodeConfig, model: ModelSeen | None) -> Finding:
     if isinstance(seen, Unknown):
         return not_checked(Check.BANDWIDTH, seen)
-    rates = f"up {_rate(seen.up_bytes_per_s)}, down {_rate(seen.down_bytes_per_s)} ({seen.source})"
+    up, down = _rate(seen.up_bytes_per_s, seen.up_fault), _rate(seen.down_bytes_per_s, seen.down_fault)
+    rates = f"up {up}, down {down} ({seen.source})"
     if seen.up_bytes_per_s is None and seen.down_bytes_per_s is None:
-        return not_checked(Check.BANDWIDTH, Unknown(why=f"nothing could be moved ({seen.source})"))
+        return not_checked(Check.BANDWIDTH, Unknown(why=f"nothing could be moved: {rates}"))
     if model is None or config.node.role != TRAINER:
         return ok(Check.BANDWIDTH, rates)
     slow = []
@@ -349,8 +353,10 @@ def judge_bandwidth(seen: BandwidthSeen | Unknown, config: NodeConfig, model: Mo
     return ok(Check.BANDWIDTH, rates)
 
 
-def _rate(bytes_per_s: float | None) -> str:
-    return "unknown" if bytes_per_s is None else f"{bytes_per_s * 8 / 1e6:.1f} Mbit/s"
+def _rate(bytes_per_s: float | None, fault: str) -> str:
+    if bytes_per_s is None:
+        return f"unknown ({fault})" if fault else "unknown"
+    return f"{bytes_per_s * 8 / 1e6:.1f} Mbit/s"
 
 
 # -- reachability ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from shoal.node.doctor_network import BandwidthSeen, DhtSeen, PeerAnswer
 from shoal.node.endpoints import is_loopback, parse_endpoint_untrusted, parse_endpoints_untrusted, parse_ip
 from shoal.node.link_port import Address, FetchFailed, LinkConfig, LinkEnd, LinkLost
 from shoal.node.links import TensorLinks
-from shoal.node.upload_meter import PAUSE_S
+from shoal.node.upload_meter import TIMEOUT_S as UPLOAD_TIMEOUT_S
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.errors import ProtocolError, Refusal, UriError
 from shoal.protocol.frames import FrameHeader
@@ -67,6 +67,7 @@ FETCHES_AT_ONCE = 4
 DIALS_MAX = 24
 OBSERVERS_MAX = 4
 MEMBERS_ASKED_MAX = 4  # until one lets itself be measured with
+CUT_OFF = "the time was over"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,6 +84,8 @@ class SwarmView:
     manifest: Manifest | None = None
     up_bytes_per_s: float | None = None
     down_bytes_per_s: float | None = None
+    up_fault: str = ""
+    down_fault: str = ""
     measured_with: str = ""
     rates_tried: bool = False
     observers: int = 0  # of one port of this machine
@@ -97,6 +100,8 @@ class SwarmView:
         return BandwidthSeen(
             up_bytes_per_s=self.up_bytes_per_s,
             down_bytes_per_s=self.down_bytes_per_s,
+            up_fault=self.up_fault,
+            down_fault=self.down_fault,
             source=f"measured with {self.measured_with}",
         )
 
@@ -120,8 +125,12 @@ class SwarmVisit:
         calls += [self._call(self._view.known, peer, texts) for peer, texts in known if peer not in met]
         hosts = [address for _, texts in (*named, *known) for address in texts]
         await asyncio.gather(*calls, self._dial_hosts(hosts))
-        await asyncio.gather(self._look_up(), self._fetch_manifest(), self._observe())
-        await self._measure_rates()
+        await self._fetch_manifest()
+        # One set of links: members serve and ask whichever link of a peer is open.
+        async with open_links(self._identity, self._swarm, "0.0.0.0") as (links, offer, port):
+            self._view.port = port
+            # What is moved is small beside the time limit, and a look-up at peers that are gone takes long.
+            await asyncio.gather(self._look_up(), self._observe(links), self._measure_rates(links, offer))
 
     async def _call(self, into: dict[str, PeerAnswer], peer: PeerId, addresses: tuple[str, ...]) -> None:
         """Connect to one peer and ask whom it knows."""
@@ -160,8 +169,8 @@ class SwarmVisit:
                     self._view.ahead_s[peer] = presence.sent_at_s - (asked_s + time.time()) / 2
         return None
 
-    async def _ask(self, peer: PeerId, question: object) -> object:
-        raw = await self._control.request(peer, encode_message(self._swarm, question), ASK_TIMEOUT_S)
+    async def _ask(self, peer: PeerId, question: object, timeout_s: float = ASK_TIMEOUT_S) -> object:
+        raw = await self._control.request(peer, encode_message(self._swarm, question), timeout_s)
         return decode_message_untrusted(self._swarm, raw)
 
     async def _ask_quietly(self, peer: PeerId, question: object) -> object | None:
@@ -217,12 +226,10 @@ class SwarmVisit:
 
     # -- the router ----------------------------------------------------------------------------------------------------
 
-    async def _observe(self) -> None:
+    async def _observe(self, links: TensorLinks) -> None:
         """By which address members see one port of this machine that dials them all."""
-        async with open_links(self._identity, self._swarm, "0.0.0.0") as (links, _, port):
-            self._view.port = port
-            members = [one for one in self._view.presences.values() if one.peer != self._identity.peer]
-            await asyncio.gather(*(self._observe_by(links, one) for one in members[:OBSERVERS_MAX]))
+        members = [one for one in self._view.presences.values() if one.peer != self._identity.peer]
+        await asyncio.gather(*(self._observe_by(links, one) for one in members[:OBSERVERS_MAX]))
 
     async def _observe_by(self, links: TensorLinks, presence: Presence) -> None:
         for endpoint in parse_endpoints_untrusted(presence.tensor_addresses):
@@ -240,34 +247,39 @@ class SwarmVisit:
 
     # -- rates ---------------------------------------------------------------------------------------------------------
 
-    async def _measure_rates(self) -> None:
+    async def _measure_rates(self, links: TensorLinks, offer: memoryview) -> None:
         """With the first member that lets itself be dialled."""
-        async with open_links(self._identity, self._swarm) as (links, offer, _):
-            # Who was asked itself before who was only heard of: it is there now.
-            members = sorted(self._view.presences.values(), key=lambda one: one.peer not in self._view.ahead_s)
-            for presence in members[:MEMBERS_ASKED_MAX]:
-                self._view.rates_tried = True
-                if not await _open_link(links, presence):
-                    continue
-                self._view.measured_with = short_peer_id(presence.peer)
-                await self._measure_down(links, presence)
-                if not await self._measure_up(presence.peer, offer):
-                    # Once more, over a link of its own, when the member takes another measurement: one may get lost.
-                    await asyncio.sleep(PAUSE_S)
-                    if await _open_link(links, presence):
-                        await self._measure_up(presence.peer, offer)
-                if self._view.up_bytes_per_s is not None or self._view.down_bytes_per_s is not None:
-                    return
+        view = self._view
+        # Who was asked itself before who was only heard of: it is there now.
+        members = sorted(view.presences.values(), key=lambda one: one.peer not in view.ahead_s)
+        for presence in members[:MEMBERS_ASKED_MAX]:
+            view.rates_tried = True
+            if not await _open_link(links, presence):
+                continue
+            view.measured_with = short_peer_id(presence.peer)
+            view.up_fault = view.down_fault = CUT_OFF  # stands until there is an answer
+            view.down_fault = await self._measure_down(links, presence)
+            view.up_fault = await self._measure_up(presence.peer, offer)
+            if not view.up_fault or not view.down_fault:
+                return
 
-    async def _measure_up(self, peer: PeerId, offer: memoryview) -> bool:
-        answer = await self._ask_quietly(peer, MeasureUpload(digest=blake3(offer).digest(), nbytes=len(offer)))
+    async def _measure_up(self, peer: PeerId, offer: memoryview) -> str:
+        """Let the member fetch the offer; why there is no rate, where there is none."""
+        question = MeasureUpload(digest=blake3(offer).digest(), nbytes=len(offer))
+        try:
+            answer = await self._ask(peer, question, UPLOAD_TIMEOUT_S + ASK_TIMEOUT_S)
+        except RequestRefused as error:
+            return f"refused: {error.refusal}"
+        except (PeerUnreachable, ProtocolError, ControlStopped) as error:
+            return str(error)
         if not isinstance(answer, UploadAnswer) or answer.seconds <= 0:
-            return False
+            return "the answer makes no sense"
         self._view.up_bytes_per_s = len(offer) / answer.seconds
-        return True
+        return ""
 
-    async def _measure_down(self, links: TensorLinks, presence: Presence) -> None:
-        """Fetch what the member holds for everybody: chunks of its snapshot, or the parts of the newest update."""
+    async def _measure_down(self, links: TensorLinks, presence: Presence) -> str:
+        """Fetch what the member holds for everybody: chunks of its snapshot, or the parts of the newest update. Why
+        there is no rate, where there is none."""
         pieces = await self._list_chunks(presence) or await self._list_parts(presence)
         chosen, total = [], 0
         for digest, nbytes in pieces:
@@ -289,8 +301,12 @@ class SwarmVisit:
                     last_s = time.monotonic()
 
         await asyncio.gather(*(fetch(digest, nbytes) for digest, nbytes in chosen))
-        if arrived_bytes:
-            self._view.down_bytes_per_s = arrived_bytes / max(last_s - began_s, 1e-6)
+        if not chosen:
+            return "nothing to fetch yet"
+        if not arrived_bytes:
+            return f"nothing came within {RATE_TIMEOUT_S:.0f} s"
+        self._view.down_bytes_per_s = arrived_bytes / max(last_s - began_s, 1e-6)
+        return ""
 
     async def _list_chunks(self, presence: Presence) -> list[tuple[bytes, int]]:
         if not presence.snapshots:
@@ -362,9 +378,7 @@ class _VisitorSink:
 
 
 @asynccontextmanager
-async def open_links(
-    identity: Identity, swarm: bytes, host: str = "127.0.0.1"
-) -> AsyncIterator[tuple[TensorLinks, memoryview, int]]:
+async def open_links(identity: Identity, swarm: bytes, host: str) -> AsyncIterator[tuple[TensorLinks, memoryview, int]]:
     """Tensor links to dial with, what they offer, and their port."""
     offer = memoryview(os.urandom(UPLOAD_BYTES_MAX // 2))
     links = TensorLinks(identity, swarm, LinkConfig(host=host, goodbye_timeout_s=0.2), _VisitorSink(offer))

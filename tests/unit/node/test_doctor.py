@@ -14,6 +14,7 @@ from shoal.node.doctor import Report, describe_model, find_swarm, hold_key, read
 from shoal.node.doctor_findings import Check, Unknown, Verdict, ok, problem
 from shoal.node.identity_file import create_identity
 from shoal.node.status import Status
+from shoal.protocol.errors import ConfigError
 from shoal.protocol.manifest import SwarmUri
 from tests.unit.node.node_samples import make_samples
 
@@ -109,10 +110,23 @@ async def test_nothing_known_and_nothing_answering_is_told_and_not_raised(
     noticed: list[str] = []
     ports = {"control-port": "0", "tensor-port": "0", "web-port": "0"}
     given = {"data-dir": str(tmp_path), "role": "bootstrap", **ports}
-    report = await doctor.examine(None, given, noticed.append, time.monotonic())
+    report = await doctor.examine(None, given, noticed.append, doctor.Deadline(began_s=time.monotonic()))
     verdicts = {one.check: one.verdict for one in report.findings}
     assert verdicts[Check.CONFIGURATION] is Verdict.OK
     assert verdicts[Check.BOOTSTRAP] is verdicts[Check.DHT] is Verdict.NOT_CHECKED
     assert verdicts[Check.DAEMON] is Verdict.OK
     assert noticed
     assert [path.name for path in tmp_path.iterdir()] == ["running.json"]
+
+
+@pytest.mark.parametrize("within_s", [0.0, 9.9, 601.0, float("nan")])
+def test_a_time_that_is_no_time_is_refused(within_s: float) -> None:
+    with pytest.raises(ConfigError) as refused:
+        doctor.run(None, {}, lambda text: None, within_s)
+    assert refused.value.field == "--within" and "10 to 600" in refused.value.fix
+
+
+@pytest.mark.parametrize("within_s", [doctor.DEADLINE_S_MIN, doctor.DEADLINE_S, doctor.DEADLINE_S_MAX])
+def test_the_visit_ends_before_the_looks_and_these_before_the_deadline(within_s: float) -> None:
+    deadline = doctor.Deadline(began_s=100.0, within_s=within_s)
+    assert 100.0 < deadline.visit_ends_s < deadline.looks_end_s < 100.0 + within_s

@@ -291,6 +291,8 @@ def test_bandwidth_is_weighed_against_what_a_round_moves() -> None:
 def test_a_rate_that_is_not_known_is_said_so() -> None:
     half = replace(RATES, up_bytes_per_s=None)
     expect(judge_bandwidth(half, CONFIG, MODEL), Check.BANDWIDTH, Verdict.OK, "up unknown, down 16.0")
+    why = replace(half, up_fault="refused: limit")
+    expect(judge_bandwidth(why, CONFIG, MODEL), Check.BANDWIDTH, Verdict.OK, "up unknown (refused: limit), down 16.0")
     none = replace(half, down_bytes_per_s=None)
     expect(
         judge_bandwidth(none, CONFIG, MODEL), Check.BANDWIDTH, Verdict.NOT_CHECKED, "nothing could be moved", "again"

@@ -25,7 +25,7 @@ async def test_a_visitor_offers_and_a_member_times() -> None:
     member = TensorLinks(BOB, SWARM, LinkConfig(host=CONFIG.host), RecordingSink())
     address = await member.start()
     try:
-        async with open_links(ALICE, SWARM) as (links, offer, _):
+        async with open_links(ALICE, SWARM, CONFIG.host) as (links, offer, _):
             assert await links.probe(BOB.peer, address)
             while not member.is_linked(ALICE.peer):
                 await asyncio.sleep(0)
