@@ -254,7 +254,8 @@ class PartExchange:
         if effect.round != self.core.round:
             return
         self._results[digest] = reduced
-        self.core.part_reduced(effect.round, effect.attempt, effect.part, digest, frozenset(effect.indices))
+        indices = frozenset(effect.indices)
+        self.core.part_reduced(effect.round, effect.attempt, effect.part, digest, indices, self.ports.now())
         self.ports.pump()
 
     def _contributed(self, peer: PeerId, part: int, digest: bytes) -> memoryview:

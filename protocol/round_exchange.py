@@ -235,14 +235,13 @@ class RoundExchange(RoundBallot):
             )
         )
 
-    def part_reduced(self, round_number: int, attempt: int, part: int, digest: bytes, members: frozenset[int]) -> None:
-        """A `Reduce` is done; `members` are the roster indices that went in. The result's bytes are held."""
-        if round_number != self.round or self._plan is None or self.attempt != attempt:
-            return
+    def _finish_part(self, part: int, digest: bytes, members: frozenset[int]) -> None:
+        """Tell the proposer and everybody who follows this attempt."""
+        assert self._plan is not None
         self._hold(digest)
         done = PartDone(
             round=self.round,
-            attempt=attempt,
+            attempt=self.attempt,
             roster_digest=self._roster_digest,
             part=part,
             digest=digest,

@@ -178,6 +178,18 @@ class RoundCore(RoundExchange):
             self._note_part(sender, part, digest, now)
             self._evaluate(now)
 
+    def part_reduced(
+        self, round_number: int, attempt: int, part: int, digest: bytes, members: frozenset[int], now: float
+    ) -> None:
+        """A `Reduce` is done; `members` are the roster indices that went in. The result's bytes are held."""
+        if round_number != self.round:
+            return
+        if attempt == self.attempt and self._plan is not None:
+            self._finish_part(part, digest, members)
+        else:
+            # Its attempt is over, but a later one may come to the same bytes, and nobody sends them a second time.
+            self.blob_held(digest, now)
+
     def blob_held(self, digest: bytes, now: float) -> None:
         """The bytes of a result part are here, checked against their digest."""
         for part in self._hold(digest):

@@ -16,7 +16,16 @@ from shoal.protocol.errors import ProtocolError
 from shoal.protocol.exchange import CONTRIBUTIONS_MAX
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
-from shoal.protocol.messages import Certificate, Ready, Result, Vote, digest_record, verify_message
+from shoal.protocol.messages import (
+    ROUND_MESSAGES,
+    Certificate,
+    Proposal,
+    Ready,
+    Result,
+    Vote,
+    digest_record,
+    verify_message,
+)
 from shoal.protocol.quorum import REROOT_ATTEMPT, Head
 from shoal.protocol.round_state import BACKOFF_MAX, EARLY_MESSAGES_MAX
 from tests.sim import oracle
@@ -270,13 +279,20 @@ class Checker:
         if oracle.is_quorum(in_sight, len(voters), self.manifest.rounds.quorum):
             self._quorum_seen_s[peer.identity.peer] = peer.clock()
 
-    def declared_alone(self, peer: "SimPeer", result: Result) -> None:
-        """Nobody else has signed: it is its declarer's, or was, when it declared in an earlier life."""
-        if digest_record(result) not in self.results:
-            self.declared(peer, self.manifest.rounds.reroot_after_s)
+    def declared_alone(self, peer: "SimPeer", certificate: Certificate) -> None:
+        """Where nobody else has signed a re-root, it is this peer's, or was, when it declared in an earlier life."""
+        is_own = [vote.voter for vote in certificate.votes] == [peer.identity.peer]
+        if certificate.attempt == REROOT_ATTEMPT and is_own and digest_record(certificate.result) not in self.results:
+            self._check_timer(peer, self.manifest.rounds.reroot_after_s)
 
-    def declared(self, peer: "SimPeer", wait_s: float) -> None:
-        """This peer has a part in a declared re-root: it must have missed the quorum for so long."""
+    def declared(self, peer: "SimPeer", message: ROUND_MESSAGES) -> None:
+        """With these messages a peer has a part in a declared re-root: who signs must have missed the quorum, too."""
+        if isinstance(message, Vote) and message.attempt == REROOT_ATTEMPT:
+            self._check_timer(peer, self.manifest.rounds.presence_timeout_s)
+        elif isinstance(message, Proposal) and message.attempt == REROOT_ATTEMPT:
+            self._check_timer(peer, self.manifest.rounds.reroot_after_s)
+
+    def _check_timer(self, peer: "SimPeer", wait_s: float) -> None:
         missed_s = peer.clock() - self._quorum_seen_s[peer.identity.peer]
         if missed_s < wait_s - 1e-6:
             raise broken("a declaration comes after its timer", f"peer {peer.number} missed a quorum for {missed_s} s")

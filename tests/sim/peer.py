@@ -51,7 +51,7 @@ from shoal.protocol.messages import (
     sign_ready,
 )
 from shoal.protocol.presence import PresenceTable
-from shoal.protocol.quorum import REROOT_ATTEMPT, Head
+from shoal.protocol.quorum import Head
 from shoal.protocol.replica import Replica
 from shoal.protocol.round_state import RESEND_AFTER, RESENDS_MAX, Offer, Setting
 from shoal.protocol.rounds import RoundCore
@@ -254,18 +254,28 @@ class SimPeer(SimMachine):
 
     def _drain(self) -> None:
         life = self.life
-        self.queue.extend(self.core.take_effects())
+        self._take_effects()
         while self.queue and not self.busy:
             self._execute(self.queue.popleft())
             if not self.up or self.life != life:
                 return
-            self.queue.extend(self.core.take_effects())
+            self._take_effects()
         deadline = self.core.next_deadline()
         if deadline != self.armed_s:
             self.armed_s = deadline
             self.timer += 1
             if deadline is not None:
                 self.later(max(0.0, deadline - self.clock()) + 1e-6, self._wake_core, self.timer)
+
+    def _take_effects(self) -> None:
+        effects = self.core.take_effects()
+        for effect in effects:
+            # A declaration is judged when it is made: until it is sent, a write may take its time and a quorum appear.
+            if isinstance(effect, Send):
+                self.world.checker.declared(self, effect.message)
+            elif isinstance(effect, Commit):
+                self.world.checker.declared_alone(self, effect.certificate)
+        self.queue.extend(effects)
 
     def _wake_core(self, timer: int) -> None:
         if timer == self.timer:
@@ -323,10 +333,6 @@ class SimPeer(SimMachine):
         message = effect.message
         if isinstance(message, Vote):
             self.world.checker.voted(self, message)
-            if message.attempt == REROOT_ATTEMPT:
-                self.world.checker.declared(self, self.manifest.rounds.presence_timeout_s)
-        elif isinstance(message, Proposal) and message.attempt == REROOT_ATTEMPT:
-            self.world.checker.declared(self, self.manifest.rounds.reroot_after_s)
         self._say(effect.peer, message)
         if isinstance(message, Vote):
             self._may_crash(Moment.VOTED)
@@ -416,7 +422,8 @@ class SimPeer(SimMachine):
 
     def _reduced(self, effect: Reduce, raw: bytes, digest: bytes) -> None:
         self.blobs[digest] = raw
-        self.core.part_reduced(effect.round, effect.attempt, effect.part, digest, frozenset(effect.indices))
+        indices = frozenset(effect.indices)
+        self.core.part_reduced(effect.round, effect.attempt, effect.part, digest, indices, self.clock())
         self._drain()
 
     def _send_result(self, effect: SendResult) -> None:
@@ -511,8 +518,6 @@ class SimPeer(SimMachine):
         stored = self.disk.certificates.get(number)
         if stored is not None and stored.result != certificate.result:
             self.disk.put_aside(number)  # of another log, ahead of the state: a snapshot that was not installed
-        if certificate.attempt == REROOT_ATTEMPT and [one.voter for one in certificate.votes] == [self.identity.peer]:
-            self.world.checker.declared_alone(self, certificate.result)
         self.disk.begin(self._held(digests), certificate)
         self.later(self.work_s(0.002, 0.05), self._commit, certificate)
 

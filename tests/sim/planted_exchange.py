@@ -165,11 +165,11 @@ def part_of_another_roster(patches: Patches) -> None:
     """A reduction that was begun under another attempt's roster is reported under this one's."""
 
     def reduced(
-        old: Any, self: RoundCore, number: int, attempt: int, part: int, digest: bytes, members: frozenset[int]
+        old: Any, self: RoundCore, number: int, attempt: int, part: int, digest: bytes, members: Any, now: float
     ) -> None:
         if self._plan is not None and number == self.round:
             fit = frozenset(index for index in members if index < len(self._plan.roster)) or frozenset({0})
-            old(self, number, self.attempt, part, digest, fit)
+            old(self, number, self.attempt, part, digest, fit, now)
 
     patches.wrap(RoundCore, "part_reduced", reduced)
 

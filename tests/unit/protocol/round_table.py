@@ -324,7 +324,8 @@ class Table:
         # The same inputs give the same bytes, whoever reduces them.
         digest = blake3(b"".join(effect.digests)).digest()
         seat.blobs.add(digest)
-        seat.core.part_reduced(effect.round, effect.attempt, effect.part, digest, frozenset(effect.indices))
+        indices = frozenset(effect.indices)
+        seat.core.part_reduced(effect.round, effect.attempt, effect.part, digest, indices, self.now)
 
     def commit(self, seat: Seat, certificate: Certificate) -> None:
         """Apply a certified round."""

@@ -2,11 +2,20 @@
 
 from dataclasses import replace
 
-from shoal.protocol.effects import AttemptFailed, PartReassigned, Phase, SenderMissing, SendPart
+from shoal.protocol.effects import (
+    AttemptFailed,
+    FetchBlob,
+    PartReassigned,
+    Phase,
+    Reduce,
+    SenderMissing,
+    SendPart,
+    SendResult,
+)
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Rounds
-from shoal.protocol.messages import Contribution, Plan, Vote
+from shoal.protocol.messages import Contribution, PartDone, Plan, Vote
 from shoal.protocol.round_state import OWNERS_WINDOW, SENDERS_WINDOW
 from shoal.protocol.shares import MISSES_TO_SHRINK, MISSES_TO_STOP, PROBATION_ROUNDS
 from tests.unit.protocol.round_table import Seat, Table, members_of, nothing, withhold
@@ -323,3 +332,28 @@ def test_an_owner_that_dies_has_not_missed_a_deadline() -> None:
     table.result()
     assert {effect.reason for effect in lead.did(PartReassigned)} == {Failure.OWNER_LOST}
     assert all(seat.core._shares.share(victim.peer) == 1.0 for seat in table.up())
+
+
+def test_bytes_of_a_reduction_that_ends_after_its_attempt_are_held_all_the_same() -> None:
+    """Another attempt comes to the same bytes, and whoever serves them sees that they are here already."""
+    table = sit_down(2)
+    lead, _ = begin(table)
+    late = next(seat for seat in table.seats if seat is not lead)
+    table.reduces = False
+    while late.core.attempt == 0 or late.core.phase is not Phase.EXCHANGE:
+        assert table.now < 2 * RULES.exchange_timeout_s, late.core.view()
+        table.advance(STEP_S)
+    given_back = owned(late.said(Plan)[-1], lead)
+    stale = [one for one in late.did(Reduce) if one.attempt == 0 and one.part in given_back]
+    assert stale and late.core.attempt == 1
+    for effect in stale:
+        table._reduce(late, effect)
+    assert not late.said(PartDone), "nobody is told of an attempt that is over"
+    table.blocked = lambda effect, source, target: isinstance(effect, SendResult) and target is late
+    table.blobs_are_found = False
+    for seat in (lead, late):
+        for effect in [one for one in seat.did(Reduce) if one.attempt == 1]:
+            table._reduce(seat, effect)
+    table.settle()
+    assert table.attempts() == {1}
+    assert not late.did(FetchBlob)

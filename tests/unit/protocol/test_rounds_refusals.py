@@ -444,7 +444,7 @@ def test_a_part_of_a_round_that_ended_is_forgotten() -> None:
     before = look(seat)
     seat.core.part_received(PEERS[1], 0, 0, b"d" * 32, 0.0)
     seat.core.part_received(PEERS[1], 2, 0, b"d" * 32, 0.0)
-    seat.core.part_reduced(2, 0, 0, b"d" * 32, frozenset({0}))
+    seat.core.part_reduced(2, 0, 0, b"d" * 32, frozenset({0}), 0.0)
     assert look(seat) == before
     assert all(not isinstance(effect, Send) for effect in seat.core.take_effects())
 
