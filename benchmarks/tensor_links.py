@@ -98,6 +98,12 @@ async def receive(pipe: Connection) -> None:
     links = TensorLinks(RECEIVER, SWARM, CONFIG, sink)
     address = await links.start()
     pipe.send(address)
+    await count_arrivals(pipe, sink)
+    await links.stop()
+
+
+async def count_arrivals(pipe: Connection, sink: Sink) -> None:
+    """Wait for as many bytes as the pipe announces, answer with the CPU share, until it announces None."""
     loop = asyncio.get_running_loop()
     while (expected := await loop.run_in_executor(None, pipe.recv)) is not None:
         sink.payload_bytes, sink.expected_bytes = 0, expected
@@ -106,7 +112,6 @@ async def receive(pipe: Connection) -> None:
         pipe.send("ready")
         await sink.done.wait()
         pipe.send(Usage.now().share_since(began))
-    await links.stop()
 
 
 def run_receiver(pipe: Connection) -> None:

@@ -19,7 +19,18 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.tensor_links import CONFIG, RECEIVER, SENDER, SWARM, Sink, Usage, per_cpu_s, run_receiver, transfer
+from benchmarks.tensor_links import (
+    CONFIG,
+    RECEIVER,
+    SENDER,
+    SWARM,
+    Sink,
+    Usage,
+    count_arrivals,
+    per_cpu_s,
+    run_receiver,
+    transfer,
+)
 from shoal.node.config import TensorTable
 from shoal.node.link_port import LinkPath
 from shoal.node.links import TensorLinks
@@ -81,14 +92,7 @@ async def receive(pipe: Connection, address: tuple[str, int], token: bytes) -> N
     await links.start()
     await join(links, SENDER.peer, address, token, dialer=False)
     pipe.send(None)
-    loop = asyncio.get_running_loop()
-    while (expected := await loop.run_in_executor(None, pipe.recv)) is not None:
-        sink.payload_bytes, sink.expected_bytes = 0, expected
-        sink.done.clear()
-        began = Usage.now()
-        pipe.send("ready")
-        await sink.done.wait()
-        pipe.send(Usage.now().share_since(began))
+    await count_arrivals(pipe, sink)
     await links.stop()
 
 

@@ -4,8 +4,8 @@ Certificates are fetched ahead and checked as a stretch of the log; then their p
 the blob store, where the round core finds them when the certificate is handed to it.
 
 Invariants: nothing is fetched that is not named by a certificate which follows the own head, or that of the snapshot
-which is being taken over; at most AHEAD_BYTES_MAX
-bytes and AHEAD_ROUNDS_MAX rounds are fetched ahead of the round that is applied; every part decodes before it is kept.
+which is being taken over; at most AHEAD_BYTES_MAX bytes and AHEAD_ROUNDS_MAX rounds are fetched ahead of the round that
+is applied; every part decodes before it is kept.
 """
 
 import asyncio

@@ -27,7 +27,7 @@ from tests.unit.node.catchup_samples import (
     rewrite_answers,
     short_hope,
 )
-from tests.unit.node.node_samples import WIDE_ELEMENTS, fill_folder, make_chain
+from tests.unit.node.node_samples import WIDE_ELEMENTS, Chain, Swarm, fill_folder, make_chain
 from tests.unit.protocol.samples import IDENTITIES
 
 __all__ = ["short_hope"]  # a fixture
@@ -47,6 +47,15 @@ def open_log(path: Path, missing: frozenset[int] = frozenset()) -> tuple[LedgerS
     ]
     store.fill(batches=(), certificates=rows, abandoned=rows[:9], checkpoints=(), records={})
     return store, CertificateTrail(store, GENESIS, make_authority(SWARM, ANNA.peer))
+
+
+def make_rerooted_chain(swarm: Swarm, signer: Identity) -> Chain:
+    """Three rounds, and a re-root after them by which the log parts from that of the others."""
+    common = make_chain(swarm, 3)
+    head = common.heads[3]
+    named = replace(make_result(4, head.digest, head.voters[:1], {}), base_root=head.state_root)
+    own = certify(swarm.id, named, [signer], REROOT_ATTEMPT)
+    return replace(common, certificates=(*common.certificates, own))
 
 
 def test_what_is_dropped_is_gone_from_the_disk_and_a_trail_leads_over_it(tmp_path: Path) -> None:
@@ -136,16 +145,11 @@ async def test_who_stands_behind_a_reroot_that_the_trail_does_not_know_stays(tmp
     async with open_swarm(tmp_path, FAR, elements=WIDE_ELEMENTS) as (newcomer, donors, _):
         for donor in donors:
             donor.state.trail.shorten(CUT)
-        common = make_chain(newcomer.swarm, 3)
-        head = common.heads[3]
-        named = replace(make_result(4, head.digest, head.voters[:1], {}), base_root=head.state_root)
-        own = certify(newcomer.swarm.id, named, [ANNA], REROOT_ATTEMPT)
-        fill_folder(
-            newcomer.swarm, tmp_path / str(NEWCOMER - 1), replace(common, certificates=(*common.certificates, own))
-        )
+        chain = make_rerooted_chain(newcomer.swarm, ANNA)
+        fill_folder(newcomer.swarm, tmp_path / str(NEWCOMER - 1), chain)
         async with open_newcomer(newcomer.swarm, tmp_path, donors, NEWCOMER - 1) as away:
             await away.catch_up.run(donors[0].me, FAR)
-            assert (away.state.head.round, away.state.head.digest) == (4, digest_record(named))
+            assert (away.state.head.round, away.state.head.digest) == (4, digest_record(chain.certificates[-1].result))
             assert away.other_logs == [donors[0].me], "the two logs are to be compared"
 
 
@@ -179,12 +183,8 @@ async def test_who_parted_longer_ago_than_certificates_are_kept_goes_over_to_the
     async with open_swarm(tmp_path, FAR, elements=WIDE_ELEMENTS) as (newcomer, donors, _):
         for donor in donors:
             donor.state.trail.shorten(CUT)
-        common = make_chain(newcomer.swarm, 3)
-        head = common.heads[3]
-        named = replace(make_result(4, head.digest, head.voters[:1], {}), base_root=head.state_root)
         owner = next(one for one in IDENTITIES if one.peer == newcomer.swarm.manifest.owner)
-        own = certify(newcomer.swarm.id, named, [owner], REROOT_ATTEMPT)
-        chain = replace(common, certificates=(*common.certificates, own))
+        chain = make_rerooted_chain(newcomer.swarm, owner)
         fill_folder(newcomer.swarm, tmp_path / str(NEWCOMER - 1), chain)
         async with open_newcomer(newcomer.swarm, tmp_path, donors, NEWCOMER - 1) as away:
             assert away.state.head.round == 4
