@@ -491,7 +491,8 @@ class RoundBallot(RoundState):
 
     def _watch_quorum(self, now: float) -> None:
         """After the declared timer the peers that are left name new voters among themselves. Who abstains is there and
-        is not left: it signs nothing before a certificate that the others cannot make."""
+        is not left: it signs nothing before a certificate that the others cannot make. A quorum that comes into sight
+        stops the timer in every phase."""
         if self._can_certify():
             self._alone_since_s = None
             return

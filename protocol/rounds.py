@@ -385,10 +385,9 @@ class RoundCore(RoundExchange):
         """The one place that acts on time and on who is there. Idempotent: called after every input."""
         self._now_s = now
         self._note_quorum()
+        self._watch_quorum(now)
         if self.phase is Phase.APPLY:
             return
-        if not self._decided:
-            self._watch_quorum(now)
         if self._decided:
             self._apply_if_held(now)
             return

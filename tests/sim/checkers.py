@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shoal.protocol.abstention import ABSTAINING
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import Phase, Reduce
 from shoal.protocol.errors import ProtocolError
@@ -273,9 +274,11 @@ class Checker:
             raise broken("a quorum certifies", f"round {result.round} is a re-root that nobody may sign")
 
     def sees(self, peer: "SimPeer") -> None:
-        """Remember when the peer last had a quorum of its voters in sight."""
+        """Remember when the peer last had a quorum of its voters in sight. Who has forgotten its votes, and says so, is
+        there for nothing that takes a quorum."""
         voters = peer.core.head.voters
-        in_sight = len({peer.identity.peer, *peer.table.live()}.intersection(voters))
+        signing = {one for one, known in peer.table.live().items() if known.phase != ABSTAINING}
+        in_sight = len({peer.identity.peer, *signing}.intersection(voters))
         if oracle.is_quorum(in_sight, len(voters), self.manifest.rounds.quorum):
             self._quorum_seen_s[peer.identity.peer] = peer.clock()
 

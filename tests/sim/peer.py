@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from blake3 import blake3
 
+from shoal.protocol.abstention import ABSTAINING
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.contribution import Contributor, Frozen
 from shoal.protocol.effects import (
@@ -219,7 +220,7 @@ class SimPeer(SimMachine):
             head_digest=head.digest,
             state_root=head.state_root,
             attempt=self.core.attempt,
-            phase=self.core.phase.value,
+            phase=self.core.phase.value if self.core.abstention is None else ABSTAINING,
             tensor_addresses=(),
             control_addresses=(),
             tokens_per_s=1.0,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.protocol.effects import Behind, Forked, Pledge, Send
+from shoal.protocol.effects import Behind, Forked, Phase, Pledge, Send
 from shoal.protocol.errors import Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.lineage import is_lawful, weigh
@@ -157,6 +157,31 @@ def test_a_quorum_that_comes_back_in_time_stops_the_timer() -> None:
     assert all(seat.committed == [] and seat.said(Proposal) == [] for seat in table.up())
     table.advance(AFTER_S + MARGIN_S)
     assert set(table.result().voters) == set(PEERS[:2])
+
+
+def test_a_quorum_that_comes_back_while_a_certified_round_is_fetched_stops_the_timer() -> None:
+    table = Table(5, rules=TIMED)
+    table.blobs_are_found = False
+    leave_alive(table, 0, 1)
+    table.advance(AFTER_S / 2)
+    result = make_sample_result(table.head)
+    by_others = tuple(make_vote(IDENTITIES[number], result) for number in (2, 3, 4))
+    certificate = Certificate(result=result, attempt=0, votes=by_others)
+    for seat in table.up():
+        table.hear(seat, certificate)
+        assert seat.core.phase is Phase.FETCH
+    table.restart(table.seats[2])
+    table.advance(5.0)
+    table.kill(table.seats[2])
+    for seat in table.up():
+        for part in result.parts:
+            table.hold(seat, part.digest)
+    table.settle()
+    assert [seat.core.round for seat in table.up()] == [2, 2]
+    table.advance(AFTER_S - 1.0)
+    assert all(seat.said(Proposal) == [] for seat in table.up())
+    table.advance(1.0 + MARGIN_S)
+    assert set(table.result(2).voters) == set(PEERS[:2])
 
 
 def test_a_declaration_needs_the_word_of_everybody_whom_it_names() -> None:
