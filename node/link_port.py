@@ -33,6 +33,7 @@ class LinkEnd(StrEnum):
     LIMIT = "limit"  # one of our own limits
     STOPPED = "stopped"
     OUTRUN = "outrun"  # another address of the peer answered first
+    ADDRESS_GONE = "address_gone"  # this machine's, by which the connection was made
     DIVERTED = "diverted"  # the connection was no link, and somebody else has it
     RELAY_ENDED = "relay_ended"  # without a goodbye, by the peer or by the member that passed its bytes on
 

@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from contextlib import contextmanager, suppress
 
 from shoal.node.arrivals import ArrivalLimits, Arrivals
+from shoal.node.interfaces import has_address
 from shoal.node.link_host import ConnectionTaker
 from shoal.node.link_listen import open_dialling, open_listeners
 from shoal.node.link_port import (
@@ -296,6 +297,16 @@ class TensorLinks:
             # It has told what it was made for, and would count against the other side's limit.
             link.leave(LinkEnd.IDLE)
         return True
+
+    def end_stranded(self, is_own: Callable[[str], bool] = has_address) -> int:
+        """End every connection by an address which this machine has no more; how many. Their silence would be noticed,
+        but late, and no other link be made before."""
+        hosts = {link.local[0] for link in self._connected}
+        gone = {host for host in hosts if host and not is_own(host)}
+        stranded = [link for link in self._connected if link.local[0] in gone and link.ended is None]
+        for link in stranded:
+            link.end(LinkEnd.ADDRESS_GONE)
+        return len(stranded)
 
     def statistics(self) -> LinkStatistics:
         """A snapshot; peers in the order in which they were last met."""

@@ -115,6 +115,8 @@ class TensorPaths:
 
     def addresses_changed(self) -> None:
         """The machine's own addresses, or the network behind them, are others now."""
+        if ended := self._links.end_stranded():
+            log.info("%d tensor links ended: %s", ended, LinkEnd.ADDRESS_GONE)
         self.punches.forget_pauses()
         self.relayed.forget_pauses()
         self.reach.addresses_changed()

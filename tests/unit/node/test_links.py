@@ -323,6 +323,18 @@ async def test_reset_connection_is_a_loss_on_both_sides() -> None:
 
 
 @on_both_loops
+async def test_links_by_an_address_that_is_gone_end_and_the_next_one_is_dialled() -> None:
+    async with pair() as (alice, bob):
+        await alice.push(bob, b"by the cable")
+        assert alice.links.end_stranded() == alice.links.end_stranded(lambda host: host == "127.0.0.1") == 0
+        assert alice.links.end_stranded(lambda host: host != "127.0.0.1") == 1
+        assert alice.sink.ends == [(bob.peer, LinkEnd.ADDRESS_GONE)]
+        await bob.sink.until(lambda: bob.sink.ends)
+        await alice.push(bob, b"by the radio")
+        assert alice.links.end_stranded() == 0 and alice.links.is_linked(bob.peer)
+
+
+@on_both_loops
 async def test_altered_byte_kills_the_link_with_a_reason() -> None:
     async with pair() as (alice, bob), Proxy.before(bob.address) as (proxy, address):
         await alice.links.send(bob.peer, (address,), describe(b"x"), memoryview(b"x"))
