@@ -498,6 +498,7 @@ class Daemon:
     def _lost(self, lost: PeerLost) -> None:
         known = self.membership.table.newest(lost.peer)
         self.core.lose(lost.peer, asyncio.get_running_loop().time())
+        self.links.doubt(lost.peer)
         self.ready_offer.correct()
         self.driver.pump()
         self.reporter.peer_lost(lost.peer, Failure.PEER_LEFT if known and known.leaving else lost.reason)

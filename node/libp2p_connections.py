@@ -44,6 +44,8 @@ LINK_TIMEOUT_S = 20
 PING_PERIOD_S = 4.0
 SILENCE_TIMEOUT_S = 8.0
 SECOND_LOOK_S = 1.0
+# The same, once the peer has made another connection: it may have moved, and cannot end this one.
+DOUBT_TIMEOUT_S = 3.0
 # A frame that the socket, or the relay, does not take for this long costs the connection.
 FRAME_TIMEOUT_S = 5.0
 # How long a circuit that this side has closed may stay open on the other.
@@ -288,22 +290,25 @@ class BoundedYamux(Yamux):
         return sum(len(buffer) for buffer in self.stream_buffers.values())
 
     async def _measure_rtt_loop(self) -> None:
-        """Ping, and watch for any byte in return."""
-        transport = transport_of(self)
-        while True:
+        while not self.event_shutting_down.is_set():
             with trio.move_on_after(PING_PERIOD_S):
                 await self.event_shutting_down.wait()
-            if self.event_shutting_down.is_set():
+            if not self.event_shutting_down.is_set() and not await self.prove_alive(SILENCE_TIMEOUT_S):
                 return
-            before_bytes = transport.received_bytes
-            with Contained("a ping"), trio.move_on_after(SILENCE_TIMEOUT_S):
-                await self._ping()
-            if transport.received_bytes == before_bytes and not self.event_shutting_down.is_set():
-                # This process may have been stopped for so long itself, with the answer waiting to be read.
-                await trio.sleep(SECOND_LOOK_S)
-            if transport.received_bytes == before_bytes:
-                await transport.abort()
-                return
+
+    async def prove_alive(self, timeout_s: float) -> bool:
+        """Ping, and watch for any byte in return; without one the connection is dropped."""
+        transport = transport_of(self)
+        before_bytes = transport.received_bytes
+        with Contained("a ping"), trio.move_on_after(timeout_s):
+            await self._ping()
+        if transport.received_bytes == before_bytes and not self.event_shutting_down.is_set():
+            # This process may have been stopped for so long itself, with the answer waiting to be read.
+            await trio.sleep(SECOND_LOOK_S)
+        if transport.received_bytes == before_bytes:
+            await transport.abort()
+            return False
+        return True
 
     async def _ping(self) -> None:
         self._ping_id += 1

@@ -289,6 +289,8 @@ class ControlEngine:
         if peer in self._peers:
             if self._peers[peer].relayed and not relayed:
                 self._prefer_direct(peer)
+            if self._tasks is not None:
+                self._tasks.start_soon(self._swarm.doubt_others, connection)
             return
         dialled = isinstance(connection, SwarmConn) and connection.direction is Direction.OUTBOUND
         remote = [str(address) for address in connection.get_transport_addresses()] if dialled else []

@@ -61,6 +61,7 @@ from multiaddr import Multiaddr
 from shoal.node.arrivals import ArrivalLimits, Arrivals
 from shoal.node.control import ControlConfig
 from shoal.node.libp2p_connections import (
+    DOUBT_TIMEOUT_S,
     BoundedYamux,
     CircuitStream,
     Contained,
@@ -180,6 +181,14 @@ class BoundedSwarm(Swarm):
             not connection.is_closed and not is_relayed(connection.muxed_conn)
             for connection in self.get_connections(peer_id)
         )
+
+    async def doubt_others(self, connection: INetConn) -> None:
+        """This is another connection with its peer: the older ones are dropped unless the peer answers on them soon."""
+        peer_id = connection.muxed_conn.peer_id
+        async with trio.open_nursery() as pings:
+            for other in self.get_connections(peer_id):
+                if other is not connection and isinstance(other.muxed_conn, BoundedYamux):
+                    pings.start_soon(other.muxed_conn.prove_alive, DOUBT_TIMEOUT_S)
 
     def is_dialled_by_relay(self, peer_id: ID) -> bool:
         """Whether the peer has dialled this one through a relay, and that connection stands."""

@@ -180,6 +180,10 @@ class Link(asyncio.BufferedProtocol):
         if self.ended is None:
             self._say_why(refusal, linger=True)
 
+    def doubt(self) -> None:
+        """The peer may be gone: end this link unless it shows soon that it is not."""
+        self._deadlines.doubt()
+
     def end(self, reason: LinkEnd, refusal: Refusal | None = None) -> None:
         """Cut the connection now."""
         self._finish(reason, refusal)

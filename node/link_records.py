@@ -5,6 +5,7 @@ KiB of a burst, no byte is moved twice. Memory grows past `SMALL_INBOX_BYTES` on
 has been found to be the one that has to come.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -125,6 +126,7 @@ class LinkDeadlines:
         "_active_at_s",
         "_clock_s",
         "_config",
+        "_doubted_at_s",
         "_heard_at_s",
         "_last",
         "_pinged_at_s",
@@ -138,20 +140,32 @@ class LinkDeadlines:
         self._last: LinkSigns | None = None
         self._ticked_at_s = self._pinged_at_s = now_s
         self._clock_s = self._heard_at_s = self._taken_at_s = self._active_at_s = 0.0
+        self._doubted_at_s: float | None = None
         self._window: tuple[float, int] | None = None
+
+    def doubt(self) -> None:
+        """The peer may be gone: a ping is due, and if nothing comes within doubt_timeout_s it is taken for silent."""
+        if self._doubted_at_s is None:
+            self._doubted_at_s = self._clock_s
+            self._pinged_at_s = -math.inf
 
     def judge(self, now_s: float, signs: LinkSigns) -> LinkEnd | None:
         """Why the link should end now; None if it should go on. Called at every tick."""
         last, self._last = self._last, signs
+        before_s = self._clock_s
         self._clock_s += min(now_s - self._ticked_at_s, 2 * self._config.tick_s)
         self._ticked_at_s = now_s
         if last is None or signs.wire_bytes_in != last.wire_bytes_in or signs.reading_held:
             self._heard_at_s = self._clock_s
+            if self._doubted_at_s is not None and before_s > self._doubted_at_s:
+                self._doubted_at_s = None  # what has come since the last tick may be older than the doubt
         if last is None or signs.wire_bytes_taken != last.wire_bytes_taken or not signs.writing_paused:
             self._taken_at_s = self._clock_s
         if last is None or signs.frames != last.frames or signs.busy or signs.unfinished:
             self._active_at_s = self._clock_s
         if self._clock_s - self._heard_at_s >= self._config.silence_timeout_s:
+            return LinkEnd.SILENT
+        if self._doubted_at_s is not None and self._clock_s - self._doubted_at_s >= self._config.doubt_timeout_s:
             return LinkEnd.SILENT
         if self._clock_s - self._taken_at_s >= self._config.stall_timeout_s:
             return LinkEnd.STALLED

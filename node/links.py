@@ -298,6 +298,11 @@ class TensorLinks:
             link.leave(LinkEnd.IDLE)
         return True
 
+    def doubt(self, peer: PeerId) -> None:
+        """The peer may be gone, or be elsewhere: its links end soon unless it answers on them."""
+        for link in self._links.get(peer, ()):
+            link.doubt()
+
     def end_stranded(self, is_own: Callable[[str], bool] = has_address) -> int:
         """End every connection by an address which this machine has no more; how many. Their silence would be noticed,
         but late, and no other link be made before."""
@@ -353,6 +358,8 @@ class TensorLinks:
         refusal = self.sink.admit(peer)
         if refusal is not None:
             return refusal
+        for other in links:
+            other.doubt()  # who has moved opens a new one, and cannot end the old ones
         self._links[peer] = [*links, link]
         self._opening.set()
         self._opening = asyncio.Event()

@@ -133,6 +133,8 @@ class Mdns:
 
     async def run(self) -> None:
         """Announce and listen on every network that the machine is in, until cancelled."""
+        # It warns, with a traceback, of a socket whose address has gone; the watch has told that already.
+        logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
         end = self._watch.subscribe(lambda _: self._moved.set())
         try:
             while True:

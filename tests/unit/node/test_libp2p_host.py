@@ -12,7 +12,7 @@ from contextlib import suppress
 import pytest
 
 from shoal.dht.addresses import parse_peer_address
-from shoal.node import libp2p_connections
+from shoal.node import libp2p_connections, libp2p_stack
 from shoal.node.control import (
     ControlConfig,
     ControlHandlers,
@@ -201,12 +201,16 @@ async def test_connections_of_an_address_that_is_gone_end_at_once(
     assert await other.plane.request(one.peer, b"there?") == b"answer to there?"
 
 
+@pytest.mark.parametrize(
+    ("ping_s", "silence_s", "doubt_s"), [(0.2, 0.5, 600.0), (600.0, 600.0, 0.5)], ids=["silence", "doubt"]
+)
 async def test_a_peer_that_is_back_before_its_loss_was_noticed_hears_presences(
-    members: Members, monkeypatch: pytest.MonkeyPatch
+    members: Members, monkeypatch: pytest.MonkeyPatch, ping_s: float, silence_s: float, doubt_s: float
 ) -> None:
     """As behind a router that got another address: this side still waits on the old connection."""
-    monkeypatch.setattr(libp2p_connections, "PING_PERIOD_S", 0.2)
-    monkeypatch.setattr(libp2p_connections, "SILENCE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(libp2p_connections, "PING_PERIOD_S", ping_s)
+    monkeypatch.setattr(libp2p_connections, "SILENCE_TIMEOUT_S", silence_s)
+    monkeypatch.setattr(libp2p_stack, "DOUBT_TIMEOUT_S", doubt_s)
     (one,), other = await members.start(1), members.make()
     await other.plane.start()
     network = ShapedNetwork()

@@ -106,6 +106,27 @@ def test_silence_does_not_count_while_we_do_not_listen() -> None:
     assert judge([(0, held), (30, held), (40, QUIET)])[-1] is LinkEnd.SILENT
 
 
+def run_doubted(answer_at_s: int) -> tuple[list[int], int]:
+    """When a link pings and when it ends that is doubted at 9 s, with a byte here already that was not looked at."""
+    deadlines = LinkDeadlines(replace(CONFIG, tick_s=1, doubt_timeout_s=4, ping_period_s=8), 0.0)
+    pings: list[int] = []
+    for now_s in range(40):
+        if now_s == 9:
+            deadlines.doubt()
+            deadlines.doubt()
+        wire_bytes = min(now_s, 9) + (now_s >= answer_at_s)
+        if deadlines.judge(now_s, replace(QUIET, wire_bytes_in=wire_bytes)) is LinkEnd.SILENT:
+            return pings, now_s
+        pings += [now_s] if deadlines.is_ping_due(now_s) else []
+    raise AssertionError("it never ends")
+
+
+def test_a_link_that_is_in_doubt_has_little_time_to_show_that_it_lives() -> None:
+    assert run_doubted(answer_at_s=99) == ([8, 9], 12)
+    assert run_doubted(answer_at_s=13) == ([8, 9], 12)
+    assert run_doubted(answer_at_s=11) == ([8, 9, 17], 21)
+
+
 def test_late_tick_is_not_the_peers_silence() -> None:
     deadlines = LinkDeadlines(replace(CONFIG, tick_s=1), 0.0)
     times = [1, 2, 3, 60, 61, 62, 63, 64, 65, 66]

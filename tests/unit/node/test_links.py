@@ -323,6 +323,26 @@ async def test_reset_connection_is_a_loss_on_both_sides() -> None:
 
 
 @on_both_loops
+async def test_another_link_ends_those_on_which_the_peer_is_silent() -> None:
+    async with pair(doubt_timeout_s=0.3) as (alice, bob), Proxy.before(bob.address) as (proxy, address):
+        await alice.links.send(bob.peer, (address,), describe(b"by the cable"), memoryview(b"by the cable"))
+        proxy.flowing.clear()
+        await alice.links.dial_from_port(bob.peer, bob.address)
+        assert count_links(alice, bob) == 2
+        for one, other in ((alice, bob), (bob, alice)):
+            while count_links(one, other) != 1:
+                await asyncio.sleep(0)
+            assert one.sink.ends == [], "there is another one"
+        await bob.push(alice, b"by the radio")
+        proxy.cut()
+
+
+def count_links(one: Node, other: Node) -> int:
+    (known,) = [peer for peer in one.links.statistics().peers if peer.peer == other.peer]
+    return known.links
+
+
+@on_both_loops
 async def test_links_by_an_address_that_is_gone_end_and_the_next_one_is_dialled() -> None:
     async with pair() as (alice, bob):
         await alice.push(bob, b"by the cable")
