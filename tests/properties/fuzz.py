@@ -43,14 +43,12 @@ Take = Callable[[bytes], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parser:
-    """`take` hands bytes to what is tested; `samples` are valid; `covers` names the functions that it is about.
-    `share` of the inputs that were asked for are given, for parsers that cost more than the others."""
+    """`take` hands bytes to what is tested; `samples` are valid; `covers` names the functions that it is about."""
 
     name: str
     take: Take
     samples: Callable[[], Sequence[bytes]]
     covers: tuple[str, ...]
-    share: float = 1.0
     is_packed: bool = True
     fixed_bytes: int | None = None
 
@@ -263,10 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"seed {seed}")
     for one in chosen:
         began_s = time.process_time()
-        count = max(1, round(options.count * one.share))
-        tally = run_parser(one, seed, count, options.first)
+        tally = run_parser(one, seed, options.count, options.first)
         used_s = time.process_time() - began_s
-        each_us = 1e6 * used_s / (options.first + count)
+        each_us = 1e6 * used_s / (options.first + options.count)
         refused = ", ".join(f"{times} {reason}" for reason, times in tally.refusals.most_common(4))
         print(f"{one.name:<16} {tally.inputs:>9,} inputs {used_s:7.1f} s {each_us:5.0f} us each", end=" ")
         print(f"{tally.ways:>3} ways out: {tally.accepted} accepted, {refused}", flush=True)

@@ -435,7 +435,6 @@ PARSERS: tuple[Parser, ...] = (
         name="admission_proof",
         take=take_proof,
         samples=lambda: [encode_record(PROOF)],
-        share=0.3,
         covers=("protocol.admission.AdmissionTable",),
     ),
     Parser(
@@ -448,7 +447,6 @@ PARSERS: tuple[Parser, ...] = (
         name="owners_word",
         take=take_owners_word,
         samples=lambda: [encode_record(GOOD)],
-        share=0.3,
         covers=("protocol.manifest.read_manifest_untrusted",),
     ),
     Parser(
@@ -477,7 +475,6 @@ PARSERS: tuple[Parser, ...] = (
         name="handshake",
         take=take_handshake,
         samples=list_dials,
-        share=0.2,
         covers=("protocol.secure_channel.Handshake",),
         is_packed=False,
     ),
