@@ -9,7 +9,7 @@ longer than its named timeout; every queue is bounded.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from shoal.node.reachability import ReachState
@@ -58,12 +58,14 @@ class PeerAddresses:
     """A peer and where it can be dialled, the most promising first; no addresses when only it can dial.
 
     `relayed`: it is connected, and through a relay only. `dialled`: it is connected because this peer has dialled it.
+    `relays`: it is connected, and gives places at its relay.
     """
 
     peer: PeerId
     addresses: tuple[str, ...]
     relayed: bool = False
     dialled: bool = False
+    relays: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -396,7 +396,7 @@ def _judge_routers(config: NodeConfig, seen: _Observations) -> list[Finding]:
         told = tuple(format_endpoint(one) for one in observed)
         mapping = judge_mapping(hosts, observed, view.port)
         nat = NatSeen(mapping=mapping, observers=view.observers, observed=told)
-    findings = [judge_nat(nat), judge_relay(None)]
+    findings = [judge_nat(nat), judge_relay(None, view.relays)]
     if not config.nat.port_mapping and not public:
         off = Unknown(why="nat.port_mapping is off: no router is asked", next_step="switch it on, or forward the ports")
         return [*findings, not_checked(Check.GATEWAY, off)]

@@ -117,10 +117,13 @@ def _judge_router(seen: RouterStatus) -> Finding:
     return not_checked(Check.GATEWAY, Unknown(why=why, next_step=step))
 
 
-def judge_relay(status: Status | None) -> Finding:
-    """What the running daemon holds; a place at a relay is given to who stays."""
+def judge_relay(status: Status | None, offered: int = 0) -> Finding:
+    """What the running daemon holds; without one, how many of the peers that were reached give places at theirs."""
+    if status is None and offered:
+        peers = "a peer that was reached gives" if offered == 1 else f"{offered} peers that were reached give"
+        return ok(Check.RELAY, f"{peers} places at a relay, if nobody can dial this machine")
     if status is None:
-        why = "a place at a relay is given to a running daemon"
+        why = "no peer was reached that gives places at a relay; a daemon that nobody can dial looks for one"
         return not_checked(Check.RELAY, Unknown(why=why, next_step=START))
     control = status.control
     if control.relays:

@@ -88,6 +88,7 @@ class SwarmView:
     down_fault: str = ""
     measured_with: str = ""
     rates_tried: bool = False
+    relays: int = 0  # peers that give places at theirs
     observers: int = 0  # of one port of this machine
     observed: set[Address] = field(default_factory=set)
     port: int = 0
@@ -126,11 +127,16 @@ class SwarmVisit:
         hosts = [address for _, texts in (*named, *known) for address in texts]
         await asyncio.gather(*calls, self._dial_hosts(hosts))
         await self._fetch_manifest()
+        self._count_relays()
         # One set of links: members serve and ask whichever link of a peer is open.
         async with open_links(self._identity, self._swarm, "0.0.0.0") as (links, offer, port):
             self._view.port = port
             # What is moved is small beside the time limit, and a look-up at peers that are gone takes long.
             await asyncio.gather(self._look_up(), self._observe(links), self._measure_rates(links, offer))
+            self._count_relays()
+
+    def _count_relays(self) -> None:
+        self._view.relays = sum(one.relays for one in self._control.peers())
 
     async def _call(self, into: dict[str, PeerAnswer], peer: PeerId, addresses: tuple[str, ...]) -> None:
         """Connect to one peer and ask whom it knows."""

@@ -228,19 +228,19 @@ class ControlEngine:
     async def disconnect(self, peer: PeerId) -> None:
         """Close the peer's sockets. The rest follows as if it had hung up."""
         for connection in self._swarm.get_connections(libp2p_id(peer)):
-            await _close_socket(connection)
+            await transport_of(connection.muxed_conn).abort()
 
     async def _drop_stranded(self) -> None:
         # Their silence would be noticed, but only after a while, and no other connection be made before.
         for connection in self._swarm.get_connections():
             if transport_of(connection.muxed_conn).is_stranded():
-                await _close_socket(connection)
+                await transport_of(connection.muxed_conn).abort()
 
     async def _close(self) -> None:
         self._dialer.close()
         # Circuits end with the connections that they run in.
         for connection in sorted(self._swarm.get_connections(), key=lambda one: is_relayed(one.muxed_conn)):
-            await _close_socket(connection)
+            await transport_of(connection.muxed_conn).abort()
         assert self._tasks is not None
         self._tasks.cancel_scope.cancel()
 
@@ -338,7 +338,7 @@ class ControlEngine:
         await trio.sleep(RETIRE_S)
         for connection in self._swarm.get_connections(libp2p_id(peer)):
             if is_relayed(connection.muxed_conn) and self._dialer.is_directly_connected(peer):
-                await _close_socket(connection)
+                await transport_of(connection.muxed_conn).abort()
 
     async def _note_identified(self, peer_id: ID) -> None:
         self._relays.wake()
@@ -358,7 +358,13 @@ class ControlEngine:
 
     def _publish_peers(self) -> None:
         self.peers = tuple(
-            PeerAddresses(peer=peer, addresses=known.addresses, relayed=known.relayed, dialled=known.dialled)
+            PeerAddresses(
+                peer=peer,
+                addresses=known.addresses,
+                relayed=known.relayed,
+                dialled=known.dialled,
+                relays=self._serves(peer, HOP_PROTOCOL),
+            )
             for peer, known in self._peers.items()
         )
 
@@ -550,8 +556,11 @@ class ControlEngine:
         """Peers that serve this, connected without a relay between; bootstrap peers first."""
         connected = [peer for peer in self._peers if self._dialer.is_directly_connected(peer)]
         bootstraps = self._bootstraps()
-        serving = [peer for peer in connected if protocol in self._protocols_of(libp2p_id(peer))]
+        serving = (peer for peer in connected if self._serves(peer, protocol))
         return sorted(serving, key=lambda peer: peer not in bootstraps)
+
+    def _serves(self, peer: PeerId, protocol: TProtocol) -> bool:
+        return protocol in self._protocols_of(libp2p_id(peer))
 
     def _candidates(self) -> list[Address]:
         return self._own.candidates(self._reach.seen_hosts())
@@ -589,7 +598,3 @@ class ControlEngine:
         confirmed = self._own.offered if unknown else self._reach.confirmed()
         addresses = self._own.announced(confirmed, self._relays.addresses())
         return [Multiaddr(str(address)) for address in addresses]
-
-
-async def _close_socket(connection: INetConn) -> None:
-    await transport_of(connection.muxed_conn).abort()

@@ -120,4 +120,6 @@ def test_relay(status: Status, control: ControlStatus, verdict: Verdict, text: s
 
 
 def test_without_a_daemon_no_relay_gives_a_place() -> None:
-    expect(judge_relay(None), Check.RELAY, Verdict.NOT_CHECKED, "running daemon", "shoal up")
+    expect(judge_relay(None), Check.RELAY, Verdict.NOT_CHECKED, "no peer was reached that gives", "shoal up")
+    expect(judge_relay(None, 1), Check.RELAY, Verdict.OK, "a peer that was reached gives places")
+    expect(judge_relay(None, 2), Check.RELAY, Verdict.OK, "2 peers that were reached give places")

@@ -97,6 +97,7 @@ def path(member: Member, peer: PeerId) -> str:
 async def test_a_private_peer_is_reached_through_its_relay(net: Net) -> None:
     relay = await net.start_relay()
     private = await net.start_private(relay)
+    assert [(one.peer, one.relays) for one in private.plane.peers()] == [(relay.peer, True)]
     other = await net.start()
     (address,) = circuits(private)
     assert await other.plane.connect([address]) == private.peer
