@@ -107,6 +107,20 @@ class RoundBallot(RoundState):
                 Refusal.OUT_OF_RANGE, f"attempt {attempt} of round {self.round}, we are at {self.attempt}"
             )
 
+    def _may_follow(self, attempt: int) -> bool:
+        """Where members may lie, a proposer's word leads to the next attempt and no further; beyond that, to where so
+        many voters are heard that one of them is honest. Otherwise one liar could send an honest voter, without whom
+        there is no quorum, to an attempt that the others reach in hours."""
+        if attempt <= self.attempt + 1 or not self._needs_locks():
+            return True
+        return attempt <= self._attempt_of_others()
+
+    def _attempt_of_others(self) -> int:
+        """The highest attempt that so many other voters have reached that no quorum is left below; -1 without."""
+        ahead = sorted(self._attempts_heard.values(), reverse=True)
+        needed = self._blocking_size()
+        return ahead[needed - 1] if len(ahead) >= needed else -1
+
     def _check_result(self, result: Result) -> None:
         check_result(result, self.head, self._parts)
         if result.codec != self._rules.codec:
@@ -122,10 +136,9 @@ class RoundBallot(RoundState):
         if presence.head_round != self.head.round or presence.head_digest != self.head.digest:
             return
         self._attempts_heard[presence.peer] = presence.attempt
-        ahead = sorted(self._attempts_heard.values(), reverse=True)
-        needed = self._blocking_size()
-        if len(ahead) >= needed and self.attempt < ahead[needed - 1] < REROOT_ATTEMPT:
-            self._fail_attempt(Failure.SUPERSEDED, presence.peer, now, ahead[needed - 1])
+        ahead = self._attempt_of_others()
+        if self.attempt < ahead < REROOT_ATTEMPT:
+            self._fail_attempt(Failure.SUPERSEDED, presence.peer, now, ahead)
 
     def _check_roster_size(self, plan: Plan) -> None:
         if len(plan.roster) < self._rules.peers_min:
@@ -172,7 +185,8 @@ class RoundBallot(RoundState):
         makes_progress = self.phase in (Phase.EXCHANGE, Phase.COMMIT)
         has_time = self._needs_locks() and self._deadline_s is not None
         busy = (makes_progress or has_time) and self.attempt < message.attempt
-        if message.attempt < self._vote.promised or (busy and self._proposer() not in self._lost):
+        is_refused = message.attempt < self._vote.promised or not self._may_follow(message.attempt)
+        if is_refused or (busy and self._proposer() not in self._lost):
             if busy and not self._needs_locks():
                 self._refused_attempt = max(self._refused_attempt, message.attempt)  # where this voter goes next
             self._send(sender, Nack(round=self.round, attempt=message.attempt, promised=self._vote.promised))
@@ -262,7 +276,7 @@ class RoundBallot(RoundState):
         self._check_result(message.result)
         self._check_proposer(message.attempt, sender)
         self._check_jump(message.attempt)
-        if message.attempt < self._vote.promised:
+        if message.attempt < self._vote.promised or not self._may_follow(message.attempt):
             self._send(sender, Nack(round=self.round, attempt=message.attempt, promised=self._vote.promised))
         elif not self._decided:
             known = self._proposal

@@ -101,7 +101,8 @@ class RoundExchange(RoundBallot):
         self._check_jump(plan.attempt)
         verify_message(sender, self._swarm, plan)
         # Only a promise binds. A peer that gave up on this attempt too early, and waits, comes back to it.
-        if plan.attempt < self._vote.promised or (plan.attempt < self.attempt and self.phase is not Phase.GATHER):
+        is_late = plan.attempt < self.attempt and self.phase is not Phase.GATHER
+        if plan.attempt < self._vote.promised or is_late or not self._may_follow(plan.attempt):
             self._dropped = Refusal.WRONG_ATTEMPT
             self._send(sender, Nack(round=self.round, attempt=plan.attempt, promised=self._vote.promised))
             return

@@ -305,3 +305,14 @@ def part_done_without_bytes(patches: Patches) -> None:
             self._lead.open.drop(message.part)
 
     patches.wrap(RoundCore, "_take_part_done", take)
+
+
+@bug(seed=146183191, by=LIVENESS)
+def late_reduction_forgotten(patches: Patches) -> None:
+    """The bytes of a reduction that ends after its attempt are here, and the core does not know it."""
+
+    def reduced(old: Any, self: RoundCore, number: int, attempt: int, *rest: Any) -> None:
+        if attempt == self.attempt:
+            old(self, number, attempt, *rest)
+
+    patches.wrap(RoundCore, "part_reduced", reduced)

@@ -7,6 +7,7 @@ import numpy as np
 from blake3 import blake3
 
 from shoal.protocol import aggregators, proposer
+from shoal.protocol.round_ballot import RoundBallot
 from shoal.protocol.round_state import RoundState
 from tests.sim.peer import SimPeer
 from tests.sim.planted import Arena, Patches, bug
@@ -43,3 +44,9 @@ def weights_uncapped(patches: Patches) -> None:
 def votes_without_locks(patches: Patches) -> None:
     """Where members may lie, voters vote at once, as if nobody did."""
     patches.set(RoundState, "_needs_locks", lambda self: False)
+
+
+@bug(seed=1131779170, by="rounds commit after faults stop")
+def followed_anywhere(patches: Patches) -> None:
+    """Where members may lie, one voter's word leads another to any attempt of its own."""
+    patches.set(RoundBallot, "_may_follow", lambda self, attempt: True)

@@ -227,3 +227,14 @@ def old_presence_of_restarted_peer_wins(patches: Patches) -> None:
         return old(self, presence, now)
 
     patches.wrap(PresenceTable, "receive", receive)
+
+
+@bug(seed=3095090335, by="a declaration comes after its timer")
+def timer_not_stopped(patches: Patches) -> None:
+    """A quorum that comes into sight while a certified round is fetched does not stop the declared timer."""
+
+    def watch(old: Any, self: RoundCore, now: float) -> None:
+        if self._decided is None:
+            old(self, now)
+
+    patches.wrap(RoundCore, "_watch_quorum", watch)

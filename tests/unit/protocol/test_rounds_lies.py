@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shoal.protocol import proposer, round_ballot
+from shoal.protocol.effects import Send
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
@@ -16,7 +17,9 @@ from shoal.protocol.messages import (
     Lock,
     LockCertificate,
     Locked,
+    Nack,
     PartDone,
+    Prepare,
     Promise,
     Proposal,
     Vote,
@@ -454,3 +457,27 @@ def test_a_certificate_of_a_third_is_none() -> None:
     votes = [make_vote(seat.identity, proposal.result) for seat in (liar, others[0])]
     certificate = gather_votes(proposal.result, votes)
     assert refusal_of(others[1], Certified(certificate=certificate), liar.peer) is Refusal.NO_QUORUM
+
+
+def test_one_voters_word_leads_no_further_than_the_next_attempt() -> None:
+    """Idle voters take a proposer's prepare: a liar could send one of them to where the others come in hours."""
+    table = sit_down()
+    order = table.order()
+    far, near = 4 * 63 + 3, 3
+    liar = order[3]
+    for seat in order[:3]:
+        refused = answer_of(seat, liar.peer, Prepare(round=1, attempt=far))
+        assert refused == [Nack(round=1, attempt=far, promised=0)] and seat.core.attempt == 0
+    first, second = order[:2]
+    for seat in (second, order[2]):
+        table.announce(seat, attempt=far)
+    assert first.core.attempt == far, "one of the two is honest"
+    assert isinstance(answer_of(first, liar.peer, Prepare(round=1, attempt=far))[0], Promise)
+    assert answer_of(order[2], liar.peer, Prepare(round=1, attempt=near)) == [Nack(round=1, attempt=near, promised=0)]
+
+
+def answer_of(seat: Seat, sender: PeerId, message: Prepare) -> list[object]:
+    """What the seat says to this."""
+    seat.core.take_effects()
+    seat.core.receive(message, sender, 0.0)
+    return [effect.message for effect in seat.core.take_effects() if isinstance(effect, Send)]
