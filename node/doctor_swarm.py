@@ -33,6 +33,7 @@ from shoal.node.doctor_network import BandwidthSeen, DhtSeen, PeerAnswer
 from shoal.node.endpoints import is_loopback, parse_endpoint_untrusted, parse_endpoints_untrusted, parse_ip
 from shoal.node.link_port import Address, FetchFailed, LinkConfig, LinkEnd, LinkLost
 from shoal.node.links import TensorLinks
+from shoal.node.upload_meter import PAUSE_S as UPLOAD_PAUSE_S
 from shoal.node.upload_meter import TIMEOUT_S as UPLOAD_TIMEOUT_S
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.errors import ProtocolError, Refusal, UriError
@@ -269,12 +270,17 @@ class SwarmVisit:
             if not view.up_fault or not view.down_fault:
                 return
 
-    async def _measure_up(self, peer: PeerId, offer: memoryview) -> str:
+    async def _measure_up(self, peer: PeerId, offer: memoryview, *, is_second: bool = False) -> str:
         """Let the member fetch the offer; why there is no rate, where there is none."""
         question = MeasureUpload(digest=blake3(offer).digest(), nbytes=len(offer))
         try:
             answer = await self._ask(peer, question, UPLOAD_TIMEOUT_S + ASK_TIMEOUT_S)
         except RequestRefused as error:
+            if error.refusal is Refusal.LIMIT and not is_second:
+                # The member has just measured for somebody else, or for an earlier look around of this machine.
+                self._view.up_fault = f"refused: {error.refusal}"
+                await asyncio.sleep(UPLOAD_PAUSE_S)
+                return await self._measure_up(peer, offer, is_second=True)
             return f"refused: {error.refusal}"
         except (PeerUnreachable, ProtocolError, ControlStopped) as error:
             return str(error)
