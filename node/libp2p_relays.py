@@ -245,7 +245,7 @@ class CircuitTransport(ITransport):
             raise OpenConnectionError(f"by the relay: {detail}") from None
 
     def create_listener(self, handler_function: THandler) -> IListener:
-        raise NotImplementedError("connections through relays come in by streams")
+        raise AssertionError("connections through relays come in by streams")
 
     def can_dial(self, maddr: Multiaddr) -> bool:
         return "p2p-circuit" in {protocol.name for protocol in maddr.protocols()}

@@ -137,9 +137,8 @@ class LinkConfig:
     handshake_timeout_s: float = 5.0
     ping_period_s: float = 5.0
     silence_timeout_s: float = 15.0
-    doubt_timeout_s: float = (
-        6.0  # the same, once there is reason to believe that the peer has gone; above a ping period
-    )
+    # The same, once there is reason to believe that the peer has gone: above its ping period.
+    doubt_timeout_s: float = 6.0
     stall_timeout_s: float = 30.0
     idle_timeout_s: float = 300.0
     goodbye_timeout_s: float = 1.0

@@ -358,8 +358,7 @@ class TensorLinks:
         refusal = self.sink.admit(peer)
         if refusal is not None:
             return refusal
-        for other in links:
-            other.doubt()  # who has moved opens a new one, and cannot end the old ones
+        self.doubt(peer)  # who has moved opens a new one, and cannot end the old ones
         self._links[peer] = [*links, link]
         self._opening.set()
         self._opening = asyncio.Event()

@@ -26,8 +26,6 @@ from shoal.node.reachability import ReachState
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal, UriError
 from shoal.protocol.identity import PeerId
 
-BOOTSTRAP_RETRY_S = 0.01
-
 
 class MemoryNetwork:
     """Who listens where. `ports` are given out from 1 up."""
@@ -37,6 +35,11 @@ class MemoryNetwork:
         self.listening: dict[tuple[str, int], PeerId] = {}
         self.providers: dict[bytes, set[PeerId]] = {}
         self._ports = 0
+        self._grown = asyncio.Event()
+
+    async def wait_grown(self) -> None:
+        """Until somebody else listens."""
+        await self._grown.wait()
 
     def listen(self, config: ControlConfig) -> list[Address]:
         """The concrete addresses of a new plane; raises ConfigError when one is taken."""
@@ -49,6 +52,8 @@ class MemoryNetwork:
             bound.append(Address(net=address.net, host=address.host, port=port, peer=config.identity.peer))
         for address in bound:
             self.listening[address.host, address.port] = config.identity.peer
+        self._grown.set()
+        self._grown = asyncio.Event()
         return bound
 
     def _free_port(self) -> int:
@@ -236,6 +241,7 @@ class MemoryControl:
             plane._deliver(plane._handlers.on_peer_lost, lost._me)
 
     async def _keep_bootstrapped(self, peer: PeerId, address: str) -> None:
+        """Dialled again as soon as that can lead somewhere, not by a clock."""
         attempts = 0
         while True:
             try:
@@ -244,11 +250,9 @@ class MemoryControl:
                 await self._lost[peer].wait()
             except PeerUnreachable as error:
                 attempts += 1
-                failed = BootstrapFailed(
-                    address=address, detail=error.detail, attempts=attempts, retry_s=BOOTSTRAP_RETRY_S
-                )
+                failed = BootstrapFailed(address=address, detail=error.detail, attempts=attempts, retry_s=0.0)
                 self._deliver(self._handlers.on_bootstrap_failed, failed)
-            await asyncio.sleep(BOOTSTRAP_RETRY_S)
+                await self._network.wait_grown()
 
 
 def refuse_presence(marker: bytes) -> Callable[[PeerId, bytes], None]:

@@ -21,9 +21,6 @@ LINE_MAX = 120
 NO_SLEEP = ("tests/unit", "tests/properties", "tests/sim")
 
 LONG_MODULES: dict[str, str] = {}
-SLEEPS = {
-    "tests/sim/memory_control.py": "a plane redials its bootstrap peers, as the real one does; no test waits for it",
-}
 BROAD_EXCEPTS = {
     "node/task_set.py": "the top of the daemon",
     "node/libp2p_thread.py": "the top of the libp2p thread: what ends it is told to the loop",
@@ -130,10 +127,7 @@ def test_no_test_sleeps(path: Path) -> None:
         for call, word in find_calls(path)
         if word == "sleep" and not (call.args and isinstance(call.args[0], ast.Constant) and call.args[0].value == 0)
     ]
-    if name_of(path) in SLEEPS:
-        assert sleeps != [], "it does not sleep any more: strike it off the list"
-    else:
-        assert sleeps == []
+    assert sleeps == []
 
 
 # -- what bytes from outside must never reach --------------------------------------------------------------------------
@@ -221,7 +215,7 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
             test_nothing_unpickles_or_evaluates(worse)
 
 
-@pytest.mark.parametrize("listed", [LONG_MODULES, SLEEPS, BROAD_EXCEPTS], ids=["long", "sleeps", "excepts"])
+@pytest.mark.parametrize("listed", [LONG_MODULES, BROAD_EXCEPTS], ids=["long", "excepts"])
 def test_exceptions_are_of_files_that_exist(listed: dict[str, str]) -> None:
     assert {name for name in listed if not (ROOT / name).is_file()} == set()
     assert all(listed.values())
