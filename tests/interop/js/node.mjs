@@ -123,7 +123,12 @@ const calls = {
     }, { runOnLimitedConnection: true })
   },
   ask: async (node, peer, protocol, question) => {
-    const stream = await node.dialProtocol(peerIdFromString(peer), protocol, { runOnLimitedConnection: true })
+    // dialProtocol dials again where there is a relayed connection only, joins such a dial of the DHT's, and fails when
+    // that one drops what it got for a duplicate.
+    const id = peerIdFromString(peer)
+    const options = { runOnLimitedConnection: true }
+    const open = node.getConnections(id).find(one => one.status === 'open')
+    const stream = await (open?.newStream(protocol, options) ?? node.dialProtocol(id, protocol, options))
     const frames = lpStream(stream, { maxDataLength: FRAME_BYTES_MAX })
     await frames.write(bytes(question))
     const answer = await frames.read()
