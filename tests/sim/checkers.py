@@ -342,11 +342,11 @@ class Checker:
         self._phases[peer.identity.peer] = (phase, peer.clock(), peer.paused_s)
 
     def _is_ahead(self, peer: "SimPeer") -> bool:
-        """Whether too few voters have come to this peer's attempt: it waits for them."""
+        """Whether too few of the voters in sight have come to this peer's attempt: it waits for them."""
         core, others = peer.core, peer.world.by_id
-        up = (others[one] for one in core.head.voters if one in others and others[one].up and others[one] is not peer)
-        voters = [one.core for one in up]
-        here = sum(one.round > core.round or (one.round, one.attempt) >= (core.round, core.attempt) for one in voters)
+        in_sight = (others[one] for one in peer.table.live() if one in core.head.voters and one in others)
+        up = (one.core for one in in_sight if one.up and one is not peer)
+        here = sum(one.round > core.round or (one.round, one.attempt) >= (core.round, core.attempt) for one in up)
         own = peer.identity.peer in core.head.voters
         return not oracle.is_quorum(here + own, len(core.head.voters), self.manifest.rounds.quorum)
 
