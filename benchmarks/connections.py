@@ -3,7 +3,8 @@
     python -m benchmarks.connections [--count 200] [--seconds 30] [--json FILE]
 
 The node is a production libp2p host in a process of its own; the others are hosts in two further processes, and dial
-it. Both ends ping every four seconds. Memory is the resident set, CPU the share of one core over `--seconds`.
+it. Whoever has heard nothing for four seconds pings. Memory is the resident set, CPU the share of one core over
+`--seconds`.
 """
 
 import argparse

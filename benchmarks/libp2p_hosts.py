@@ -5,15 +5,18 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from shoal.node.control import ControlConfig, ControlHandlers
+from shoal.node.control import ControlConfig, ControlHandlers, PeerUnreachable
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.protocol.identity import Identity
 
 SWARM = bytes(range(32))
 CALL_TIMEOUT_S = 900.0
+TRIES_MAX = 20
+AGAIN_S = 0.5
 
 
 def identity_of(number: int) -> Identity:
@@ -58,9 +61,16 @@ class Hosts:
         return {number: host.addresses()[0] for number, host in self._hosts.items()}
 
     async def connect(self, number: int, addresses: list[str]) -> None:
-        """Connect one host to these, one after the other."""
+        """Connect one host to these, one after the other, again where so many come from one machine at once that
+        newcomers are turned away."""
         for address in addresses:
-            await self._hosts[number].connect([address])
+            for _ in range(TRIES_MAX):
+                with suppress(PeerUnreachable):
+                    await self._hosts[number].connect([address])
+                    break
+                await asyncio.sleep(AGAIN_S)
+            else:
+                await self._hosts[number].connect([address])
 
     async def join(self, number: int) -> None:
         """Look for the own neighbourhood."""

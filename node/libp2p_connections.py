@@ -40,8 +40,9 @@ from shoal.node.interfaces import has_address
 
 # A peer whose kernel acknowledges nothing for this long is hung up on.
 LINK_TIMEOUT_S = 20
-# And one that sends no byte for this long after a ping, too: a relay's kernel may acknowledge for it.
+# A peer of which no byte has come for this long is pinged. One ping shows both ends that the other lives.
 PING_PERIOD_S = 4.0
+# And one that sends no byte for this long after it is hung up on, too: a relay's kernel may acknowledge for it.
 SILENCE_TIMEOUT_S = 8.0
 SECOND_LOOK_S = 1.0
 # The same, once the peer has made another connection: it may have moved, and cannot end this one.
@@ -93,6 +94,7 @@ class Transport(ReadWriteCloser):
 
     # Of the whole life of the transport: liveness is any byte at all.
     received_bytes = 0
+    received_s = float("-inf")  # when the last of them came
     _unread: bytearray
 
     @abstractmethod
@@ -114,6 +116,7 @@ class Transport(ReadWriteCloser):
             if not chunk:
                 break
             self.received_bytes += len(chunk)
+            self.received_s = trio.current_time()
             self._unread += chunk
         count = len(self._unread) if n is None else enough
         taken = bytes(self._unread[:count])
@@ -290,11 +293,15 @@ class BoundedYamux(Yamux):
         return sum(len(buffer) for buffer in self.stream_buffers.values())
 
     async def _measure_rtt_loop(self) -> None:
+        transport = transport_of(self)
         while not self.event_shutting_down.is_set():
-            with trio.move_on_after(PING_PERIOD_S):
-                await self.event_shutting_down.wait()
-            if not self.event_shutting_down.is_set() and not await self.prove_alive(SILENCE_TIMEOUT_S):
-                return
+            silent_s = trio.current_time() - transport.received_s
+            if silent_s >= PING_PERIOD_S:
+                if not await self.prove_alive(SILENCE_TIMEOUT_S):
+                    return
+            else:
+                with trio.move_on_after(PING_PERIOD_S - silent_s):
+                    await self.event_shutting_down.wait()
 
     async def prove_alive(self, timeout_s: float) -> bool:
         """Ping, and watch for any byte in return; without one the connection is dropped."""
