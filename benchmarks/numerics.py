@@ -1,4 +1,4 @@
-"""What the numbers of a round cost one core: encode, check and decode, aggregate, outer step, digests.
+"""What the numbers of a round cost one core: every codec, aggregation, outer step, digests.
 
     python -m benchmarks.numerics [--elements N] [--repeats N] [--json FILE]
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart
-from shoal.protocol.codecs import CODECS
+from shoal.protocol.codecs import CODECS, INT8, Codec, encode_with_feedback
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
 from shoal.protocol.state import chunk_digests
 
@@ -37,22 +37,17 @@ def measure(work: Callable[[], object], megabytes: float, repeats: int) -> float
 
 def run(elements: int, repeats: int) -> dict[str, float]:
     """Every figure by its name."""
-    codec, optimizer = CODECS["int8"], OUTER_OPTIMIZERS["nesterov"]
-    reduction = Reduction(codec_in=codec, aggregator=AGGREGATORS["mean"], codec_out=codec)
+    optimizer, reduction = OUTER_OPTIMIZERS["nesterov"], make_reduction("int8")
     entropy = np.random.default_rng(1)
     values, momentum, update = (entropy.standard_normal(elements, dtype=np.float32) for _ in range(3))
-    encoded = [codec.encode(entropy.standard_normal(elements, dtype=np.float32)) for _ in range(MEMBERS)]
+    encoded = [INT8.encode(entropy.standard_normal(elements, dtype=np.float32)) for _ in range(MEMBERS)]
     parts = [WeightedPart(encoded=one, weight=1.0, clip_factor=1.0) for one in encoded]
-    out = np.empty(elements, np.float32)
-
-    def decode() -> None:
-        codec.check_untrusted(encoded[0], elements)
-        codec.decode_untrusted(encoded[0], elements, out)
-
+    residual, residual_next = np.zeros_like(values), np.empty_like(values)
     megabytes = elements * FLOAT32_BYTES / 1e6
     return {
-        "int8 encode": measure(lambda: codec.encode(values), megabytes, repeats),
-        "int8 check and decode": measure(decode, megabytes, repeats),
+        "int8 encode with error feedback": measure(
+            lambda: encode_with_feedback(INT8, values, residual, residual_next), megabytes, repeats
+        ),
         f"aggregate {MEMBERS} members, their input": measure(
             lambda: reduction.reduce_part(parts, elements), MEMBERS * megabytes, repeats
         ),
@@ -63,13 +58,33 @@ def run(elements: int, repeats: int) -> dict[str, float]:
     }
 
 
+def make_reduction(codec: str) -> Reduction:
+    """The weighted mean, in and out by one codec."""
+    return Reduction(codec_in=CODECS[codec], aggregator=AGGREGATORS["mean"], codec_out=CODECS[codec])
+
+
+def describe(codec: Codec, elements: int, repeats: int) -> dict[str, float]:
+    """What a codec costs and what it loses of normally distributed values, as a share of their root mean square."""
+    values = np.random.default_rng(2).standard_normal(elements, dtype=np.float32)
+    payload = memoryview(bytearray(codec.encoded_bytes(elements)))
+    out = np.empty(elements, np.float32)
+    megabytes = elements * FLOAT32_BYTES / 1e6
+    return {
+        "bits": round(8 * payload.nbytes / elements, 3),
+        "encode": measure(lambda: codec.encode(values, payload), megabytes, repeats),
+        "check and decode": measure(lambda: codec.decode_untrusted(payload, elements, out), megabytes, repeats),
+        "error": float(f"{np.sqrt(np.mean((values - out) ** 2) / np.mean(values**2)):.2g}"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="what the numbers of a round cost one core")
     parser.add_argument("--elements", type=int, default=4_000_000)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    figures = run(options.elements, options.repeats)
+    codecs = {name: describe(codec, options.elements, options.repeats) for name, codec in CODECS.items()}
+    figures = {"codecs": codecs, **run(options.elements, options.repeats)}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     print(json.dumps(figures, indent=2))

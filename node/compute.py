@@ -39,6 +39,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
 from shoal.protocol.quorum import make_bitmap
+from shoal.protocol.replica import rehearse
 
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 600.0
@@ -94,6 +95,7 @@ class Compute:
     async def start(self) -> None:
         """Start the trainer and let it train for the round after the head."""
         self.phase = TrainerState.STARTING
+        self._ports.spawn(asyncio.to_thread(rehearse, self._manifest))
         self._generation = self._state.generation
         work = Work(
             task=self._manifest.task,

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.protocol.codecs import CHUNK_ELEMENTS, Codec, Encoded, Float32s
+from shoal.protocol.codecs import CHUNK_ELEMENTS, Codec, Encoded, Float32s, load_kernels
 
 # No member weighs more than this many medians.
 WEIGHT_MEDIANS_MAX = 2
@@ -160,6 +160,7 @@ def _average(codec: Codec, parts: Sequence[WeightedPart], factors: Sequence[np.f
     weights = np.float32(0)
     for part in parts:
         weights = weights + np.float32(part.weight)
+    add_scaled = load_kernels().add_scaled
     scratch = np.empty(min(out.size, CHUNK_ELEMENTS), np.float32)
     for start in range(0, out.size, CHUNK_ELEMENTS):
         total = out[start : start + CHUNK_ELEMENTS]
@@ -167,6 +168,5 @@ def _average(codec: Codec, parts: Sequence[WeightedPart], factors: Sequence[np.f
         term = scratch[: total.size]
         for part, factor in zip(parts, factors, strict=True):
             codec.decode_range(part.encoded, out.size, start, term)
-            np.multiply(term, factor, out=term)
-            np.add(total, term, out=total)
+            add_scaled(term, factor, total)
         np.divide(total, weights, out=total)

@@ -2,14 +2,16 @@
 
 Every value that a codec yields is finite and at most its `magnitude_max`; larger input saturates, and error feedback
 (Seide et al., "1-Bit Stochastic Gradient Descent", 2014; Karimireddy et al., arXiv 1901.09847) carries the rest over.
-protocol/README.md, "Codecs", specifies the bytes.
+protocol/README.md, "Codecs", specifies the bytes; the loops are in protocol/kernels.py.
 
 Invariants: encoding and decoding are elementwise IEEE 754 operations in a fixed order, one rounding each, nothing fused
 and nothing summed, so that every machine gets the same bytes; whatever `encode` yields, `decode_untrusted` accepts;
-temporary memory is bounded by CHUNK_ELEMENTS.
+no temporary memory grows with the vector.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,25 +22,33 @@ Float32s = NDArray[np.float32]
 Encoded = bytes | bytearray | memoryview
 
 BLOCK_ELEMENTS = 256
-# What is worked on at a time: 256 KiB of float32, so that the passes of a kernel find their operands in the L2 cache.
+# What is worked on at a time where one loop follows another: 256 KiB of float32, which stay in the L2 cache.
 CHUNK_ELEMENTS = 1 << 16
 
 MAGNITUDE_MAX = 2.0**64
 FLOAT16_MAX = 65504.0
 INT8_CODE_MAX = 127
-# The smallest normal float32. A smaller scale would have too few bits for the error bound to hold.
-INT8_SCALE_MIN = 2.0**-126
-# 127 times this is below MAGNITUDE_MAX.
+INT4_CODE_MAX = 7
+# The smallest normal float32. A smaller scale would have too few bits for the error bounds to hold.
+SCALE_MIN = 2.0**-126
+# 127 times this, or 7 times that, is below MAGNITUDE_MAX.
 INT8_SCALE_MAX = 2.0**57
+INT4_SCALE_MAX = 2.0**61
+# 2^-6 of this is normal.
+E3M0_SCALE_MIN = 2.0**-120
 
 # Without the sign, floats are ordered like the unsigned integers of the same bits, with infinity and NaN last.
-_FLOAT32_MAGNITUDE = np.uint32(0x7FFFFFFF)
 _FLOAT32_INFINITY_BITS = 0x7F800000
-_FLOAT16_MAGNITUDE = np.uint16(0x7FFF)
 _FLOAT16_INFINITY_BITS = 0x7C00
+_BFLOAT16_INFINITY_BITS = 0x7F80
 _MAGNITUDE_MAX_BITS = int(np.float32(MAGNITUDE_MAX).view(np.uint32))
-_INT8_SCALE_MIN_BITS = int(np.float32(INT8_SCALE_MIN).view(np.uint32))
-_INT8_SCALE_MAX_BITS = int(np.float32(INT8_SCALE_MAX).view(np.uint32))
+
+
+def load_kernels() -> ModuleType:
+    """Imported by whoever computes, and not by a relay or a command."""
+    from shoal.protocol import kernels
+
+    return kernels
 
 
 class Codec(Protocol):
@@ -57,31 +67,39 @@ class Codec(Protocol):
     def encode(self, values: Float32s, out: memoryview | None = None) -> memoryview:
         """Write finite, contiguous float32[n] into `out`, `encoded_bytes(n)` writable bytes, or into new memory."""
 
+    def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
+        """Write values start .. start + len(values) of `elements` to their places in `out`: blocks of BLOCK_ELEMENTS,
+        whole but for the last one of all."""
+
     def check_untrusted(self, raw: Encoded, elements: int) -> None:
         """Raise ProtocolError unless `raw` decodes to `elements` values within `magnitude_max`."""
 
     def decode_range(self, raw: Encoded, elements: int, start: int, out: Float32s) -> None:
-        """Decode the values start .. start + len(out) of `elements`; `raw` has passed `check_untrusted`, `start` is a
-        multiple of BLOCK_ELEMENTS. Called with at most CHUNK_ELEMENTS at a time it needs no memory to speak of."""
+        """Decode the values start .. start + len(out) of `elements`: blocks of BLOCK_ELEMENTS, whole but for the last
+        one of all. `raw` has passed `check_untrusted`."""
 
     def decode_untrusted(self, raw: Encoded, elements: int, out: Float32s) -> None:
         """Check `raw` and decode all of it into contiguous float32[elements]; raises ProtocolError, and then leaves
         `out` as it was."""
 
 
-class _ChunkedDecoding:
-    """`decode_untrusted` in terms of the two methods that differ between codecs."""
+class _WholeVectors:
+    """`encode` and `decode_untrusted` in terms of the methods that differ between codecs."""
 
     __slots__ = ()
+
+    def encode(self: Codec, values: Float32s, out: memoryview | None = None) -> memoryview:
+        target = _target(self, values, out)
+        self.encode_range(values, values.size, 0, target)
+        return target
 
     def decode_untrusted(self: Codec, raw: Encoded, elements: int, out: Float32s) -> None:
         assert out.size == elements, "one place for every value"
         self.check_untrusted(raw, elements)
-        for start in range(0, elements, CHUNK_ELEMENTS):
-            self.decode_range(raw, elements, start, out[start : start + CHUNK_ELEMENTS])
+        self.decode_range(raw, elements, 0, out)
 
 
-class Float32Codec(_ChunkedDecoding):
+class Float32Codec(_WholeVectors):
     """The values themselves, little-endian: nothing is lost."""
 
     __slots__ = ()
@@ -91,15 +109,13 @@ class Float32Codec(_ChunkedDecoding):
     def encoded_bytes(self, elements: int) -> int:
         return 4 * elements
 
-    def encode(self, values: Float32s, out: memoryview | None = None) -> memoryview:
-        target = _target(self, values, out)
+    def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
         assert is_finite(values), "only finite values have a code"
-        np.clip(values, -MAGNITUDE_MAX, MAGNITUDE_MAX, out=np.frombuffer(target, "<f4"))
-        return target
+        load_kernels().clip(values, np.float32(MAGNITUDE_MAX), np.frombuffer(out, "<f4", values.size, 4 * start))
 
     def check_untrusted(self, raw: Encoded, elements: int) -> None:
         _check_length(self, raw, elements)
-        peak_bits = _peak_bits(np.frombuffer(raw, "<u4"), _FLOAT32_MAGNITUDE)
+        peak_bits = load_kernels().peak_bits(_read(raw, "<u4"))
         if peak_bits > _MAGNITUDE_MAX_BITS:
             raise _refuse(peak_bits >= _FLOAT32_INFINITY_BITS, "a value")
 
@@ -107,7 +123,7 @@ class Float32Codec(_ChunkedDecoding):
         np.copyto(out, np.frombuffer(raw, "<f4", out.size, 4 * start))
 
 
-class Float16Codec(_ChunkedDecoding):
+class Float16Codec(_WholeVectors):
     """IEEE 754 binary16, little-endian, rounded half to even."""
 
     __slots__ = ()
@@ -117,85 +133,139 @@ class Float16Codec(_ChunkedDecoding):
     def encoded_bytes(self, elements: int) -> int:
         return 2 * elements
 
-    def encode(self, values: Float32s, out: memoryview | None = None) -> memoryview:
-        target = _target(self, values, out)
+    def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
         assert is_finite(values), "only finite values have a code"
-        codes = np.frombuffer(target, "<f2")
-        scratch = np.empty(min(values.size, CHUNK_ELEMENTS), np.float32)
-        for start in range(0, values.size, CHUNK_ELEMENTS):
-            chunk = values[start : start + CHUNK_ELEMENTS]
-            clipped = np.clip(chunk, -FLOAT16_MAX, FLOAT16_MAX, out=scratch[: chunk.size])
-            np.copyto(codes[start : start + CHUNK_ELEMENTS], clipped, casting="same_kind")
-        return target
+        codes = np.frombuffer(out, "<u2", values.size, 2 * start)
+        load_kernels().encode_fp16(values, np.float32(FLOAT16_MAX), codes)
 
     def check_untrusted(self, raw: Encoded, elements: int) -> None:
         _check_length(self, raw, elements)
-        if _peak_bits(np.frombuffer(raw, "<u2"), _FLOAT16_MAGNITUDE) >= _FLOAT16_INFINITY_BITS:
+        if load_kernels().peak_bits_16(_read(raw, "<u2")) >= _FLOAT16_INFINITY_BITS:
             raise _refuse(True, "a value")
 
     def decode_range(self, raw: Encoded, elements: int, start: int, out: Float32s) -> None:
-        np.copyto(out, np.frombuffer(raw, "<f2", out.size, 2 * start))
+        load_kernels().decode_fp16(_read(raw, "<u2", out.size, 2 * start), out)
 
 
-class Int8Codec(_ChunkedDecoding):
-    """Blocks of 256 values: first the scale of every block, float32 little-endian, then one signed byte per value.
-
-    scale = absmax / 127, at least INT8_SCALE_MIN, at most INT8_SCALE_MAX, and 0 for a block of zeros; code = x / scale
-    rounded half to even. Where nothing saturates, abs(x - decoded) <= scale * (1/2 + 2**-16).
-    """
+class Bfloat16Codec(_WholeVectors):
+    """The upper half of a float32, little-endian, rounded half to even: as coarse as 8 bits of precision, as wide as
+    float32."""
 
     __slots__ = ()
-    name = "int8"
-    magnitude_max = INT8_CODE_MAX * INT8_SCALE_MAX
+    name = "bf16"
+    magnitude_max = MAGNITUDE_MAX
 
     def encoded_bytes(self, elements: int) -> int:
-        return 4 * _count_blocks(elements) + elements
+        return 2 * elements
 
-    def encode(self, values: Float32s, out: memoryview | None = None) -> memoryview:
-        target = _target(self, values, out)
-        scales, codes = _split_int8(target, values.size)
-        scratch = np.empty(min(values.size, CHUNK_ELEMENTS), np.float32)
-        for start, stop, width in _list_spans(0, values.size):
-            _encode_int8(
-                values[start:stop].reshape(-1, width),
-                scales[start // BLOCK_ELEMENTS : _count_blocks(stop)],
-                codes[start:stop].reshape(-1, width),
-                scratch[: stop - start].reshape(-1, width),
-            )
-        return target
+    def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
+        assert is_finite(values), "only finite values have a code"
+        codes = np.frombuffer(out, "<u2", values.size, 2 * start)
+        load_kernels().encode_bf16(values, np.float32(MAGNITUDE_MAX), codes)
 
     def check_untrusted(self, raw: Encoded, elements: int) -> None:
         _check_length(self, raw, elements)
-        scales, codes = _split_int8(raw, elements)
+        peak_bits = load_kernels().peak_bits_16(_read(raw, "<u2"))
+        if peak_bits > _MAGNITUDE_MAX_BITS >> 16:
+            raise _refuse(peak_bits >= _BFLOAT16_INFINITY_BITS, "a value")
+
+    def decode_range(self, raw: Encoded, elements: int, start: int, out: Float32s) -> None:
+        load_kernels().decode_bf16(_read(raw, "<u2", out.size, 2 * start), out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCodec(_WholeVectors):
+    """Blocks of 256 values: first the scale of every block, float32 little-endian, then the codes of every block.
+
+    The scale of a block of zeros is 0, every other one between `scale_min` and `scale_max`; `codes_per_byte` of a block
+    are packed into a byte. What a code means is in `kernels.BLOCK_KERNELS`.
+    """
+
+    name: str
+    magnitude_max: float
+    scale_min: float
+    scale_max: float
+    codes_per_byte: int
+
+    def encoded_bytes(self, elements: int) -> int:
+        return 4 * _count_blocks(elements) + self._codes_bytes(elements)
+
+    def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
+        assert is_finite(values), "only finite values have a code"
+        scales_place, codes_place = self._places(elements, start, values.size)
+        scales, codes = np.frombuffer(out, "<f4", *scales_place), np.frombuffer(out, np.uint8, *codes_place)
+        kernel = load_kernels().BLOCK_KERNELS[self.name].encode
+        kernel(values, np.float32(self.scale_min), np.float32(self.scale_max), scales, codes)
+
+    def check_untrusted(self, raw: Encoded, elements: int) -> None:
+        _check_length(self, raw, elements)
+        scales = np.frombuffer(raw, "<f4", _count_blocks(elements))
         # Seen as unsigned integers, negative numbers are above all positive ones: one comparison finds both kinds.
-        bits = scales.view("<u4")
-        if np.any((bits != 0) & (bits < _INT8_SCALE_MIN_BITS)) or bits.max() > _INT8_SCALE_MAX_BITS:
+        bits, lowest, highest = scales.view("<u4"), _bits_of(self.scale_min), _bits_of(self.scale_max)
+        if np.any((bits != 0) & (bits < lowest)) or bits.max() > highest:
             raise _refuse(not np.isfinite(scales).all(), "a scale")
-        if codes.min() < -INT8_CODE_MAX:
+        codes = _read(raw, np.uint8, self._codes_bytes(elements), scales.nbytes)
+        if load_kernels().BLOCK_KERNELS[self.name].has_other_codes(codes, elements):
             raise _refuse(False, "a code")
 
     def decode_range(self, raw: Encoded, elements: int, start: int, out: Float32s) -> None:
-        assert start % BLOCK_ELEMENTS == 0, "a range starts with a block"
-        scales, codes = _split_int8(raw, elements)
-        for first, last, width in _list_spans(start, start + out.size):
-            values = out[first - start : last - start].reshape(-1, width)
-            np.copyto(values, codes[first:last].reshape(-1, width))
-            factors = scales[first // BLOCK_ELEMENTS : _count_blocks(last)]
-            np.multiply(values, factors[:, np.newaxis], out=values)
+        scales_place, codes_place = self._places(elements, start, out.size)
+        scales, codes = _read(raw, "<f4", *scales_place), _read(raw, np.uint8, *codes_place)
+        load_kernels().BLOCK_KERNELS[self.name].decode(scales, codes, out)
+
+    def _places(self, elements: int, start: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """How many scales and bytes of codes a range has, and at which byte each begin."""
+        is_whole = count % BLOCK_ELEMENTS == 0 or start + count == elements
+        assert start % BLOCK_ELEMENTS == 0 and is_whole, "a range starts and ends with a block"
+        codes_start = 4 * _count_blocks(elements) + self._codes_bytes(start)
+        return (_count_blocks(count), 4 * _count_blocks(start)), (self._codes_bytes(count), codes_start)
+
+    def _codes_bytes(self, elements: int) -> int:
+        blocks, rest = divmod(elements, BLOCK_ELEMENTS)
+        return blocks * -(-BLOCK_ELEMENTS // self.codes_per_byte) - (-rest // self.codes_per_byte)
 
 
-CODECS: dict[str, Codec] = {"fp32": Float32Codec(), "fp16": Float16Codec(), "int8": Int8Codec()}
+# scale = absmax / 127, code = x / scale rounded half to even: abs(x - decoded) <= scale * (1/2 + 2**-16).
+INT8 = BlockCodec(
+    name="int8",
+    magnitude_max=INT8_CODE_MAX * INT8_SCALE_MAX,
+    scale_min=SCALE_MIN,
+    scale_max=INT8_SCALE_MAX,
+    codes_per_byte=1,
+)
+# The same with 7 for 127.
+INT4 = BlockCodec(
+    name="int4",
+    magnitude_max=INT4_CODE_MAX * INT4_SCALE_MAX,
+    scale_min=SCALE_MIN,
+    scale_max=INT4_SCALE_MAX,
+    codes_per_byte=2,
+)
+# A sign and one of seven powers of two, or 0 (Streaming DiLoCo, arXiv 2501.18512): scale = absmax, and abs(x - decoded)
+# <= max(abs(x) / 3, scale / 128).
+E3M0 = BlockCodec(
+    name="e3m0", magnitude_max=MAGNITUDE_MAX, scale_min=E3M0_SCALE_MIN, scale_max=MAGNITUDE_MAX, codes_per_byte=2
+)
+# 0, or the block's largest magnitude with a sign, whichever is nearer (TernGrad, arXiv 1705.07878, with error feedback
+# where it has random rounding): abs(x - decoded) <= scale / 2.
+TERNARY = BlockCodec(
+    name="ternary", magnitude_max=MAGNITUDE_MAX, scale_min=SCALE_MIN, scale_max=MAGNITUDE_MAX, codes_per_byte=5
+)
+
+CODECS: dict[str, Codec] = {
+    one.name: one for one in (Float32Codec(), Float16Codec(), Bfloat16Codec(), INT8, INT4, E3M0, TERNARY)
+}
 
 
 def is_encodable(values: Float32s) -> bool:
     """Whether every value is finite and at most MAGNITUDE_MAX: what a trainer's pseudo-gradient must be before it is
     encoded. Anything larger comes from a run that has diverged."""
-    return _peak_bits(values.view(np.uint32), _FLOAT32_MAGNITUDE) <= _MAGNITUDE_MAX_BITS
+    return bool(load_kernels().peak_bits(values.view(np.uint32)) <= _MAGNITUDE_MAX_BITS)
 
 
 def is_finite(values: Float32s) -> bool:
     """Whether there is neither an infinity nor a NaN."""
-    return _peak_bits(values.view(np.uint32), _FLOAT32_MAGNITUDE) < _FLOAT32_INFINITY_BITS
+    return bool(load_kernels().peak_bits(values.view(np.uint32)) < _FLOAT32_INFINITY_BITS)
 
 
 def encode_with_feedback(
@@ -208,52 +278,35 @@ def encode_with_feedback(
 
     decoded + residual_next == produced, exactly: where a code is not 0, half of it <= produced <= twice it, and such a
     difference is a float32 (Sterbenz's lemma); where it is 0, the residual is `produced`. Past `magnitude_max` this
-    holds up to 2**81 (int8) and 2**29 (fp16), and to a rounding beyond. -0 comes back as +0.
+    holds up to 2**81 (int8), 2**85 (int4), 2**29 (fp16) and 2**88 (the others), and to a rounding beyond. -0 comes back
+    as +0.
     """
     assert delta.size == residual.size == residual_next.size, "one residual for every value"
     assert not np.may_share_memory(residual, residual_next), "the residual outlives an attempt that fails"
-    np.add(delta, residual, out=residual_next)
-    encoded = codec.encode(residual_next, out)
+    target = _target(codec, delta, out)
     scratch = np.empty(min(delta.size, CHUNK_ELEMENTS), np.float32)
+    # One chunk after the other, so that all passes but the first find it in the cache.
     for start in range(0, delta.size, CHUNK_ELEMENTS):
         chunk = residual_next[start : start + CHUNK_ELEMENTS]
+        np.add(delta[start : start + CHUNK_ELEMENTS], residual[start : start + CHUNK_ELEMENTS], out=chunk)
+        codec.encode_range(chunk, delta.size, start, target)
         decoded = scratch[: chunk.size]
-        codec.decode_range(encoded, delta.size, start, decoded)
+        codec.decode_range(target, delta.size, start, decoded)
         np.subtract(chunk, decoded, out=chunk)
-    return encoded
+    return target
 
 
-def _encode_int8(values: Float32s, scales: Float32s, codes: NDArray[np.int8], scratch: Float32s) -> None:
-    """Encode the rows of `values`, one block each."""
-    magnitudes = np.bitwise_and(values.view(np.uint32), _FLOAT32_MAGNITUDE, out=scratch.view(np.uint32))
-    peaks = magnitudes.max(axis=1).view(np.float32)
-    assert np.isfinite(peaks).all(), "only finite values have a code"
-    rows = np.clip(peaks / np.float32(INT8_CODE_MAX), np.float32(INT8_SCALE_MIN), np.float32(INT8_SCALE_MAX))
-    np.divide(values, rows[:, np.newaxis], out=scratch)
-    np.rint(scratch, out=scratch)
-    if peaks.max() > INT8_CODE_MAX * INT8_SCALE_MAX:
-        np.clip(scratch, -INT8_CODE_MAX, INT8_CODE_MAX, out=scratch)
-    np.copyto(codes, scratch, casting="unsafe")
-    rows[peaks == 0] = 0
-    np.copyto(scales, rows)
+def _read(raw: Encoded, dtype: Any, count: int = -1, offset: int = 0) -> NDArray[Any]:
+    """A view that cannot be written: the kernels are compiled for one kind of it."""
+    return np.frombuffer(memoryview(raw).toreadonly(), dtype, count, offset)
 
 
-def _split_int8(raw: Encoded, elements: int) -> tuple[Float32s, NDArray[np.int8]]:
-    blocks = _count_blocks(elements)
-    return np.frombuffer(raw, "<f4", blocks), np.frombuffer(raw, np.int8, elements, 4 * blocks)
+def _bits_of(value: float) -> int:
+    return int(np.float32(value).view(np.uint32))
 
 
 def _count_blocks(elements: int) -> int:
     return -(-elements // BLOCK_ELEMENTS)
-
-
-def _list_spans(start: int, stop: int) -> list[tuple[int, int, int]]:
-    """(first, last, width) from start to stop: chunks of whole blocks, then the last block where it is not full."""
-    whole = stop - stop % BLOCK_ELEMENTS
-    spans = [
-        (first, min(first + CHUNK_ELEMENTS, whole), BLOCK_ELEMENTS) for first in range(start, whole, CHUNK_ELEMENTS)
-    ]
-    return [*spans, (whole, stop, stop - whole)] if whole < stop else spans
 
 
 def _target(codec: Codec, values: Float32s, out: memoryview | None) -> memoryview:
@@ -263,16 +316,6 @@ def _target(codec: Codec, values: Float32s, out: memoryview | None) -> memoryvie
     target = memoryview(bytearray(size)) if out is None else out
     assert target.nbytes == size, f"{codec.name} writes {size} bytes"
     return target
-
-
-def _peak_bits(bits: NDArray[np.uint32] | NDArray[np.uint16], magnitude: np.uint32 | np.uint16) -> int:
-    """The bits of the largest magnitude, 0 for an empty vector."""
-    scratch = np.empty(min(bits.size, CHUNK_ELEMENTS), bits.dtype)
-    peak = 0
-    for start in range(0, bits.size, CHUNK_ELEMENTS):
-        chunk = bits[start : start + CHUNK_ELEMENTS]
-        peak = max(peak, int(np.bitwise_and(chunk, magnitude, out=scratch[: chunk.size]).max()))
-    return peak
 
 
 def _check_length(codec: Codec, raw: Encoded, elements: int) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from shoal.protocol.codecs import CHUNK_ELEMENTS, Float32s
+from shoal.protocol.codecs import Float32s, load_kernels
 
 
 class OuterOptimizer(Protocol):
@@ -36,16 +36,7 @@ class Nesterov:
     ) -> None:
         assert params.size == momentum.size == update.size, "slices of one length"
         eta, mu = _round_rates(learning_rate, momentum_factor)
-        scratch = np.empty(min(params.size, CHUNK_ELEMENTS), np.float32)
-        for start in range(0, params.size, CHUNK_ELEMENTS):
-            p, m, d = (vector[start : start + CHUNK_ELEMENTS] for vector in (params, momentum, update))
-            step = scratch[: p.size]
-            np.multiply(m, mu, out=m)
-            np.add(m, d, out=m)
-            np.multiply(m, mu, out=step)
-            np.add(step, d, out=step)
-            np.multiply(step, eta, out=step)
-            np.subtract(p, step, out=p)
+        load_kernels().nesterov(params, momentum, update, eta, mu)
 
 
 class Sgd:
@@ -59,11 +50,7 @@ class Sgd:
     ) -> None:
         assert params.size == momentum.size == update.size, "slices of one length"
         eta, _ = _round_rates(learning_rate, momentum_factor)
-        scratch = np.empty(min(params.size, CHUNK_ELEMENTS), np.float32)
-        for start in range(0, params.size, CHUNK_ELEMENTS):
-            p, d = params[start : start + CHUNK_ELEMENTS], update[start : start + CHUNK_ELEMENTS]
-            step = np.multiply(d, eta, out=scratch[: p.size])
-            np.subtract(p, step, out=p)
+        load_kernels().sgd(params, update, eta)
 
 
 OUTER_OPTIMIZERS: dict[str, OuterOptimizer] = {"nesterov": Nesterov(), "sgd": Sgd()}

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shoal.protocol.aggregators import AGGREGATORS, Reduction
-from shoal.protocol.codecs import CODECS, Float32s
+from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart
+from shoal.protocol.codecs import BLOCK_ELEMENTS, CODECS, Float32s, encode_with_feedback
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
@@ -21,6 +21,17 @@ def make_reduction(manifest: Manifest) -> Reduction:
     """How this swarm reduces a part."""
     codec = CODECS[manifest.rounds.codec]
     return Reduction(codec_in=codec, aggregator=AGGREGATORS[manifest.rounds.aggregator], codec_out=codec)
+
+
+def rehearse(manifest: Manifest) -> None:
+    """Run once, on a few values, what a round of this swarm computes, so that no round waits for kernels that are
+    compiled or loaded at their first use."""
+    reduction, zeros = make_reduction(manifest), np.zeros(BLOCK_ELEMENTS + 1, np.float32)
+    encoded = encode_with_feedback(reduction.codec_in, zeros, zeros, zeros.copy())
+    update = reduction.reduce_part([WeightedPart(encoded=encoded, weight=1.0)], zeros.size)
+    reduction.codec_out.decode_untrusted(update, zeros.size, zeros)
+    outer = manifest.outer
+    OUTER_OPTIMIZERS[outer.optimizer].apply(zeros.copy(), zeros.copy(), zeros, outer.learning_rate, outer.momentum)
 
 
 class Replica:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from shoal.protocol.codecs import (
     BLOCK_ELEMENTS,
     CODECS,
-    INT8_SCALE_MAX,
-    INT8_SCALE_MIN,
+    SCALE_MIN,
     Codec,
     Float32s,
     encode_with_feedback,
@@ -23,7 +22,25 @@ from shoal.protocol.codecs import (
 )
 from shoal.protocol.errors import ProtocolError
 
-FLOAT32_EXACT_MAX = {"fp32": 2.0**64, "fp16": 2.0**29, "int8": 2.0**81}
+FLOAT32_EXACT_MAX = {
+    "fp32": 2.0**64,
+    "fp16": 2.0**29,
+    "bf16": 2.0**64,
+    "int8": 2.0**81,
+    "int4": 2.0**85,
+    "e3m0": 2.0**88,
+    "ternary": 2.0**88,
+}
+# Of codes in blocks: the largest code, of what the scale is the largest magnitude's share; the scale's limits; codes in
+# a byte.
+CODE_MAX = {"int8": 127, "int4": 7, "e3m0": 1, "ternary": 1}
+SCALES = {
+    "int8": (SCALE_MIN, 2.0**57),
+    "int4": (SCALE_MIN, 2.0**61),
+    "e3m0": (2.0**-120, 2.0**64),
+    "ternary": (SCALE_MIN, 2.0**64),
+}
+PACKING = {"int8": (1, 256), "int4": (2, 16), "e3m0": (2, 16), "ternary": (5, 3)}  # and the base of its digits
 codecs = st.sampled_from(sorted(CODECS)).map(CODECS.__getitem__)
 
 
@@ -55,22 +72,63 @@ def decode(codec: Codec, raw: bytes | memoryview, elements: int) -> Float32s:
     return out
 
 
+def round_to_bfloat16(value: float) -> float:
+    (bits,) = struct.unpack("<I", struct.pack("<f", min(max(value, -(2.0**64)), 2.0**64)))
+    below, rest = divmod(bits, 2**16)
+    up = rest > 2**15 or (rest == 2**15 and below % 2 == 1)
+    (rounded,) = struct.unpack("<f", struct.pack("<I", (below + up) << 16))
+    assert isinstance(rounded, float)
+    return rounded
+
+
+def code_of(name: str, value: float, scale: float) -> int:
+    """The code of one value of a block, as the digit that is packed."""
+    size = abs(value)
+    if name == "ternary":
+        return 0 if size < scale / 2 or not scale else 1 if value > 0 else 2
+    if name == "e3m0":
+        if not scale:
+            return 0
+        share = min(to_float32(size / scale) if size <= scale else 1.0, 1.0)
+        levels = [0.0, *(2.0 ** (level - 7) for level in range(1, 8))]
+        # The nearest, and of two that are equally near the larger one.
+        level = min(range(8), key=lambda one: (abs(Fraction(levels[one]) - Fraction(share)), -one))
+        return level + (8 if value < 0 and level else 0)
+    limit = CODE_MAX[name]
+    quotient = size / scale if scale else 0.0
+    code = min(limit if quotient > limit + 1 else round(to_float32(quotient)), limit)
+    return (code if value > 0 else -code) % PACKING[name][1]
+
+
+def meaning_of(name: str, code: int, scale: float) -> float:
+    if name == "ternary":
+        return (0.0, scale, -scale)[code]
+    if name == "e3m0":
+        magnitude = scale * 2.0 ** (code % 8 - 7) if code % 8 else 0.0
+        return -magnitude if code >= 8 else magnitude
+    base = PACKING[name][1]
+    return to_float32((code - base if code >= base // 2 else code) * scale)
+
+
 def encode_slowly(name: str, values: list[float]) -> bytes:
     if name == "fp32":
         return b"".join(struct.pack("<f", min(max(value, -(2.0**64)), 2.0**64)) for value in values)
     if name == "fp16":
         return b"".join(struct.pack("<e", min(max(value, -65504.0), 65504.0)) for value in values)
-    scales, codes = b"", b""
+    if name == "bf16":
+        return b"".join(struct.pack("<f", round_to_bfloat16(value))[2:] for value in values)
+    scales, packed = b"", b""
+    low, high = SCALES[name]
+    per_byte, base = PACKING[name]
     for start in range(0, len(values), BLOCK_ELEMENTS):
         block = values[start : start + BLOCK_ELEMENTS]
         peak = max(abs(value) for value in block)
-        scale = min(max(to_float32(peak / 127), INT8_SCALE_MIN), INT8_SCALE_MAX) if peak else 0.0
+        scale = min(max(to_float32(peak / CODE_MAX[name]), low), high) if peak else 0.0
         scales += struct.pack("<f", scale)
-        for value in block:
-            quotient = abs(value) / scale if scale else 0.0
-            code = 127 if quotient > 128 else round(to_float32(quotient))
-            codes += struct.pack("b", min(code, 127) if value > 0 else -min(code, 127))
-    return scales + codes
+        codes = [code_of(name, value, scale) for value in block]
+        size = -(-len(codes) // per_byte)
+        packed += bytes(sum(code * base**place for place, code in enumerate(codes[byte::size])) for byte in range(size))
+    return scales + packed
 
 
 def decode_slowly(name: str, raw: bytes, elements: int) -> list[float]:
@@ -78,10 +136,20 @@ def decode_slowly(name: str, raw: bytes, elements: int) -> list[float]:
         return list(struct.unpack(f"<{elements}f", raw))
     if name == "fp16":
         return list(struct.unpack(f"<{elements}e", raw))
+    if name == "bf16":
+        return [struct.unpack("<f", b"\0\0" + raw[2 * index : 2 * index + 2])[0] for index in range(elements)]
+    per_byte, base = PACKING[name]
     blocks = -(-elements // BLOCK_ELEMENTS)
-    scales = struct.unpack(f"<{blocks}f", raw[: 4 * blocks])
-    codes = struct.unpack(f"{elements}b", raw[4 * blocks :])
-    return [to_float32(code * scales[index // BLOCK_ELEMENTS]) for index, code in enumerate(codes)]
+    scales, packed = struct.unpack(f"<{blocks}f", raw[: 4 * blocks]), raw[4 * blocks :]
+    values: list[float] = []
+    for scale in scales:
+        width = min(BLOCK_ELEMENTS, elements - len(values))
+        size = -(-width // per_byte)
+        row, packed = packed[:size], packed[size:]
+        values += [
+            meaning_of(name, row[index % size] // base ** (index // size) % base, scale) for index in range(width)
+        ]
+    return values
 
 
 @given(codecs, vectors())
@@ -95,20 +163,26 @@ def test_bytes_are_the_references(codec: Codec, values: Float32s) -> None:
 def test_what_is_encoded_decodes_and_encodes_to_itself(codec: Codec, values: Float32s) -> None:
     decoded = decode(codec, codec.encode(values), values.size)
     assert np.abs(decoded).max() <= codec.magnitude_max
-    if codec.name != "int8":  # an int8 block's decoded maximum, rounded, may have another scale by a last bit
+    if codec.name not in ("int8", "int4"):  # a block's decoded maximum, rounded, may have another scale by a last bit
         assert decode(codec, codec.encode(decoded), values.size).tobytes() == decoded.tobytes()
 
 
-@given(vectors())
-def test_int8_error_is_half_a_scale(values: Float32s) -> None:
-    codec = CODECS["int8"]
+@given(st.sampled_from(sorted(SCALES)), vectors())
+def test_error_in_a_block_is_bounded_by_its_scale(name: str, values: Float32s) -> None:
+    codec = CODECS[name]
     assume(np.abs(values).max() <= codec.magnitude_max)
     encoded = codec.encode(values)
     scales = np.frombuffer(encoded, "<f4", -(-values.size // BLOCK_ELEMENTS)).tolist()
     for index, (value, decoded) in enumerate(
         zip(values.tolist(), decode(codec, encoded, values.size).tolist(), strict=True)
     ):
-        bound = Fraction(scales[index // BLOCK_ELEMENTS]) * (Fraction(1, 2) + Fraction(1, 2**16))
+        scale = Fraction(scales[index // BLOCK_ELEMENTS])
+        bound = {
+            "int8": scale * (Fraction(1, 2) + Fraction(1, 2**16)),
+            "int4": scale * (Fraction(1, 2) + Fraction(1, 2**16)),
+            "e3m0": max(abs(Fraction(value)) / 3 * (1 + Fraction(1, 2**22)), scale / 128),
+            "ternary": scale / 2,
+        }[name]
         assert abs(Fraction(value) - Fraction(decoded)) <= bound
 
 
@@ -118,6 +192,14 @@ def test_fp16_error_is_half_a_unit_in_the_last_place(values: Float32s) -> None:
     decoded = decode(CODECS["fp16"], CODECS["fp16"].encode(values), values.size)
     error = np.abs(values.astype(np.float64) - decoded)
     assert np.all(error <= np.maximum(np.abs(values.astype(np.float64)) * 2.0**-11, 2.0**-25))
+
+
+@given(vectors())
+def test_bf16_error_is_half_a_unit_in_the_last_place(values: Float32s) -> None:
+    values = np.clip(values, -(2.0**64), 2.0**64).astype(np.float32)
+    decoded = decode(CODECS["bf16"], CODECS["bf16"].encode(values), values.size)
+    error = np.abs(values.astype(np.float64) - decoded)
+    assert np.all(error <= np.maximum(np.abs(values.astype(np.float64)) * 2.0**-8, 2.0**-134))
 
 
 @given(codecs, st.data())

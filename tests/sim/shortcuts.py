@@ -26,6 +26,7 @@ class RememberingCodec:
         self.magnitude_max = codec.magnitude_max
         self.encoded_bytes = codec.encoded_bytes
         self.encode = codec.encode
+        self.encode_range = codec.encode_range
 
     def check_untrusted(self, raw: Encoded, elements: int) -> None:
         self._look_up(raw, elements)

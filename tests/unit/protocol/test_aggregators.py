@@ -26,10 +26,18 @@ CLIPPED = AGGREGATORS["norm_clipped_mean"]
 GOLDEN_UPDATES = {
     ("mean", "fp32"): "c0dd9489a56de7991805cfc3536c20eb069be9f059eef34c4c82d165ba8dddcf",
     ("mean", "fp16"): "8da806e4f1e1ffe2d9ae00e9d9284a0cfec8f3fe1886d4ae780ed35d5f1d904f",
+    ("mean", "bf16"): "3729402e032d68314750c245a9c4de3ccc284a33f9633070b783ca42e94ac679",
     ("mean", "int8"): "1ce9f6cbc961da417499a51e1e42ec25b57cfcbc47bb0309fe23281c5deda289",
+    ("mean", "int4"): "da6bcd878345cd27052509d3169b56ae360980a722196fa52a730f5309920565",
+    ("mean", "e3m0"): "d8e6c08f15cd6f21a94fdd12106cdd5409a838e2fc99ea49b8f2a80481a071e8",
+    ("mean", "ternary"): "14be9e4c4a93fe5293586d4c8208aa352ac653097ccfc910b8946a6432006a3f",
     ("norm_clipped_mean", "fp32"): "2ac61ebd90c2abb4ebb90bca8feaa8b14ef82f6eb457505c971aab41e859bee0",
     ("norm_clipped_mean", "fp16"): "331323057d86de4fdb5082bb111df60e5934999d010e5951d2351d272ac8f609",
+    ("norm_clipped_mean", "bf16"): "95f8fa1308dc3357df36c8abadd18c9b1a83d0b1b695148105c198ef76ac01fd",
     ("norm_clipped_mean", "int8"): "c31646ea7ca638e4e9abb356650ccbd06b31dfccface6c679ba9806990b83278",
+    ("norm_clipped_mean", "int4"): "8ce617aed4cb30e494683b00a07c82756e03ac96f7427ebbdb11d565dce7a44a",
+    ("norm_clipped_mean", "e3m0"): "b90b70caf97e6e119fbfdb03cd1995a8b07eca5747d6a689c2cd0254e0c9341f",
+    ("norm_clipped_mean", "ternary"): "898bb24f334f7143e85dc7bfa1d4572ac7048a706b30b0119982853a27ac41ba",
 }
 GOLDEN_WEIGHTS = "8aae6a3e0000803ec98aaa3c0000803ef8fce5340000803e"
 GOLDEN_SQUARED_NORM = "0x1.6bf1925197909p+22"

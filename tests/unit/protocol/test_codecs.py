@@ -14,8 +14,8 @@ from shoal.protocol.codecs import (
     CODECS,
     FLOAT16_MAX,
     INT8_SCALE_MAX,
-    INT8_SCALE_MIN,
     MAGNITUDE_MAX,
+    SCALE_MIN,
     Codec,
     Float32s,
     encode_with_feedback,
@@ -38,15 +38,35 @@ GOLDEN = {
         "19339deec62b03f6ef185817469031ef8e63101f25017f067bb5e6886a1a78ea",
         "bde9089fe6304165c293dab8f325a6270de009f09908b3076b4187f9ba554265",
     ),
+    "bf16": (
+        "e081bb2663e195b6b57549ca0f5517db66f7884a583603a262d7790af09e2a77",
+        "e31cc57203dd04abe01ccb87e2b00946f9990139d0eeda461202f6c35dc69752",
+    ),
     "int8": (
         "323c685ab051a407de3b115093b73b4f6cc59785cdff7e66634ea52758ffb53e",
         "39f5e60bb75365a5924164a659582f29db5621036ec0070af1918b45b3cc1a91",
+    ),
+    "int4": (
+        "f6f745d09daa4478f052d88f943f312e1bb371fc4fc66ebd06c3d169e484c4d3",
+        "5f09856e45824e844a02ee450f5f27734fb30be30e98a9a2912f076d132f7bd9",
+    ),
+    "e3m0": (
+        "48d3c9c5c4c6b228a9172fd803a17feaed1f1920e2c41c80348a5112735645b9",
+        "09018208c693d3b9abc3afa0c56d29cb82d972cedd6547845601336be250e31e",
+    ),
+    "ternary": (
+        "2d39862a1fbab9ab7809ad3822b437a5ae2204b18674ae0d03e43afd2e65b404",
+        "d50c556e63e31f85091ae4f8e56ab46e8c32f3d3a3e224f80231150608d0da04",
     ),
 }
 GOLDEN_SHORT = {
     "fp32": "0000803f9a9999be000000006f12833a8104353f",
     "fp16": "003ccdb400001914a839",
+    "bf16": "803f9abe0000833a353f",
     "int8": "0402013c7fda00005a",
+    "int4": "2549123e075e00",
+    "e3m0": "0000803f076d00",
+    "ternary": "0000803f52",
 }
 
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
@@ -76,12 +96,16 @@ def int8_part(scale: float | bytes, *codes: int) -> bytes:
     return head + struct.pack(f"{len(codes)}b", *codes)
 
 
+def packed_part(scale: float, *packed: int) -> bytes:
+    return struct.pack("<f", scale) + bytes(packed)
+
+
 def lattice(seed: int, elements: int) -> Float32s:
     return np.random.default_rng(seed).standard_normal(elements).astype(np.float32)
 
 
 def test_table_names_each_codec_once() -> None:
-    assert {name: codec.name for name, codec in CODECS.items()} == {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
+    assert {name: codec.name for name, codec in CODECS.items()} == {name: name for name in GOLDEN}
 
 
 def test_input_of_golden_bytes_is_what_it_was() -> None:
@@ -104,7 +128,12 @@ def test_short_vector_is_golden_in_full(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "elements", "size"),
-    [("fp32", 1, 4), ("fp32", 600, 2400), ("fp16", 3, 6), ("int8", 1, 5), ("int8", 256, 260), ("int8", 257, 265)],
+    [
+        *(("fp32", 1, 4), ("fp32", 600, 2400), ("fp16", 3, 6), ("bf16", 3, 6)),
+        *(("int8", 1, 5), ("int8", 256, 260), ("int8", 257, 265)),
+        *(("int4", 1, 5), ("int4", 255, 132), ("int4", 256, 132), ("int4", 257, 137), ("e3m0", 515, 12 + 258)),
+        *(("ternary", 1, 5), ("ternary", 5, 5), ("ternary", 6, 6), ("ternary", 256, 56), ("ternary", 517, 12 + 105)),
+    ],
 )
 def test_size_depends_on_elements_alone(name: str, elements: int, size: int) -> None:
     codec = CODECS[name]
@@ -134,13 +163,13 @@ def test_fp16_rounds_half_to_even() -> None:
     assert decoded.tolist() == [1.0, 1 + 2.0**-9, 0.0, 2.0**-23]
 
 
-@pytest.mark.parametrize("peak", [SMALLEST, 2.0**-140, 2.0**-127, 100 * SMALLEST, INT8_SCALE_MIN, 126 * INT8_SCALE_MIN])
+@pytest.mark.parametrize("peak", [SMALLEST, 2.0**-140, 2.0**-127, 100 * SMALLEST, SCALE_MIN, 126 * SCALE_MIN])
 def test_int8_scale_is_never_subnormal(peak: float) -> None:
     values = vector(peak, -peak / 2, 0.0)
     encoded = CODECS["int8"].encode(values)
 
-    assert struct.unpack("<f", encoded[:4]) == (INT8_SCALE_MIN,)
-    assert np.abs(decode(CODECS["int8"], encoded, 3) - values).max() <= INT8_SCALE_MIN / 2
+    assert struct.unpack("<f", encoded[:4]) == (SCALE_MIN,)
+    assert np.abs(decode(CODECS["int8"], encoded, 3) - values).max() <= SCALE_MIN / 2
 
 
 def test_int8_block_of_zeros_has_no_scale() -> None:
@@ -152,6 +181,42 @@ def test_int8_holds_its_bound_up_to_its_largest_magnitude(peak: float) -> None:
     values = (np.linspace(-1, 1, 256) * peak).astype(np.float32)
     decoded = decode(CODECS["int8"], CODECS["int8"].encode(values), 256)
     assert np.abs(decoded.astype(np.float64) - values).max() <= INT8_SCALE_MAX * (0.5 + 2.0**-16)
+
+
+def test_int4_and_e3m0_put_the_second_half_of_a_block_above_the_first() -> None:
+    """Three values in two bytes: the third is above the first, and nothing above the second."""
+    assert bytes(CODECS["int4"].encode(vector(7.0, -2.0, 3.0))) == packed_part(1.0, 0x37, 0x0E)
+    assert bytes(CODECS["e3m0"].encode(vector(4.0, -2.0, 0.0625))) == packed_part(4.0, 0x17, 0x0E)
+    assert bytes(CODECS["e3m0"].encode(vector(1.0, -1.0, 0.5, 0.0))) == packed_part(1.0, 0x67, 0x0F)
+
+
+def test_ternary_puts_five_values_into_a_byte() -> None:
+    """Six values in two bytes: the first, third and fifth in one of them, the others in the other one."""
+    values = vector(2.0, -2.0, -1.0, 0.0, 0.5, 1.5)
+    assert bytes(CODECS["ternary"].encode(values)) == packed_part(2.0, 1 + 2 * 3 + 0 * 9, 2 + 0 * 3 + 1 * 9)
+
+
+@pytest.mark.parametrize(
+    ("share", "level"),
+    [
+        *((1.0, 7), (0.75, 7), (0.7499999, 6), (0.5, 6), (0.375, 6), (0.3749999, 5), (2.0**-6, 1), (1.5 * 2.0**-6, 2)),
+        *((2.0**-7, 1), (float(np.nextafter(np.float32(2.0**-7), np.float32(0))), 0), (0.0, 0)),
+    ],
+)
+def test_e3m0_takes_the_nearest_power_of_two_and_the_larger_of_two(share: float, level: int) -> None:
+    raw = bytes(CODECS["e3m0"].encode(vector(3.0, -3.0 * share)))
+    assert raw[4] >> 4 == (level | 8 if level else 0)
+    assert decode(CODECS["e3m0"], raw, 2).tolist() == [3.0, -3.0 * 2.0 ** (level - 7) if level else 0.0]
+
+
+def test_ternary_takes_what_is_half_of_the_largest_and_more() -> None:
+    values = vector(-3.0, 1.5, float(np.nextafter(np.float32(1.5), np.float32(0))), -1.5)
+    assert decode(CODECS["ternary"], CODECS["ternary"].encode(values), 4).tolist() == [-3.0, 3.0, 0.0, -3.0]
+
+
+def test_bf16_rounds_half_to_even() -> None:
+    values = vector(1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-20, -SMALLEST)
+    assert decode(CODECS["bf16"], CODECS["bf16"].encode(values), 4).tolist() == [1.0, 1 + 2.0**-6, 1 + 2.0**-7, -0.0]
 
 
 @every_codec
@@ -210,6 +275,22 @@ def test_wrong_length_is_refused(codec: Codec, change: int) -> None:
         ("int8", int8_part(2.0**58, 1, 1), Refusal.OUT_OF_RANGE),
         ("int8", int8_part(FLOAT32_MAX, 1, 1), Refusal.OUT_OF_RANGE),
         ("int8", int8_part(1.0, 127, -128), Refusal.OUT_OF_RANGE),
+        ("bf16", struct.pack("<2H", 0, 0x7F80), Refusal.NOT_FINITE),
+        ("bf16", struct.pack("<2H", 0xFFC1, 0), Refusal.NOT_FINITE),
+        ("bf16", struct.pack("<2H", 0, 0x5F81), Refusal.OUT_OF_RANGE),
+        ("int4", packed_part(np.nan, 0x11), Refusal.NOT_FINITE),
+        ("int4", packed_part(2.0**62, 0x11), Refusal.OUT_OF_RANGE),
+        ("int4", packed_part(2.0**-127, 0x11), Refusal.OUT_OF_RANGE),
+        ("int4", packed_part(1.0, 0x18), Refusal.OUT_OF_RANGE),
+        ("int4", packed_part(1.0, 0x81), Refusal.OUT_OF_RANGE),
+        ("e3m0", packed_part(-1.0, 0x11), Refusal.OUT_OF_RANGE),
+        ("e3m0", packed_part(2.0**65, 0x11), Refusal.OUT_OF_RANGE),
+        ("e3m0", packed_part(2.0**-121, 0x11), Refusal.OUT_OF_RANGE),
+        ("e3m0", packed_part(1.0, 0x18), Refusal.OUT_OF_RANGE),
+        ("e3m0", packed_part(1.0, 0x81), Refusal.OUT_OF_RANGE),
+        ("ternary", packed_part(2.0**65, 1), Refusal.OUT_OF_RANGE),
+        ("ternary", packed_part(1.0, 243), Refusal.OUT_OF_RANGE),
+        ("ternary", packed_part(1.0, 9), Refusal.OUT_OF_RANGE),  # a digit behind the second value
     ],
 )
 def test_what_no_encoder_writes_is_refused_before_anything_is_written(name: str, raw: bytes, refusal: Refusal) -> None:
@@ -220,17 +301,18 @@ def test_what_no_encoder_writes_is_refused_before_anything_is_written(name: str,
     assert out.tolist() == [5.0, 6.0]
 
 
-@pytest.mark.parametrize("scale", [INT8_SCALE_MIN, INT8_SCALE_MAX, 0.0])
+@pytest.mark.parametrize("scale", [SCALE_MIN, INT8_SCALE_MAX, 0.0])
 def test_int8_limits_are_inclusive(scale: float) -> None:
     assert decode(CODECS["int8"], int8_part(scale, 127, -127), 2).tolist() == [127 * scale, -127 * scale]
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
-def test_fault_in_the_last_chunk_is_found(name: str) -> None:
-    codec, elements = CODECS[name], 2 * CHUNK_ELEMENTS + 3
+@every_codec
+def test_fault_in_the_last_chunk_is_found(codec: Codec) -> None:
+    elements = 2 * CHUNK_ELEMENTS + 3
     raw = bytearray(codec.encode(lattice(2, elements)))
-    raw[-1] = 0x80 if name == "int8" else 0x7F
-    raw[-2] = 0x00 if name == "int8" else 0xFF
+    raw[-2:] = {"int8": b"\0\x80", "int4": b"\0\x08", "e3m0": b"\0\x08", "ternary": b"\0\xf3"}.get(
+        codec.name, b"\xff\x7f"
+    )
     with pytest.raises(ProtocolError):
         codec.check_untrusted(raw, elements)
 
@@ -248,12 +330,40 @@ def test_chunks_leave_no_trace(codec: Codec, elements: int) -> None:
 
 
 @every_codec
-@pytest.mark.parametrize(("start", "stop"), [(0, 256), (256, 1000), (512, 600), (768, 1000)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 256), (256, 1000), (512, 768), (768, 1000)])
 def test_range_is_a_slice_of_the_whole(codec: Codec, start: int, stop: int) -> None:
     encoded = codec.encode(lattice(3, 1000))
     out = np.empty(stop - start, np.float32)
     codec.decode_range(encoded, 1000, start, out)
     assert out.tobytes() == decode(codec, encoded, 1000)[start:stop].tobytes()
+
+
+@every_codec
+def test_ranges_make_up_the_whole(codec: Codec) -> None:
+    values = lattice(8, 1000)
+    raw = memoryview(bytearray(codec.encoded_bytes(1000)))
+    for start, stop in [(768, 1000), (256, 768), (0, 256)]:
+        codec.encode_range(values[start:stop], 1000, start, raw)
+    assert bytes(raw) == bytes(codec.encode(values))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "e3m0", "ternary"])
+@pytest.mark.parametrize(("start", "stop"), [(1, 257), (0, 255), (256, 900)])
+def test_a_range_within_a_block_is_a_bug(name: str, start: int, stop: int) -> None:
+    raw = memoryview(bytearray(CODECS[name].encoded_bytes(1000)))
+    with pytest.raises(AssertionError, match="block"):
+        CODECS[name].encode_range(lattice(8, stop - start), 1000, start, raw)
+    with pytest.raises(AssertionError, match="block"):
+        CODECS[name].decode_range(raw, 1000, start, np.empty(stop - start, np.float32))
+
+
+@every_codec
+def test_feedback_in_chunks_is_feedback_over_the_whole(codec: Codec) -> None:
+    elements = 2 * CHUNK_ELEMENTS + 777
+    delta, residual, residual_next = lattice(9, elements), lattice(10, elements), np.empty(elements, np.float32)
+    encoded = encode_with_feedback(codec, delta, residual, residual_next)
+    assert bytes(encoded) == bytes(codec.encode(delta + residual))
+    assert residual_next.tobytes() == (delta + residual - decode(codec, encoded, elements)).tobytes()
 
 
 @every_codec
@@ -342,7 +452,16 @@ def test_feedback_may_overwrite_the_delta_but_not_the_residual(codec: Codec) -> 
 
 @pytest.mark.parametrize(
     ("name", "produced"),
-    [("int8", 2.0**80), ("int8", FLOAT32_MAX / 2**48), ("fp16", 2.0**28 + 48), ("fp16", 65_520.0), ("fp32", 2.0**65)],
+    [
+        *(
+            ("int8", 2.0**80),
+            ("int8", FLOAT32_MAX / 2**48),
+            ("fp16", 2.0**28 + 48),
+            ("fp16", 65_520.0),
+            ("fp32", 2.0**65),
+        ),
+        *(("bf16", 2.0**65), ("int4", 2.0**84), ("e3m0", 2.0**87), ("ternary", 2.0**87)),
+    ],
 )
 def test_feedback_keeps_what_saturates(name: str, produced: float) -> None:
     codec, residual_next = CODECS[name], np.empty(1, np.float32)

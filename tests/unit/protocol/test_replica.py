@@ -1,5 +1,7 @@
 """The replicated log: the same certified updates give the same bits, whoever applies them and how often."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -170,3 +172,43 @@ def test_the_reduction_is_the_manifests() -> None:
     reduction = make_reduction(manifest)
     assert reduction.codec_in is reduction.codec_out is CODECS["fp16"]
     assert reduction.aggregator is AGGREGATORS["norm_clipped_mean"]
+
+
+IN_A_PROCESS_OF_ITS_OWN = """
+from dataclasses import replace
+import numpy as np
+from shoal.protocol import kernels
+from shoal.protocol.codecs import CODECS
+from shoal.protocol.contribution import Contributor
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+from shoal.protocol.aggregators import WeightedPart
+from shoal.protocol.replica import make_reduction, rehearse
+from tests.unit.protocol.samples import RULES, make_sample_manifest
+
+def count():
+    found = {name: one for name, one in vars(kernels).items() if hasattr(one, "signatures") and name[0] != "_"}
+    return {name: len(one.signatures) for name, one in found.items()}
+
+manifests = [make_sample_manifest(rules=replace(RULES, codec=codec)) for codec in CODECS]
+assert not any(count().values())
+for manifest in manifests:
+    rehearse(manifest)
+rehearsed = count()
+missing = [name for name, times in rehearsed.items() if not times]
+assert missing == ["sgd"], missing  # these swarms have the other optimizer
+for manifest in manifests:
+    base, reduction, part = np.ones(manifest.layout.elements, np.float32), make_reduction(manifest), 0
+    frozen = Contributor(manifest).freeze(1, base, base * np.float32(0.5))
+    first, end = manifest.part_range(part)
+    received = memoryview(bytearray(frozen.encoded[part]))
+    parts = [WeightedPart(encoded=one, weight=0.5) for one in (frozen.encoded[part], received)]
+    update = np.empty(end - first, np.float32)
+    reduction.codec_out.decode_untrusted(bytes(reduction.reduce_part(parts, end - first)), end - first, update)
+    OUTER_OPTIMIZERS[manifest.outer.optimizer].apply(base[first:end], base.copy()[first:end], update, 0.7, 0.9)
+assert count() == rehearsed, (count(), rehearsed)
+"""
+
+
+def test_after_a_rehearsal_a_round_finds_its_kernels_ready() -> None:
+    ended = subprocess.run([sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

@@ -1,0 +1,370 @@
+"""The inner loops of the codecs, the aggregators and the outer step, compiled by numba for the machine that runs them.
+
+Invariants: every kernel does the float32 operations that protocol/README.md names, in that order, one rounding each:
+nothing is fused, reassociated or approximated, so that all machines compute the same bits; a kernel reads and writes
+within the arrays that it is given, whatever is in them; it needs no memory of its own and holds no lock.
+
+Lengths are the caller's to check. Imported by its first use, not with the codecs: numba takes a good 100 MiB and, where
+nothing is cached yet, seconds.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+Float32s = NDArray[np.float32]
+Uint32s = NDArray[np.uint32]
+Uint16s = NDArray[np.uint16]
+Uint8s = NDArray[np.uint8]
+# What a compiled function makes of a number differs from what Python does; both are written here.
+Scalar = Any
+
+F = TypeVar("F", bound=Callable[..., object])
+
+BLOCK = 256
+# Of a whole block: two codes a byte, or five.
+INT4_ROW, TRIT_ROW = 128, 52
+
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_SIGN = np.uint32(0x80000000)
+_ZERO = np.float32(0)
+
+
+def compiled(function: F) -> F:
+    """The function as machine code, made at its first call and kept on disk where there is a place for it."""
+    try:
+        return cast(F, numba.njit(nogil=True, error_model="numpy", cache=True)(function))
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return cast(F, numba.njit(nogil=True, error_model="numpy")(function))
+
+
+def _reinterpret(source: Any, target: Any, llvm: Any) -> Any:
+    """A compiled function that takes the bits of one type for those of another."""
+
+    def bitcast(typing: object, value: object) -> Any:
+        def generate(context: object, builder: Any, signature: object, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], llvm)
+
+        return target(source), generate
+
+    return intrinsic(bitcast)
+
+
+bits_of: Any = _reinterpret(types.float32, types.uint32, ir.IntType(32))
+float_of: Any = _reinterpret(types.uint32, types.float32, ir.FloatType())
+
+
+# -- all values ------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def peak_bits(bits: Uint32s) -> int:
+    """The largest magnitude among float32 values, as its bits: they are ordered as the magnitudes are, NaN last."""
+    peak = np.uint32(0)
+    for index in range(bits.size):
+        peak = max(peak, bits[index] & _MAGNITUDE)
+    return int(peak)
+
+
+@compiled
+def peak_bits_16(bits: Uint16s) -> int:
+    """The same of float16 or bfloat16."""
+    peak = np.uint16(0)
+    for index in range(bits.size):
+        peak = max(peak, np.uint16(bits[index] & np.uint16(0x7FFF)))
+    return int(peak)
+
+
+@compiled
+def clip(values: Float32s, limit: np.float32, out: Float32s) -> None:
+    """The values, none of them larger in magnitude than the limit."""
+    for index in range(values.size):
+        out[index] = min(max(values[index], -limit), limit)
+
+
+@compiled
+def add_scaled(term: Float32s, factor: np.float32, total: Float32s) -> None:
+    """total = total + term * factor, two roundings."""
+    for index in range(total.size):
+        total[index] = total[index] + term[index] * factor
+
+
+# -- float16 and bfloat16 --------------------------------------------------------------------------------------------
+
+
+@compiled
+def encode_fp16(values: Float32s, limit: np.float32, codes: Uint16s) -> None:
+    """Half to even. A subnormal result is rounded by the addition of a float whose last place is its own."""
+    for index in range(values.size):
+        bits = bits_of(min(max(values[index], -limit), limit))
+        magnitude = bits & _MAGNITUDE
+        normal = (magnitude + np.uint32(0xC8000FFF) + ((magnitude >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+        subnormal = bits_of(float_of(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)
+        code = normal if magnitude >= np.uint32(0x38800000) else subnormal
+        codes[index] = np.uint16(code | ((bits & _SIGN) >> np.uint32(16)))
+
+
+@compiled
+def decode_fp16(codes: Uint16s, out: Float32s) -> None:
+    """Exact: the exponent's bias is made good by a power of two."""
+    for index in range(out.size):
+        code = np.uint32(codes[index])
+        value = float_of((code & np.uint32(0x7FFF)) << np.uint32(13)) * np.float32(2.0**112)
+        out[index] = float_of(bits_of(value) | ((code & np.uint32(0x8000)) << np.uint32(16)))
+
+
+@compiled
+def encode_bf16(values: Float32s, limit: np.float32, codes: Uint16s) -> None:
+    """The upper half of the float32, rounded half to even."""
+    for index in range(values.size):
+        bits = bits_of(min(max(values[index], -limit), limit))
+        codes[index] = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@compiled
+def decode_bf16(codes: Uint16s, out: Float32s) -> None:
+    """Exact."""
+    for index in range(out.size):
+        out[index] = float_of(np.uint32(codes[index]) << np.uint32(16))
+
+
+# -- blocks of 256 with a scale each ---------------------------------------------------------------------------------
+
+
+@compiled
+def _peak(values: Float32s) -> Scalar:
+    peak = np.uint32(0)
+    for index in range(values.size):
+        peak = max(peak, bits_of(values[index]) & _MAGNITUDE)
+    return float_of(peak)
+
+
+@compiled
+def encode_int8(
+    values: Float32s, scale_min: np.float32, scale_max: np.float32, scales: Float32s, codes: Uint8s
+) -> None:
+    """code = rint(x / scale), scale = absmax / 127 within its limits."""
+    for block in range(scales.size):
+        row, out = values[block * BLOCK : block * BLOCK + BLOCK], codes[block * BLOCK : block * BLOCK + BLOCK]
+        peak = _peak(row)
+        scale = min(max(peak / np.float32(127), scale_min), scale_max)
+        scales[block] = scale if peak > _ZERO else _ZERO
+        for index in range(row.size):
+            code = np.rint(row[index] / scale)
+            out[index] = np.uint8(np.int32(min(max(code, np.float32(-127)), np.float32(127))))
+
+
+@compiled
+def decode_int8(scales: Float32s, codes: Uint8s, out: Float32s) -> None:
+    """code * scale."""
+    for block in range(scales.size):
+        scale = scales[block]
+        row, target = codes[block * BLOCK : block * BLOCK + BLOCK], out[block * BLOCK : block * BLOCK + BLOCK]
+        for index in range(target.size):
+            target[index] = np.float32(np.int8(row[index])) * scale
+
+
+@compiled
+def _int4(value: Scalar, scale: Scalar) -> Scalar:
+    code = np.int32(min(max(np.rint(value / scale), np.float32(-7)), np.float32(7)))
+    return np.uint8(code & np.int32(15))
+
+
+@compiled
+def encode_int4(
+    values: Float32s, scale_min: np.float32, scale_max: np.float32, scales: Float32s, packed: Uint8s
+) -> None:
+    """As int8, with 7 for 127. Byte i of a block has value i below and value half + i above."""
+    for block in range(scales.size):
+        row, out = values[block * BLOCK : block * BLOCK + BLOCK], packed[block * INT4_ROW : block * INT4_ROW + INT4_ROW]
+        peak = _peak(row)
+        scale = min(max(peak / np.float32(7), scale_min), scale_max)
+        scales[block] = scale if peak > _ZERO else _ZERO
+        low, high = row[: out.size], row[out.size :]
+        for index in range(high.size):
+            out[index] = _int4(low[index], scale) | np.uint8(_int4(high[index], scale) << np.uint8(4))
+        for index in range(high.size, low.size):
+            out[index] = _int4(low[index], scale)
+
+
+@compiled
+def decode_int4(scales: Float32s, packed: Uint8s, out: Float32s) -> None:
+    """code * scale."""
+    for block in range(scales.size):
+        scale = scales[block]
+        row, target = packed[block * INT4_ROW : block * INT4_ROW + INT4_ROW], out[block * BLOCK : block * BLOCK + BLOCK]
+        low, high = target[: row.size], target[row.size :]
+        for index in range(low.size):
+            low[index] = np.float32(np.int32((row[index] & np.uint8(15)) ^ np.uint8(8)) - np.int32(8)) * scale
+        for index in range(high.size):
+            high[index] = np.float32(np.int32((row[index] >> np.uint8(4)) ^ np.uint8(8)) - np.int32(8)) * scale
+
+
+@compiled
+def has_other_bytes(codes: Uint8s, elements: int) -> bool:
+    """Whether -128 is among signed bytes."""
+    found = np.uint8(0)
+    for index in range(codes.size):
+        found |= np.uint8(codes[index] == np.uint8(128))
+    return bool(found)
+
+
+@compiled
+def has_other_nibbles(packed: Uint8s, elements: int) -> bool:
+    """Whether 8, which is -8 or a negative 0, is among half bytes, or the half behind the last value is not 0."""
+    found = np.uint8(0)
+    for index in range(packed.size):
+        found |= np.uint8(packed[index] & np.uint8(15) == np.uint8(8))
+        found |= np.uint8(packed[index] >> np.uint8(4) == np.uint8(8))
+    return bool(found) or (elements % 2 == 1 and packed[-1] > np.uint8(15))
+
+
+@compiled
+def _e3m0(value: Scalar, scale: Scalar) -> Scalar:
+    bits = bits_of(value)
+    share = min(float_of(bits & _MAGNITUDE) / scale, np.float32(1))
+    # Half a mantissa more, and the exponent is that of the nearest power of two.
+    level = np.int32((bits_of(share) + np.uint32(0x400000)) >> np.uint32(23)) - np.int32(120)
+    level = max(level, np.int32(share >= np.float32(2.0**-7)))
+    sign = np.int32(bits >> np.uint32(31)) << np.int32(3)
+    return np.uint8(level | sign if level > np.int32(0) else np.int32(0))
+
+
+@compiled
+def encode_e3m0(
+    values: Float32s, scale_min: np.float32, scale_max: np.float32, scales: Float32s, packed: Uint8s
+) -> None:
+    """A sign and a power of two, 2^-6 to 1 of the scale, or 0. Packed as int4."""
+    for block in range(scales.size):
+        row, out = values[block * BLOCK : block * BLOCK + BLOCK], packed[block * INT4_ROW : block * INT4_ROW + INT4_ROW]
+        peak = _peak(row)
+        scale = min(max(peak, scale_min), scale_max)
+        scales[block] = scale if peak > _ZERO else _ZERO
+        low, high = row[: out.size], row[out.size :]
+        for index in range(high.size):
+            out[index] = _e3m0(low[index], scale) | np.uint8(_e3m0(high[index], scale) << np.uint8(4))
+        for index in range(high.size, low.size):
+            out[index] = _e3m0(low[index], scale)
+
+
+@compiled
+def _from_e3m0(code: Scalar, scale: Scalar) -> Scalar:
+    level, sign = np.uint32(code & np.uint8(7)), np.uint32(code & np.uint8(8)) << np.uint32(28)
+    power = (level + np.uint32(120)) << np.uint32(23) if level > np.uint32(0) else np.uint32(0)
+    return float_of(power | sign) * scale
+
+
+@compiled
+def decode_e3m0(scales: Float32s, packed: Uint8s, out: Float32s) -> None:
+    """Exact: a power of two times the scale."""
+    for block in range(scales.size):
+        scale = scales[block]
+        row, target = packed[block * INT4_ROW : block * INT4_ROW + INT4_ROW], out[block * BLOCK : block * BLOCK + BLOCK]
+        low, high = target[: row.size], target[row.size :]
+        for index in range(low.size):
+            low[index] = _from_e3m0(row[index], scale)
+        for index in range(high.size):
+            high[index] = _from_e3m0(row[index] >> np.uint8(4), scale)
+
+
+@compiled
+def encode_ternary(
+    values: Float32s, scale_min: np.float32, scale_max: np.float32, scales: Float32s, packed: Uint8s
+) -> None:
+    """0 below half of the largest magnitude, else that magnitude. Byte i of a block of s bytes has the values i, s + i,
+    2s + i, 3s + i and 4s + i as digits to base 3, the first one lowest: 1 is positive, 2 negative."""
+    for block in range(scales.size):
+        row, out = values[block * BLOCK : block * BLOCK + BLOCK], packed[block * TRIT_ROW : block * TRIT_ROW + TRIT_ROW]
+        peak = _peak(row)
+        scale = min(max(peak, scale_min), scale_max)
+        scales[block] = scale if peak > _ZERO else _ZERO
+        half = scale * np.float32(0.5)
+        out[:] = 0
+        power = np.uint8(1)
+        for plane in range(5):
+            digits = row[plane * out.size : plane * out.size + out.size]
+            for index in range(digits.size):
+                positive, negative = np.uint8(digits[index] >= half), np.uint8(digits[index] <= -half)
+                out[index] += np.uint8(power * (positive + negative + negative))
+            power = np.uint8(power * np.uint8(3))
+
+
+@compiled
+def _decode_digit(packed: Uint8s, power: Scalar, scale: Scalar, out: Float32s) -> None:
+    for index in range(out.size):
+        digit = np.uint8(np.uint8(packed[index] // power) % np.uint8(3))
+        out[index] = scale if digit == np.uint8(1) else (-scale if digit == np.uint8(2) else _ZERO)
+
+
+@compiled
+def decode_ternary(scales: Float32s, packed: Uint8s, out: Float32s) -> None:
+    """The scale, its negative, or 0."""
+    for block in range(scales.size):
+        scale, target = scales[block], out[block * BLOCK : block * BLOCK + BLOCK]
+        row = packed[block * TRIT_ROW : block * TRIT_ROW + TRIT_ROW]
+        size = row.size
+        # One line for each digit: a division by a constant is a multiplication.
+        _decode_digit(row, np.uint8(1), scale, target[:size])
+        _decode_digit(row, np.uint8(3), scale, target[size : 2 * size])
+        _decode_digit(row, np.uint8(9), scale, target[2 * size : 3 * size])
+        _decode_digit(row, np.uint8(27), scale, target[3 * size : 4 * size])
+        _decode_digit(row, np.uint8(81), scale, target[4 * size : 5 * size])
+
+
+@compiled
+def has_other_trits(packed: Uint8s, elements: int) -> bool:
+    """Whether a byte is no number of five digits, or has a digit behind its block's last value that is not 0."""
+    found = np.uint8(0)
+    for block in range((elements + BLOCK - 1) // BLOCK):
+        row = packed[block * TRIT_ROW : block * TRIT_ROW + TRIT_ROW]
+        width = min(BLOCK, elements - block * BLOCK)
+        limit, power = np.uint8(242), np.int64(81)
+        for index in range(row.size):
+            found |= np.uint8(row[index] > limit)
+        for plane in range(4, 0, -1):
+            for index in range(max(width - plane * row.size, 0), row.size):
+                found |= np.uint8(row[index] >= power)
+            power //= 3
+    return bool(found)
+
+
+class BlockKernels(NamedTuple):
+    """encode(values, scale_min, scale_max, scales, codes), decode(scales, codes, out), and has_other_codes(codes,
+    elements): whether there is a code, or something behind the last one, that no encoder writes."""
+
+    encode: Callable[[Float32s, np.float32, np.float32, Float32s, Uint8s], None]
+    decode: Callable[[Float32s, Uint8s, Float32s], None]
+    has_other_codes: Callable[[Uint8s, int], bool]
+
+
+BLOCK_KERNELS: dict[str, BlockKernels] = {
+    "int8": BlockKernels(encode_int8, decode_int8, has_other_bytes),
+    "int4": BlockKernels(encode_int4, decode_int4, has_other_nibbles),
+    "e3m0": BlockKernels(encode_e3m0, decode_e3m0, has_other_nibbles),
+    "ternary": BlockKernels(encode_ternary, decode_ternary, has_other_trits),
+}
+
+
+# -- outer step ------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def nesterov(params: Float32s, momentum: Float32s, update: Float32s, eta: np.float32, mu: np.float32) -> None:
+    """m = mu * m + d; p = p - eta * (d + mu * m)."""
+    for index in range(params.size):
+        fresh = mu * momentum[index] + update[index]
+        momentum[index] = fresh
+        params[index] = params[index] - eta * (update[index] + mu * fresh)
+
+
+@compiled
+def sgd(params: Float32s, update: Float32s, eta: np.float32) -> None:
+    """p = p - eta * d."""
+    for index in range(params.size):
+        params[index] = params[index] - eta * update[index]
