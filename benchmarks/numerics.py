@@ -12,11 +12,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart
+from shoal.protocol.aggregators import AGGREGATORS, Aggregator, Reduction, WeightedPart
 from shoal.protocol.codecs import CODECS, INT8, Codec, encode_with_feedback
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
 from shoal.protocol.state import chunk_digests
@@ -37,7 +38,7 @@ def measure(work: Callable[[], object], megabytes: float, repeats: int) -> float
 
 def run(elements: int, repeats: int) -> dict[str, float]:
     """Every figure by its name."""
-    optimizer, reduction = OUTER_OPTIMIZERS["nesterov"], make_reduction("int8")
+    optimizer = OUTER_OPTIMIZERS["nesterov"]
     entropy = np.random.default_rng(1)
     values, momentum, update = (entropy.standard_normal(elements, dtype=np.float32) for _ in range(3))
     encoded = [INT8.encode(entropy.standard_normal(elements, dtype=np.float32)) for _ in range(MEMBERS)]
@@ -48,9 +49,14 @@ def run(elements: int, repeats: int) -> dict[str, float]:
         "int8 encode with error feedback": measure(
             lambda: encode_with_feedback(INT8, values, residual, residual_next), megabytes, repeats
         ),
-        f"aggregate {MEMBERS} members, their input": measure(
-            lambda: reduction.reduce_part(parts, elements), MEMBERS * megabytes, repeats
-        ),
+        **{
+            f"{name} of {MEMBERS} members, their input": measure(
+                partial(make_reduction(aggregator).reduce_part, parts, elements),
+                MEMBERS * megabytes,
+                repeats,
+            )
+            for name, aggregator in AGGREGATORS.items()
+        },
         "outer step (Nesterov)": measure(
             lambda: optimizer.apply(values, momentum, update, 0.7, 0.9), megabytes, repeats
         ),
@@ -58,9 +64,9 @@ def run(elements: int, repeats: int) -> dict[str, float]:
     }
 
 
-def make_reduction(codec: str) -> Reduction:
-    """The weighted mean, in and out by one codec."""
-    return Reduction(codec_in=CODECS[codec], aggregator=AGGREGATORS["mean"], codec_out=CODECS[codec])
+def make_reduction(aggregator: Aggregator) -> Reduction:
+    """From int8 to int8."""
+    return Reduction(codec_in=INT8, aggregator=aggregator, codec_out=INT8)
 
 
 def describe(codec: Codec, elements: int, repeats: int) -> dict[str, float]:

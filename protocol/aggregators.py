@@ -10,14 +10,18 @@ machine do not matter; an aggregate lies among the contributions that it was mad
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shoal.protocol.codecs import CHUNK_ELEMENTS, Codec, Encoded, Float32s, load_kernels
+from shoal.protocol.codecs import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Codec, Encoded, Float32s, load_kernels
+
+# How often the center moves.
+CLIP_STEPS = 3
+# What is sorted at a time, over all members: 1 MiB of float32.
+SORTED_ELEMENTS = 1 << 18
 
 # No member weighs more than this many medians.
 WEIGHT_MEDIANS_MAX = 2
@@ -67,7 +71,69 @@ class NormClippedMean:
         _average(codec, parts, [np.float32(part.weight) * np.float32(part.clip_factor) for part in parts], out)
 
 
-AGGREGATORS: dict[str, Aggregator] = {"mean": Mean(), "norm_clipped_mean": NormClippedMean()}
+class Median:
+    """The median of every coordinate, whatever the members weigh: any minority may lie, and all that it gets is a value
+    between those of honest members (Yin et al., arXiv 1803.01498)."""
+
+    __slots__ = ()
+    name = "median"
+
+    def aggregate(self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> None:
+        _check_shares(parts)
+        low, high = (len(parts) - 1) // 2, len(parts) // 2
+        for target, rows in _sorted_spans(codec, parts, out):
+            np.add(rows[low], rows[high], out=target)
+            np.multiply(target, np.float32(0.5), out=target)
+
+
+class TrimmedMean:
+    """The mean of every coordinate without its smallest and its largest values, a quarter of the members each, whatever
+    they weigh (Yin et al., arXiv 1803.01498)."""
+
+    __slots__ = ()
+    name = "trimmed_mean"
+
+    def aggregate(self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> None:
+        _check_shares(parts)
+        trimmed = min(-(-len(parts) // 4), (len(parts) - 1) // 2)
+        kept = len(parts) - 2 * trimmed
+        for target, rows in _sorted_spans(codec, parts, out):
+            target.fill(0)
+            for row in rows[trimmed : trimmed + kept]:
+                np.add(target, row, out=target)
+            np.divide(target, np.float32(kept), out=target)
+
+
+class CenteredClip:
+    """From the coordinates' median on, CLIP_STEPS times: towards the weighted mean of the members, none of whom pulls
+    harder than the one at the median distance (Karimireddy et al., arXiv 2012.10333; by parts as in BTARD, arXiv
+    2106.11257)."""
+
+    __slots__ = ()
+    name = "centered_clip"
+
+    def aggregate(self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> None:
+        MEDIAN.aggregate(codec, parts, out)
+        kernels, weights = load_kernels(), _sum_weights(parts)
+        term, total = (np.empty(min(out.size, CHUNK_ELEMENTS), np.float32) for _ in range(2))
+        for _ in range(CLIP_STEPS):
+            pulls = clip_factors([math.sqrt(_squared_distance(codec, part, out, term)) for part in parts])
+            for start in range(0, out.size, CHUNK_ELEMENTS):
+                center = out[start : start + CHUNK_ELEMENTS]
+                away, shift = term[: center.size], total[: center.size]
+                shift.fill(0)
+                for part, pull in zip(parts, pulls, strict=True):
+                    codec.decode_range(part.encoded, out.size, start, away)
+                    np.subtract(away, center, out=away)
+                    kernels.add_scaled(away, np.float32(part.weight) * pull, shift)
+                np.divide(shift, weights, out=shift)
+                np.add(center, shift, out=center)
+
+
+MEDIAN = Median()
+AGGREGATORS: dict[str, Aggregator] = {
+    one.name: one for one in (Mean(), NormClippedMean(), MEDIAN, TrimmedMean(), CenteredClip())
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,23 +187,12 @@ def clip_factors(norms: Iterable[float]) -> Float32s:
 def squared_norm(values: Float32s) -> float:
     """The sum of squares in float64, the same on every machine. The norm of a vector in parts is the square root of the
     sum of this over the parts, in order; whoever has the same values then gets the same bits."""
+    fold = load_kernels().fold_squares
+    scratch = np.empty(CHUNK_ELEMENTS // 2, np.float64)
     total = 0.0
-    squares = np.empty(CHUNK_ELEMENTS, np.float64)
     for start in range(0, values.size, CHUNK_ELEMENTS):
-        chunk = values[start : start + CHUNK_ELEMENTS]
-        squares[chunk.size :] = 0
-        np.copyto(squares[: chunk.size], chunk)
-        np.multiply(squares, squares, out=squares)
-        total += _fold(squares)
+        total += fold(values[start : start + CHUNK_ELEMENTS], scratch)
     return total
-
-
-def _fold(values: NDArray[np.float64]) -> float:
-    """The sum of a power of two of values, the upper half added onto the lower until one is left."""
-    while (half := values.size // 2) > 0:
-        np.add(values[:half], values[half:], out=values[:half])
-        values = values[:half]
-    return float(values[0])
 
 
 def _level(claims: list[float]) -> float:
@@ -156,11 +211,8 @@ def _level(claims: list[float]) -> float:
 
 def _average(codec: Codec, parts: Sequence[WeightedPart], factors: Sequence[np.float32], out: Float32s) -> None:
     """out = (sum of factor * decoded) / (sum of weights); a chunk stays in cache while every member is added to it."""
-    assert parts and all(0 < part.weight <= 1 and 0 <= part.clip_factor <= 1 for part in parts), "shares of a plan"
-    weights = np.float32(0)
-    for part in parts:
-        weights = weights + np.float32(part.weight)
-    add_scaled = load_kernels().add_scaled
+    _check_shares(parts)
+    add_scaled, weights = load_kernels().add_scaled, _sum_weights(parts)
     scratch = np.empty(min(out.size, CHUNK_ELEMENTS), np.float32)
     for start in range(0, out.size, CHUNK_ELEMENTS):
         total = out[start : start + CHUNK_ELEMENTS]
@@ -170,3 +222,39 @@ def _average(codec: Codec, parts: Sequence[WeightedPart], factors: Sequence[np.f
             codec.decode_range(part.encoded, out.size, start, term)
             add_scaled(term, factor, total)
         np.divide(total, weights, out=total)
+
+
+def _check_shares(parts: Sequence[WeightedPart]) -> None:
+    assert parts and all(0 < part.weight <= 1 and 0 <= part.clip_factor <= 1 for part in parts), "shares of a plan"
+
+
+def _sum_weights(parts: Sequence[WeightedPart]) -> np.float32:
+    weights = np.float32(0)
+    for part in parts:
+        weights = weights + np.float32(part.weight)
+    return weights
+
+
+def _sorted_spans(codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> Iterator[tuple[Float32s, Float32s]]:
+    """Stretches of `out`, and float32[members, stretch]: what the members have there, every column ascending."""
+    sort = load_kernels().sort_rows
+    span = max(SORTED_ELEMENTS // len(parts) // BLOCK_ELEMENTS, 1) * BLOCK_ELEMENTS
+    for start in range(0, out.size, span):
+        target = out[start : start + span]
+        rows = np.empty((len(parts), target.size), np.float32)
+        for row, part in zip(rows, parts, strict=True):
+            codec.decode_range(part.encoded, out.size, start, row)
+        sort(rows)
+        yield target, rows
+
+
+def _squared_distance(codec: Codec, part: WeightedPart, center: Float32s, scratch: Float32s) -> float:
+    """As `squared_norm`, of the member's values less the center's."""
+    total = 0.0
+    for start in range(0, center.size, CHUNK_ELEMENTS):
+        chunk = center[start : start + CHUNK_ELEMENTS]
+        away = scratch[: chunk.size]
+        codec.decode_range(part.encoded, center.size, start, away)
+        np.subtract(away, chunk, out=away)
+        total += squared_norm(away)
+    return total

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 Float32s = NDArray[np.float32]
+Float64s = NDArray[np.float64]
 Uint32s = NDArray[np.uint32]
 Uint16s = NDArray[np.uint16]
 Uint8s = NDArray[np.uint8]
@@ -349,6 +350,64 @@ BLOCK_KERNELS: dict[str, BlockKernels] = {
     "e3m0": BlockKernels(encode_e3m0, decode_e3m0, has_other_nibbles),
     "ternary": BlockKernels(encode_ternary, decode_ternary, has_other_trits),
 }
+
+
+# -- aggregation -----------------------------------------------------------------------------------------------------
+
+
+@compiled
+def fold_squares(values: Float32s, scratch: Float64s) -> float:
+    """The sum of the squares in float64: zeros behind them up to a power of two, the upper half added to the lower one
+    until one value is left. `scratch` holds half of that power, one at least."""
+    width = 1
+    while 2 * width < values.size:
+        width *= 2
+    upper = max(values.size - width, 0)
+    for index in range(upper):
+        low, high = np.float64(values[index]), np.float64(values[width + index])
+        scratch[index] = low * low + high * high
+    for index in range(upper, min(width, values.size)):
+        only = np.float64(values[index])
+        scratch[index] = only * only
+    scratch[min(width, values.size) : width] = 0.0
+    while width > 1:
+        width //= 2
+        for index in range(width):
+            scratch[index] = scratch[index] + scratch[width + index]
+    return float(scratch[0])
+
+
+@compiled
+def _order(low: Float32s, high: Float32s) -> None:
+    for index in range(low.size):
+        one, other = low[index], high[index]
+        low[index], high[index] = (one, other) if one < other else (other, one)
+
+
+@compiled
+def sort_rows(rows: Float32s) -> None:
+    """Sort float32[rows, n] in place so that every column ascends, -0 as +0: Batcher's merge exchange (Knuth, The Art
+    of Computer Programming, 5.2.2, algorithm M)."""
+    count = rows.shape[0]
+    for number in range(count):
+        row = rows[number]
+        for index in range(row.size):
+            row[index] = row[index] + _ZERO
+    highest = 1
+    while 2 * highest < count:
+        highest *= 2
+    step = highest
+    while step > 0 and count > 1:
+        reach, rest, distance = highest, 0, step
+        while True:
+            for number in range(count - distance):
+                if number & step == rest:
+                    _order(rows[number], rows[number + distance])
+            if reach == step:
+                break
+            distance, rest = reach - step, step
+            reach //= 2
+        step //= 2
 
 
 # -- outer step ------------------------------------------------------------------------------------------------------

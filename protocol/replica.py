@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart
+from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart, squared_norm
 from shoal.protocol.codecs import BLOCK_ELEMENTS, CODECS, Float32s, encode_with_feedback
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Manifest
@@ -27,6 +27,7 @@ def rehearse(manifest: Manifest) -> None:
     """Run once, on a few values, what a round of this swarm computes, so that no round waits for kernels that are
     compiled or loaded at their first use."""
     reduction, zeros = make_reduction(manifest), np.zeros(BLOCK_ELEMENTS + 1, np.float32)
+    squared_norm(zeros)
     encoded = encode_with_feedback(reduction.codec_in, zeros, zeros, zeros.copy())
     update = reduction.reduce_part([WeightedPart(encoded=encoded, weight=1.0)], zeros.size)
     reduction.codec_out.decode_untrusted(update, zeros.size, zeros)

@@ -1,5 +1,6 @@
 """The aggregators against a slow reference; convexity; caps that no claim gets around."""
 
+import math
 import struct
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from shoal.protocol.aggregators import (
     AGGREGATORS,
+    CLIP_STEPS,
     SHARES_MIN,
     WEIGHT_MEDIANS_MAX,
     Aggregator,
@@ -58,18 +60,50 @@ def rounds(draw: st.DrawFn) -> tuple[Codec, list[WeightedPart], int]:
     return codec, present or parts[:1], elements
 
 
+def sum_slowly(terms: list[float]) -> float:
+    total = 0.0
+    for term in terms:
+        total = to_float32(total + term)
+    return total
+
+
+def distance_slowly(values: list[float], center: list[float]) -> float:
+    """The root of the sum of squares: zeros behind them up to a power of two, the upper half added to the lower one."""
+    squares = [to_float32(value - middle) ** 2 for value, middle in zip(values, center, strict=True)]
+    squares += [0.0] * ((1 << (len(squares) - 1).bit_length()) - len(squares))
+    while (half := len(squares) // 2) > 0:
+        squares = [squares[index] + squares[half + index] for index in range(half)]
+    return math.sqrt(squares[0])
+
+
 def aggregate_slowly(name: str, decoded: list[list[float]], parts: list[WeightedPart]) -> list[float]:
-    weights = 0.0
-    for part in parts:
-        weights = to_float32(weights + part.weight)
-    result = []
-    for index in range(len(decoded[0])):
-        total = 0.0
-        for values, part in zip(decoded, parts, strict=True):
-            factor = to_float32(part.weight * part.clip_factor) if name == "norm_clipped_mean" else part.weight
-            total = to_float32(total + to_float32(factor * values[index]))
-        result.append(to_float32(total / weights))
-    return result
+    columns = [list(column) for column in zip(*decoded, strict=True)]
+    weights = sum_slowly([part.weight for part in parts])
+    if name in ("mean", "norm_clipped_mean"):
+        factors = [to_float32(part.weight * (part.clip_factor if name != "mean" else 1.0)) for part in parts]
+        sums = [
+            sum_slowly([to_float32(factor * value) for factor, value in zip(factors, column, strict=True)])
+            for column in columns
+        ]
+        return [to_float32(total / weights) for total in sums]
+    ordered = [sorted(value + 0.0 for value in column) for column in columns]
+    members = len(parts)
+    if name == "trimmed_mean":
+        trimmed = min(math.ceil(members / 4), (members - 1) // 2)
+        kept = [column[trimmed : members - trimmed] for column in ordered]
+        return [to_float32(sum_slowly(column) / len(column)) for column in kept]
+    center = [to_float32(to_float32(one[(members - 1) // 2] + one[members // 2]) * 0.5) for one in ordered]
+    if name == "median":
+        return center
+    assert name == "centered_clip"
+    for _ in range(CLIP_STEPS):
+        pulls = clip_factors([distance_slowly(values, center) for values in decoded]).tolist()
+        factors = [to_float32(part.weight * pull) for part, pull in zip(parts, pulls, strict=True)]
+        for index, column in enumerate(columns):
+            away = [to_float32(value - center[index]) for value in column]
+            shift = sum_slowly([to_float32(factor * one) for factor, one in zip(factors, away, strict=True)])
+            center[index] = to_float32(center[index] + to_float32(shift / weights))
+    return center
 
 
 @given(aggregators, rounds())
@@ -102,6 +136,33 @@ def test_clipping_only_shrinks(held: tuple[Codec, list[WeightedPart], int]) -> N
     slack = np.abs(decoded).max(axis=0) * (4 * len(parts) + 4) * 2.0**-24 + len(parts) * 2.0**-125
     assert np.all(out <= np.maximum(decoded.max(axis=0), 0) + slack)
     assert np.all(out >= np.minimum(decoded.min(axis=0), 0) - slack)
+
+
+@given(st.sampled_from(["median", "trimmed_mean"]), rounds())
+def test_robust_rules_stay_among_the_members(name: str, held: tuple[Codec, list[WeightedPart], int]) -> None:
+    codec, parts, elements = held
+    out = np.empty(elements, np.float32)
+    AGGREGATORS[name].aggregate(codec, parts, out)
+    decoded = np.array([decode(codec, part.encoded, elements) for part in parts], np.float64)
+    slack = np.abs(decoded).max(axis=0) * (len(parts) + 1) * 2.0**-24 + 2.0**-148
+    assert np.all(out <= decoded.max(axis=0) + slack)
+    assert np.all(out >= decoded.min(axis=0) - slack)
+
+
+@given(rounds(), st.data())
+def test_a_minority_moves_the_median_no_further_than_honest_members_are(
+    held: tuple[Codec, list[WeightedPart], int], data: st.DataObject
+) -> None:
+    codec, parts, elements = held
+    liars = data.draw(st.integers(0, (len(parts) - 1) // 2))
+    far = np.full(elements, data.draw(st.sampled_from([-1, 1])) * 2.0**60, np.float32)
+    lies = [WeightedPart(encoded=codec.encode(far), weight=1.0) for _ in range(liars)]
+    out = np.empty(elements, np.float32)
+    AGGREGATORS["median"].aggregate(codec, [*lies, *parts[liars:]], out)
+    honest = np.array([decode(codec, part.encoded, elements) for part in parts[liars:]], np.float64)
+    slack = np.abs(honest).max(axis=0) * 2.0**-23 + 2.0**-148
+    assert np.all(out <= honest.max(axis=0) + slack)
+    assert np.all(out >= honest.min(axis=0) - slack)
 
 
 @given(aggregators, codecs, rounds())

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from shoal.protocol import aggregators, contribution
-from shoal.protocol.codecs import CHUNK_ELEMENTS, CODECS, Codec, Encoded, Float32s
+from shoal.protocol.codecs import CODECS, Codec, Encoded, Float32s
 
 DECODED_MAX = 256  # parts
 
@@ -52,20 +51,6 @@ class RememberingCodec:
         return known
 
 
-def squared_norm(values: Float32s) -> float:
-    """The production function pads the last chunk with zeros, which add nothing to any sum of its pairs: the same bits
-    come of the shortest power of two that holds the values."""
-    if values.size >= CHUNK_ELEMENTS:
-        return _squared_norm(values)
-    squares = np.zeros(1 << max(0, values.size - 1).bit_length(), np.float64)
-    np.copyto(squares[: values.size], values)
-    np.multiply(squares, squares, out=squares)
-    return aggregators._fold(squares)
-
-
-_squared_norm = aggregators.squared_norm
-
-
 _remembering: dict[str, Codec] = {name: RememberingCodec(codec) for name, codec in CODECS.items()}
 
 
@@ -73,11 +58,8 @@ _remembering: dict[str, Codec] = {name: RememberingCodec(codec) for name, codec 
 def in_use() -> Iterator[None]:
     """Put them in the places of the originals for as long as this lasts."""
     originals = dict(CODECS)
-    before = contribution.__dict__["squared_norm"]
-    contribution.__dict__["squared_norm"] = squared_norm
     CODECS.update(_remembering)
     try:
         yield
     finally:
         CODECS.update(originals)
-        contribution.__dict__["squared_norm"] = before

@@ -17,7 +17,7 @@ from shoal.protocol.aggregators import (
     planned_weights,
     squared_norm,
 )
-from shoal.protocol.codecs import CHUNK_ELEMENTS, CODECS, Codec, Float32s
+from shoal.protocol.codecs import CHUNK_ELEMENTS, CODECS, Codec, Float32s, load_kernels
 from shoal.protocol.errors import ProtocolError, Refusal
 
 MEAN = AGGREGATORS["mean"]
@@ -38,6 +38,27 @@ GOLDEN_UPDATES = {
     ("norm_clipped_mean", "int4"): "8ce617aed4cb30e494683b00a07c82756e03ac96f7427ebbdb11d565dce7a44a",
     ("norm_clipped_mean", "e3m0"): "b90b70caf97e6e119fbfdb03cd1995a8b07eca5747d6a689c2cd0254e0c9341f",
     ("norm_clipped_mean", "ternary"): "898bb24f334f7143e85dc7bfa1d4572ac7048a706b30b0119982853a27ac41ba",
+    ("median", "fp32"): "5fd2f3e568c3db44e6dc6581e192fd095276682689ebda0c2ba68848aa789f19",
+    ("median", "fp16"): "61223fd0b1abd1bda8753b214cc43fe82ebd25febf4bffa4db9b7ca19dd9215a",
+    ("median", "bf16"): "79e270b8d906e62c7f85b9d5cdc2d09113325cb165329bf32303e5a91e3334d4",
+    ("median", "int8"): "ecf90e9f3b99de9790325deaabd578085f341b52eed570bc72b8d4c26de5c015",
+    ("median", "int4"): "00d11664e721c1b519f0eb84525b658392edc4f2fae482351f79446e17796bdf",
+    ("median", "e3m0"): "a485fce712274172efb4a8b67930c30293235566928f91df22c220c751bc1481",
+    ("median", "ternary"): "32496a678afe423a07011c544a838fcb6c7096c544993368586e89f2a1832d94",
+    ("trimmed_mean", "fp32"): "5fd2f3e568c3db44e6dc6581e192fd095276682689ebda0c2ba68848aa789f19",
+    ("trimmed_mean", "fp16"): "61223fd0b1abd1bda8753b214cc43fe82ebd25febf4bffa4db9b7ca19dd9215a",
+    ("trimmed_mean", "bf16"): "79e270b8d906e62c7f85b9d5cdc2d09113325cb165329bf32303e5a91e3334d4",
+    ("trimmed_mean", "int8"): "ecf90e9f3b99de9790325deaabd578085f341b52eed570bc72b8d4c26de5c015",
+    ("trimmed_mean", "int4"): "00d11664e721c1b519f0eb84525b658392edc4f2fae482351f79446e17796bdf",
+    ("trimmed_mean", "e3m0"): "a485fce712274172efb4a8b67930c30293235566928f91df22c220c751bc1481",
+    ("trimmed_mean", "ternary"): "32496a678afe423a07011c544a838fcb6c7096c544993368586e89f2a1832d94",
+    ("centered_clip", "fp32"): "a601f7cece85779d0dde6c8df5284d6527a3ee7733f90eedc040cfe7a4621464",
+    ("centered_clip", "fp16"): "07932da3947057c329c19a52e04f3f60fe4dd5fa4df7fdf523692354d27245bc",
+    ("centered_clip", "bf16"): "04d93408b6b842d36fb0a274fa6f4e2fb500674d1505b684deba1aa0a370ed62",
+    ("centered_clip", "int8"): "308f94f68939dae5a547e18e3427b79bd0fb1c4dc53a1a8908af32ea4b9165f8",
+    ("centered_clip", "int4"): "f44cedcc95dfbd10f23b0204b6e290ea33b036a2782f3e26e2d98094699f6198",
+    ("centered_clip", "e3m0"): "8bd1058d113f83d66458b0210635918076729ac3c5881a18493e55795861dc1f",
+    ("centered_clip", "ternary"): "c2d0083345a1eb82315964e92d90a0acf6c12c93056f7a527655229e519e32ba",
 }
 GOLDEN_WEIGHTS = "8aae6a3e0000803ec98aaa3c0000803ef8fce5340000803e"
 GOLDEN_SQUARED_NORM = "0x1.6bf1925197909p+22"
@@ -63,8 +84,7 @@ def aggregate(name: str, parts: list[WeightedPart], elements: int) -> list[float
 
 def test_table_names_each_aggregator_once() -> None:
     assert {name: aggregator.name for name, aggregator in AGGREGATORS.items()} == {
-        "mean": "mean",
-        "norm_clipped_mean": "norm_clipped_mean",
+        name: name for name, _ in GOLDEN_UPDATES
     }
 
 
@@ -119,7 +139,7 @@ def test_largest_values_stay_finite(codec: Codec, aggregator: Aggregator) -> Non
     assert out.tolist() == [codec.magnitude_max] * 300
 
 
-@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("name", ["mean", "norm_clipped_mean", "median", "trimmed_mean"])
 def test_chunks_leave_no_trace(name: str) -> None:
     random = np.random.default_rng(8)
     elements = 2 * CHUNK_ELEMENTS + 513
@@ -139,6 +159,58 @@ def test_chunks_leave_no_trace(name: str) -> None:
         AGGREGATORS[name].aggregate(codec, parts(first, first + 1000), piece)
         # A piece that starts with a block has the same blocks, the last one of this piece excepted.
         assert piece[:768].tobytes() == whole[first : first + 768].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("values", "median", "trimmed"),
+    [
+        ([3.0], 3.0, 3.0),
+        ([1.0, 4.0], 2.5, 2.5),
+        ([9.0, 1.0, 2.0], 2.0, 2.0),
+        ([9.0, 1.0, 2.0, 4.0], 3.0, 3.0),
+        ([9.0, 1.0, 2.0, 4.0, -70.0], 2.0, 2.0),
+        ([5.0, 4.0, 1.0, 3.0, 2.0, 90.0, -90.0, 6.0], 3.5, 3.5),
+        ([0.0, 1.0, 2.0, 6.0, 6.0, 6.0, 6.0, 6.0, 9.0], 6.0, 6.0),
+    ],
+)
+def test_median_and_trimmed_mean(values: list[float], median: float, trimmed: float) -> None:
+    parts = [part([value], 1 / len(values)) for value in values]
+    assert (aggregate("median", parts, 1), aggregate("trimmed_mean", parts, 1)) == ([median], [trimmed])
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean"])
+def test_robust_rules_know_neither_weights_nor_order_nor_signs_of_zero(name: str) -> None:
+    values = [-0.0, 0.0, 2.0, -0.0, 1e-40, 1e30]
+    forward = [part([value, 1.0], 0.9) for value in values]
+    backward = [part([value, 1.0], 0.01, 0.5) for value in reversed(values)]
+    assert np.float32(aggregate(name, forward, 2)).tobytes() == np.float32(aggregate(name, backward, 2)).tobytes()
+
+
+@pytest.mark.parametrize("members", range(1, 34))
+def test_rows_are_sorted_whatever_their_number(members: int) -> None:
+    """All of 0 and 1 where there are few rows: a network that sorts those sorts everything (Knuth's 0-1 principle)."""
+    columns = 2**members if members <= 12 else 4096
+    bits = (np.arange(columns, dtype=np.int64)[np.newaxis, :] >> np.arange(members)[:, np.newaxis]) & 1
+    mixed = np.random.default_rng(members).permuted(bits, axis=0) if members > 12 else bits
+    rows = mixed.astype(np.float32)
+    load_kernels().sort_rows(rows)
+    assert rows.tobytes() == np.sort(mixed, axis=0).astype(np.float32).tobytes()
+
+
+def test_centered_clip_is_the_mean_where_nobody_is_far() -> None:
+    parts = [part([1.0, 5.0], 0.5), part([3.0, 1.0], 0.5)]
+    assert aggregate("centered_clip", parts, 2) == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean", "centered_clip"])
+@pytest.mark.parametrize("lie", [-10.0, 1e6, -1e18])
+def test_a_quarter_of_liars_moves_a_robust_rule_little(name: str, lie: float) -> None:
+    random = np.random.default_rng(11)
+    truth = random.standard_normal(1000).astype(np.float32)
+    honest = [truth + np.float32(0.3) * random.standard_normal(1000).astype(np.float32) for _ in range(6)]
+    parts = [part(values.tolist(), 1 / 8) for values in [*honest, truth * np.float32(lie), truth * np.float32(lie)]]
+    off = np.array(aggregate(name, parts, 1000)) - truth
+    assert np.sqrt(np.mean(off**2)) < 0.35, "no further off than one honest member"
 
 
 def test_reduction_changes_codecs() -> None:

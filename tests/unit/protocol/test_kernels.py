@@ -33,7 +33,8 @@ def run_all() -> None:
     for codec in CODECS.values():
         encoded = encode_with_feedback(codec, values, residual, np.empty_like(values))
         codec.decode_untrusted(encoded, values.size, np.empty_like(values))
-        AGGREGATORS["mean"].aggregate(codec, [WeightedPart(encoded=encoded, weight=1.0)], np.empty_like(values))
+        for aggregator in AGGREGATORS.values():
+            aggregator.aggregate(codec, [WeightedPart(encoded=encoded, weight=1.0)], np.empty_like(values))
     for optimizer in OUTER_OPTIMIZERS.values():
         optimizer.apply(params, momentum, values, 0.7, 0.9)
 

@@ -181,7 +181,7 @@ from shoal.protocol import kernels
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.contribution import Contributor
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
-from shoal.protocol.aggregators import WeightedPart
+from shoal.protocol.aggregators import AGGREGATORS, WeightedPart
 from shoal.protocol.replica import make_reduction, rehearse
 from tests.unit.protocol.samples import RULES, make_sample_manifest
 
@@ -189,7 +189,8 @@ def count():
     found = {name: one for name, one in vars(kernels).items() if hasattr(one, "signatures") and name[0] != "_"}
     return {name: len(one.signatures) for name, one in found.items()}
 
-manifests = [make_sample_manifest(rules=replace(RULES, codec=codec)) for codec in CODECS]
+rules = [replace(RULES, codec=codec) for codec in CODECS] + [replace(RULES, aggregator=name) for name in AGGREGATORS]
+manifests = [make_sample_manifest(rules=one) for one in rules]
 assert not any(count().values())
 for manifest in manifests:
     rehearse(manifest)
