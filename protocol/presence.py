@@ -58,7 +58,7 @@ class PresenceTable:
             self._drop_oldest_dead()
         first = known is None or presence.peer not in self._deadlines  # an expected peer has a deadline already
         self._newest[presence.peer] = presence
-        if presence.leaving and first:
+        if presence.leaving and presence.peer not in self._deadlines:
             return None  # its farewell came after its connection ended
         self._deadlines[presence.peer] = now + self._timeout_s
         return PeerSeen(presence=presence, first=first)

@@ -229,6 +229,18 @@ def old_presence_of_restarted_peer_wins(patches: Patches) -> None:
     patches.wrap(PresenceTable, "receive", receive)
 
 
+@bug(seed=662366518, by="a declaration comes after its timer")
+def farewell_of_an_expected_voter_is_not_told(patches: Patches) -> None:
+    """A voter that has not been heard yet is leaving: the table lists it as alive, and the core never hears of it."""
+
+    def receive(old: Any, self: PresenceTable, presence: Presence, now: float) -> Any:
+        first = self.newest(presence.peer) is None
+        seen = old(self, presence, now)
+        return None if presence.leaving and first else seen
+
+    patches.wrap(PresenceTable, "receive", receive)
+
+
 @bug(seed=3095090335, by="a declaration comes after its timer")
 def timer_not_stopped(patches: Patches) -> None:
     """A quorum that comes into sight while a certified round is fetched does not stop the declared timer."""

@@ -126,6 +126,17 @@ def test_a_broken_connection_loses_a_live_peer_once(table: PresenceTable) -> Non
     assert table.suspect(PEERS[2], 1.0) is None, "a stranger cannot be lost"
 
 
+def test_the_farewell_of_a_peer_that_is_expected_is_its_first_word(table: PresenceTable) -> None:
+    """A voter that leaves still votes until it has gone; who is listed as alive has been told of."""
+    table.expect((PEERS[1], PEERS[2]), 0.0)
+    seen = table.receive(make_presence(1, 2, leaving=True), 1.0)
+    assert seen is not None and seen.first
+    assert set(table.live()) == {PEERS[1]}
+    assert [lost.peer for lost in table.handle_deadline(1.0 + TIMEOUT_S)] == [PEERS[1], PEERS[2]]
+    assert table.receive(make_presence(1, 3, leaving=True), 2.0 + TIMEOUT_S) is None
+    assert table.live() == {}
+
+
 def test_a_farewell_does_not_bring_a_peer_back(table: PresenceTable) -> None:
     table.receive(make_presence(1, 1), 0.0)
     table.suspect(PEERS[1], 1.0)
