@@ -52,6 +52,7 @@ class Happening:
 REMEDIES: Mapping[Failure, str] = {
     Failure.PROPOSER_LOST: "the next proposer takes over",
     Failure.PROPOSER_SILENT: "the next proposer takes over",
+    Failure.PROPOSER_ABSTAINS: "the next proposer takes over",
     Failure.EXCHANGE_TIMEOUT: "the next attempt begins with whoever is there",
     Failure.COMMIT_TIMEOUT: "the next attempt proposes again what may be certified already",
     Failure.NO_QUORUM: "training goes on until enough voters are back",

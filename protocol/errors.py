@@ -52,6 +52,7 @@ class Failure(StrEnum):
 
     PROPOSER_LOST = "proposer_lost"
     PROPOSER_SILENT = "proposer_silent"
+    PROPOSER_ABSTAINS = "proposer_abstains"
     EXCHANGE_TIMEOUT = "exchange_timeout"
     COMMIT_TIMEOUT = "commit_timeout"
     NO_QUORUM = "no_quorum"

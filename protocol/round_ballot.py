@@ -77,7 +77,7 @@ class RoundBallot(RoundState):
         self._last_failure, self._last_failure_peer = reason, peer
         following = max(self.attempt + 1, superseded_by, self._nacked(), self._refused_attempt)
         for _ in self._order:
-            if self._proposer(following) not in self._lost:
+            if not self._leads_nothing(self._proposer(following)):
                 break
             following += 1
         self._enter_attempt(following, now)
@@ -186,7 +186,7 @@ class RoundBallot(RoundState):
         has_time = self._needs_locks() and self._deadline_s is not None
         busy = (makes_progress or has_time) and self.attempt < message.attempt
         is_refused = message.attempt < self._vote.promised or not self._may_follow(message.attempt)
-        if is_refused or (busy and self._proposer() not in self._lost):
+        if is_refused or (busy and self._why_led_by_nobody() is None):
             if busy and not self._needs_locks():
                 self._refused_attempt = max(self._refused_attempt, message.attempt)  # where this voter goes next
             self._send(sender, Nack(round=self.round, attempt=message.attempt, promised=self._vote.promised))

@@ -280,6 +280,19 @@ class RoundState:
         """The peers in sight that have forgotten what they signed, as they say themselves; not this one."""
         return frozenset(peer for peer, known in self._members.items() if known.phase == ABSTAINING)
 
+    def _why_led_by_nobody(self) -> Failure | None:
+        """Why no proposal will come of this attempt, as far as this peer can see: its proposer is gone, or it has
+        forgotten what it signed and says so. None where one may."""
+        proposer = self._proposer()
+        if proposer in self._lost:
+            return Failure.PROPOSER_LOST
+        return Failure.PROPOSER_ABSTAINS if self._leads_nothing(proposer) else None
+
+    def _leads_nothing(self, peer: PeerId) -> bool:
+        known = self._members.get(peer)
+        own = peer == self._me and self._abstention is not None and not self._abstention.goes_on
+        return peer in self._lost or own or (known is not None and known.phase == ABSTAINING)
+
     def _waits_for_quorum(self) -> bool:
         return self.phase in (Phase.GATHER, Phase.PREPARE) and not self._has_quorum()
 

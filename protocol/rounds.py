@@ -27,7 +27,7 @@ from shoal.protocol.effects import (
     QuorumSeen,
     VoteRecord,
 )
-from shoal.protocol.errors import Failure, ProtocolError, Refusal
+from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
     ROUND_MESSAGES,
@@ -394,8 +394,9 @@ class RoundCore(RoundExchange):
         if self._waits_for_quorum():
             self._wait_for_quorum()
             return
-        if self._proposer() in self._lost and not self._lost.issuperset(self._order):
-            self._give_up_attempt(Failure.PROPOSER_LOST, now)
+        why = self._why_led_by_nobody()
+        if why is not None and not all(map(self._leads_nothing, self._order)):
+            self._give_up_attempt(why, now)
         elif self.phase is Phase.PREPARE and self._deadline_s is None:
             self._deadline_s = now + self._rules.plan_timeout_s * self._backoff()  # a quorum has come into sight
         elif self._deadline_s is not None and now >= self._deadline_s:

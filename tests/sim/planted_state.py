@@ -229,6 +229,16 @@ def old_presence_of_restarted_peer_wins(patches: Patches) -> None:
     patches.wrap(PresenceTable, "receive", receive)
 
 
+@bug(seed=3757760220, by="two attempts in calm")
+def proposer_that_abstains_is_waited_for(patches: Patches) -> None:
+    """Who has forgotten its votes leads nothing, and says so; its attempts end by their deadlines all the same."""
+
+    def leads_nothing(old: Any, self: RoundCore, peer: bytes) -> bool:
+        return peer in self._lost
+
+    patches.wrap(RoundCore, "_leads_nothing", leads_nothing)
+
+
 @bug(seed=662366518, by="a declaration comes after its timer")
 def farewell_of_an_expected_voter_is_not_told(patches: Patches) -> None:
     """A voter that has not been heard yet is leaving: the table lists it as alive, and the core never hears of it."""

@@ -115,9 +115,9 @@ def cut_off(victim: Seat) -> Filter:
 
 class Table:
     """Everybody knows of everybody. `blocked` decides what does not arrive, `newest_first` in what order the rest does;
-    who is `unheard` announces in vain; who `applies_slowly` waits for `commit`, and reductions wait for
-    `finish_reductions` unless the table `reduces`; while it `beats`, everybody announces itself every two seconds;
-    `refusals` is what anybody refused of anybody."""
+    who is `unheard` announces in vain; who is `forgetful` abstains from its start on; who `applies_slowly` waits for
+    `commit`, and reductions wait for `finish_reductions` unless the table `reduces`; while it `beats`, everybody speaks
+    up every two seconds; `refusals` is what anybody refused of anybody."""
 
     def __init__(self, count: int = 4, voters: int | None = None, rules: Rounds = RULES) -> None:
         self.rules = rules
@@ -126,6 +126,7 @@ class Table:
         self.blocked: Filter = nothing
         self.newest_first = False
         self.applies_slowly: set[int] = set()
+        self.forgetful: set[int] = set()
         self.unheard: set[int] = set()
         self.reduces = True
         self.blobs_are_found = True
@@ -141,7 +142,7 @@ class Table:
     def make_core(self, number: int, head: Head, vote: VoteRecord | None) -> RoundCore:
         authority = make_authority(self.rules)
         setting = Setting(identity=CROWD[number], rules=self.rules, authority=authority)
-        return RoundCore(setting, head, vote, self.now)
+        return RoundCore(setting, head, vote, self.now, abstains=number in self.forgetful)
 
     def seat(self, peer: PeerId) -> Seat:
         return self.seats[CROWD_PEERS.index(peer)]

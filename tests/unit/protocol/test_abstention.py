@@ -2,11 +2,13 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from shoal.protocol.abstention import ABSTAINING, FRESH_ATTEMPT, Abstention
-from shoal.protocol.effects import Planned, Send
+from shoal.protocol.effects import AttemptFailed, Planned, Send
+from shoal.protocol.errors import Failure
 from shoal.protocol.messages import (
     Certificate,
     Certified,
@@ -19,7 +21,7 @@ from shoal.protocol.messages import (
     digest_record,
     sign_message,
 )
-from shoal.protocol.quorum import QuorumRule
+from shoal.protocol.quorum import QuorumRule, proposer_order
 from tests.unit.protocol.round_table import Seat, Table, Travelling, nothing
 from tests.unit.protocol.samples import IDENTITIES, PEERS, RULES, SWARM, make_head, make_presence, make_sample_result
 
@@ -39,9 +41,10 @@ class ForgetfulTable(Table):
     def forget(self, seat: Seat, *, abstains: bool = True) -> None:
         """The peer comes back with the log and without its vote record; `abstains` when it knows."""
         seat.vote = None
-        self.restart(seat)
         if abstains:
-            seat.core.abstain(self.now)
+            self.forgetful.add(seat.number)
+        self.restart(seat)
+        self.forgetful.discard(seat.number)
 
     def catch_up(self, behind: Seat) -> None:
         """The peer gets the rounds that it lacks."""
@@ -57,7 +60,7 @@ class ForgetfulTable(Table):
         self.run(number)
 
 
-def ballots_of(seat: Seat) -> list[object]:
+def ballots_of(seat: Seat) -> list[Any]:
     return [one for kind in BALLOTS for one in seat.said(kind)]
 
 
@@ -74,13 +77,27 @@ def test_it_signs_nothing_for_two_rounds_after_the_open_one_and_then_votes_again
     table.advance(RULES.presence_timeout_s)
     for number in (2, 3):
         table.go_on(number)
-        assert ballots_of(seat) == []
+        assert [one for one in ballots_of(seat) if one.round < 4] == []
         assert not seat.did(Planned)
     assert seat.core.abstention is None
     for number in range(4, 10):
         table.go_on(number)
     assert seat.said(Vote)
     assert table.refusals == []
+
+
+def test_nobody_waits_for_a_proposer_that_says_that_it_abstains() -> None:
+    table = ForgetfulTable()
+    table.beats = True
+    table.go_on(1)
+    head = table.seats[0].core.head
+    lead, *others = (table.seat(peer) for peer in proposer_order(head.digest, head.voters))
+    table.forget(lead)
+    table.advance(RULES.presence_period_s)
+    table.go_on(2)
+    assert table.attempts(2) == {1}
+    failed = [one for seat in others for one in seat.did(AttemptFailed)]
+    assert {(one.reason, one.peer) for one in failed if one.round == 2} == {(Failure.PROPOSER_ABSTAINS, lead.peer)}
 
 
 def split_history(*, abstains: bool) -> ForgetfulTable:
@@ -146,7 +163,8 @@ def test_of_two_voters_that_both_forgot_neither_goes_on() -> None:
         table.forget(seat)
     table.make_ready()
     table.advance(300)
-    assert [ballots_of(seat) for seat in table.seats] == [[], []]
+    # The first that forgot is skipped by the other one, which is to forget yet.
+    assert [one for seat in table.seats for one in ballots_of(seat) if not isinstance(one, Prepare)] == []
     assert [seat.core.head.round for seat in table.seats] == [1, 1]
 
 
