@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from shoal.dht.addresses import parse_address, parse_peer_address
+from shoal.node.rate_caps import CapSchedule, check_mbit, make_schedule, parse_hours
 from shoal.protocol.errors import ConfigError, InputError, UriError
 from shoal.protocol.manifest import BOOTSTRAPS_MAX, parse_uri
 from shoal.protocol.messages import ADDRESSES_MAX
@@ -99,6 +100,23 @@ class TensorTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsTable:
+    """[limits]: how much of this machine's line the tensors of rounds, and of peers that catch up, may take."""
+
+    upload_mbit: Annotated[float, Bound(0, 1_000_000)] = 0.0
+    """Mbit/s that leave at most, 1 and more; 0 is no cap. A capped peer passes on no tensors for others."""
+    download_mbit: Annotated[float, Bound(0, 1_000_000)] = 0.0
+    """Mbit/s that come at most; 0 is no cap."""
+    hours: Annotated[tuple[str, ...], Bound(0, 24)] = ()
+    """Other caps at certain hours of this machine's day: "08:00-18:00 upload 5 download 20". The first that holds."""
+
+    @property
+    def schedule(self) -> CapSchedule:
+        """What the three fields say together; raises ValueError."""
+        return make_schedule(self.upload_mbit, self.download_mbit, self.hours)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NatTable:
     """[nat]: the router between this machine and the internet."""
 
@@ -168,6 +186,7 @@ class NodeConfig:
     node: NodeTable = field(default_factory=NodeTable)
     control: ControlTable = field(default_factory=ControlTable)
     tensor: TensorTable = field(default_factory=TensorTable)
+    limits: LimitsTable = field(default_factory=LimitsTable)
     nat: NatTable = field(default_factory=NatTable)
     lan: LanTable = field(default_factory=LanTable)
     web: WebTable = field(default_factory=WebTable)
@@ -179,6 +198,12 @@ class NodeConfig:
     def data_path(self) -> Path:
         """`node.data_dir`, absolute."""
         return Path(self.node.data_dir)
+
+    @property
+    def tensor_paths(self) -> TensorTable:
+        """[tensor], where a capped peer relays nothing: what passes through it is not paced."""
+        relays = self.tensor.relay and self.limits.schedule.is_empty
+        return dataclasses.replace(self.tensor, relay=relays)
 
 
 # The command line's flags and the fields that they override. The list is short on purpose: the rest is the file's.
@@ -196,6 +221,8 @@ FLAGS: Mapping[str, str] = {
     "tensor-port": "tensor.port",
     "announce-host": "tensor.announce_host",
     "announce-port": "tensor.announce_port",
+    "upload-mbit": "limits.upload_mbit",
+    "download-mbit": "limits.download_mbit",
     "web-host": "web.host",
     "web-port": "web.port",
     "device": "trainer.device",
@@ -263,6 +290,13 @@ def _parse_flag(table: Any, name: str, text: str) -> Any:
             return int(text)
         except ValueError as error:
             raise ConfigError(name, f"{text!r} is no whole number", "give digits") from error
+    if isinstance(default, float):
+        try:
+            return float(text)
+        except ValueError as error:
+            raise ConfigError(
+                name, f"{text!r} is no number", "give digits, with a point before the fraction"
+            ) from error
     return text
 
 
@@ -284,6 +318,7 @@ def _find_faults(config: NodeConfig) -> Iterator[Fault]:
     """What read_table cannot see, as (section, field, problem, fix)."""
     yield from _find_node_faults(config)
     yield from _find_address_faults(config)
+    yield from _find_limit_faults(config.limits)
     ports = (("control", config.control.port), ("tensor", config.tensor.port), ("web", config.web.port))
     for index, (section, port) in enumerate(ports):
         for other, taken in ports[:index]:
@@ -332,6 +367,19 @@ def _find_address_faults(config: NodeConfig) -> Iterator[Fault]:
     if announced is not None and not _is_dialable(announced):
         fix = "write an IP address or a DNS name, without a port"
         yield "tensor", "announce_host", f"{announced!r} cannot be dialled", fix
+
+
+def _find_limit_faults(limits: LimitsTable) -> Iterator[Fault]:
+    for name in ("upload_mbit", "download_mbit"):
+        try:
+            check_mbit(getattr(limits, name))
+        except ValueError as error:
+            yield "limits", name, str(error), "write 0, or 1 and more"
+    for text in limits.hours:
+        try:
+            parse_hours(text)
+        except ValueError as error:
+            yield "limits", "hours", str(error), 'write it as "08:00-18:00 upload 5 download 20", in Mbit/s'
 
 
 def _is_ip(host: str) -> bool:

@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 
 from shoal.node.answers import Answers
+from shoal.node.cap_watch import CapWatch
 from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
 from shoal.node.conduct import Conduct
@@ -398,9 +399,11 @@ class Daemon:
     def _open_paths(self, bound: Address) -> None:
         interfaces = self.surroundings.interfaces
         ports = make_ports(self.membership, self.control, interfaces, self._reach_changed)
-        self.paths = TensorPaths(self.me, self.swarm, self.config.tensor, bound, self.control, self.links, ports)
+        self.paths = TensorPaths(self.me, self.swarm, self.config.tensor_paths, bound, self.control, self.links, ports)
         self.paths.on_opened, self.paths.on_failed = self.reporter.way_opened, self.reporter.way_failed
         interfaces.subscribe(lambda _: self._interfaces_changed())
+        tell = partial(self.reporter.happen, HappeningKind.NETWORK)
+        self._spawn(CapWatch(self.config.limits.schedule, self.links.set_caps, tell).run())
 
     def _begin_reports(self) -> None:
         self.reporter.joined = self.core.head.round > 0 or self.me in self.core.head.voters

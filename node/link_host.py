@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Protocol, TypeVar
 
+from shoal.node.link_pacing import StreamTurns
 from shoal.node.link_port import LinkConfig, LinkSink
 from shoal.node.link_traffic import PeerTraffic
+from shoal.node.pacer import Pacer
 from shoal.protocol.errors import Refusal
 from shoal.protocol.identity import PeerId
 
@@ -18,6 +20,9 @@ class LinkHost(Protocol[L]):
     config: LinkConfig
     sink: LinkSink
     stopping: bool
+    upload: Pacer
+    download: Pacer
+    turns: StreamTurns
 
     def connected(self, link: L) -> bool:
         """The socket is connected; False ends the link before its handshake."""

@@ -17,6 +17,7 @@ from typing import cast
 
 from shoal.node.link_host import LinkHost
 from shoal.node.link_inlet import Fetch, FetchTable, PayloadInlet, answers
+from shoal.node.link_pacing import Reading, pace
 from shoal.node.link_port import Address, LinkEnd, LinkLost, LinkPath
 from shoal.node.link_records import SCRATCH, LinkDeadlines, LinkSigns, RecordInbox, RecordKind
 from shoal.node.link_traffic import PeerTraffic
@@ -94,7 +95,7 @@ class Link(asyncio.BufferedProtocol):
         self._header_bytes = memoryview(bytearray(HEADER_BYTES))
         self._inlet: PayloadInlet | None = None
         self._completions = 0
-        self._held = False
+        self._reading: Reading
         # sending
         self._turn = asyncio.Lock()
         self._record: memoryview | None = None
@@ -124,7 +125,7 @@ class Link(asyncio.BufferedProtocol):
             raise LinkLost(self._known_peer, LinkEnd.LIMIT)
         self.waiting_sends += 1
         try:
-            async with self._turn:
+            async with self._turn, self._host.turns:
                 self._require_usable()
                 if header.request and not self._serving[header.request]:
                     self._answer(header, FrameKind.MISSING)
@@ -166,7 +167,7 @@ class Link(asyncio.BufferedProtocol):
         self._abort_at_s = self._loop.time() + self._host.config.goodbye_timeout_s
         self._write_header(FrameHeader(kind=FrameKind.GOODBYE))
         self._wake_sender()
-        self._release()
+        self._reading.release()
         if self._peer_left:
             self._transport.close()
 
@@ -219,6 +220,7 @@ class Link(asyncio.BufferedProtocol):
         # uvloop's transports have the interface of asyncio's without descending from them.
         self._transport = transport = cast(asyncio.Transport, transport)
         transport.set_write_buffer_limits(high=0)
+        self._reading = Reading(transport, self._host.download, self._read_records)
         lowat = getattr(socket, "TCP_NOTSENT_LOWAT", None)
         if lowat is not None:
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, lowat, KERNEL_UNSENT_BYTES_MAX)
@@ -347,6 +349,7 @@ class Link(asyncio.BufferedProtocol):
         self.ended, self.refusal = reason, refusal
         self._handshake = None
         self._record = None
+        self._reading.stop()
         if self.peer is not None:
             self._fetches.settle_all(LinkLost(self.peer, reason, refusal))
         if self._inlet is not None:
@@ -383,7 +386,7 @@ class Link(asyncio.BufferedProtocol):
             wire_bytes_in=self._wire_bytes_in,
             wire_bytes_taken=self._wire_bytes_out - self._transport.get_write_buffer_size(),
             frames=self._frames,
-            reading_held=self._held,
+            reading_held=self._reading.is_held,
             writing_paused=self._paused,
             unfinished=payload or (self._inbox is not None and self._inbox.has_partial),
             busy=bool(self.waiting_sends or self._serving or self._completions or len(self._fetches)),
@@ -423,6 +426,7 @@ class Link(asyncio.BufferedProtocol):
         self._write_header(header)
         try:
             while offset < header.nbytes and not self._outgoing_refused:
+                await pace(self._host.upload, min(RECORD_BYTES_MAX, header.nbytes - offset))
                 await self._wait_writable()
                 offset = self._write_payload(payload, offset)
                 if offset % YIELD_BYTES == 0:
@@ -461,7 +465,7 @@ class Link(asyncio.BufferedProtocol):
         assert self._inbox is not None and self._inlet is not None
         proven = False
         try:
-            while not self._held and self.ended is None:
+            while not self._reading.is_held and self.ended is None:
                 proven = False  # a record's prefix is in the clear
                 found = self._inbox.next_record(self._expect_bytes)
                 if found is None:
@@ -472,6 +476,7 @@ class Link(asyncio.BufferedProtocol):
                     self._opener.open_into(record, self._header_bytes)
                     self._take_header(self._inlet, decode_header_untrusted(self._header_bytes))
                 else:
+                    self._reading.took(record.nbytes)
                     pushed = self._inlet.take(record, self._opener)
                     if pushed is not None:
                         self._hand_over(*pushed)
@@ -489,8 +494,7 @@ class Link(asyncio.BufferedProtocol):
     def _hand_over(self, header: FrameHeader, buffer: memoryview) -> None:
         self._completions += 1
         if self._completions >= self._host.config.completions_max and self._leaving is None:
-            self._held = True
-            self._transport.pause_reading()
+            self._reading.hold()
         self._host.spawn(self._complete(header, buffer))
 
     async def _complete(self, header: FrameHeader, buffer: memoryview) -> None:
@@ -500,15 +504,8 @@ class Link(asyncio.BufferedProtocol):
             self._condemn(error)
         finally:
             self._completions -= 1
-            self._release()
-
-    def _release(self) -> None:
-        """Go on reading after the sink has held it up."""
-        if self._held and self.ended is None:
-            self._held = False
-            self._read_records()
-            if not self._held:
-                self._transport.resume_reading()
+            if self.ended is None:
+                self._reading.release()
 
     def _take_header(self, inlet: PayloadInlet, header: FrameHeader) -> None:
         if header.kind not in (FrameKind.PING, FrameKind.PONG):

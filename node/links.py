@@ -27,6 +27,7 @@ from shoal.node.arrivals import ArrivalLimits, Arrivals
 from shoal.node.interfaces import has_address
 from shoal.node.link_host import ConnectionTaker
 from shoal.node.link_listen import open_dialling, open_listeners
+from shoal.node.link_pacing import StreamTurns
 from shoal.node.link_port import (
     Address,
     FetchFailed,
@@ -42,6 +43,8 @@ from shoal.node.link_port import (
 from shoal.node.link_protocol import Link
 from shoal.node.link_race import race, resolve
 from shoal.node.link_traffic import PeerTraffic
+from shoal.node.pacer import Pacer
+from shoal.node.rate_caps import Caps
 from shoal.protocol.errors import Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
 from shoal.protocol.identity import Identity, PeerId
@@ -65,6 +68,8 @@ class TensorLinks:
         self.config = config
         self.sink = sink
         self.stopping = False
+        self.upload, self.download = Pacer(), Pacer()
+        self.turns = StreamTurns(self.upload)
         self.accepted = 0  # proven links that others have dialled
         # A proven link that a peer has dialled, with its local and its remote address.
         self.on_accepted: Callable[[PeerId, Address, Address], None] = lambda peer, local, remote: None
@@ -223,6 +228,12 @@ class TensorLinks:
             connection.close()
             raise
         return connection
+
+    def set_caps(self, caps: Caps) -> None:
+        """How fast the payloads of all links together may leave and come, from now on."""
+        self.upload.set_mbit(caps.upload_mbit)
+        self.download.set_mbit(caps.download_mbit)
+        self.turns.wake()
 
     @property
     def is_full(self) -> bool:

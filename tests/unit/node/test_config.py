@@ -77,6 +77,8 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ('[node]\nname = "a\\u0007"\n', "node.name (line 2)", "cannot be shown"),
         ('[node]\nmanifest = "gone"\n', "node.manifest (line 2)", "is no file"),
         ('[trainer]\ntext = "gone"\n', "trainer.text (line 2)", "does not exist"),
+        ("[limits]\ndownload_mbit = 0.5\n", "limits.download_mbit (line 2)", "less than links can live with"),
+        ('[limits]\nhours = ["8-18 upload 5"]\n', "limits.hours (line 2)", "form of an example"),
         ("[trainer]\nnice = -1\n", "trainer.nice (line 2)", "out of range"),
         ('[control]\nhost = "eth0"\n', "control.host (line 2)", "no IP address"),
         ('[control]\nannounce = ["/ip4/0.0.0.0/tcp/1"]\n', "control.announce (line 2)", "cannot be dialled"),
@@ -116,6 +118,9 @@ def test_a_dialable_announce_host_is_taken(host: str) -> None:
         ({"device": "tpu"}, "--device"),
         ({"swarm": "x"}, "--swarm"),
         ({"manifest": "/gone"}, "--manifest"),
+        ({"upload-mbit": "fast"}, "--upload-mbit"),
+        ({"upload-mbit": "0.25"}, "--upload-mbit"),
+        ({"download-mbit": "-1"}, "--download-mbit"),
         ({"colour": "blue"}, "--colour"),
     ],
 )
@@ -148,6 +153,15 @@ def test_a_file_that_cannot_be_a_configuration_is_named(tmp_path: Path) -> None:
         load_config(path, {})
     os.truncate(path, CONFIG_BYTES_MAX)
     assert load_config(path, {"swarm": SWARM}).web == NodeConfig().web
+
+
+def test_a_capped_peer_relays_no_tensors(tmp_path: Path) -> None:
+    assert load_config(None, {"swarm": SWARM}).tensor_paths.relay
+    assert not load_config(None, {"swarm": SWARM, "upload-mbit": "2.5"}).tensor_paths.relay
+    text = '[limits]\nhours = ["08:00-18:00 upload 5 download 20"]\n'
+    config = load_config(write(tmp_path, text), {"swarm": SWARM, "download-mbit": "50"})
+    assert not config.tensor_paths.relay
+    assert (config.limits.schedule.at(480).upload_mbit, config.limits.schedule.at(0).download_mbit) == (5.0, 50.0)
 
 
 @pytest.mark.parametrize("name", ["local", "lan", "bootstrap"])
