@@ -11,7 +11,7 @@ from dataclasses import dataclass
 MBIT_MIN = 1.0
 DAY_MINUTES = 24 * 60
 
-_HOURS = re.compile(r"(\d\d):(\d\d)-(\d\d):(\d\d) upload (\d+(?:\.\d+)?) download (\d+(?:\.\d+)?)")
+_HOURS = re.compile(r"(\d\d):(\d\d)-(\d\d):(\d\d) upload (\d{1,6}(?:\.\d{1,6})?) download (\d{1,6}(?:\.\d{1,6})?)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

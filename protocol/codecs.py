@@ -39,8 +39,6 @@ E3M0_SCALE_MIN = 2.0**-120
 
 # Without the sign, floats are ordered like the unsigned integers of the same bits, with infinity and NaN last.
 _FLOAT32_INFINITY_BITS = 0x7F800000
-_FLOAT16_INFINITY_BITS = 0x7C00
-_BFLOAT16_INFINITY_BITS = 0x7F80
 _MAGNITUDE_MAX_BITS = int(np.float32(MAGNITUDE_MAX).view(np.uint32))
 
 
@@ -123,37 +121,14 @@ class Float32Codec(_WholeVectors):
         np.copyto(out, np.frombuffer(raw, "<f4", out.size, 4 * start))
 
 
-class Float16Codec(_WholeVectors):
-    """IEEE 754 binary16, little-endian, rounded half to even."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HalfCodec(_WholeVectors):
+    """Floats of 16 bits, little-endian, rounded half to even; the largest magnitude has the bits `peak_bits_max`."""
 
-    __slots__ = ()
-    name = "fp16"
-    magnitude_max = FLOAT16_MAX
-
-    def encoded_bytes(self, elements: int) -> int:
-        return 2 * elements
-
-    def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
-        assert is_finite(values), "only finite values have a code"
-        codes = np.frombuffer(out, "<u2", values.size, 2 * start)
-        load_kernels().encode_fp16(values, np.float32(FLOAT16_MAX), codes)
-
-    def check_untrusted(self, raw: Encoded, elements: int) -> None:
-        _check_length(self, raw, elements)
-        if load_kernels().peak_bits_16(_read(raw, "<u2")) >= _FLOAT16_INFINITY_BITS:
-            raise _refuse(True, "a value")
-
-    def decode_range(self, raw: Encoded, elements: int, start: int, out: Float32s) -> None:
-        load_kernels().decode_fp16(_read(raw, "<u2", out.size, 2 * start), out)
-
-
-class Bfloat16Codec(_WholeVectors):
-    """The upper half of a float32, little-endian, rounded half to even: as coarse as 8 bits of precision, as wide as
-    float32."""
-
-    __slots__ = ()
-    name = "bf16"
-    magnitude_max = MAGNITUDE_MAX
+    name: str
+    magnitude_max: float
+    peak_bits_max: int
+    infinity_bits: int
 
     def encoded_bytes(self, elements: int) -> int:
         return 2 * elements
@@ -161,16 +136,16 @@ class Bfloat16Codec(_WholeVectors):
     def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
         assert is_finite(values), "only finite values have a code"
         codes = np.frombuffer(out, "<u2", values.size, 2 * start)
-        load_kernels().encode_bf16(values, np.float32(MAGNITUDE_MAX), codes)
+        load_kernels().HALF_KERNELS[self.name].encode(values, np.float32(self.magnitude_max), codes)
 
     def check_untrusted(self, raw: Encoded, elements: int) -> None:
         _check_length(self, raw, elements)
         peak_bits = load_kernels().peak_bits_16(_read(raw, "<u2"))
-        if peak_bits > _MAGNITUDE_MAX_BITS >> 16:
-            raise _refuse(peak_bits >= _BFLOAT16_INFINITY_BITS, "a value")
+        if peak_bits > self.peak_bits_max:
+            raise _refuse(peak_bits >= self.infinity_bits, "a value")
 
     def decode_range(self, raw: Encoded, elements: int, start: int, out: Float32s) -> None:
-        load_kernels().decode_bf16(_read(raw, "<u2", out.size, 2 * start), out)
+        load_kernels().HALF_KERNELS[self.name].decode(_read(raw, "<u2", out.size, 2 * start), out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,6 +200,12 @@ class BlockCodec(_WholeVectors):
         return blocks * -(-BLOCK_ELEMENTS // self.codes_per_byte) - (-rest // self.codes_per_byte)
 
 
+# IEEE 754 binary16.
+FP16 = HalfCodec(name="fp16", magnitude_max=FLOAT16_MAX, peak_bits_max=0x7BFF, infinity_bits=0x7C00)
+# The upper half of a float32: 8 bits of precision, and float32's range.
+BF16 = HalfCodec(
+    name="bf16", magnitude_max=MAGNITUDE_MAX, peak_bits_max=_MAGNITUDE_MAX_BITS >> 16, infinity_bits=0x7F80
+)
 # scale = absmax / 127, code = x / scale rounded half to even: abs(x - decoded) <= scale * (1/2 + 2**-16).
 INT8 = BlockCodec(
     name="int8",
@@ -252,9 +233,7 @@ TERNARY = BlockCodec(
     name="ternary", magnitude_max=MAGNITUDE_MAX, scale_min=SCALE_MIN, scale_max=MAGNITUDE_MAX, codes_per_byte=5
 )
 
-CODECS: dict[str, Codec] = {
-    one.name: one for one in (Float32Codec(), Float16Codec(), Bfloat16Codec(), INT8, INT4, E3M0, TERNARY)
-}
+CODECS: dict[str, Codec] = {one.name: one for one in (Float32Codec(), FP16, BF16, INT8, INT4, E3M0, TERNARY)}
 
 
 def is_encodable(values: Float32s) -> bool:

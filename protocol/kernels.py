@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -45,20 +44,20 @@ def compiled(function: F) -> F:
         return cast(F, numba.njit(nogil=True, error_model="numpy")(function))
 
 
-def _reinterpret(source: Any, target: Any, llvm: Any) -> Any:
+def _reinterpret(source: Any, target: Any) -> Any:
     """A compiled function that takes the bits of one type for those of another."""
 
     def bitcast(typing: object, value: object) -> Any:
-        def generate(context: object, builder: Any, signature: object, arguments: Any) -> Any:
-            return builder.bitcast(arguments[0], llvm)
+        def generate(context: Any, builder: Any, signature: object, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], context.get_value_type(target))
 
         return target(source), generate
 
     return intrinsic(bitcast)
 
 
-bits_of: Any = _reinterpret(types.float32, types.uint32, ir.IntType(32))
-float_of: Any = _reinterpret(types.uint32, types.float32, ir.FloatType())
+bits_of: Any = _reinterpret(types.float32, types.uint32)
+float_of: Any = _reinterpret(types.uint32, types.float32)
 
 
 # -- all values ------------------------------------------------------------------------------------------------------
@@ -135,15 +134,32 @@ def decode_bf16(codes: Uint16s, out: Float32s) -> None:
         out[index] = float_of(np.uint32(codes[index]) << np.uint32(16))
 
 
+class HalfKernels(NamedTuple):
+    """encode(values, limit, codes) and decode(codes, out)."""
+
+    encode: Callable[[Float32s, np.float32, Uint16s], None]
+    decode: Callable[[Uint16s, Float32s], None]
+
+
+HALF_KERNELS: dict[str, HalfKernels] = {
+    "fp16": HalfKernels(encode_fp16, decode_fp16),
+    "bf16": HalfKernels(encode_bf16, decode_bf16),
+}
+
+
 # -- blocks of 256 with a scale each ---------------------------------------------------------------------------------
 
 
 @compiled
-def _peak(values: Float32s) -> Scalar:
-    peak = np.uint32(0)
-    for index in range(values.size):
-        peak = max(peak, bits_of(values[index]) & _MAGNITUDE)
-    return float_of(peak)
+def _take_scale(row: Float32s, steps: Scalar, scale_min: Scalar, scale_max: Scalar, place: Float32s) -> Scalar:
+    """The scale to divide by, absmax / steps within its limits; in its place it is 0 for a block of zeros."""
+    bits = np.uint32(0)
+    for index in range(row.size):
+        bits = max(bits, bits_of(row[index]) & _MAGNITUDE)
+    peak = float_of(bits)
+    scale = min(max(peak / steps, scale_min), scale_max)
+    place[0] = scale if peak > _ZERO else _ZERO
+    return scale
 
 
 @compiled
@@ -153,9 +169,7 @@ def encode_int8(
     """code = rint(x / scale), scale = absmax / 127 within its limits."""
     for block in range(scales.size):
         row, out = values[block * BLOCK : block * BLOCK + BLOCK], codes[block * BLOCK : block * BLOCK + BLOCK]
-        peak = _peak(row)
-        scale = min(max(peak / np.float32(127), scale_min), scale_max)
-        scales[block] = scale if peak > _ZERO else _ZERO
+        scale = _take_scale(row, np.float32(127), scale_min, scale_max, scales[block : block + 1])
         for index in range(row.size):
             code = np.rint(row[index] / scale)
             out[index] = np.uint8(np.int32(min(max(code, np.float32(-127)), np.float32(127))))
@@ -184,9 +198,7 @@ def encode_int4(
     """As int8, with 7 for 127. Byte i of a block has value i below and value half + i above."""
     for block in range(scales.size):
         row, out = values[block * BLOCK : block * BLOCK + BLOCK], packed[block * INT4_ROW : block * INT4_ROW + INT4_ROW]
-        peak = _peak(row)
-        scale = min(max(peak / np.float32(7), scale_min), scale_max)
-        scales[block] = scale if peak > _ZERO else _ZERO
+        scale = _take_scale(row, np.float32(7), scale_min, scale_max, scales[block : block + 1])
         low, high = row[: out.size], row[out.size :]
         for index in range(high.size):
             out[index] = _int4(low[index], scale) | np.uint8(_int4(high[index], scale) << np.uint8(4))
@@ -244,9 +256,7 @@ def encode_e3m0(
     """A sign and a power of two, 2^-6 to 1 of the scale, or 0. Packed as int4."""
     for block in range(scales.size):
         row, out = values[block * BLOCK : block * BLOCK + BLOCK], packed[block * INT4_ROW : block * INT4_ROW + INT4_ROW]
-        peak = _peak(row)
-        scale = min(max(peak, scale_min), scale_max)
-        scales[block] = scale if peak > _ZERO else _ZERO
+        scale = _take_scale(row, np.float32(1), scale_min, scale_max, scales[block : block + 1])
         low, high = row[: out.size], row[out.size :]
         for index in range(high.size):
             out[index] = _e3m0(low[index], scale) | np.uint8(_e3m0(high[index], scale) << np.uint8(4))
@@ -282,9 +292,7 @@ def encode_ternary(
     2s + i, 3s + i and 4s + i as digits to base 3, the first one lowest: 1 is positive, 2 negative."""
     for block in range(scales.size):
         row, out = values[block * BLOCK : block * BLOCK + BLOCK], packed[block * TRIT_ROW : block * TRIT_ROW + TRIT_ROW]
-        peak = _peak(row)
-        scale = min(max(peak, scale_min), scale_max)
-        scales[block] = scale if peak > _ZERO else _ZERO
+        scale = _take_scale(row, np.float32(1), scale_min, scale_max, scales[block : block + 1])
         half = scale * np.float32(0.5)
         out[:] = 0
         power = np.uint8(1)

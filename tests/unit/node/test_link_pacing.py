@@ -72,7 +72,7 @@ async def test_what_is_held_up_arrives_all_the_same() -> None:
 
 @on_both_loops
 async def test_links_end_while_they_are_held_up() -> None:
-    async with pair() as (alice, bob):
+    async with pair(goodbye_timeout_s=0.2) as (alice, bob):
         slow = CountingPacer()
         slow.delay_s = 3600.0
         bob.links.download = slow

@@ -86,6 +86,7 @@ def test_hours_are_read() -> None:
         ("8-18 upload 5 download 20", "form"),
         ("08:00-18:00 upload five download 20", "form"),
         ("08:00-18:00 upload 5", "form"),
+        (f"08:00-18:00 upload {'9' * 400} download 20", "form"),
         ("08:60-18:00 upload 5 download 20", "no day"),
         ("08:00-25:00 upload 5 download 20", "no day"),
         ("08:00-24:30 upload 5 download 20", "after 24:00"),

@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +26,9 @@ MACHINES = {"x86_64": ("x86-64-v3", "+fma,+avx2"), "aarch64": ("cortex-a72", "+n
 LICENCES = re.compile(r"\b(fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b")
 
 
+NJIT = numba.njit
+
+
 def run_all() -> None:
     """Call every kernel, so that it is known for which types each is compiled."""
     values = np.linspace(-1, 1, CHUNK_ELEMENTS + 3, dtype=np.float32)
@@ -43,16 +46,21 @@ def find_kernels(module: ModuleType) -> dict[str, Any]:
     return {name: kernel for name, kernel in vars(module).items() if hasattr(kernel, "inspect_llvm")}
 
 
-def compile_all() -> Iterator[tuple[str, str]]:
-    """Every kernel's name and LLVM code for each set of types; made anew, for what comes from a file has no text."""
-    run_all()
+def load_anew(njit: Callable[..., Any]) -> ModuleType:
+    """The module once more, compiled by this function."""
     spec = importlib.util.spec_from_file_location("kernels_anew", kernels.__file__)
     assert spec is not None and spec.loader is not None
     anew = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        compile_cached = numba.njit
-        patch.setattr(numba, "njit", lambda cache=False, **settings: compile_cached(**settings))
+        patch.setattr(numba, "njit", njit)
         spec.loader.exec_module(anew)
+    return anew
+
+
+def compile_all() -> Iterator[tuple[str, str]]:
+    """Every kernel's name and LLVM code for each set of types; made anew, for what comes from a file has no text."""
+    run_all()
+    anew = load_anew(lambda cache=False, **settings: NJIT(**settings))
     for name, kernel in find_kernels(kernels).items():
         fresh = getattr(anew, name)
         for signature in kernel.signatures:
@@ -108,3 +116,12 @@ def test_one_that_does_would_be_found(machine: str, code: list[tuple[str, str]])
     text = dict(code)["add_scaled"]
     licensed = re.sub(r" (fmul|fadd) ", r" \1 contract ", text)
     assert FUSED[machine].search(assemble(machine, licensed))
+
+
+def test_where_nothing_can_be_kept_kernels_are_compiled_all_the_same() -> None:
+    def njit(cache: bool = False, **settings: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return NJIT(**settings)
+
+    assert load_anew(njit).peak_bits(np.array([1.0, -2.0], np.float32).view(np.uint32)) == 0x40000000
