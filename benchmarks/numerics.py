@@ -4,12 +4,16 @@
 
 GB (10^9 bytes) of float32 a second of this thread's CPU time, which a busy machine disturbs less than the wall clock.
 Each figure is the median of its repeats, after one that is not counted. Aggregating includes
-checking every part and encoding the result.
+checking every part and encoding the result. "First use" is in processes of their own, by the wall clock.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -64,6 +68,39 @@ def run(elements: int, repeats: int) -> dict[str, float]:
     }
 
 
+LOADING = """
+import json, time, psutil
+from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart
+from shoal.protocol.codecs import INT8, encode_with_feedback
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+import numpy as np
+before, began_s = psutil.Process().memory_info().rss, time.perf_counter()
+zeros = np.zeros(257, np.float32)
+encoded = encode_with_feedback(INT8, zeros, zeros, zeros.copy())
+reduction = Reduction(codec_in=INT8, aggregator=AGGREGATORS["mean"], codec_out=INT8)
+INT8.decode_untrusted(reduction.reduce_part([WeightedPart(encoded=encoded, weight=1.0)], 257), 257, zeros)
+OUTER_OPTIMIZERS["nesterov"].apply(zeros.copy(), zeros.copy(), zeros, 0.7, 0.9)
+print(json.dumps([(psutil.Process().memory_info().rss - before) / 2**20, time.perf_counter() - began_s]))
+"""
+
+
+def measure_loading() -> dict[str, float]:
+    """What the first round's functions take in a fresh process: where nothing is kept yet, and then where they are."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for when in ("compiled anew", "kept"):
+            ended = subprocess.run(
+                [sys.executable, "-c", LOADING],
+                env={**os.environ, "NUMBA_CACHE_DIR": folder},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            mib, seconds = json.loads(ended.stdout)
+            figures |= {f"{when}, MiB": round(mib, 1), f"{when}, s": round(seconds, 2)}
+    return figures
+
+
 def make_reduction(aggregator: Aggregator) -> Reduction:
     """From int8 to int8."""
     return Reduction(codec_in=INT8, aggregator=aggregator, codec_out=INT8)
@@ -90,7 +127,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     codecs = {name: describe(codec, options.elements, options.repeats) for name, codec in CODECS.items()}
-    figures = {"codecs": codecs, **run(options.elements, options.repeats)}
+    figures = {"codecs": codecs, **run(options.elements, options.repeats), "first use": measure_loading()}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     print(json.dumps(figures, indent=2))
