@@ -27,9 +27,9 @@ lint: setup  ## ruff, mypy --strict, import contracts
 check:  ## what CI runs
 	.ci/run
 
-sim: setup  ## simulate rounds under faults: ROUNDS=n (5000), SECONDS=n; SEED=n replays one, FAULTS=3,7 with these, TRACE=1
+sim: setup  ## simulate rounds under faults: ROUNDS=n (5000), SECONDS=n, FIRST=n; SEED=n replays one, FAULTS=3,7 with these, TRACE=1
 	$(BIN)/python -m tests.sim.world --jobs $(JOBS) $(if $(SEED),--seed $(SEED) $(if $(FAULTS),--faults $(FAULTS)) \
-	  $(if $(TRACE),--trace),--rounds $(or $(ROUNDS),5000) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(TRACE),--trace),--rounds $(or $(ROUNDS),5000) $(if $(FIRST),--first-seed $(FIRST)) $(if $(SECONDS),--seconds $(SECONDS)) \
 	  $(if $(JSON),--json $(JSON)))
 
 sim-long: setup  ## a night's run: 1,000,000 rounds on all cores, summed up in build/sim-long.json; goes on where it was stopped
@@ -53,8 +53,11 @@ fuzz: setup  ## mutated inputs for every parser of bytes from outside: COUNT=n (
 	$(BIN)/python -m tests.properties.fuzz --count $(or $(COUNT),1000000) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(PARSER),--parser $(PARSER)) $(if $(FROM),--from $(FROM))
 
-bench: setup  ## the figures in benchmarks/RESULTS.md
-	$(BIN)/python -m benchmarks.daemon
+bench: setup  ## what this machine can do; benchmarks/RESULTS.md names the command of every figure there
+	$(SHOAL) bench allreduce
+	$(SHOAL) bench codecs
+	$(SHOAL) bench links
+	$(SHOAL) bench disk
 
 setup: $(STAMP)
 

@@ -18,13 +18,13 @@ import json
 import random
 import statistics
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.connections import processes
+from benchmarks.hivemind_venv import run_in_hivemind
 from benchmarks.libp2p_hosts import HostProcess
 
 PROCESSES = 4
@@ -33,10 +33,6 @@ BOOTSTRAPS = 3
 # Not every four seconds, as in life: so many nodes that know each other on so few cores would do little else.
 PING_PERIOD_S = 120.0
 SEED = 1
-HIVEMIND = "hivemind==1.1.12"
-HIVEMIND_TIMEOUT_S = 1200
-HERE = Path(__file__).parent
-VENV = HERE.parent / "build/bench/hivemind"
 
 
 def summarise(outcomes: list[tuple[bool, float]]) -> dict[str, float]:
@@ -123,21 +119,10 @@ def run(nodes: int, keys: int, finds: int, churns: list[float]) -> dict[str, Any
 
 def run_hivemind(nodes: int, keys: int, finds: int, churns: list[float]) -> dict[str, Any] | str:
     """hivemind's figures, or why there are none."""
-    python = VENV / "bin/python"
     try:
-        if not (VENV / ".installed").exists():
-            print(f"installing {HIVEMIND} into {VENV}", flush=True)
-            subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-            install = [str(python), "-m", "pip", "install", "--quiet", HIVEMIND, "setuptools<81"]
-            subprocess.run(install, check=True, timeout=HIVEMIND_TIMEOUT_S)
-            (VENV / ".installed").touch()
-        command = [str(python), str(HERE / "dht_hivemind.py"), str(nodes), str(keys), str(finds)]
-        done = subprocess.run(
-            [*command, *map(str, churns)], check=True, timeout=HIVEMIND_TIMEOUT_S, stdout=subprocess.PIPE
-        )
+        figures: dict[str, Any] = run_in_hivemind("dht_hivemind.py", nodes, keys, finds, *churns)
     except (subprocess.SubprocessError, OSError) as error:
         return f"hivemind was not measured: {error}"
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
 

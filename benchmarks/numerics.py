@@ -10,34 +10,32 @@ checking every part and encoding the result. "First use" is in processes of thei
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from shoal.node.bench.allreduce import AllreduceOptions, make_bench_manifest
+from shoal.node.bench.codecs import find_error, measure_codecs
+from shoal.node.bench.rates import measure_rate
+from shoal.node.payload_memory import PayloadMemory
 from shoal.protocol.aggregators import AGGREGATORS, Aggregator, Reduction, WeightedPart
-from shoal.protocol.codecs import CODECS, INT8, Codec, encode_with_feedback
+from shoal.protocol.codecs import CODECS, INT8, Codec, take_fresh
+from shoal.protocol.contribution import Contributor
+from shoal.protocol.identity import PeerId
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
 from shoal.protocol.state import chunk_digests
 
 MEMBERS = 8
-FLOAT32_BYTES = 4
-
-
-def measure(work: Callable[[], object], megabytes: float, repeats: int) -> float:
-    """GB a CPU second."""
-    rates = []
-    for _ in range(repeats + 1):
-        began_s = time.thread_time()
-        work()
-        rates.append(megabytes / 1000 / (time.thread_time() - began_s))
-    return round(statistics.median(rates[1:]), 1)
+FREEZE_MIB = 64.0
 
 
 def run(elements: int, repeats: int) -> dict[str, float]:
@@ -47,29 +45,50 @@ def run(elements: int, repeats: int) -> dict[str, float]:
     values, momentum, update = (entropy.standard_normal(elements, dtype=np.float32) for _ in range(3))
     encoded = [INT8.encode(entropy.standard_normal(elements, dtype=np.float32)) for _ in range(MEMBERS)]
     parts = [WeightedPart(encoded=one, weight=1.0, clip_factor=1.0) for one in encoded]
-    residual, residual_next = np.zeros_like(values), np.empty_like(values)
-    megabytes = elements * FLOAT32_BYTES / 1e6
+
+    def rate(work: Callable[[], object], nbytes: int) -> float:
+        return round(measure_rate(work, nbytes, repeats, time.thread_time), 1)
+
     return {
-        "int8 encode with error feedback": measure(
-            lambda: encode_with_feedback(INT8, values, residual, residual_next), megabytes, repeats
-        ),
         **{
-            f"{name} of {MEMBERS} members, their input": measure(
-                partial(make_reduction(aggregator).reduce_part, parts, elements),
-                MEMBERS * megabytes,
-                repeats,
+            f"{name} of {MEMBERS} members, their input": rate(
+                partial(make_reduction(aggregator).reduce_part, parts, elements), MEMBERS * values.nbytes
             )
             for name, aggregator in AGGREGATORS.items()
         },
-        "outer step (Nesterov)": measure(
-            lambda: optimizer.apply(values, momentum, update, 0.7, 0.9), megabytes, repeats
-        ),
-        "chunk digests": measure(lambda: chunk_digests(values), megabytes, repeats),
+        "outer step (Nesterov)": rate(lambda: optimizer.apply(values, momentum, update, 0.7, 0.9), values.nbytes),
+        "chunk digests": rate(lambda: chunk_digests(values), values.nbytes),
     }
+
+
+def measure_freezing(repeats: int) -> dict[str, dict[str, float]]:
+    """CPU milliseconds for freezing a contribution of 64 MiB, and how many of them the kernel took: with fresh memory
+    for every round, and with memory that is used again."""
+    figures = {}
+    for name, take in (("fresh memory", take_fresh), ("memory used again", PayloadMemory().take)):
+        manifest = make_bench_manifest(AllreduceOptions(mib=FREEZE_MIB), (PeerId(bytes(32)),) * 2)
+        contributor = Contributor(manifest, take=take)
+        entropy = np.random.default_rng(3)
+        base, local = (entropy.standard_normal(manifest.layout.elements, np.float32) for _ in range(2))
+        spans = []
+        frozen = None
+        for number in range(repeats + 1):
+            before = resource.getrusage(resource.RUSAGE_THREAD)
+            frozen = (contributor.freeze(number, base, local), frozen and frozen[0])  # the last round's is still sent
+            after = resource.getrusage(resource.RUSAGE_THREAD)
+            kernel_s = after.ru_stime - before.ru_stime
+            spans.append((after.ru_utime - before.ru_utime + kernel_s, kernel_s))
+        cpu_s, kernel_s = (statistics.median(column) for column in zip(*spans[1:], strict=True))
+        figures[name] = {"CPU, ms": round(1e3 * cpu_s, 1), "of it kernel, ms": round(1e3 * kernel_s, 1)}
+    return figures
 
 
 LOADING = """
 import json, time, psutil
+from shoal.node.bench.allreduce import AllreduceOptions, make_bench_manifest
+from shoal.node.bench.codecs import find_error, measure_codecs
+from shoal.node.bench.rates import measure_rate
+from shoal.node.payload_memory import PayloadMemory
 from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart
 from shoal.protocol.codecs import INT8, encode_with_feedback
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
@@ -106,18 +125,12 @@ def make_reduction(aggregator: Aggregator) -> Reduction:
     return Reduction(codec_in=INT8, aggregator=aggregator, codec_out=INT8)
 
 
-def describe(codec: Codec, elements: int, repeats: int) -> dict[str, float]:
-    """What a codec costs and what it loses of normally distributed values, as a share of their root mean square."""
-    values = np.random.default_rng(2).standard_normal(elements, dtype=np.float32)
-    payload = memoryview(bytearray(codec.encoded_bytes(elements)))
-    out = np.empty(elements, np.float32)
-    megabytes = elements * FLOAT32_BYTES / 1e6
-    return {
-        "bits": round(8 * payload.nbytes / elements, 3),
-        "encode": measure(lambda: codec.encode(values, payload), megabytes, repeats),
-        "check and decode": measure(lambda: codec.decode_untrusted(payload, elements, out), megabytes, repeats),
-        "error": float(f"{np.sqrt(np.mean((values - out) ** 2) / np.mean(values**2)):.2g}"),
-    }
+def find_heavy_error(codec: Codec, elements: int) -> float:
+    """What is lost of Student's t with 3 degrees of freedom, as a share of its root mean square."""
+    values = np.random.default_rng(2).standard_t(3, elements).astype(np.float32)
+    out = np.empty_like(values)
+    codec.decode_untrusted(codec.encode(values), elements, out)
+    return find_error(values, out)
 
 
 def main() -> None:
@@ -126,8 +139,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    codecs = {name: describe(codec, options.elements, options.repeats) for name, codec in CODECS.items()}
-    figures = {"codecs": codecs, **run(options.elements, options.repeats), "first use": measure_loading()}
+    codecs = {
+        rates.codec: {**asdict(rates), "error_of_heavy_tails": find_heavy_error(CODECS[rates.codec], options.elements)}
+        for rates in measure_codecs(options.elements, options.repeats, lambda name: None)
+    }
+    figures = {
+        "codecs": codecs,
+        **run(options.elements, options.repeats),
+        "freezing": measure_freezing(options.repeats),
+        "first use": measure_loading(),
+    }
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     print(json.dumps(figures, indent=2))

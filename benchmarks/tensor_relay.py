@@ -19,7 +19,7 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.tensor_links import (
+from shoal.node.bench.links import (
     CONFIG,
     RECEIVER,
     SENDER,
@@ -86,7 +86,7 @@ async def join(links: TensorLinks, peer: PeerId, address: tuple[str, int], token
 
 
 async def receive(pipe: Connection, address: tuple[str, int], token: bytes) -> None:
-    """The far end: as in benchmarks/tensor_links.py, over a relayed link."""
+    """The far end: as in shoal.node.bench.links, over a relayed link."""
     sink = Sink()
     links = TensorLinks(RECEIVER, SWARM, CONFIG, sink)
     await links.start()

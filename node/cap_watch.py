@@ -1,12 +1,9 @@
 """Sets the caps of the tensor links as the hours of the day go by, and says so."""
 
-import asyncio
 import time
 from collections.abc import Callable
 
-from shoal.node.rate_caps import Caps, CapSchedule
-
-CHECK_PERIOD_S = 10.0
+from shoal.node.rate_caps import Caps, CapSchedule, format_minute
 
 
 class CapWatch:
@@ -23,23 +20,20 @@ class CapWatch:
         self._apply = apply
         self._tell = tell
         self._local_time = local_time
-        self._caps = Caps()
+        self.caps = Caps()  # that were applied
+        self.until = ""  # at what time of this machine's day others hold; "" where none ever do
 
     def look(self) -> None:
         """What holds now."""
         now = self._local_time()
-        caps = self._schedule.at(60 * now.tm_hour + now.tm_min)
-        if caps == self._caps:
+        minute = 60 * now.tm_hour + now.tm_min
+        caps, change = self._schedule.at(minute), self._schedule.change_after(minute)
+        self.until = "" if change is None else format_minute(change)
+        if caps == self.caps:
             return
-        self._caps = caps
+        self.caps = caps
         self._apply(caps)
         self._tell(f"tensors: {_describe('upload', caps.upload_mbit)}, {_describe('download', caps.download_mbit)}")
-
-    async def run(self) -> None:
-        """For as long as the daemon does."""
-        while True:
-            self.look()
-            await asyncio.sleep(CHECK_PERIOD_S)
 
 
 def _describe(what: str, mbit: float) -> str:

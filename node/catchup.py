@@ -26,7 +26,7 @@ from shoal.node.local_state import LocalState
 from shoal.node.replay import Replay, ReplayPorts
 from shoal.node.snapshot_fetch import SnapshotFetch, map_state
 from shoal.node.snapshots import Snapshot
-from shoal.protocol.codecs import CODECS, Float32s
+from shoal.protocol.codecs import Float32s
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
@@ -90,9 +90,7 @@ class CatchUp:
         self._ports = ports
         self._apply_s: float | None = None
         self._install_s: float | None = None
-        codec = CODECS[manifest.rounds.codec]
-        ranges = map(manifest.part_range, range(manifest.parts))
-        self._update_bytes = sum(codec.encoded_bytes(end - first) for first, end in ranges)
+        self._update_bytes = sum(map(manifest.update_bytes, range(manifest.parts)))
         self.donors = Donors(
             swarm,
             manifest.authority(swarm),

@@ -66,7 +66,9 @@ class CertifiedLog:
     def list_missing(self, ledger: Ledger, state: LedgerState, count: int) -> tuple[Certificate, ...]:
         """Up to `count` of the certificates behind the newest round that the log and the ledger have in common; those
         that the ledger holds and does not count, as of the lighter of two logs, are not missing."""
-        agreed = state.verdicts.head.round
+        last = self._store.get_last_certificate()
+        # A log that is heavier may well be shorter than the one that the ledger follows.
+        agreed = min(state.verdicts.head.round, last.round if last is not None else 0)
         while agreed > ledger.base.round:
             stored = self._store.get_certificate(agreed)
             value = state.certificates.get(agreed)

@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shoal.node.process import loop_factory, set_up_log, stop_on_signals
 from shoal.protocol.errors import ConfigError, InputError, ShoalError
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def _make_parser() -> argparse.ArgumentParser:
     create.add_argument("--data-dir", type=Path, help="of the peer that founds the swarm; default as for `up`")
     create.add_argument("--founder", action="append", default=[], metavar="PEER_ID", help="further first voters")
     create.add_argument("--bootstrap", action="append", default=[], metavar="MULTIADDR", help="goes into the URI")
+    help_allow = "run this code for the model's layout, where the draft names it; as trainer.allow_tasks"
+    create.add_argument("--allow-task", action="append", default=[], metavar="MODULE:CLASS", help=help_allow)
     create.set_defaults(run=_run_create)
 
     reroot = swarm.add_parser(
@@ -112,13 +114,23 @@ def _make_parser() -> argparse.ArgumentParser:
     add_ledger_parsers(ledger)
     ledger.set_defaults(run=_run_ledger)
 
+    _add_trial_commands(commands)
+    return parser
+
+
+def _add_trial_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from shoal.node.bench.commands import add_bench_parsers
+
+    bench = commands.add_parser("bench", help="what this machine can do: rounds, codecs, links, the disk")
+    add_bench_parsers(bench)
+    bench.set_defaults(run=_run_bench)
+
     demo = commands.add_parser("demo", help="train with a local swarm, kill a peer, let one join, show the result")
     demo.add_argument("--text", type=Path, help="train on this file or folder; default: Python's own source")
     demo.add_argument("--rounds", type=int, default=None, help="how many rounds to train")
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="where everything goes")
     demo.add_argument("--report", type=Path, help="write the summary as JSON here, too")
     demo.set_defaults(run=_run_demo)
-    return parser
 
 
 def _add_doctor_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -258,23 +270,10 @@ def _run_relay(options: argparse.Namespace) -> int:
         stop_on_signals(node.stop)
         await node.run(tell)
 
-    held, runner = hold_identity(config.data_path / IDENTITY_FILE), asyncio.Runner(loop_factory=_loop_factory())
+    held, runner = hold_identity(config.data_path / IDENTITY_FILE), asyncio.Runner(loop_factory=loop_factory())
     with held as identity, runner:
         runner.run(serve(identity))
     return 0
-
-
-def stop_on_signals(stop: Callable[[], None]) -> None:
-    """Ctrl-C and SIGTERM leave gracefully; a second one does not wait for anybody."""
-    loop = asyncio.get_running_loop()
-
-    def interrupt() -> None:
-        stop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt)
 
 
 def _run_daemon(config: "NodeConfig", identity: "Identity", incarnation: int) -> int:
@@ -293,37 +292,9 @@ def _run_daemon(config: "NodeConfig", identity: "Identity", incarnation: int) ->
 
         await daemon.run(tell)
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(serve())
     return 0
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None  # Windows: asyncio's own loop
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
-
-
-class _JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"at": record.created, "level": record.levelname.lower(), "text": record.getMessage()}
-        if record.exc_info:
-            line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
-def set_up_log(level: str, style: str) -> None:
-    """The log goes to standard error, one line a record."""
-    handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
-    handler.setFormatter(_JsonFormatter() if style == "json" else text)
-    logging.getLogger().addHandler(handler)
-    logging.getLogger().setLevel(logging.WARNING)
-    for name in ("shoal",):
-        logging.getLogger(name).setLevel(level.upper())
 
 
 def _run_status(options: argparse.Namespace) -> int:
@@ -377,16 +348,24 @@ def _run_create(options: argparse.Namespace) -> int:
     from shoal.node.identity_file import load_or_create_identity
     from shoal.node.trainer import describe_task
     from shoal.protocol.identity import format_peer_id, parse_peer_id
-    from shoal.protocol.manifest import SwarmUri, make_manifest, parse_draft, read_manifest_untrusted, sign_manifest
-    from shoal.protocol.manifest import task_options as read_task_options
+    from shoal.protocol.manifest import (
+        SwarmUri,
+        make_manifest,
+        parse_draft,
+        read_manifest_untrusted,
+        sign_manifest,
+        size_parts,
+        task_options,
+    )
 
     try:
         text = options.draft.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(options.draft), f"cannot be read: {error}", "give the path of a draft") from error
-    task = json.dumps(read_task_options(text), sort_keys=True, separators=(",", ":"))
+    task = json.dumps(task_options(text), sort_keys=True, separators=(",", ":"))
     draft = parse_draft(text, task)
-    layout = asyncio.run(describe_task(draft.task))
+    layout = asyncio.run(describe_task(draft.task, options.allow_task))
+    draft = size_parts(draft, text, layout.elements)
     folder = _data_dir(options.data_dir)
     owner = load_or_create_identity(folder / "owner.key")
     peer = load_or_create_identity(folder / "identity.key")
@@ -554,6 +533,12 @@ def _run_ledger(options: argparse.Namespace) -> int:
     from shoal.node.ledger_commands import run_ledger
 
     return run_ledger(options, _data_dir(options.data_dir), print)
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    from shoal.node.bench.commands import run_bench
+
+    return run_bench(options, _data_dir(getattr(options, "data_dir", None)), print)
 
 
 def _run_demo(options: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ from shoal.node.training.messages import (
     Evaluated,
     Failed,
     Merge,
+    Paused,
     Progress,
     Ready,
     Resumed,
@@ -38,7 +39,7 @@ from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
-from shoal.protocol.quorum import make_bitmap
+from shoal.protocol.quorum import choose_evaluator, list_contributors, make_bitmap
 from shoal.protocol.replica import rehearse
 
 RESTARTS_MAX = 5
@@ -72,7 +73,7 @@ class Compute:
         self.loss: float | None = None
         self.tokens = 0  # since the daemon's start
         self.steps = 0
-        self.evaluations: list[Evaluated] = []
+        self.held_out: Evaluated | None = None  # the last look at a base
         self._me = me
         self._manifest = manifest
         self._state = state
@@ -84,6 +85,7 @@ class Compute:
         self._counted_tokens = 0
         self._counted_steps = 0
         self._steps_resumed = 0
+        self._last_words = ""  # of a trainer that has said why it ends
         self._failures_s: list[float] = []
         self._freezing = asyncio.Lock()
         self._stopping = False
@@ -95,6 +97,7 @@ class Compute:
     async def start(self) -> None:
         """Start the trainer and let it train for the round after the head."""
         self.phase = TrainerState.STARTING
+        self._last_words = ""
         self._ports.spawn(asyncio.to_thread(rehearse, self._manifest))
         self._generation = self._state.generation
         work = Work(
@@ -112,6 +115,8 @@ class Compute:
             await self._failed(error.failure, error.detail, is_final=error.is_final)
             return
         self.device = started.device
+        if started.notice:
+            log.warning("trainer: %s", started.notice)
         if self._generation == self._state.generation:
             await self._resume(started.resumed)
         elif not self._stopping:
@@ -217,19 +222,27 @@ class Compute:
                     log.warning("%s", event.problem)
                 self.loss = event.loss_mean
                 self._ready = event
-                self.phase = TrainerState.PAUSED
+                self.phase = TrainerState.RUNNING if event.trains_on else TrainerState.PAUSED
                 self._ports.spawn(self._freeze())
+            case Paused():
+                if self._ready is not None:
+                    self.phase = TrainerState.PAUSED
             case Evaluated():
-                self.evaluations = [*self.evaluations[-63:], event]
+                self.held_out = event
+                found = f"{event.loss_nats:.4f} nats a token, perplexity {event.perplexity:.2f}"
+                log.info("held-out loss of round %d: %s", event.round - 1, found)
             case Failed():
                 self.error = event.detail
+                self._last_words = event.detail if event.fatal else ""
                 log.warning("trainer: %s: %s", event.reason, event.detail)
             case TrainerExited():
                 last = event.stderr_lines[-1] if event.stderr_lines else f"exit status {event.returncode}"
+                last = self._last_words or last
                 self._ports.spawn(self._failed(Failure.TRAINER_CRASHED, last))
             case TrainerStalled():
                 self.phase = TrainerState.STALLED
-                detail = f"no report for {event.silent_s:.0f} s"
+                hangs = "a step or the data of the task hang, or take longer than trainer.stall_timeout_s"
+                detail = f"no report for {event.silent_s:.0f} s: {hangs}"
                 self._ports.spawn(self._failed(Failure.TRAINER_STALLED, detail))
             case Sampled():
                 pass  # nobody asks a running trainer for text
@@ -288,7 +301,7 @@ class Compute:
             # Only after a restart that lost its checkpoint: what was counted is not what the trainer stands on.
             steps = self._counted_steps - self._steps_resumed
             self._ports.resumed(f"{steps} steps since a restart were lost: an older contribution was counted")
-        self._ready = None
+        ready, self._ready = self._ready, None
         self.phase = TrainerState.RUNNING
         merge = Merge(
             round=result.round + 1,
@@ -297,8 +310,21 @@ class Compute:
             adopt_all=restart,
             begin=True,
         )
-        self._counted_tokens = self._counted_steps = 0
+        if ready is None or restart:
+            self._counted_tokens = self._counted_steps = 0
+        else:  # the trainer counts on from what it has handed over
+            self._counted_tokens = max(0, self._counted_tokens - ready.tokens)
+            self._counted_steps = max(0, self._counted_steps - ready.steps)
         await self.trainer.merge(merge)
+        if included and self._is_evaluator(result):
+            await self.trainer.evaluate()
+
+    def _is_evaluator(self, result: Result) -> bool:
+        """Whether this peer measures the base that came of this round, of which it is a contributor."""
+        every = self._manifest.training.evaluate_every
+        if not every or result.round % every:
+            return False
+        return choose_evaluator(self._state.head.digest, list_contributors(result)) == self._me
 
     def end_training(self, number: int) -> None:
         """The others have ended their training for this round."""

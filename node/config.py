@@ -17,8 +17,10 @@ from typing import Annotated, Any
 
 from shoal.dht.addresses import parse_address, parse_peer_address
 from shoal.node.rate_caps import CapSchedule, check_mbit, make_schedule, parse_hours
+from shoal.node.training.custom_task import PATH_FORM, is_task_path
+from shoal.node.training.messages import TASKS_ALLOWED_MAX
 from shoal.protocol.errors import ConfigError, InputError, UriError
-from shoal.protocol.manifest import BOOTSTRAPS_MAX, parse_uri
+from shoal.protocol.manifest import BATCH_SIZE_MAX, BOOTSTRAPS_MAX, parse_uri
 from shoal.protocol.messages import ADDRESSES_MAX
 from shoal.protocol.tables import locate, parse_toml, read_table
 from shoal.protocol.wire import Bound, Choice
@@ -151,6 +153,11 @@ class TrainerTable:
     """How far the trainer stands back: at 0 it competes with the daemon and with the person at this machine."""
     text: OptionalPath = None
     """A file or folder to train on; without it, the source of the running Python."""
+    micro_batch: Annotated[int, Bound(0, BATCH_SIZE_MAX)] = 0
+    """Examples of a batch that are computed at a time; 0 is all of them. What does not fit into memory is halved."""
+    allow_tasks: Annotated[tuple[str, ...], Bound(0, TASKS_ALLOWED_MAX)] = ()
+    """Import paths of tasks that may run here ("package.module:Class"), beside those built in. Each is somebody's code,
+    with the rights of this process: look at it first."""
     step_period_s: Annotated[float, Bound(0, 3600)] = 0.0
     """At least so long from one inner step to the next, for a machine that is to stay cool or quiet; 0 never rests."""
     checkpoint_every: Annotated[int, Bound(0, 1000)] = 1
@@ -228,6 +235,7 @@ FLAGS: Mapping[str, str] = {
     "device": "trainer.device",
     "threads": "trainer.threads",
     "text": "trainer.text",
+    "allow-task": "trainer.allow_tasks",
     "log-level": "log.level",
     "log-format": "log.format",
 }
@@ -343,6 +351,9 @@ def _find_node_faults(config: NodeConfig) -> Iterator[Fault]:
         yield "node", "manifest", f"{node.manifest} is no file", "make one with `shoal swarm create`, or mend the path"
     if config.trainer.text is not None and not Path(config.trainer.text).exists():
         yield "trainer", "text", f"{config.trainer.text} does not exist", "give a text file, or a folder of them"
+    for path in config.trainer.allow_tasks:
+        if not is_task_path(path):
+            yield "trainer", "allow_tasks", f"{path!r} names no class", f'write it as "{PATH_FORM}", in ASCII'
 
 
 def _find_address_faults(config: NodeConfig) -> Iterator[Fault]:

@@ -16,8 +16,6 @@ from functools import partial
 import numpy as np
 
 from shoal.node.answers import Answers
-from shoal.node.cap_watch import CapWatch
-from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
 from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
@@ -33,6 +31,7 @@ from shoal.node.intake import Intake, IntakePorts
 from shoal.node.invitations import load_proof
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.libp2p_host import Libp2pHost
+from shoal.node.line_use import LineUse
 from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState, open_stores
@@ -42,10 +41,10 @@ from shoal.node.membership import Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
 from shoal.node.metrics import Metrics
 from shoal.node.own_presence import OwnPresence
-from shoal.node.parting import Parting, PartingPorts
 from shoal.node.peer_book_file import PEER_BOOK_FILE, load_peer_book, save_peer_book
 from shoal.node.providers import Providers
 from shoal.node.ready_offer import ReadyOffer
+from shoal.node.rejoin import Rejoin, RejoinPorts
 from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
@@ -53,14 +52,14 @@ from shoal.node.running import forget_running, note_running
 from shoal.node.surroundings import Surroundings
 from shoal.node.task_set import TaskSet
 from shoal.node.tensor_paths import TensorPaths, make_ports
-from shoal.node.trainer import SharedParameters, TrainerProcess
+from shoal.node.trainer import MakeTrainer, SharedParameters, TrainerProcess
 from shoal.node.web import WebServer
 from shoal.protocol.codecs import Float32s
-from shoal.protocol.effects import Behind, Phase, Pledge
+from shoal.protocol.effects import Phase, Pledge
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId, short_peer_id
 from shoal.protocol.manifest import Manifest, read_manifest_untrusted
-from shoal.protocol.messages import Certificate, Certified, Presence
+from shoal.protocol.messages import Certificate, Presence
 from shoal.protocol.outer_step import rounds_as_specified
 from shoal.protocol.presence import PeerLost, PresenceTable
 from shoal.protocol.quorum import Head, is_reroot
@@ -75,8 +74,11 @@ log = logging.getLogger("shoal")
 class Daemon:
     """One peer. `run` it once; `stop` from a signal handler or a test."""
 
-    def __init__(self, config: NodeConfig, identity: Identity, incarnation: int) -> None:
+    def __init__(
+        self, config: NodeConfig, identity: Identity, incarnation: int, make_trainer: MakeTrainer = TrainerProcess
+    ) -> None:
         self.config = config
+        self._make_trainer = make_trainer
         self.identity = identity
         self.me = identity.peer
         self._incarnation = incarnation
@@ -178,7 +180,7 @@ class Daemon:
         stores = await asyncio.to_thread(open_stores, folder, self._store, self.config.store, contributes=trains)
         params, momentum = self._allocate(self.manifest)
         self.state = LocalState(self.manifest, swarm, stores, params, momentum)
-        self.exchange = PartExchange(self.me, self.manifest, stores.blobs, stores.snapshots)
+        self.exchange = PartExchange(self.me, self.manifest, stores.blobs, stores.snapshots, self.state.memory)
         link_config = LinkConfig(host=self.config.tensor.host, port=self.config.tensor.port)
         self.links = TensorLinks(self.identity, swarm, link_config, self.exchange)
         head = await self.state.restore()
@@ -204,8 +206,8 @@ class Daemon:
                 committed=self._committed,
                 begun=lambda: self.compute.round_begun(),
                 end_training=lambda number: self.compute.end_training(number),
-                behind=self._behind,
-                forked=lambda forked: self._spawn(self._part(forked.peer)),
+                behind=lambda behind: self.rejoin.behind(behind),
+                forked=lambda forked: self.rejoin.forked(forked.peer),
                 dropped=self.intake.drop,
                 misbehaved=self.intake.misbehaved,
                 disk_failed=self.disk_watch.failed,
@@ -248,7 +250,7 @@ class Daemon:
         if self.config.node.role == TRAINER:
             assert self._memory is not None
             checkpoints = self.config.data_path / "trainer"
-            self.compute.trainer = TrainerProcess(self._memory, self.config.trainer, self.compute.take, checkpoints)
+            self.compute.trainer = self._make_trainer(self._memory, self.config.trainer, self.compute.take, checkpoints)
 
     def _allocate(self, manifest: Manifest) -> tuple[Float32s, Float32s]:
         elements = manifest.layout.elements
@@ -288,36 +290,25 @@ class Daemon:
         )
         self.membership.table.expect(self.core.head.voters, asyncio.get_running_loop().time())
         self.providers = Providers(self.me, swarm, self.state, self.control)
-        self.catch_up = CatchUp(
+        self.rejoin = Rejoin(
             manifest=self.manifest,
             swarm=swarm,
             control=self.control,
             links=self.links,
             state=self.state,
             folder=self.config.data_path / "catchup",
-            ports=CatchUpPorts(
-                live=self.membership.table.live,
-                addresses_of=lambda peer: self.membership.tensor_addresses_of(peer),
-                take_certificate=lambda one, peer: self.driver.receive(Certified(certificate=one), peer),
-                wait_past=self.head_watch.wait_past,
-                other_log=lambda peer: self._spawn(self._part(peer)),
+            core=self.core,
+            driver=self.driver,
+            head_watch=self.head_watch,
+            membership=self.membership,
+            providers=self.providers,
+            ports=RejoinPorts(
                 install=self._install,
+                switch=self._switch,
                 misbehaved=self.intake.misbehaved,
                 donor_failed=lambda peer, reason: self.reporter.metrics.donor_failures[reason].add(),
-                find_donors=lambda first, last: self.providers.find(first, last, self.membership),
-            ),
-        )
-        self.parting = Parting(
-            self.state,
-            self.manifest.authority(swarm),
-            PartingPorts(
-                ask=self.catch_up.ask_certificates,
-                ask_trail=lambda peer: self.catch_up.donors.ask_trail(peer, self.state.trail.genesis),
-                head_of=self.membership.head_of,
-                switch=self._switch,
-                pledge=self.core.pledge,
-                misbehaved=self.intake.misbehaved,
-                happen=lambda text: self.reporter.happen(HappeningKind.CATCH_UP, text, Severity.WARNING),
+                happen=partial(self.reporter.happen, HappeningKind.CATCH_UP),
+                spawn=self._spawn,
             ),
         )
 
@@ -393,7 +384,7 @@ class Daemon:
             self._spawn(self.compute.start())
 
     def _mend_disk(self) -> tuple[Coroutine[object, object, object], ...]:
-        tell, donors = partial(self.reporter.happen, HappeningKind.DISK), self.catch_up.donors
+        tell, donors = partial(self.reporter.happen, HappeningKind.DISK), self.rejoin.catch_up.donors
         return LogRepair(self.state, donors, tell).run(), DiskCheck(self.state, self.links, donors, tell).run()
 
     def _open_paths(self, bound: Address) -> None:
@@ -403,7 +394,8 @@ class Daemon:
         self.paths.on_opened, self.paths.on_failed = self.reporter.way_opened, self.reporter.way_failed
         interfaces.subscribe(lambda _: self._interfaces_changed())
         tell = partial(self.reporter.happen, HappeningKind.NETWORK)
-        self._spawn(CapWatch(self.config.limits.schedule, self.links.set_caps, tell).run())
+        self.line = LineUse(self.config, self.links, lambda: self.paths.reach.reached, tell)
+        self._spawn(self.line.run())
 
     def _begin_reports(self) -> None:
         self.reporter.joined = self.core.head.round > 0 or self.me in self.core.head.voters
@@ -417,12 +409,13 @@ class Daemon:
             exchange=self.exchange,
             control=self.control,
             links=self.links,
+            line=self.line,
             paths=self.paths,
             surroundings=self.surroundings,
             ledger=self.ledger,
             membership=self.membership,
             compute=self.compute,
-            catch_up=self.catch_up,
+            catch_up=self.rejoin.catch_up,
             conduct=self.conduct,
             gate=self.gate,
         )
@@ -468,6 +461,7 @@ class Daemon:
             await self.surroundings.close()
         if hasattr(self, "state"):
             await self.state.finish()
+            self.state.close()
         if hasattr(self, "web"):
             await self.web.stop()
             forget_running(self.config.data_path)
@@ -556,22 +550,6 @@ class Daemon:
         voters = [voter for voter in certificate.result.voters if voter in live or voter == self.me]
         if voters and voters[0] == self.me:
             await self.ledger.write_certificate(certificate, live)
-
-    def _behind(self, behind: Behind) -> None:
-        if not self.catch_up.active:
-            self._spawn(self._catch_up(behind))
-
-    async def _catch_up(self, behind: Behind) -> None:
-        first = self.core.round
-        if behind.round - first >= 1:
-            text = f"{behind.round - first + 1} rounds behind: catching up from round {first} to {behind.round}"
-            self.reporter.happen(HappeningKind.CATCH_UP, text)
-        await self.catch_up.run(behind.peer, behind.round)
-
-    async def _part(self, peer: PeerId) -> None:
-        """The peer follows another log: compare, and go over to it where it is the heavier one."""
-        if not self.catch_up.active and await self.parting.run(peer):
-            await self.catch_up.run(peer, self.membership.head_of(peer))
 
     async def _switch(self, pledge: Pledge) -> None:
         self.presence.ready = None

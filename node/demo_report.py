@@ -175,7 +175,7 @@ async def _try_model(model: CertifiedModel, text: Path | None) -> _Outcome:
             while True:
                 answer = await answers.get()
                 if isinstance(answer, Evaluated):
-                    return answer.loss_nats_per_byte
+                    return answer.loss_nats
 
     try:
         memory.base[:] = initialise(manifest.layout, manifest.seed)

@@ -78,7 +78,7 @@ from shoal.node.doctor_network import (
     judge_ports,
     judge_reach,
 )
-from shoal.node.doctor_swarm import SwarmView, SwarmVisit, part_bytes, visitor_config, visitor_handlers
+from shoal.node.doctor_swarm import SwarmView, SwarmVisit, visitor_config, visitor_handlers
 from shoal.node.endpoints import format_endpoint, is_public
 from shoal.node.identity_file import IDENTITY_FILE, load_identity
 from shoal.node.interfaces import read_interfaces
@@ -451,7 +451,7 @@ def describe_model(manifest: Manifest | None) -> ModelSeen | None:
     return ModelSeen(
         name=manifest.name,
         parameters=manifest.layout.elements,
-        contribution_bytes=sum(part_bytes(manifest, part) for part in range(manifest.parts)),
+        contribution_bytes=sum(map(manifest.contribution_bytes, range(manifest.parts))),
         exchange_timeout_s=manifest.rounds.exchange_timeout_s,
     )
 

@@ -35,7 +35,6 @@ from shoal.node.link_port import Address, FetchFailed, LinkConfig, LinkEnd, Link
 from shoal.node.links import TensorLinks
 from shoal.node.upload_meter import PAUSE_S as UPLOAD_PAUSE_S
 from shoal.node.upload_meter import TIMEOUT_S as UPLOAD_TIMEOUT_S
-from shoal.protocol.codecs import CODECS
 from shoal.protocol.errors import ProtocolError, Refusal, UriError
 from shoal.protocol.frames import FrameHeader
 from shoal.protocol.identity import Identity, PeerId, short_peer_id
@@ -341,17 +340,9 @@ class SwarmVisit:
         if not isinstance(answer, CertificatesAnswer) or not answer.certificates:
             return []
         parts = answer.certificates[0].result.parts
-        return (
-            []
-            if len(parts) != manifest.parts
-            else [(part.digest, part_bytes(manifest, number)) for number, part in enumerate(parts)]
-        )
-
-
-def part_bytes(manifest: Manifest, part: int) -> int:
-    """The encoded length of a part."""
-    first, end = manifest.part_range(part)
-    return CODECS[manifest.rounds.codec].encoded_bytes(end - first)
+        if len(parts) != manifest.parts:
+            return []
+        return [(part.digest, manifest.update_bytes(number)) for number, part in enumerate(parts)]
 
 
 class _VisitorSink:

@@ -11,7 +11,7 @@ RESULTS_PER_PART_MAX results; nothing of a finished round stays.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -19,9 +19,10 @@ from blake3 import blake3
 from shoal.node.blobs import BlobStore
 from shoal.node.link_port import Address, FetchFailed, LinkEnd, LinkLost
 from shoal.node.links import TensorLinks
+from shoal.node.payload_memory import PayloadMemory
 from shoal.node.snapshots import SnapshotStore, read_chunk
 from shoal.protocol.aggregators import WeightedPart, clip_factors
-from shoal.protocol.codecs import CODECS
+from shoal.protocol.codecs import Codec
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import FetchBlob, Reduce, SendPart, SendResult
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
@@ -61,10 +62,12 @@ class PartExchange:
     core: RoundCore
     links: TensorLinks
 
-    def __init__(self, me: PeerId, manifest: Manifest, blobs: BlobStore, snapshots: SnapshotStore) -> None:
+    def __init__(
+        self, me: PeerId, manifest: Manifest, blobs: BlobStore, snapshots: SnapshotStore, memory: PayloadMemory
+    ) -> None:
         self._me = me
+        self._memory = memory
         self._manifest = manifest
-        self._codec = CODECS[manifest.rounds.codec]
         self._reduction = make_reduction(manifest)
         self._blobs = blobs
         self._snapshots = snapshots
@@ -73,6 +76,7 @@ class PartExchange:
         self._pushed: Counter[tuple[PeerId, int]] = Counter()  # results, by who sent them
         self._resends: Counter[tuple[PeerId, int]] = Counter()
         self._donors_failed: set[PeerId] = set()  # of this round, and among the core's candidates
+        self._checked: set[str] = set()  # codecs whose kernels are loaded
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self.frozen: Frozen | None = None
         self.ports: ExchangePorts
@@ -88,10 +92,13 @@ class PartExchange:
         self._donors_failed.clear()
         self.frozen = None
 
-    def part_bytes(self, part: int) -> int:
-        """The exact encoded length of a part."""
-        first, end = self._manifest.part_range(part)
-        return self._codec.encoded_bytes(end - first)
+    def part_bytes(self, kind: FrameKind, part: int) -> int:
+        """The exact encoded length of a part of a contribution or of a result."""
+        is_result = kind is FrameKind.RESULT
+        return self._manifest.update_bytes(part) if is_result else self._manifest.contribution_bytes(part)
+
+    def _codec_of(self, kind: FrameKind) -> Codec:
+        return self._reduction.codec_in if kind is FrameKind.CONTRIBUTION else self._reduction.codec_out
 
     def result(self, digest: bytes) -> memoryview | None:
         """A result of the open round that is held in memory."""
@@ -106,8 +113,9 @@ class PartExchange:
     def reserve(self, peer: PeerId, header: FrameHeader) -> memoryview | Refusal:
         if header.part >= self._manifest.parts:
             raise ProtocolError(Refusal.OUT_OF_RANGE, f"part {header.part} of {self._manifest.parts}")
-        if header.nbytes != self.part_bytes(header.part):
-            detail = f"part {header.part} has {header.nbytes} bytes, the codec makes {self.part_bytes(header.part)}"
+        expected = self.part_bytes(header.kind, header.part)
+        if header.nbytes != expected:
+            detail = f"part {header.part} has {header.nbytes} bytes, the codec makes {expected}"
             raise ProtocolError(Refusal.WRONG_LENGTH, detail)
         if header.kind is FrameKind.CONTRIBUTION:
             refusal = self.core.check_part(peer, header.round, header.part, header.digest)
@@ -120,10 +128,10 @@ class PartExchange:
         if refusal is not None:
             self.ports.late(peer, refusal)
             return refusal
-        return memoryview(bytearray(header.nbytes))
+        return self._memory.take(header.nbytes)
 
     async def complete(self, peer: PeerId, header: FrameHeader, buffer: memoryview) -> None:
-        await self._check(header.part, buffer)
+        await self._check(header.kind, header.part, buffer)
         if header.round != self.core.round:
             self.ports.late(peer, Refusal.WRONG_ROUND)  # it was on its way when the round ended
             return
@@ -136,10 +144,15 @@ class PartExchange:
             self.core.blob_held(header.digest, self.ports.now())
         self.ports.pump()
 
-    async def _check(self, part: int, buffer: memoryview) -> None:
-        """Raises ProtocolError unless these bytes decode."""
-        first, end = self._manifest.part_range(part)
-        await asyncio.to_thread(self._codec.check_untrusted, buffer, end - first)
+    async def _check(self, kind: FrameKind, part: int, buffer: memoryview) -> None:
+        """Raises ProtocolError unless these bytes decode. That takes less time than the way to a thread and back, but
+        for the first part of a codec, which loads its kernels."""
+        codec, (first, end) = self._codec_of(kind), self._manifest.part_range(part)
+        if codec.name in self._checked:
+            codec.check_untrusted(buffer, end - first)
+        else:
+            await asyncio.to_thread(codec.check_untrusted, buffer, end - first)
+            self._checked.add(codec.name)
 
     def aborted(self, peer: PeerId, header: FrameHeader) -> None:
         self.ports.late(peer, Refusal.EXPIRED)
@@ -187,7 +200,7 @@ class PartExchange:
         frozen = self.frozen
         if frozen is None or frozen.round != effect.round or frozen.digests[effect.part] != effect.digest:
             return
-        payload = memoryview(frozen.encoded[effect.part])
+        payload = frozen.encoded[effect.part]
         first, end = self._manifest.part_range(effect.part)
         self.encoded_bytes += payload.nbytes
         self.fp32_bytes += (end - first) * 4
@@ -249,8 +262,7 @@ class PartExchange:
             for entry, digest, index in zip(effect.members, effect.digests, effect.indices, strict=True)
         ]
         first, end = self._manifest.part_range(effect.part)
-        reduced = await asyncio.to_thread(self._reduction.reduce_part, parts, end - first)
-        digest = blake3(reduced).digest()
+        reduced, digest = await asyncio.to_thread(self._reduce_now, parts, end - first)
         if effect.round != self.core.round:
             return
         self._results[digest] = reduced
@@ -258,11 +270,17 @@ class PartExchange:
         self.core.part_reduced(effect.round, effect.attempt, effect.part, digest, indices, self.ports.now())
         self.ports.pump()
 
+    def _reduce_now(self, parts: Sequence[WeightedPart], elements: int) -> tuple[memoryview, bytes]:
+        """The encoded update of a part, and its digest. Blocking."""
+        place = self._memory.take(self._reduction.codec_out.encoded_bytes(elements))
+        reduced = self._reduction.reduce_part(parts, elements, place)
+        return reduced, blake3(reduced).digest()
+
     def _contributed(self, peer: PeerId, part: int, digest: bytes) -> memoryview:
         if peer != self._me:
             return self._parts[peer, part, digest]
         assert self.frozen is not None, "an own part is reduced while the contribution is frozen"
-        return memoryview(self.frozen.encoded[part])
+        return self.frozen.encoded[part]
 
     def fetch(self, effect: FetchBlob) -> None:
         """Get a result part from whoever has it."""
@@ -279,7 +297,7 @@ class PartExchange:
             for peer in (*effect.candidates[turn:], *effect.candidates[:turn]):
                 if effect.digest in self._results or effect.round != self.core.round:
                     return
-                buffer = memoryview(bytearray(self.part_bytes(effect.part)))
+                buffer = self._memory.take(self.part_bytes(FrameKind.RESULT, effect.part))
                 try:
                     addresses = self.ports.addresses_of(peer)
                     await self.links.fetch(peer, addresses, effect.digest, buffer, FETCH_TIMEOUT_S)
@@ -287,7 +305,7 @@ class PartExchange:
                     self._tell_donor_failed(peer, effect, error)
                     continue
                 try:
-                    await self._check(effect.part, buffer)
+                    await self._check(FrameKind.RESULT, effect.part, buffer)
                 except ProtocolError as error:
                     log.warning("part %d of round %d cannot be used: %s", effect.part, effect.round, error)
                     self.ports.refusal(peer, error.refusal)

@@ -26,11 +26,9 @@ from typing import Annotated
 
 import numpy as np
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from shoal.node.durability import sync_path
 from shoal.node.ledger_store import LedgerStore, StoreError
+from shoal.node.residual_file import ResidualFile, map_residual
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Contributor, Frozen
 from shoal.protocol.errors import ShoalError
@@ -45,8 +43,7 @@ PENDING_MAX = 4
 FEEDBACK_NAMESPACE = "feedback"
 FEEDBACK_KEY = b"state"
 _SUFFIX = ".safetensors"
-_TEMPORARY = ".partial"
-_TENSOR = "residual"
+_TEMPORARY = ".partial"  # the suffix; alone it is the name of what is being frozen
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +90,7 @@ class FeedbackStore:
         self._is_behind = False  # what is on the disk is older than `record`, and true together with the certificates
         self._folder = folder
         self._ledger = ledger
+        self._open: ResidualFile | None = None  # of the contribution that is being frozen, until it is held
 
     @property
     def batches_done(self) -> int:
@@ -117,7 +115,7 @@ class FeedbackStore:
             log.error("the residual of the error feedback is damaged on this disk and lost")
             self.record = replace(self.record, residual=bytes(32))
         else:
-            contributor.residual[:] = residual
+            contributor.residual = residual
         found = [self._restore(one, contributor.residual.size) for one in self.record.pending]
         kept = tuple(one for one, frozen in zip(self.record.pending, found, strict=True) if frozen is not None)
         self.record = replace(self.record, pending=kept)
@@ -131,8 +129,25 @@ class FeedbackStore:
             return None
         return Frozen(round=pending.round, encoded=(), digests=(), root=pending.root, norm=0.0, residual_next=residual)
 
+    def take_residual(self, elements: int) -> Float32s:
+        """Memory for what a contribution will leave: that of a file, which `hold` only has to name. Where the disk
+        gives none it is memory of the process, and the disk's word comes from `hold`."""
+        self._drop_open()
+        try:
+            self._open = ResidualFile(self._folder / _TEMPORARY, elements)
+        except OSError as error:
+            log.debug("no file for the next residual: %s", error)
+            return np.empty(elements, np.float32)
+        return self._open.values
+
     def hold(self, contributor: Contributor, frozen: Frozen, batches_done: int) -> None:
         """Durable on return: only then the contribution may be offered. Raises OSError, StoreError, FeedbackFull."""
+        try:
+            self._hold(contributor, frozen, batches_done)
+        finally:
+            self._drop_open()
+
+    def _hold(self, contributor: Contributor, frozen: Frozen, batches_done: int) -> None:
         if self._is_behind:
             self._save(replace(self.record, residual=self._write(contributor.residual)))
         open_round = tuple(one for one in self.record.pending if one.round == frozen.round)
@@ -155,6 +170,8 @@ class FeedbackStore:
         parts = make_bitmap(frozenset(included), len(result.parts))
         settled = Settled(round=result.round, batches_done=pending.batches_done, parts=parts)
         is_whole = len(included) == len(result.parts)
+        if is_whole:
+            contributor.residual = self._map_privately(pending.residual, contributor.residual)
 
         def write() -> FeedbackRecord:
             residual = pending.residual if is_whole else self._write(contributor.residual)
@@ -199,6 +216,8 @@ class FeedbackStore:
         named = {
             self._path(digest) for digest in (self.record.residual, *(one.residual for one in self.record.pending))
         }
+        if self._open is not None:
+            named.add(self._open.path)
         for path in self._folder.iterdir():
             if path not in named:
                 path.unlink(missing_ok=True)
@@ -206,29 +225,40 @@ class FeedbackStore:
     def _write(self, residual: Float32s) -> bytes:
         digest = digest_residual(residual)
         path = self._path(digest)
-        if not path.exists():
-            temporary = path.with_suffix(_TEMPORARY)
-            try:
-                save_file({_TENSOR: residual}, temporary)
-            except SafetensorError as error:  # what this library makes of every failed write
-                temporary.unlink(missing_ok=True)
-                raise OSError(f"{temporary} cannot be written: {error}") from error
-            sync_path(temporary)
-            temporary.replace(path)
-            sync_path(self._folder)
+        if path.exists():
+            return digest
+        made = self._open
+        if made is None or made.values is not residual:
+            made = ResidualFile(path.with_suffix(_TEMPORARY), residual.size)
+            made.values[:] = residual
+        made.finish(path)
+        if made is self._open:
+            self._open = None
         return digest
+
+    def _drop_open(self) -> None:
+        """Whoever views its values keeps them; nobody else needs the file."""
+        if self._open is not None:
+            self._open.path.unlink(missing_ok=True)
+            self._open = None
+
+    def _map_privately(self, digest: bytes, residual: Float32s) -> Float32s:
+        """The residual that was just settled, as its file has it. The view through which it was made would write into
+        that file when a later contribution is settled in some of its parts."""
+        try:
+            mapped = map_residual(self._path(digest), residual.size)
+        except OSError:
+            mapped = None
+        return residual.copy() if mapped is None else mapped
 
     def _read(self, digest: bytes, elements: int) -> Float32s | None:
         if digest == bytes(32):
             return np.zeros(elements, np.float32)
         try:
-            with safe_open(self._path(digest), framework="numpy") as file:
-                residual: Float32s = file.get_tensor(_TENSOR)
-        except (OSError, SafetensorError):
+            residual = map_residual(self._path(digest), elements)
+        except OSError:
             return None
-        if residual.shape != (elements,) or residual.dtype != np.float32 or digest_residual(residual) != digest:
-            return None
-        return residual
+        return None if residual is None or digest_residual(residual) != digest else residual
 
     def _path(self, digest: bytes) -> Path:
         return self._folder / (digest.hex() + _SUFFIX)

@@ -56,6 +56,7 @@ REMEDIES: Mapping[Failure, str] = {
     Failure.EXCHANGE_TIMEOUT: "the next attempt begins with whoever is there",
     Failure.COMMIT_TIMEOUT: "the next attempt proposes again what may be certified already",
     Failure.NO_QUORUM: "training goes on until enough voters are back",
+    Failure.UPDATE_LOST: "the voters that are left go on from the round before",
     Failure.TOO_FEW_READY: "the round waits for more peers",
     Failure.OWNER_LOST: "its parts go to other owners",
     Failure.OWNER_SLOW: "its parts go to other owners",

@@ -3,9 +3,10 @@
 The library's own dialling is gone around: it waits out a quarter of a second after success, refuses to dial a peer
 that failed within the last minute, has no time limit of its own, and resolves names past the system's resolver.
 
-Invariants: at most one dial per peer at a time; every dial ends within CONNECT_TIMEOUT_S; circuits through relays are
-tried after every direct address; a bootstrap peer that cannot be reached is dialled again after a pause that doubles up
-to BOOTSTRAP_RETRY_MAX_S, and costs nothing else.
+Invariants: at most one dial per peer at a time, which takes up whatever addresses are told meanwhile; every dial ends
+within CONNECT_TIMEOUT_S; circuits through relays are tried after every direct address that is known then; a bootstrap
+peer that cannot be reached is dialled again after a pause that doubles up to BOOTSTRAP_RETRY_MAX_S, and costs nothing
+else.
 """
 
 import random
@@ -36,13 +37,35 @@ TOLD_ADDRESS_TTL_S = 600
 _FAMILIES = {"dns": socket.AF_UNSPEC, "dns4": socket.AF_INET, "dns6": socket.AF_INET6}
 
 
+class _Dial:
+    """One peer that is being dialled: by which addresses, those included that are told while others hang."""
+
+    def __init__(self, targets: Sequence[Address]) -> None:
+        self.ended = trio.Event()
+        self.more = trio.Event()
+        self._known = dict.fromkeys(targets)
+        self._fresh = list(self._known)
+
+    def add(self, targets: Sequence[Address]) -> None:
+        fresh = [target for target in targets if target not in self._known]
+        self._known |= dict.fromkeys(fresh)
+        self._fresh += fresh
+        if fresh:
+            self.more.set()
+
+    def take(self) -> list[Address]:
+        """Those that nobody has begun with."""
+        fresh, self._fresh, self.more = self._fresh, [], trio.Event()
+        return fresh
+
+
 class Dialer:
     """Makes connections for one host."""
 
     def __init__(self, swarm: BoundedSwarm, me: PeerId) -> None:
         self._swarm = swarm
         self._me = me
-        self._dials: dict[PeerId, trio.Event] = {}
+        self._dials: dict[PeerId, _Dial] = {}
         self._closed = False
         self._retry = trio.Event()
 
@@ -80,7 +103,8 @@ class Dialer:
         is_connected = self.is_directly_connected if directly else self.is_connected
         with trio.move_on_after(CONNECT_TIMEOUT_S) as limit:
             while not is_connected(peer) and (ongoing := self._dials.get(peer)) is not None:
-                await ongoing.wait()
+                ongoing.add([target for target in addresses if not (directly and target.is_relayed)])
+                await ongoing.ended.wait()
             if is_connected(peer):
                 return
             if self._closed or peer == self._me:
@@ -90,36 +114,46 @@ class Dialer:
                 targets = [target for target in targets if not target.is_relayed]
             if not targets:
                 raise _unreachable(peer, "no address is known")
-            self._dials[peer] = trio.Event()
+            dial = self._dials[peer] = _Dial(targets)
             try:
-                await self._dial(peer, targets, errors)
+                await self._dial(peer, dial, errors)
             finally:
-                self._dials.pop(peer).set()
+                del self._dials[peer]
+                dial.ended.set()
         if not is_connected(peer):
             if limit.cancelled_caught:
                 errors.append(f"no answer within {CONNECT_TIMEOUT_S:.0f} s")
             raise _unreachable(peer, "; ".join(errors) or "hung up at once")
 
-    async def _dial(self, peer: PeerId, targets: Sequence[Address], errors: list[str]) -> None:
+    async def _dial(self, peer: PeerId, dial: _Dial, errors: list[str]) -> None:
         peer_id = _peer_id(peer)
+        running = 0
 
         async def attempt(target: Address, failed: trio.Event) -> None:
+            nonlocal running
             target = replace(target, peer=peer)
             try:
                 await self._swarm.dial_addr(Multiaddr(str(target)), peer_id)
             except (BaseLibp2pError, OSError) as error:
                 errors.append(f"{target.host} port {target.port}: {_root_cause(error)}")
                 failed.set()
+                running -= 1
+                if not running:
+                    dial.more.set()  # to be told that there is nothing to wait for
                 return
             self._swarm.peerstore.add_addr(peer_id, Multiaddr(str(target)), TOLD_ADDRESS_TTL_S)
             attempts.cancel_scope.cancel()
 
         async with trio.open_nursery() as attempts:
-            for target in order_targets(await _resolve(targets, errors)):
-                failed = trio.Event()
-                attempts.start_soon(attempt, target, failed)
-                with trio.move_on_after(HEAD_START_S):
-                    await failed.wait()
+            while (targets := dial.take()) or running:
+                for target in order_targets(await _resolve(targets, errors)):
+                    failed = trio.Event()
+                    running += 1
+                    attempts.start_soon(attempt, target, failed)
+                    with trio.move_on_after(HEAD_START_S):
+                        await failed.wait()
+                if running:
+                    await dial.more.wait()
 
     async def keep_bootstrapped(
         self,

@@ -33,6 +33,9 @@ class LinkHost(Protocol[L]):
     def link_opened(self, link: L, peer: PeerId) -> Refusal | None:
         """The handshake has proven `peer`; a refusal ends the link."""
 
+    def sent(self, peer: PeerId) -> None:
+        """A payload to this peer is sent, or has failed."""
+
     def link_ended(self, link: L) -> None:
         """The link takes and brings nothing more."""
 

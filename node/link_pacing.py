@@ -1,15 +1,37 @@
-"""When a tensor link may send and read: as the caps on this machine's line and the sink allow.
+"""When a tensor link may send and read: as the caps on this machine's line and the sink allow. And behind whom: tensors
+yield to the control plane and to whatever else this machine sends, in its own queue and in routers that can tell.
 
 Invariants: who waits for a turn gets one in the order of asking; a link that is held up reads nothing from its socket,
 so that the peer's kernel holds its sender up; no timer is left after `stop`.
 """
 
 import asyncio
+import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
 from shoal.node.pacer import Pacer
+
+LOWER_EFFORT = 0x04  # DSCP LE in the octet that IP carries it in: RFC 8622
+PRIORITY_BULK = 2  # TC_PRIO_BULK of linux/pkt_sched.h
+
+
+def set_bulk(connection: socket.socket, unsent_bytes_max: int) -> None:
+    """Let a connection's bytes go behind those of others, and the kernel hold no more of them unsent than this. What a
+    system does not know it does without."""
+    lowat = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    wanted = [(socket.IPPROTO_TCP, lowat, unsent_bytes_max)]
+    if connection.family == socket.AF_INET6:
+        wanted.append((socket.IPPROTO_IPV6, getattr(socket, "IPV6_TCLASS", None), LOWER_EFFORT))
+    # Also of an IPv6 socket, which may carry IPv4. It sets a priority, too, so that this comes after it.
+    wanted.append((socket.IPPROTO_IP, getattr(socket, "IP_TOS", None), LOWER_EFFORT))
+    wanted.append((socket.SOL_SOCKET, getattr(socket, "SO_PRIORITY", None), PRIORITY_BULK))
+    for level, option, value in wanted:
+        if option is not None:
+            with suppress(OSError):
+                connection.setsockopt(level, option, value)
 
 
 async def pace(pacer: Pacer, nbytes: int) -> None:

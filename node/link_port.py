@@ -12,6 +12,7 @@ from typing import Protocol
 from shoal.protocol.errors import Refusal, ShoalError
 from shoal.protocol.frames import FrameHeader
 from shoal.protocol.identity import PeerId, short_peer_id
+from shoal.protocol.messages import PARTS_MAX
 
 Address = tuple[str, int]
 
@@ -133,6 +134,7 @@ class LinkConfig:
     tick_s: float = 0.5
     connect_timeout_s: float = 5.0
     head_start_s: float = 0.25  # of one address of a peer before the next one is tried beside it (RFC 8305)
+    direct_head_start_s: float = 1.0  # of dialling a peer before a way round is sought beside it
     addresses_tried_max: int = 8  # of one peer, by one dial
     handshake_timeout_s: float = 5.0
     ping_period_s: float = 5.0
@@ -147,13 +149,13 @@ class LinkConfig:
     rate_window_s: float = 10.0
     links_max: int = 256
     inbound_links_max: int = 192
-    links_per_peer_max: int = 4
+    links_per_peer_max: int = 8
     half_open_max: int = 32
     half_open_per_host_max: int = 16
     links_per_host_max: int = 64  # proven ones that others have dialled; processes of this machine have no such limit
     arrivals_burst: int = 128  # connections from one address at once
     arrivals_per_s: float = 16.0  # and for long
-    sends_queued_max: int = 256  # per link
+    sends_queued_max: int = 2 * PARTS_MAX  # for one peer: all that a round can have
     completions_max: int = 4  # per link
     serves_max: int = 16  # per link
     fetches_max: int = 16  # per link
@@ -181,6 +183,16 @@ class PeerLinkStatistics:
     send_bytes_per_s: float | None
     receive_bytes_per_s: float | None
     round_trip_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkTotals:
+    """Bytes of all links since the start, those to peers that are forgotten by now included: they never fall."""
+
+    payload_bytes_in: int
+    payload_bytes_out: int
+    wire_bytes_in: int
+    wire_bytes_out: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

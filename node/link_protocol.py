@@ -11,13 +11,12 @@ ends once, with one reason.
 """
 
 import asyncio
-import socket
 from dataclasses import replace
 from typing import cast
 
 from shoal.node.link_host import LinkHost
 from shoal.node.link_inlet import Fetch, FetchTable, PayloadInlet, answers
-from shoal.node.link_pacing import Reading, pace
+from shoal.node.link_pacing import Reading, pace, set_bulk
 from shoal.node.link_port import Address, LinkEnd, LinkLost, LinkPath
 from shoal.node.link_records import SCRATCH, LinkDeadlines, LinkSigns, RecordInbox, RecordKind
 from shoal.node.link_traffic import PeerTraffic
@@ -121,8 +120,6 @@ class Link(asyncio.BufferedProtocol):
 
         Cancelled in the middle, it tells the peer that the rest will not come, and the link goes on.
         """
-        if self.waiting_sends >= self._host.config.sends_queued_max:
-            raise LinkLost(self._known_peer, LinkEnd.LIMIT)
         self.waiting_sends += 1
         try:
             async with self._turn, self._host.turns:
@@ -133,6 +130,7 @@ class Link(asyncio.BufferedProtocol):
                     await self._stream(header, payload)
         finally:
             self.waiting_sends -= 1
+            self._host.sent(self._known_peer)
             self._close_after_goodbye()
 
     async def fetch(self, digest: bytes, into: memoryview) -> None:
@@ -221,9 +219,7 @@ class Link(asyncio.BufferedProtocol):
         self._transport = transport = cast(asyncio.Transport, transport)
         transport.set_write_buffer_limits(high=0)
         self._reading = Reading(transport, self._host.download, self._read_records)
-        lowat = getattr(socket, "TCP_NOTSENT_LOWAT", None)
-        if lowat is not None:
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, lowat, KERNEL_UNSENT_BYTES_MAX)
+        set_bulk(transport.get_extra_info("socket"), KERNEL_UNSENT_BYTES_MAX)
         # None where the other side has hung up already.
         self.local = (transport.get_extra_info("sockname") or self.local)[:2]
         self.remote = (transport.get_extra_info("peername") or self.remote)[:2]
@@ -435,7 +431,6 @@ class Link(asyncio.BufferedProtocol):
             self._traffic.send_rate.add(offset, self._loop.time() - began_s)
         finally:
             self._outgoing = None
-            self._traffic.payload_bytes_out += offset
             if offset < header.nbytes and self._leaving is None:
                 # Refused or cancelled; a link that has ended drops this, and a goodbye has said it already.
                 self._write_header(FrameHeader(kind=FrameKind.ABANDON))
@@ -446,6 +441,7 @@ class Link(asyncio.BufferedProtocol):
             self._record = memoryview(bytearray(RECORD_BYTES_MAX + RECORD_OVERHEAD_BYTES))
         nbytes = self._sealer.seal_into(RecordKind.PAYLOAD, payload[offset:end], self._record)
         self._write(self._record[:nbytes])
+        self._traffic.payload_bytes_out += end - offset
         return end
 
     async def _wait_writable(self) -> None:

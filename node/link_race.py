@@ -13,21 +13,29 @@ from shoal.node.endpoints import interleave, parse_ip
 from shoal.node.link_port import Address, LinkEnd, LinkLost
 
 T = TypeVar("T")
+Way = TypeVar("Way")
+
+
+def _is_never_final(lost: LinkLost) -> bool:
+    """Whatever one way has come to, another may lead there."""
+    return False
 
 
 async def race(
-    addresses: Sequence[Address],
-    dial: Callable[[Address], Awaitable[T]],
+    ways: Sequence[Way],
+    dial: Callable[[Way], Awaitable[T]],
     head_start_s: float,
     discard: Callable[[T], None],
+    is_final: Callable[[LinkLost], bool] = _is_never_final,
 ) -> T:
-    """What the first successful `dial` returns; raises the LinkLost that says most when all have failed.
+    """What the first successful `dial` returns; raises the LinkLost that says most when all have failed, or one that
+    `is_final` as soon as it comes.
 
-    The next address is tried when the one before has failed, or after its head start. `discard` gets what another
-    attempt has returned at the same moment; one that is cancelled has to clean up after itself.
+    The next way, as a rule an address, is tried when the one before has failed, or after its head start. `discard` gets
+    what another attempt has returned at the same moment; one that is cancelled has to clean up after itself.
     """
-    assert addresses, "somewhere to dial"
-    left = list(reversed(addresses))
+    assert ways, "somewhere to dial"
+    left = list(reversed(ways))
     running: list[asyncio.Task[T]] = []
     failures: list[LinkLost] = []
     try:
@@ -42,6 +50,8 @@ async def race(
                 try:
                     return attempt.result()
                 except LinkLost as error:
+                    if is_final(error):
+                        raise
                     failures.append(error)
     finally:
         for attempt in running:
@@ -61,8 +71,8 @@ async def resolve(addresses: Sequence[Address], count_max: int, timeout_s: float
     return interleave(found)[:count_max]
 
 
-async def _run(dial: Callable[[Address], Awaitable[T]], address: Address) -> T:
-    return await dial(address)
+async def _run(dial: Callable[[Way], Awaitable[T]], way: Way) -> T:
+    return await dial(way)
 
 
 async def _look_up(address: Address, timeout_s: float) -> list[Address]:

@@ -22,8 +22,10 @@ import socket
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from shoal.node.arrivals import ArrivalLimits, Arrivals
+from shoal.node.cipher_speed import is_chacha20_faster
 from shoal.node.interfaces import has_address
 from shoal.node.link_host import ConnectionTaker
 from shoal.node.link_listen import open_dialling, open_listeners
@@ -38,18 +40,22 @@ from shoal.node.link_port import (
     LinkPath,
     LinkSink,
     LinkStatistics,
-    PeerLinkStatistics,
+    LinkTotals,
 )
 from shoal.node.link_protocol import Link
 from shoal.node.link_race import race, resolve
 from shoal.node.link_traffic import PeerTraffic
+from shoal.node.link_width import LinkWidth
 from shoal.node.pacer import Pacer
 from shoal.node.rate_caps import Caps
+from shoal.node.send_queues import SendQueues
 from shoal.protocol.errors import Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.secure_channel import STATIC_KEY_BYTES, ChannelKeys, Handshake
 
+# One is under way and the next one ready; others wait for whichever link is free first.
+SENDS_PER_LINK = 2
 # A frame that met the orderly end of its link goes to another one, this often.
 LINKS_TRIED_MAX = 3
 _ORDERLY_ENDS = (LinkEnd.IDLE, LinkEnd.PEER_SAID_GOODBYE, LinkEnd.OUTRUN)
@@ -79,7 +85,7 @@ class TensorLinks:
         self.detour: Callable[[PeerId], Awaitable[None]] | None = None
         self._peer = identity.peer
         self._swarm = swarm_id
-        self._keys = ChannelKeys(identity, os.urandom(STATIC_KEY_BYTES))
+        self._keys = ChannelKeys(identity, os.urandom(STATIC_KEY_BYTES), prefers_chacha20=is_chacha20_faster())
         self._bound: Address = config.host, config.port
         self._holes: OrderedDict[PeerId, float] = OrderedDict()  # when the listening port last dialled a peer
         self._punching: dict[str, tuple[PeerId, bool]] = {}  # whose dial may come from this host, and our role in it
@@ -99,7 +105,10 @@ class TensorLinks:
         self._links: dict[PeerId, list[Link]] = {}
         self._dials: dict[PeerId, asyncio.Task[Link]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting = SendQueues(config.sends_queued_max)
+        self._width = LinkWidth()
         self._traffic: OrderedDict[PeerId, PeerTraffic] = OrderedDict()
+        self._forgotten = PeerTraffic()  # of the peers that are not remembered any more, together
 
     async def start(self) -> Address:
         """Listen; returns the bound host and port. Raises OSError when the port cannot be had."""
@@ -144,14 +153,18 @@ class TensorLinks:
         Cancelling stops the payload and tells the peer so.
         """
         assert header.kind in _PUSHED and header.nbytes == payload.nbytes, "send pushes what its header describes"
+        if self._waiting.is_full(peer):
+            raise LinkLost(peer, LinkEnd.LIMIT)
         lost: LinkLost | None = None
         for _ in range(LINKS_TRIED_MAX):
-            link = await self._link_to(peer, addresses)
+            link = await self._free_link_to(peer, addresses)
             try:
                 await link.send_frame(header, payload.cast("B"))
                 return
             except LinkLost as error:
-                if error.reason not in _ORDERLY_ENDS:
+                # The peer may have taken one link of ours for one too many, and have others.
+                is_one_too_many = error.refusal is Refusal.LIMIT and self.is_linked(peer)
+                if error.reason not in _ORDERLY_ENDS and not is_one_too_many:
                     raise
                 lost = error
         assert lost is not None
@@ -331,7 +344,20 @@ class TensorLinks:
             paths=Counter(link.path for links in self._links.values() for link in links),
             half_open=sum(1 for link in self._half_open() if link.ended is None),
             dials=len(self._dials),
-            peers=tuple(self._describe(peer, traffic) for peer, traffic in self._traffic.items()),
+            peers=tuple(
+                traffic.describe(peer, len(self._links.get(peer, ())), self.path_to(peer))
+                for peer, traffic in self._traffic.items()
+            ),
+        )
+
+    def totals(self) -> LinkTotals:
+        """What all links have moved up to now."""
+        counted = (self._forgotten, *self._traffic.values())
+        return LinkTotals(
+            payload_bytes_in=sum(one.payload_bytes_in for one in counted),
+            payload_bytes_out=sum(one.payload_bytes_out for one in counted),
+            wire_bytes_in=sum(one.wire_bytes_in for one in counted),
+            wire_bytes_out=sum(one.wire_bytes_out for one in counted),
         )
 
     # What links ask of their host
@@ -371,6 +397,7 @@ class TensorLinks:
             return refusal
         self.doubt(peer)  # who has moved opens a new one, and cannot end the old ones
         self._links[peer] = [*links, link]
+        self._waiting.wake(peer)
         self._opening.set()
         self._opening = asyncio.Event()
         self._arrivals.prove(link)
@@ -381,6 +408,10 @@ class TensorLinks:
             self.sink.link_up(peer)
         return None
 
+    def sent(self, peer: PeerId) -> None:
+        """A link to this peer has room for one more payload."""
+        self._waiting.wake(peer)
+
     def link_ended(self, link: Link) -> None:
         """Strike a link from the table."""
         peer, reason = link.peer, link.ended
@@ -389,6 +420,9 @@ class TensorLinks:
         if peer is None or link not in self._links.get(peer, ()):
             return
         self._links[peer].remove(link)
+        self._waiting.wake_all(peer)
+        if link.refusal is Refusal.LIMIT:
+            self._width.refuse(peer, asyncio.get_running_loop().time())
         if not self._links[peer]:
             del self._links[peer]
             self.sink.link_lost(peer, reason)
@@ -403,7 +437,7 @@ class TensorLinks:
         self._traffic.move_to_end(peer)
         for other in list(self._traffic)[: max(0, len(self._traffic) - self.config.peers_remembered_max)]:
             if other not in self._links:
-                del self._traffic[other]
+                self._forgotten.count_in(self._traffic.pop(other))
         return traffic
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
@@ -435,6 +469,38 @@ class TensorLinks:
     def _half_open(self) -> Iterable[Link]:
         return (link for link in self._connected if link.peer is None and link.expected is None)
 
+    async def _free_link_to(self, peer: PeerId, addresses: Sequence[Address]) -> Link:
+        """A link that has next to nothing to send, which may take its time. Raises LinkLost."""
+        if not self._waiting.has_waiting(peer):
+            link = await self._link_to(peer, addresses)
+            if link.waiting_sends < SENDS_PER_LINK:
+                return link
+            self._widen(peer, addresses)
+        with self._waiting.line_up(peer) as place:
+            while True:
+                await self._waiting.wait(place)
+                link = await self._link_to(peer, addresses)
+                if link.waiting_sends < SENDS_PER_LINK:
+                    return link
+                self._widen(peer, addresses)
+
+    def _widen(self, peer: PeerId, addresses: Sequence[Address]) -> None:
+        """Begin to open one more link to a peer for which payloads wait, where that pays."""
+        links, now = self._links.get(peer, ()), asyncio.get_running_loop().time()
+        is_dialled = any(link.path is LinkPath.DIRECT and link.expected is not None for link in links)
+        has_room = 2 * len(self._connected) < self.config.links_max
+        if addresses and is_dialled and has_room and self._width.begin(peer, self.traffic_with(peer), len(links), now):
+            self.spawn(self._dial_further(peer, addresses))
+
+    async def _dial_further(self, peer: PeerId, addresses: Sequence[Address]) -> None:
+        try:
+            await self._dial_directly(peer, addresses)
+        except LinkLost as lost:
+            log.debug("no further link: %s", lost)
+            self._width.refuse(peer, asyncio.get_running_loop().time())
+        finally:
+            self._width.end(peer)
+
     async def _link_to(self, peer: PeerId, addresses: Sequence[Address]) -> Link:
         usable = [link for link in self._links.get(peer, ()) if link.is_usable]
         if usable:
@@ -460,13 +526,21 @@ class TensorLinks:
             raise
 
     async def _dial(self, peer: PeerId, addresses: Sequence[Address]) -> Link:
-        try:
+        if self.detour is None:
             return await self._dial_directly(peer, addresses)
-        except LinkLost as lost:
-            if self.detour is None or lost.reason in _FINAL_ENDS:
-                raise
-            log.debug("%s: another way is tried", lost)
-        await self.detour(peer)
+        if not addresses:
+            return await self._dial_round(peer, self.detour)
+        # Routers drop what they do not let in, and say nothing: who waited for that would wait for long.
+        return await race(
+            (partial(self._dial_directly, peer, addresses), partial(self._dial_round, peer, self.detour)),
+            lambda dial: dial(),
+            self.config.direct_head_start_s,
+            discard=lambda link: None,
+            is_final=lambda lost: lost.reason in _FINAL_ENDS,
+        )
+
+    async def _dial_round(self, peer: PeerId, detour: Callable[[PeerId], Awaitable[None]]) -> Link:
+        await detour(peer)
         usable = [link for link in self._links.get(peer, ()) if link.is_usable]
         if not usable:
             raise LinkLost(peer, LinkEnd.UNREACHABLE)
@@ -517,19 +591,3 @@ class TensorLinks:
         closing = [link.closed for link in self._connected]
         if closing:
             await asyncio.wait(closing, timeout=timeout_s)
-
-    def _describe(self, peer: PeerId, traffic: PeerTraffic) -> PeerLinkStatistics:
-        return PeerLinkStatistics(
-            peer=peer,
-            links=len(self._links.get(peer, ())),
-            path=self.path_to(peer),
-            frames_in=traffic.frames_in,
-            frames_out=traffic.frames_out,
-            payload_bytes_in=traffic.payload_bytes_in,
-            payload_bytes_out=traffic.payload_bytes_out,
-            wire_bytes_in=traffic.wire_bytes_in,
-            wire_bytes_out=traffic.wire_bytes_out,
-            send_bytes_per_s=traffic.send_rate.bytes_per_s,
-            receive_bytes_per_s=traffic.receive_rate.bytes_per_s,
-            round_trip_s=traffic.round_trip_s,
-        )

@@ -13,6 +13,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,20 +24,24 @@ from shoal.node.certificate_trail import CERTIFICATES_KEPT, CertificateTrail
 from shoal.node.config import StoreTable
 from shoal.node.feedback import FeedbackStore, Settled
 from shoal.node.ledger_store import LedgerStore, StoredCertificate, StoreError
+from shoal.node.payload_memory import PayloadMemory
+from shoal.node.process import count_cores
 from shoal.node.retention import GIB, Holdings, Limits, Sizes, first_rebuildable, plan_removal
 from shoal.node.snapshots import LEASES_MAX, SnapshotStore
-from shoal.protocol.codecs import CODECS, Float32s
+from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Contributor, Frozen
 from shoal.protocol.effects import VoteRecord
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest, genesis_head
 from shoal.protocol.messages import Certificate, Result, digest_record
-from shoal.protocol.quorum import Head, has_member
+from shoal.protocol.quorum import Head, list_contributors
 from shoal.protocol.replica import Replica
 from shoal.protocol.trail import Anchor
 from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted, encode_record
 
+# They encode parts, apply them, and hash; idle between rounds.
+PART_THREADS_MAX = 8
 VOTE_NAMESPACE = "round"
 VOTE_KEY = b"vote"
 
@@ -78,8 +83,14 @@ class LocalState:
         self.stores = stores
         self._manifest = manifest
         self._swarm = swarm
-        self.replica = Replica(manifest, params, momentum)
-        self.contributor = Contributor(manifest)
+        self._threads = ThreadPoolExecutor(min(count_cores(), PART_THREADS_MAX), thread_name_prefix="parts")
+        self.replica = Replica(manifest, params, momentum, each=self._threads.map)
+        self.memory = PayloadMemory()
+        feedback = stores.feedback
+        take_residual = None if feedback is None else feedback.take_residual
+        self.contributor = Contributor(
+            manifest, take=self.memory.take, take_residual=take_residual, each=self._threads.map
+        )
         anchor = Anchor(round=0, digest=swarm, voters=manifest.founders)
         self.trail = CertificateTrail(stores.ledger, anchor, manifest.authority(swarm))
         self.head: Head
@@ -285,8 +296,7 @@ class LocalState:
         """Whether work is in the result that this peer has done in a life of which its disk knows nothing. A round that
         comes once more, because two logs took turns, is no such thing."""
         is_first = self.settled is None or self.settled.round < result.round
-        index = [member.peer for member in result.members].index(me)
-        return is_first and any(has_member(part.contributors, index) for part in result.parts)
+        return is_first and me in list_contributors(result)
 
     def _restore_feedback(self) -> None:
         """The residual, settled by every certificate that is here; and what the open round may still count."""
@@ -379,10 +389,7 @@ class LocalState:
             await asyncio.to_thread(self._find_updates)
 
     def _sizes(self, result: Result) -> Sizes:
-        codec = CODECS[result.codec]
-        ranges = (self._manifest.part_range(part) for part in range(len(result.parts)))
-        sizes = (codec.encoded_bytes(end - first) for first, end in ranges)
-        return {part.digest: size for part, size in zip(result.parts, sizes, strict=True)}
+        return {part.digest: self._manifest.update_bytes(number) for number, part in enumerate(result.parts)}
 
     def _sweep(self) -> None:
         """Remove what the limits make unnecessary."""
@@ -451,6 +458,10 @@ class LocalState:
         if self._snapshot_task is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._snapshot_task
+
+    def close(self) -> None:
+        """End the threads; the state is used no more."""
+        self._threads.shutdown()
 
 
 def _certificate_of(stored: StoredCertificate) -> Certificate:

@@ -80,7 +80,8 @@ class Membership:
         self._period_s = presence_period_s
         self._ports = ports
         self._schedule = AnnouncementSchedule(swarm, me, time.time())
-        self._dialling: set[PeerId] = set()
+        self._dialling: dict[PeerId, frozenset[str]] = {}  # by which addresses
+        self._unreached: set[PeerId] = set()  # peers of the table that were dialled, and nobody has answered
         self._changed = asyncio.Event()
 
     # -- own presence ----------------------------------------------------------------------------------------------
@@ -125,16 +126,20 @@ class Membership:
         self._ports.meet(presence)
         if self._ports.refuses(presence.peer):
             return
+        before = self.table.newest(presence.peer)
         seen = self.table.receive(presence, asyncio.get_running_loop().time())
         if seen is None:
             return
+        told = frozenset(presence.control_addresses) - frozenset(before.control_addresses if before else ())
         self.clock_skew_s[presence.peer] = presence.sent_at_s - time.time()
         self.book.hear(presence.peer, keep_dialable(presence.control_addresses, presence.peer), time.time())
         self._ports.observed(presence, seen.first)
-        if seen.first:
+        # Who has just started tells the way through its relay only when it has one: the first dial did not know it.
+        if seen.first or (told and presence.peer in self._unreached):
             self._ports.spawn(self.connect(presence.peer))
 
     def _lose(self, lost: PeerLost) -> None:
+        self._unreached.discard(lost.peer)
         self.clock_skew_s.pop(lost.peer, None)
         self._ports.lost(lost)
 
@@ -144,6 +149,7 @@ class Membership:
         """The control plane has a connection to this peer."""
         addresses = next((one.addresses for one in self._control.peers() if one.peer == peer), ())
         self.book.note_success(peer, keep_dialable(addresses, peer), time.time())
+        self._unreached.discard(peer)
         self.note_peers()
         self.announce()
         self._ports.spawn(self.exchange_peers(peer))
@@ -167,9 +173,12 @@ class Membership:
         if any(one.peer == peer for one in self._control.peers()):
             return True
         addresses = self._control_addresses_of(peer)
-        if not addresses or peer in self._dialling or self._ports.shuns(peer):
+        fresh = frozenset(addresses) - self._dialling.get(peer, frozenset())
+        if not fresh or self._ports.shuns(peer):
             return False
-        self._dialling.add(peer)
+        self._dialling[peer] = self._dialling.get(peer, frozenset()) | fresh
+        if self.table.newest(peer) is not None:
+            self._unreached.add(peer)
         try:
             await self._control.connect(addresses)
         except (PeerUnreachable, UriError) as error:
@@ -177,7 +186,10 @@ class Membership:
             self.book.note_failure(peer, time.time())
             return False
         finally:
-            self._dialling.discard(peer)
+            self._dialling[peer] -= fresh
+            if not self._dialling[peer]:
+                del self._dialling[peer]
+        self._unreached.discard(peer)
         return True
 
     def _control_addresses_of(self, peer: PeerId) -> tuple[str, ...]:

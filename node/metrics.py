@@ -147,6 +147,12 @@ class Histogram:
     def observe(self, value: float) -> None:
         self._series.observe(value)
 
+    @property
+    def sum(self) -> float:
+        """Of all that was observed."""
+        samples = (sample for family in self._series.collect() for sample in family.samples)
+        return float(sum(sample.value for sample in samples if sample.name.endswith("_sum")))
+
 
 class Current(Generic[A]):
     """One gauge per value of an enum: 1 for the current one, 0 for the others; None: for all of them."""
@@ -288,6 +294,9 @@ class Metrics:
     def _declare_training(self, table: "_Table") -> None:
         self.loss = table.gauge("loss", "The trainer's last loss; NaN before the first one.")
         self.loss.set(math.nan)
+        text = "Held-out loss of the certified base that this peer has last measured, nats a token; NaN before."
+        self.held_out_loss = table.gauge("held_out_loss", text)
+        self.held_out_loss.set(math.nan)
         self.tokens = table.counter("tokens", "Tokens that this peer has trained on.")
         self.tokens_per_s = table.gauge("tokens_per_second", "How fast it trains now.")
         self.inner_steps = table.counter("inner_steps", "Inner steps that this peer has made.")
@@ -299,6 +308,14 @@ class Metrics:
     def _declare_traffic(self, table: "_Table") -> None:
         self.wire_bytes = table.counters_by_two(
             "wire_bytes", "Bytes on the wire, with all overhead.", ("direction", Direction), ("plane", Plane)
+        )
+        self.payload_bytes = table.counters(
+            "tensor_payload_bytes", "Bytes of tensors on tensor links, without any overhead.", ("direction", Direction)
+        )
+        self.caps_bits_per_s = table.gauges(
+            "tensor_cap_bits_per_second",
+            "What tensors may take of this machine's line now; 0 without a cap.",
+            ("direction", Direction),
         )
         self.contribution_bytes = table.counter("contribution_bytes", "Encoded bytes of this peer's contributions.")
         self.contribution_fp32_bytes = table.counter(

@@ -53,6 +53,17 @@ class CapSchedule:
         """What holds in this minute of the day."""
         return next((one.caps for one in self.hours if one.has(minute)), self.otherwise)
 
+    def change_after(self, minute: int) -> int | None:
+        """The minute of the day, this one or the next, at which others hold; None where none ever do."""
+        edges = {edge % DAY_MINUTES for one in self.hours for edge in (one.first, one.end)}
+        coming = sorted(edges, key=lambda edge: (edge - minute - 1) % DAY_MINUTES)
+        return next((edge for edge in coming if self.at(edge) != self.at(minute)), None)
+
+
+def format_minute(minute: int) -> str:
+    """A minute of the day, as `hours` are written."""
+    return f"{minute // 60:02}:{minute % 60:02}"
+
 
 def parse_hours(text: str) -> CapHours:
     """Read "08:00-18:00 upload 5 download 20", in Mbit/s; raises ValueError with what is wrong."""

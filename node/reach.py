@@ -132,7 +132,7 @@ class Reach:
         if not any(self._links.has_link(peer, binding) for peer, binding in self._observing.items()):
             with suppress(TimeoutError):
                 async with asyncio.timeout(OBSERVE_TIMEOUT_S):
-                    await self._observe()
+                    await self._observe(until_first=True)
         return tuple(dict.fromkeys((*self.observed(), *self._list_own())))[:ADDRESSES_MAX]
 
     def describe(self) -> str:
@@ -278,23 +278,32 @@ class Reach:
 
     # -- the observed address ----------------------------------------------------------------------------------------
 
-    async def _observe(self) -> None:
+    async def _observe(self, *, until_first: bool = False) -> None:
         """Learn the outer address of the tensor port from members that can be dialled; their links stay, and with them
-        the router's mapping."""
+        the router's mapping. `until_first`: one that tells is enough, others may be behind routers."""
         live = self._ports.live()
         for peer in [one for one in (*self._observed, *self._observing) if one not in live]:
             self._observed.pop(peer, None)
             self._observing.pop(peer, None)
         able = [peer for peer in live if self._choose_address(peer) is not None]
         able.sort(key=lambda peer: peer not in self._observing)
-        await asyncio.gather(*(self._observe_by(peer) for peer in able[:OBSERVERS_MAX]))
+        asking = [asyncio.ensure_future(self._observe_by(peer)) for peer in able[:OBSERVERS_MAX]]
+        try:
+            for answered in asyncio.as_completed(asking):
+                if await answered and until_first:
+                    return
+        finally:
+            for one in asking:
+                one.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
 
     def _choose_address(self, peer: PeerId) -> Address | None:
         """IPv4: a router that rewrites IPv6 addresses is rare, and an own address of the peer's is no news."""
         four = [one for one in self._ports.addresses_of(peer) if ":" not in one[0] and not is_loopback(one[0])]
         return min(four, key=lambda one: not is_public(one[0]), default=None)
 
-    async def _observe_by(self, peer: PeerId) -> None:
+    async def _observe_by(self, peer: PeerId) -> bool:
+        """Whether this peer has told."""
         address = self._choose_address(peer)
         assert address is not None
         binding = self._observing.get(peer, b"")
@@ -303,14 +312,16 @@ class Reach:
                 binding = await self._links.dial_from_port(peer, address)
             except LinkLost as lost:
                 log.debug("%s cannot say how it sees this port: %s", short_peer_id(peer), lost)
-                return
+                return False
             self._observing[peer] = binding
         else:
             await self._links.touch(peer, binding)
         answer = await self._request(peer, GetObserved(binding=binding))
         seen = parse_endpoint_untrusted(answer.address) if isinstance(answer, ObservedAnswer) else None
-        if seen is not None and parse_ip(seen[0]) is not None and not is_loopback(seen[0]):
-            self._observed[peer] = seen
+        if seen is None or parse_ip(seen[0]) is None or is_loopback(seen[0]):
+            return False
+        self._observed[peer] = seen
+        return True
 
     # -- candidates --------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class Replay:
         self.fetched_bytes = 0
         self.apply_s: float | None = None  # the mean time of a round whose parts were here
         self._manifest = manifest
-        self._codec = CODECS[manifest.rounds.codec]
+        self._codec = CODECS[manifest.rounds.codec_out]
         self._state = state
         self._links = links
         self._donors = donors
@@ -125,7 +125,9 @@ class Replay:
                 transfer.note_held(digest)
             elif not transfer.plan.is_here(digest):
                 self._parts[digest] = part
-                pieces.append(Piece(digest=digest, nbytes=self._part_bytes(part), round=certificate.result.round))
+                pieces.append(
+                    Piece(digest=digest, nbytes=self._manifest.update_bytes(part), round=certificate.result.round)
+                )
         transfer.add(pieces)
 
     def _leave_behind(self, certificate: Certificate) -> None:
@@ -148,12 +150,8 @@ class Replay:
         self._codec.check_untrusted(raw, end - first)
         self._state.stores.blobs.write(digest, raw, fetched=True)
 
-    def _part_bytes(self, part: int) -> int:
-        first, end = self._manifest.part_range(part)
-        return self._codec.encoded_bytes(end - first)
-
     def _update_bytes(self, certificate: Certificate) -> int:
-        return sum(self._part_bytes(part) for part in range(len(certificate.result.parts)))
+        return sum(self._manifest.update_bytes(part) for part in range(len(certificate.result.parts)))
 
     # -- apply -------------------------------------------------------------------------------------------------------
 

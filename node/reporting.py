@@ -24,17 +24,19 @@ from shoal.node.exchange import PartExchange
 from shoal.node.gate import Gate
 from shoal.node.happenings import REMEDIES, Happening, HappeningFeed, HappeningKind, Severity, describe_notes
 from shoal.node.ledger_sync import LedgerSync
+from shoal.node.line_use import LineUse
 from shoal.node.link_port import LinkPath
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
 from shoal.node.membership import CLOCK_SKEW_WARN_S, Membership
-from shoal.node.metrics import Direction, LedgerHeld, Metrics, PeerState, Plane, WayFailure
+from shoal.node.metrics import Direction, LedgerHeld, Metrics, PeerState, WayFailure
 from shoal.node.reach_metrics import show_reachability
 from shoal.node.status import (
     CatchUpStatus,
     ControlStatus,
     DiskStatus,
     FailureStatus,
+    HeldOut,
     LossHistory,
     PeerStatus,
     ReasonCount,
@@ -49,6 +51,8 @@ from shoal.node.status import (
 )
 from shoal.node.surroundings import Surroundings
 from shoal.node.tensor_paths import TensorPaths
+from shoal.node.traffic_report import describe_traffic, show_traffic
+from shoal.node.training.messages import DETAIL_BYTES_MAX
 from shoal.node.web import WebSources
 from shoal.protocol.abstention import Abstention
 from shoal.protocol.effects import (
@@ -90,6 +94,7 @@ class Subjects:
     exchange: PartExchange
     control: ControlPlane
     links: TensorLinks
+    line: LineUse
     paths: TensorPaths
     surroundings: Surroundings
     ledger: LedgerSync
@@ -328,6 +333,7 @@ class Reporter:
             round=self._round_status(live),
             training=self._training_status(),
             traffic=self._traffic_status(),
+            line=one.line.status(),
             catch_up=CatchUpStatus(
                 active=one.catch_up.active, rounds_behind=self._rounds_behind(live), detail=one.catch_up.detail
             ),
@@ -383,12 +389,12 @@ class Reporter:
 
     def _training_status(self) -> TrainingStatus:
         compute = self.subjects.compute
-        points = self.losses.points
+        points, held_out = self.losses.points, compute.held_out
         return TrainingStatus(
             state=compute.phase,
             device=compute.device,
             restarts=compute.restarts,
-            error=clean_text(compute.error),
+            error=clean_text(compute.error, DETAIL_BYTES_MAX),
             steps=0 if compute.progress is None else compute.progress.steps,
             steps_planned=self.subjects.manifest.training.inner_steps,
             tokens=compute.tokens,
@@ -396,6 +402,9 @@ class Reporter:
             loss_first=points[0].loss if points else compute.loss,
             loss_last=compute.loss,
             loss_history=points,
+            held_out=None
+            if held_out is None
+            else HeldOut(round=held_out.round - 1, loss=held_out.loss_nats, perplexity=held_out.perplexity),
         )
 
     def _tokens_per_s(self) -> float:
@@ -404,20 +413,7 @@ class Reporter:
         return compute.progress.tokens_per_s if compute.progress and running else 0.0
 
     def _traffic_status(self) -> TrafficStatus:
-        peers = self.subjects.links.statistics().peers
-        exchange = self.subjects.exchange
-        return TrafficStatus(
-            control_sent_bytes=self.control_bytes[Direction.SENT],
-            control_received_bytes=self.control_bytes[Direction.RECEIVED],
-            tensor_sent_bytes=sum(one.wire_bytes_out for one in peers),
-            tensor_received_bytes=sum(one.wire_bytes_in for one in peers),
-            contribution_bytes=exchange.encoded_bytes,
-            fp32_bytes=exchange.fp32_bytes,
-            tensor_send_bytes_per_s=max((one.send_bytes_per_s for one in peers if one.send_bytes_per_s), default=None),
-            tensor_receive_bytes_per_s=max(
-                (one.receive_bytes_per_s for one in peers if one.receive_bytes_per_s), default=None
-            ),
-        )
+        return describe_traffic(self.control_bytes, self.subjects.links, self.subjects.exchange)
 
     def _disk_status(self) -> DiskStatus:
         stores = self.subjects.state.stores
@@ -558,17 +554,13 @@ class Reporter:
         compute = one.compute
         if compute.loss is not None:
             metrics.loss.set(compute.loss)
+        if compute.held_out is not None:
+            metrics.held_out_loss.set(compute.held_out.loss_nats)
         metrics.tokens.count_to(compute.tokens)
         metrics.inner_steps.count_to(compute.steps)
         metrics.tokens_per_s.set(self._tokens_per_s())
         metrics.trainer_running.set(compute.phase is TrainerState.RUNNING)
-        traffic = self._traffic_status()
-        metrics.wire_bytes[Direction.SENT, Plane.TENSOR].count_to(traffic.tensor_sent_bytes)
-        metrics.wire_bytes[Direction.RECEIVED, Plane.TENSOR].count_to(traffic.tensor_received_bytes)
-        metrics.wire_bytes[Direction.SENT, Plane.CONTROL].count_to(traffic.control_sent_bytes)
-        metrics.wire_bytes[Direction.RECEIVED, Plane.CONTROL].count_to(traffic.control_received_bytes)
-        metrics.contribution_bytes.count_to(traffic.contribution_bytes)
-        metrics.contribution_fp32_bytes.count_to(traffic.fp32_bytes)
+        show_traffic(metrics, self._traffic_status(), one.links, one.line.status())
         show_reachability(metrics, one.paths, one.links, self._control_status(), one.surroundings)
         metrics.rounds_behind.set(self._rounds_behind(live))
         metrics.catching_up.set(one.catch_up.active)

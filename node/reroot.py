@@ -59,7 +59,7 @@ def sign_reroot(data_dir: Path, owner_key: Path, voters: tuple[PeerId, ...]) -> 
         stores = Stores(ledger=ledger, blobs=BlobStore(data_dir / "blobs"), snapshots=snapshots, snapshots_kept=1)
         state = LocalState(manifest, swarm, stores, params, momentum)
         head = state.restore_now()
-        certificate = _certify(owner, swarm, head, manifest.rounds.codec, voters)
+        certificate = _certify(owner, swarm, head, manifest.rounds.codec_out, voters)
         check_certificate(certificate, head, manifest.authority(swarm))
         state.save_certificate(certificate)
         # Nothing that was signed before can be of the log that begins here.

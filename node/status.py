@@ -110,8 +110,18 @@ class LossPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """The mean loss of the base of a round on data that nobody trains on, in nats a token, and e to that."""
+
+    round: int
+    loss: float | None
+    perplexity: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStatus:
-    """The trainer. `steps` of `steps_planned` are made in this round; tokens are counted since the daemon's start."""
+    """The trainer. `steps` of `steps_planned` are made in this round; tokens are counted since the daemon's start.
+    `held_out` is what this peer has last measured of a certified base."""
 
     state: TrainerState
     device: str
@@ -124,6 +134,7 @@ class TrainingStatus:
     loss_first: float | None
     loss_last: float | None
     loss_history: tuple[LossPoint, ...]
+    held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +150,21 @@ class TrafficStatus:
     fp32_bytes: int
     tensor_send_bytes_per_s: float | None = None
     tensor_receive_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineStatus:
+    """Tensors on this machine's line, in Mbit/s. The caps are those in force, None without one; `caps_until` is the
+    time of this machine's day at which others hold, None where none ever do. The rates are those of payloads in the
+    last minute, None before they are measured. `relay_withheld` where only the caps, at whatever hours, keep this peer
+    from passing on tensors for others."""
+
+    upload_cap_mbit: float | None = None
+    download_cap_mbit: float | None = None
+    caps_until: str | None = None
+    sent_mbit: float | None = None
+    received_mbit: float | None = None
+    relay_withheld: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +273,7 @@ class Status:
     round: RoundStatus
     training: TrainingStatus
     traffic: TrafficStatus
+    line: LineStatus = LineStatus()
     catch_up: CatchUpStatus
     disk: DiskStatus
     reach: ReachStatus

@@ -5,8 +5,9 @@
     punched      both sides dial at once, where nobody can dial the peer
     relayed      both sides connect to a member that passes their bytes on, where no hole comes about
 
-Each way is bounded in time, and only what the one before could not do is left to the next. This is the one piece that
-the daemon wires; everything behind it has a module of its own.
+Each way is bounded in time. A hole is made when dialling has failed or has had its head start, and the first of the two
+that leads to the peer is taken; a member is asked when no hole came about. This is the one piece that the daemon wires;
+everything behind it has a module of its own.
 """
 
 import logging

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shoal.node.happenings import Happening, HappeningKind, Severity
 from shoal.node.reachability import ReachState
-from shoal.node.status import PeerStatus, Status, Verdict, clean_text, judge_health, judge_readiness
+from shoal.node.status import (
+    LineStatus,
+    PeerStatus,
+    Status,
+    TrainingStatus,
+    Verdict,
+    clean_text,
+    judge_health,
+    judge_readiness,
+)
 from shoal.protocol.effects import Phase
 
 if TYPE_CHECKING:
@@ -28,7 +37,9 @@ if TYPE_CHECKING:
 REFRESHES_PER_S = 4
 WATCH_PERIOD_S = 1.0
 HAPPENINGS_SHOWN_MAX = 8
+REASON_CHARS_MAX = 1200  # the trainer's last words say what to do at their end
 CURVE_WIDTH = 48
+RELAY_WITHHELD = "a capped peer relays no tensors for others"
 _BARS = "▁▂▃▄▅▆▇█"
 _STYLES = {Severity.INFO: "", Severity.WARNING: "yellow", Severity.ERROR: "red"}
 _FAILURE_TITLES = {
@@ -123,6 +134,24 @@ def format_loss(loss: float | None) -> str:
     return "–" if loss is None or not math.isfinite(loss) else f"{loss:.3f}"
 
 
+def format_mbit(mbit: float) -> str:
+    """A rate on the line, as it is measured."""
+    return f"{mbit:.0f} Mbit/s" if mbit >= 99.95 else f"{mbit:.1f} Mbit/s"
+
+
+def describe_line(line: LineStatus) -> str:
+    """The caps in force, until when, and what tensors take."""
+    up, down = (
+        f"{name} cap {'none' if mbit is None else f'{mbit:.10g} Mbit/s'}"
+        for name, mbit in (("upload", line.upload_cap_mbit), ("download", line.download_cap_mbit))
+    )
+    until = f", until {clean_text(line.caps_until)}" if line.caps_until else ""
+    if line.sent_mbit is None or line.received_mbit is None:
+        return f"{up}, {down}{until}; tensors not measured yet"
+    rates = f"{format_mbit(line.sent_mbit)} up and {format_mbit(line.received_mbit)} down"
+    return f"{up}, {down}{until}; tensors {rates} in the last minute"
+
+
 def draw_curve(losses: Sequence[float], width: int = CURVE_WIDTH) -> str:
     """A line of bars, `width` at most: each the mean of as many rounds, the lowest loss the lowest bar."""
     finite = [loss for loss in losses if math.isfinite(loss)]
@@ -143,18 +172,29 @@ def describe_status(status: Status) -> list[str]:
         f" {now.phase} for {format_span(now.phase_s)}{_limit(status)}{_waiting(status)}",
         f"peer {status.peer} {clean_text(status.name)}".rstrip(),
         f"{status.role}, up {format_span(status.uptime_s)}",
-        f"{status.rounds_certified} rounds certified, loss {format_loss(training.loss_last)},"
+        f"{status.rounds_certified} rounds certified, loss {format_loss(training.loss_last)}{_held_out(training)},"
         f" {format_count(training.tokens_per_s)} tokens/s, trainer {training.state} on {clean_text(training.device)}",
         f"{_count_peers(status.peers)}; {now.voters_live} of {now.voters} voters live, {now.votes_needed} needed",
         f"sent {format_bytes(traffic.tensor_sent_bytes + traffic.control_sent_bytes)},"
         f" received {format_bytes(traffic.tensor_received_bytes + traffic.control_received_bytes)};"
         f" contributions {_compression(traffic.contribution_bytes, traffic.fp32_bytes)}",
+        describe_line(status.line),
+        *([RELAY_WITHHELD] if status.line.relay_withheld else []),
         f"state root {now.state_root[:16] or 'none'}",
     ]
     for title, verdict in (("unhealthy", judge_health(status)), ("not ready", judge_readiness(status))):
-        lines += [f"{title}: {clean_text(reason)}" for reason in verdict.reasons]
+        lines += [f"{title}: {clean_text(reason, REASON_CHARS_MAX)}" for reason in verdict.reasons]
     lines += [f"warning: {clean_text(warning)}" for warning in status.warnings]
     return [*lines, *(f"{title}: {text}" for title, text in _failure_rows(status))]
+
+
+def _held_out(training: TrainingStatus) -> str:
+    """What this peer has last measured of a base; empty where it has not yet."""
+    found = training.held_out
+    if found is None:
+        return ""
+    perplexity = "" if found.perplexity is None else f", perplexity {found.perplexity:.4g}"
+    return f", held-out loss of round {found.round} {format_loss(found.loss)}{perplexity}"
 
 
 def render_status(status: Status) -> "RenderableType":
@@ -165,7 +205,9 @@ def render_status(status: Status) -> "RenderableType":
 
     health, readiness = judge_health(status), judge_readiness(status)
     title = Text.assemble((clean_text(status.swarm_name), "bold"), "  ", _verdict_text(health, readiness))
-    notices: list[RenderableType] = [Text(f"! {clean_text(reason)}", "red") for reason in health.reasons]
+    notices: list[RenderableType] = [
+        Text(f"! {clean_text(reason, REASON_CHARS_MAX)}", "red") for reason in health.reasons
+    ]
     notices += [Text(f"! {clean_text(one)}", "yellow") for one in readiness.reasons if one not in health.reasons]
     notices += [Text(f"! {clean_text(warning)}", "yellow") for warning in status.warnings]
     happened = _happening_lines(status.happenings)
@@ -440,11 +482,13 @@ def _figures(status: Status) -> "Table":
     aborted = ", ".join(f"{one.count} {one.reason}" for one in status.aborted) or "none"
     rows = [
         ("loss", f"{format_loss(training.loss_first)} → {format_loss(training.loss_last)}  {draw_curve(losses)}"),
+        ("held out", _held_out(training).removeprefix(", ") or "not measured here yet"),
         ("trainer", trainer),
         ("speed", f"{format_count(training.tokens_per_s)} tokens/s, {format_count(training.tokens)} tokens trained"),
         ("rounds", f"{status.rounds_certified} certified; aborted attempts: {aborted}"),
         ("peers", f"{_count_peers(status.peers)}; {status.round.voters_live} of {status.round.voters} voters live"),
         ("traffic", f"{sent} sent, {received} received"),
+        ("line", describe_line(status.line)),
         ("reachable", f"{status.reach.state} ({status.reach.reason}){_addresses(status)}"),
         ("control port", _describe_control(status)),
         ("tensor relay", _describe_tensor_relay(status)),
@@ -478,6 +522,8 @@ def _describe_control(status: Status) -> str:
 def _describe_tensor_relay(status: Status) -> str:
     relay = status.tensor_relay
     parts = [f"passes on {_plural(relay.links, 'link')}" if relay.active or relay.links else "passes on nothing"]
+    if status.line.relay_withheld:
+        parts.append(RELAY_WITHHELD)
     if relay.active:
         parts.append(f"{format_bytes(relay.budget_bytes)} left within the hour")
     if relay.relayed_bytes:

@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from shoal.node.training.messages import (
     FrameReader,
     Freeze,
     Merge,
+    Paused,
     Progress,
     Ready,
     Report,
@@ -94,7 +95,7 @@ class TrainerStalled:
     silent_s: float
 
 
-TrainerEvent = Progress | Ready | Evaluated | Sampled | Failed | TrainerExited | TrainerStalled
+TrainerEvent = Progress | Ready | Paused | Evaluated | Sampled | Failed | TrainerExited | TrainerStalled
 
 
 class SharedParameters:
@@ -166,6 +167,9 @@ class Trainer(Protocol):
         ...
 
 
+MakeTrainer = Callable[[SharedParameters, TrainerTable, Callable[[TrainerEvent], None], Path], Trainer]
+
+
 class TrainerProcess:
     """The trainer as a child process. Start it from the main thread: Linux ends it with the thread it came from."""
 
@@ -213,6 +217,8 @@ class TrainerProcess:
             step_period_s=settings.step_period_s,
             checkpoints=str(self._checkpoints) if self._checkpoints and settings.checkpoint_every else None,
             checkpoint_every=max(1, settings.checkpoint_every),
+            micro_batch=settings.micro_batch,
+            allow_tasks=settings.allow_tasks,
         )
         await child.send(start)
         try:
@@ -273,6 +279,7 @@ class _Child:
         self._on_event = on_event
         self._stopping = False
         self._training = False
+        self._round = 0  # that it was last told to train for
         self._asked = False
         self._silence: asyncio.TimerHandle | None = None
         self._failure = ""
@@ -313,6 +320,7 @@ class _Child:
     async def send(self, command: Command) -> None:
         if isinstance(command, Begin | Merge):
             self._training = isinstance(command, Begin) or command.begin
+            self._round = command.round
         elif isinstance(command, Evaluate | Sample):
             self._asked = True
         if self._silence is None:
@@ -368,7 +376,9 @@ class _Child:
             self.started.set_result(report)
             return
         if isinstance(report, Ready):
-            self._training = False
+            self._training = report.trains_on
+        elif isinstance(report, Paused):
+            self._training = self._training and report.round != self._round  # it may have crossed what lets it go on
         elif isinstance(report, Evaluated | Sampled | Failed):
             self._asked = False
         self._await_report()
@@ -412,13 +422,12 @@ class _Child:
             self._on_event(TrainerStalled(silent_s=self._stall_timeout_s))
 
 
-async def describe_task(task: Task) -> Layout:
-    """The layout of a task, for its manifest, from a child process that has torch; raises ManifestError where the
-    options are wrong, and TrainerError where the child fails."""
+async def describe_task(task: Task, allowed: Sequence[str] = ()) -> Layout:
+    """The layout of a task, for its manifest, from a child process that has torch. A task by import path is run where
+    `allowed` has the path. Raises ManifestError where the options are wrong, and TrainerError where the child fails."""
     _require_torch()
-    process = await asyncio.create_subprocess_exec(
-        *_python_command("shoal.node.training.tasks"), task.kind, task.options, stdin=DEVNULL, stdout=PIPE, stderr=PIPE
-    )
+    command = (*_python_command("shoal.node.training.tasks"), task.kind, task.options, *allowed)
+    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
     try:
         async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
             answer, errors = await process.communicate()

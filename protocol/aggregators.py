@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from shoal.protocol.codecs import BLOCK_ELEMENTS, CHUNK_ELEMENTS, Codec, Encoded, Float32s, load_kernels
+from shoal.protocol.codecs import CHUNK_ELEMENTS, Codec, Encoded, Float32s, load_kernels
 
 # How often the center moves.
 CLIP_STEPS = 3
@@ -144,15 +144,16 @@ class Reduction:
     aggregator: Aggregator
     codec_out: Codec
 
-    def reduce_part(self, parts: Sequence[WeightedPart], elements: int) -> memoryview:
-        """The encoded update of one part of `elements` values, from at least one member's part in roster order. Raises
-        ProtocolError where a part does not decode: check each with `codec_in.check_untrusted` when it arrives, and
-        leave out the member whose part fails. Everyone, the owner too, then applies what these bytes decode to."""
+    def reduce_part(self, parts: Sequence[WeightedPart], elements: int, out: memoryview | None = None) -> memoryview:
+        """The encoded update of one part of `elements` values, from at least one member's part in roster order, in
+        `out`, of exactly its length, or in new memory. Raises ProtocolError where a part does not decode: check each
+        with `codec_in.check_untrusted` when it arrives, and leave out the member whose part fails. Everyone, the owner
+        too, then applies what these bytes decode to."""
         for part in parts:
             self.codec_in.check_untrusted(part.encoded, elements)
         aggregate = np.empty(elements, np.float32)
         self.aggregator.aggregate(self.codec_in, parts, aggregate)
-        return self.codec_out.encode(aggregate)
+        return self.codec_out.encode(aggregate, out)
 
 
 def planned_weights(tokens: Iterable[int], steps: Iterable[int]) -> Float32s:
@@ -238,7 +239,7 @@ def _sum_weights(parts: Sequence[WeightedPart]) -> np.float32:
 def _sorted_spans(codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> Iterator[tuple[Float32s, Float32s]]:
     """Stretches of `out`, and float32[members, stretch]: what the members have there, every column ascending."""
     sort = load_kernels().sort_rows
-    span = max(SORTED_ELEMENTS // len(parts) // BLOCK_ELEMENTS, 1) * BLOCK_ELEMENTS
+    span = max(SORTED_ELEMENTS // len(parts) // codec.block_elements, 1) * codec.block_elements
     for start in range(0, out.size, span):
         target = out[start : start + span]
         rows = np.empty((len(parts), target.size), np.float32)

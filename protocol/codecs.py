@@ -9,9 +9,11 @@ and nothing summed, so that every machine gets the same bytes; whatever `encode`
 no temporary memory grows with the vector.
 """
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,10 @@ Float32s = NDArray[np.float32]
 Encoded = bytes | bytearray | memoryview
 
 BLOCK_ELEMENTS = 256
+HEAD_BYTES = 4
+# Of a chunk of so many values one of each share is kept.
+SPARSE_CHUNK_ELEMENTS, SPARSE_SHARE = 4096, 64
+SPARSE_CHOSEN = SPARSE_CHUNK_ELEMENTS // SPARSE_SHARE
 # What is worked on at a time where one loop follows another: 256 KiB of float32, which stay in the L2 cache.
 CHUNK_ELEMENTS = 1 << 16
 
@@ -36,6 +42,8 @@ INT8_SCALE_MAX = 2.0**57
 INT4_SCALE_MAX = 2.0**61
 # 2^-6 of this is normal.
 E3M0_SCALE_MIN = 2.0**-120
+# The smallest level: a mean counts in units of at least this.
+LEVEL_MIN = 2.0**-121
 
 # Without the sign, floats are ordered like the unsigned integers of the same bits, with infinity and NaN last.
 _FLOAT32_INFINITY_BITS = 0x7F800000
@@ -49,6 +57,13 @@ def load_kernels() -> ModuleType:
     return kernels
 
 
+def load_sparse_kernels() -> ModuleType:
+    """As `load_kernels`, of the sparse codecs."""
+    from shoal.protocol import sparse_kernels
+
+    return sparse_kernels
+
+
 class Codec(Protocol):
     """A fixed-rate code for float32 vectors. Instances hold no state: one serves all threads."""
 
@@ -59,6 +74,14 @@ class Codec(Protocol):
     def magnitude_max(self) -> float:
         """The largest magnitude that a decoded value can have."""
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether most values decode to 0."""
+
+    @property
+    def block_elements(self) -> int:
+        """Ranges of a vector begin and end at multiples of this, or with the vector."""
+
     def encoded_bytes(self, elements: int) -> int:
         """How many bytes `elements` values take, whatever they are."""
 
@@ -66,14 +89,14 @@ class Codec(Protocol):
         """Write finite, contiguous float32[n] into `out`, `encoded_bytes(n)` writable bytes, or into new memory."""
 
     def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
-        """Write values start .. start + len(values) of `elements` to their places in `out`: blocks of BLOCK_ELEMENTS,
+        """Write values start .. start + len(values) of `elements` to their places in `out`: blocks of `block_elements`,
         whole but for the last one of all."""
 
     def check_untrusted(self, raw: Encoded, elements: int) -> None:
         """Raise ProtocolError unless `raw` decodes to `elements` values within `magnitude_max`."""
 
     def decode_range(self, raw: Encoded, elements: int, start: int, out: Float32s) -> None:
-        """Decode the values start .. start + len(out) of `elements`: blocks of BLOCK_ELEMENTS, whole but for the last
+        """Decode the values start .. start + len(out) of `elements`: blocks of `block_elements`, whole but for the last
         one of all. `raw` has passed `check_untrusted`."""
 
     def decode_untrusted(self, raw: Encoded, elements: int, out: Float32s) -> None:
@@ -85,6 +108,7 @@ class _WholeVectors:
     """`encode` and `decode_untrusted` in terms of the methods that differ between codecs."""
 
     __slots__ = ()
+    is_sparse: ClassVar[bool] = False
 
     def encode(self: Codec, values: Float32s, out: memoryview | None = None) -> memoryview:
         target = _target(self, values, out)
@@ -103,6 +127,7 @@ class Float32Codec(_WholeVectors):
     __slots__ = ()
     name = "fp32"
     magnitude_max = MAGNITUDE_MAX
+    block_elements = 1
 
     def encoded_bytes(self, elements: int) -> int:
         return 4 * elements
@@ -129,6 +154,7 @@ class HalfCodec(_WholeVectors):
     magnitude_max: float
     peak_bits_max: int
     infinity_bits: int
+    block_elements: int = 1
 
     def encoded_bytes(self, elements: int) -> int:
         return 2 * elements
@@ -149,55 +175,156 @@ class HalfCodec(_WholeVectors):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockCodec(_WholeVectors):
-    """Blocks of 256 values: first the scale of every block, float32 little-endian, then the codes of every block.
-
-    The scale of a block of zeros is 0, every other one between `scale_min` and `scale_max`; `codes_per_byte` of a block
-    are packed into a byte. What a code means is in `kernels.BLOCK_KERNELS`.
-    """
+class _BlockCodec(_WholeVectors, ABC):
+    """Blocks of values: first a head of 4 bytes for every block, little-endian, then the codes of every block,
+    `codes_per_byte` in a byte. What a code means is in `kernels.BLOCK_KERNELS`."""
 
     name: str
     magnitude_max: float
-    scale_min: float
-    scale_max: float
     codes_per_byte: int
+    block_elements: int = BLOCK_ELEMENTS
+    _head: ClassVar[str]  # the type of the numbers that a head consists of
 
     def encoded_bytes(self, elements: int) -> int:
-        return 4 * _count_blocks(elements) + self._codes_bytes(elements)
+        return HEAD_BYTES * self._count_blocks(elements) + self._codes_bytes(elements)
 
     def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
         assert is_finite(values), "only finite values have a code"
-        scales_place, codes_place = self._places(elements, start, values.size)
-        scales, codes = np.frombuffer(out, "<f4", *scales_place), np.frombuffer(out, np.uint8, *codes_place)
-        kernel = load_kernels().BLOCK_KERNELS[self.name].encode
-        kernel(values, np.float32(self.scale_min), np.float32(self.scale_max), scales, codes)
+        heads_place, codes_place = self._places(elements, start, values.size)
+        heads, codes = np.frombuffer(out, self._head, *heads_place), np.frombuffer(out, np.uint8, *codes_place)
+        load_kernels().BLOCK_KERNELS[self.name].encode(values, self.block_elements, *self._limits, heads, codes)
 
     def check_untrusted(self, raw: Encoded, elements: int) -> None:
         _check_length(self, raw, elements)
-        scales = np.frombuffer(raw, "<f4", _count_blocks(elements))
-        # Seen as unsigned integers, negative numbers are above all positive ones: one comparison finds both kinds.
-        bits, lowest, highest = scales.view("<u4"), _bits_of(self.scale_min), _bits_of(self.scale_max)
-        if np.any((bits != 0) & (bits < lowest)) or bits.max() > highest:
-            raise _refuse(not np.isfinite(scales).all(), "a scale")
-        codes = _read(raw, np.uint8, self._codes_bytes(elements), scales.nbytes)
-        if load_kernels().BLOCK_KERNELS[self.name].has_other_codes(codes, elements):
+        (count, _), codes_place = self._places(elements, 0, elements)
+        self._check_heads(np.frombuffer(raw, self._head, count))
+        codes = _read(raw, np.uint8, *codes_place)
+        if load_kernels().BLOCK_KERNELS[self.name].has_other_codes(codes, self.block_elements, elements):
             raise _refuse(False, "a code")
 
     def decode_range(self, raw: Encoded, elements: int, start: int, out: Float32s) -> None:
-        scales_place, codes_place = self._places(elements, start, out.size)
-        scales, codes = _read(raw, "<f4", *scales_place), _read(raw, np.uint8, *codes_place)
-        load_kernels().BLOCK_KERNELS[self.name].decode(scales, codes, out)
+        heads_place, codes_place = self._places(elements, start, out.size)
+        heads, codes = _read(raw, self._head, *heads_place), _read(raw, np.uint8, *codes_place)
+        load_kernels().BLOCK_KERNELS[self.name].decode(heads, codes, self.block_elements, out)
+
+    @property
+    @abstractmethod
+    def _limits(self) -> tuple[Any, Any]:
+        """What a kernel needs to make a head."""
+
+    @abstractmethod
+    def _check_heads(self, heads: NDArray[Any]) -> None:
+        """Raise ProtocolError unless an encoder may write all of them."""
 
     def _places(self, elements: int, start: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """How many scales and bytes of codes a range has, and at which byte each begin."""
-        is_whole = count % BLOCK_ELEMENTS == 0 or start + count == elements
-        assert start % BLOCK_ELEMENTS == 0 and is_whole, "a range starts and ends with a block"
-        codes_start = 4 * _count_blocks(elements) + self._codes_bytes(start)
-        return (_count_blocks(count), 4 * _count_blocks(start)), (self._codes_bytes(count), codes_start)
+        """How many numbers of heads and bytes of codes a range has, and at which byte each begin."""
+        is_whole = count % self.block_elements == 0 or start + count == elements
+        assert start % self.block_elements == 0 and is_whole, "a range starts and ends with a block"
+        heads = self._count_blocks(count) * HEAD_BYTES // np.dtype(self._head).itemsize
+        codes_start = HEAD_BYTES * self._count_blocks(elements) + self._codes_bytes(start)
+        return (heads, HEAD_BYTES * self._count_blocks(start)), (self._codes_bytes(count), codes_start)
+
+    def _count_blocks(self, elements: int) -> int:
+        return -(-elements // self.block_elements)
 
     def _codes_bytes(self, elements: int) -> int:
-        blocks, rest = divmod(elements, BLOCK_ELEMENTS)
-        return blocks * -(-BLOCK_ELEMENTS // self.codes_per_byte) - (-rest // self.codes_per_byte)
+        blocks, rest = divmod(elements, self.block_elements)
+        return blocks * -(-self.block_elements // self.codes_per_byte) - (-rest // self.codes_per_byte)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleCodec(_BlockCodec):
+    """A block's head is its scale, a float32: 0 for a block of zeros, else between `scale_min` and `scale_max`."""
+
+    scale_min: float
+    scale_max: float
+    _head: ClassVar[str] = "<f4"
+
+    @property
+    def _limits(self) -> tuple[Any, Any]:
+        return np.float32(self.scale_min), np.float32(self.scale_max)
+
+    def _check_heads(self, heads: NDArray[Any]) -> None:
+        # Seen as unsigned integers, negative numbers are above all positive ones: one comparison finds both kinds.
+        bits, lowest, highest = heads.view("<u4"), _bits_of(self.scale_min), _bits_of(self.scale_max)
+        if np.any((bits != 0) & (bits < lowest)) or bits.max() > highest:
+            raise _refuse(not np.isfinite(heads).all(), "a scale")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelCodec(_BlockCodec):
+    """A block's head is two levels, bfloat16: a small one, which codes have with either sign, and a large one, which
+    has a sign of its own. Either is 0, or its magnitude is between LEVEL_MIN and MAGNITUDE_MAX.
+
+    They are the means of what lies between `small_quarters` and `large_quarters` quarters of the mean magnitude, and of
+    what lies beyond on the side that has more of it.
+    """
+
+    small_quarters: int
+    large_quarters: int
+    _head: ClassVar[str] = "<u2"
+
+    @property
+    def _limits(self) -> tuple[Any, Any]:
+        return self.small_quarters, self.large_quarters
+
+    def _check_heads(self, heads: NDArray[Any]) -> None:
+        magnitudes = heads & np.uint16(0x7FFF)
+        lowest, highest = _bits_of(LEVEL_MIN) >> 16, _bits_of(MAGNITUDE_MAX) >> 16
+        is_other = ((magnitudes < lowest) & (heads != 0)) | (magnitudes > highest)
+        if is_other.any() or np.any(heads[::2] > 0x7FFF):
+            raise _refuse(bool(np.any(magnitudes >= BF16.infinity_bits)), "a level")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseCodec(_WholeVectors):
+    """Of every chunk of 4,096 values the 64 largest magnitudes, one of 64 in a shorter one (SparseLoCo, arXiv
+    2508.15706): first these, in the order in which they stand, in `chosen`'s code, whose blocks are the chunks; then
+    their places, 12 bits each. All others decode to 0."""
+
+    name: str
+    chosen: Codec
+    is_sparse: ClassVar[bool] = True
+    block_elements: ClassVar[int] = SPARSE_CHUNK_ELEMENTS
+
+    @property
+    def magnitude_max(self) -> float:
+        return self.chosen.magnitude_max
+
+    def encoded_bytes(self, elements: int) -> int:
+        return self.chosen.encoded_bytes(_count_chosen(elements)) + _places_bytes(elements)
+
+    def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
+        assert is_finite(values), "only finite values have a code"
+        head, tail = self._split(out, elements)
+        sizes, places = np.empty(SPARSE_CHUNK_ELEMENTS, np.uint32), np.empty(SPARSE_CHUNK_ELEMENTS, np.uint16)
+        for first, span, packed_place in _list_spans(values.size, elements, start):
+            own = values[first : first + span]
+            chosen, packed = np.empty(_count_chosen(span), np.float32), np.frombuffer(tail, np.uint8, *packed_place)
+            choose = load_sparse_kernels().choose
+            choose(own, SPARSE_CHUNK_ELEMENTS, SPARSE_SHARE, sizes, places, chosen, packed)
+            self.chosen.encode_range(chosen, _count_chosen(elements), _count_chosen(start + first), head)
+
+    def check_untrusted(self, raw: Encoded, elements: int) -> None:
+        _check_length(self, raw, elements)
+        head, tail = self._split(memoryview(raw), elements)
+        self.chosen.check_untrusted(head, _count_chosen(elements))
+        has_other_places = load_sparse_kernels().has_other_places
+        if has_other_places(_read(tail, np.uint8), SPARSE_CHUNK_ELEMENTS, SPARSE_SHARE, elements):
+            raise _refuse(False, "a place")
+
+    def decode_range(self, raw: Encoded, elements: int, start: int, out: Float32s) -> None:
+        head, tail = self._split(memoryview(raw), elements)
+        for first, span, packed_place in _list_spans(out.size, elements, start):
+            chosen = np.empty(_count_chosen(span), np.float32)
+            self.chosen.decode_range(head, _count_chosen(elements), _count_chosen(start + first), chosen)
+            packed, own = _read(tail, np.uint8, *packed_place), out[first : first + span]
+            load_sparse_kernels().scatter(chosen, packed, SPARSE_CHUNK_ELEMENTS, SPARSE_SHARE, own)
+
+    def _split(self, raw: memoryview, elements: int) -> tuple[memoryview, memoryview]:
+        """The chosen values' code, and their places."""
+        nbytes = self.chosen.encoded_bytes(_count_chosen(elements))
+        return raw[:nbytes], raw[nbytes:]
 
 
 # IEEE 754 binary16.
@@ -207,7 +334,7 @@ BF16 = HalfCodec(
     name="bf16", magnitude_max=MAGNITUDE_MAX, peak_bits_max=_MAGNITUDE_MAX_BITS >> 16, infinity_bits=0x7F80
 )
 # scale = absmax / 127, code = x / scale rounded half to even: abs(x - decoded) <= scale * (1/2 + 2**-16).
-INT8 = BlockCodec(
+INT8 = ScaleCodec(
     name="int8",
     magnitude_max=INT8_CODE_MAX * INT8_SCALE_MAX,
     scale_min=SCALE_MIN,
@@ -215,7 +342,7 @@ INT8 = BlockCodec(
     codes_per_byte=1,
 )
 # The same with 7 for 127.
-INT4 = BlockCodec(
+INT4 = ScaleCodec(
     name="int4",
     magnitude_max=INT4_CODE_MAX * INT4_SCALE_MAX,
     scale_min=SCALE_MIN,
@@ -224,16 +351,34 @@ INT4 = BlockCodec(
 )
 # A sign and one of seven powers of two, or 0 (Streaming DiLoCo, arXiv 2501.18512): scale = absmax, and abs(x - decoded)
 # <= max(abs(x) / 3, scale / 128).
-E3M0 = BlockCodec(
+E3M0 = ScaleCodec(
     name="e3m0", magnitude_max=MAGNITUDE_MAX, scale_min=E3M0_SCALE_MIN, scale_max=MAGNITUDE_MAX, codes_per_byte=2
 )
 # 0, or the block's largest magnitude with a sign, whichever is nearer (TernGrad, arXiv 1705.07878, with error feedback
-# where it has random rounding): abs(x - decoded) <= scale / 2.
-TERNARY = BlockCodec(
+# where it has random rounding): abs(x - decoded) <= scale / 2 + 2**-150.
+TERNARY = ScaleCodec(
     name="ternary", magnitude_max=MAGNITUDE_MAX, scale_min=SCALE_MIN, scale_max=MAGNITUDE_MAX, codes_per_byte=5
 )
+# 0, or one of three levels that follow from the block's means, whichever is nearest: abs(x - decoded) <= abs(x),
+# whatever else is in the block. docs/design.md, "Numbers", has the errors of other such codes.
+STAT2 = LevelCodec(name="stat2", magnitude_max=MAGNITUDE_MAX, codes_per_byte=4, small_quarters=3, large_quarters=10)
+# Whatever is left out is at most as large as the smallest that is chosen.
+TOPK8 = SparseCodec(name="topk8", chosen=replace(INT8, block_elements=SPARSE_CHOSEN))
+# The magnitudes of what is chosen lie closer to their mean than those of a whole block.
+TOPK2 = SparseCodec(
+    name="topk2", chosen=replace(STAT2, block_elements=SPARSE_CHOSEN, small_quarters=2, large_quarters=5)
+)
 
-CODECS: dict[str, Codec] = {one.name: one for one in (Float32Codec(), FP16, BF16, INT8, INT4, E3M0, TERNARY)}
+CODECS: dict[str, Codec] = {
+    one.name: one for one in (Float32Codec(), FP16, BF16, INT8, INT4, E3M0, TERNARY, STAT2, TOPK8, TOPK2)
+}
+# What a sparse code leaves out is made good by error feedback, which updates have not.
+UPDATE_CODECS = tuple(name for name, codec in CODECS.items() if not codec.is_sparse)
+
+
+def take_fresh(nbytes: int) -> memoryview:
+    """New memory of so many bytes, writable; what it holds is arbitrary."""
+    return np.empty(nbytes, np.uint8).data
 
 
 def is_encodable(values: Float32s) -> bool:
@@ -248,16 +393,25 @@ def is_finite(values: Float32s) -> bool:
 
 
 def encode_with_feedback(
-    codec: Codec, delta: Float32s, residual: Float32s, residual_next: Float32s, out: memoryview | None = None
+    codec: Codec,
+    delta: Float32s,
+    residual: Float32s,
+    residual_next: Float32s,
+    out: memoryview | None = None,
+    *,
+    kept: float = 1.0,
 ) -> memoryview:
-    """Encode produced = delta + residual, and write what the code loses into `residual_next`.
+    """Encode produced = delta + kept * residual, and write what the code loses into `residual_next`. `kept` is rounded
+    to float32; 1 is error feedback as it is proved, less is the decay of SparseLoCo (arXiv 2508.15706, beta).
 
     `delta` is encodable (`is_encodable`); `residual_next` may be `delta`'s memory, never `residual`'s: the caller keeps
     both until the round is certified with this peer in it, and only then commits the new one.
 
     decoded + residual_next == produced, exactly: where a code is not 0, half of it <= produced <= twice it, and such a
-    difference is a float32 (Sterbenz's lemma); where it is 0, the residual is `produced`. Past `magnitude_max` this
-    holds up to 2**81 (int8), 2**85 (int4), 2**29 (fp16) and 2**88 (the others), and to a rounding beyond. -0 comes back
+    difference is a float32 (Sterbenz's lemma), or the difference is no larger than `produced` and has no finer last
+    place; where it is 0, the residual is `produced`. Past `magnitude_max` this
+    holds up to 2**81 (int8), 2**85 (int4), 2**29 (fp16), 2**71 (stat2) and 2**88 (the
+    others), and to a rounding beyond. -0 comes back
     as +0.
     """
     assert delta.size == residual.size == residual_next.size, "one residual for every value"
@@ -267,9 +421,11 @@ def encode_with_feedback(
     # One chunk after the other, so that all passes but the first find it in the cache.
     for start in range(0, delta.size, CHUNK_ELEMENTS):
         chunk = residual_next[start : start + CHUNK_ELEMENTS]
-        np.add(delta[start : start + CHUNK_ELEMENTS], residual[start : start + CHUNK_ELEMENTS], out=chunk)
+        carried, decoded = residual[start : start + CHUNK_ELEMENTS], scratch[: chunk.size]
+        if kept != 1.0:
+            carried = np.multiply(carried, np.float32(kept), out=decoded)
+        np.add(delta[start : start + CHUNK_ELEMENTS], carried, out=chunk)
         codec.encode_range(chunk, delta.size, start, target)
-        decoded = scratch[: chunk.size]
         codec.decode_range(target, delta.size, start, decoded)
         np.subtract(chunk, decoded, out=chunk)
     return target
@@ -284,17 +440,33 @@ def _bits_of(value: float) -> int:
     return int(np.float32(value).view(np.uint32))
 
 
-def _count_blocks(elements: int) -> int:
-    return -(-elements // BLOCK_ELEMENTS)
-
-
 def _target(codec: Codec, values: Float32s, out: memoryview | None) -> memoryview:
     assert values.dtype == np.float32 and values.ndim == 1 and values.flags.c_contiguous, "contiguous float32[n]"
     assert values.size > 0, "a part has elements"
     size = codec.encoded_bytes(values.size)
-    target = memoryview(bytearray(size)) if out is None else out
+    target = take_fresh(size) if out is None else out
     assert target.nbytes == size, f"{codec.name} writes {size} bytes"
     return target
+
+
+def _count_chosen(elements: int) -> int:
+    return -(-elements // SPARSE_SHARE)
+
+
+def _places_bytes(elements: int) -> int:
+    """Of 12 bits for each chosen value; a chunk's begin with a byte."""
+    chunks, rest = divmod(elements, SPARSE_CHUNK_ELEMENTS)
+    return chunks * ((3 * SPARSE_CHOSEN + 1) // 2) + (3 * _count_chosen(rest) + 1) // 2
+
+
+def _list_spans(count: int, elements: int, start: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """What of a range is worked on at a time: its first value in the range, how many there are, and how many bytes of
+    places it has from which one on."""
+    is_whole = count % SPARSE_CHUNK_ELEMENTS == 0 or start + count == elements
+    assert start % SPARSE_CHUNK_ELEMENTS == 0 and is_whole, "a range starts and ends with a block"
+    for first in range(0, count, CHUNK_ELEMENTS):
+        span = min(CHUNK_ELEMENTS, count - first)
+        yield first, span, (_places_bytes(span), _places_bytes(start + first))
 
 
 def _check_length(codec: Codec, raw: Encoded, elements: int) -> None:

@@ -3,18 +3,21 @@
 The pseudo-gradient is always anchored at the current certified base (Decoupled DiLoCo, arXiv 2604.21428): base minus
 local parameters, so work that missed a round is carried by the next contribution.
 
-Invariant: decode(encoded) + residual' = produced, to the bit, and residual' replaces the residual only for the parts
-that were certified with this peer.
+Invariant: decode(encoded) + residual' = produced, to the bit, where produced is the pseudo-gradient and what the
+manifest keeps of the residual; and residual' replaces the residual only for the parts that were certified with this
+peer.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from blake3 import blake3
 
 from shoal.protocol.aggregators import squared_norm
-from shoal.protocol.codecs import CODECS, Float32s, encode_with_feedback, is_encodable
+from shoal.protocol.codecs import CODECS, Float32s, encode_with_feedback, is_encodable, take_fresh
+from shoal.protocol.each import Each
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result, contribution_root
@@ -30,7 +33,7 @@ class Frozen:
     """An encoded contribution: immutable until its round is certified."""
 
     round: int
-    encoded: tuple[bytes, ...]
+    encoded: tuple[memoryview, ...]  # one a part, read-only
     digests: tuple[bytes, ...]
     root: bytes
     norm: float
@@ -41,31 +44,51 @@ class Contributor:
     """The residual of error feedback, float32[D], and what may be done with it. `freeze` is CPU-heavy and touches
     nothing that `settle` changes except by reading: never run the two at once."""
 
-    def __init__(self, manifest: Manifest, residual: Float32s | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        residual: Float32s | None = None,
+        take: Callable[[int], memoryview] = take_fresh,
+        take_residual: Callable[[int], Float32s] | None = None,
+        each: Each = map,
+    ) -> None:
+        """`take` gives memory of so many bytes for what is frozen, `take_residual` a vector of so many elements for
+        what that leaves, by default from `take`, too; `each` may work on several parts at once."""
         self._manifest = manifest
+        self._take = take
+        self._take_residual = take_residual or (lambda count: np.frombuffer(take(4 * count), np.float32))
+        self._each = each
         self._codec = CODECS[manifest.rounds.codec]
+        self._kept = manifest.rounds.residual_kept
         elements = manifest.layout.elements
         self.residual: Float32s = np.zeros(elements, dtype=np.float32) if residual is None else residual
         assert self.residual.shape == (elements,), "one residual for every element"
 
     def freeze(self, round_number: int, base: Float32s, local: Float32s) -> Frozen:
         """Encode base - local plus the residual; raises NonFiniteContribution."""
-        encoded: list[bytes] = []
-        residual_next = np.empty_like(self.residual)
-        square = 0.0
-        for part in range(self._manifest.parts):
-            first, end = self._manifest.part_range(part)
-            delta = base[first:end] - local[first:end]
+        ranges = [self._manifest.part_range(part) for part in range(self._manifest.parts)]
+        encoded = [self._take(self._manifest.contribution_bytes(part)) for part in range(len(ranges))]
+        residual_next = self._take_residual(self.residual.size)
+
+        def freeze_part(part: int) -> tuple[float, bytes]:
+            first, end = ranges[part]
+            # The pseudo-gradient is made where its residual will be: it is still in the cache then.
+            delta = np.subtract(base[first:end], local[first:end], out=residual_next[first:end])
             if not is_encodable(delta):
                 problem = f"part {part} of the pseudo-gradient of round {round_number} is not finite or has exploded"
                 raise NonFiniteContribution(problem)
-            square += squared_norm(delta)
+            square = squared_norm(delta)
             residual = self.residual[first:end]
-            encoded.append(bytes(encode_with_feedback(self._codec, delta, residual, residual_next[first:end])))
-        digests = tuple(blake3(raw).digest() for raw in encoded)
+            encode_with_feedback(self._codec, delta, residual, delta, encoded[part], kept=self._kept)
+            return square, blake3(encoded[part]).digest()
+
+        square = 0.0
+        squares, digests = zip(*self._each(freeze_part, range(len(ranges))), strict=True)
+        for one in squares:  # one after the other: `sum` rounds in its own way from Python 3.12 on
+            square += one
         return Frozen(
             round=round_number,
-            encoded=tuple(encoded),
+            encoded=tuple(raw.toreadonly() for raw in encoded),
             digests=digests,
             root=contribution_root(digests),
             norm=math.sqrt(square),
@@ -79,11 +102,14 @@ class Contributor:
         if result.members[index].contribution_root != frozen.root:
             return ()
         included = tuple(part for part, one in enumerate(result.parts) if has_member(one.contributors, index))
-        for part in included:
-            first, end = self._manifest.part_range(part)
-            self.residual[first:end] = frozen.residual_next[first:end]
+        if len(included) == self._manifest.parts:
+            self.residual = frozen.residual_next
+        else:
+            for part in included:
+                first, end = self._manifest.part_range(part)
+                self.residual[first:end] = frozen.residual_next[first:end]
         return included
 
     def clear(self) -> None:
         """Forget the residual: after restarting from the base it belongs to parameters that are gone."""
-        self.residual.fill(0.0)
+        self.residual = np.zeros(self.residual.size, np.float32)

@@ -56,6 +56,7 @@ class Failure(StrEnum):
     EXCHANGE_TIMEOUT = "exchange_timeout"
     COMMIT_TIMEOUT = "commit_timeout"
     NO_QUORUM = "no_quorum"
+    UPDATE_LOST = "update_lost"
     TOO_FEW_READY = "too_few_ready"
     OWNER_LOST = "owner_lost"
     OWNER_SLOW = "owner_slow"

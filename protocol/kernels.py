@@ -27,13 +27,12 @@ Scalar = Any
 
 F = TypeVar("F", bound=Callable[..., object])
 
-BLOCK = 256
-# Of a whole block: two codes a byte, or five.
-INT4_ROW, TRIT_ROW = 128, 52
-
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _SIGN = np.uint32(0x80000000)
 _ZERO = np.float32(0)
+_INFINITY = np.float32(np.inf)
+# Of 2^64, as a float32.
+_MAGNITUDE_MAX_BITS = np.uint32(0x5F800000)
 
 
 def compiled(function: F) -> F:
@@ -147,7 +146,7 @@ HALF_KERNELS: dict[str, HalfKernels] = {
 }
 
 
-# -- blocks of 256 with a scale each ---------------------------------------------------------------------------------
+# -- blocks with a scale each ----------------------------------------------------------------------------------------
 
 
 @compiled
@@ -164,23 +163,23 @@ def _take_scale(row: Float32s, steps: Scalar, scale_min: Scalar, scale_max: Scal
 
 @compiled
 def encode_int8(
-    values: Float32s, scale_min: np.float32, scale_max: np.float32, scales: Float32s, codes: Uint8s
+    values: Float32s, block: int, scale_min: np.float32, scale_max: np.float32, scales: Float32s, codes: Uint8s
 ) -> None:
     """code = rint(x / scale), scale = absmax / 127 within its limits."""
-    for block in range(scales.size):
-        row, out = values[block * BLOCK : block * BLOCK + BLOCK], codes[block * BLOCK : block * BLOCK + BLOCK]
-        scale = _take_scale(row, np.float32(127), scale_min, scale_max, scales[block : block + 1])
+    for number in range(scales.size):
+        row, out = values[number * block : number * block + block], codes[number * block : number * block + block]
+        scale = _take_scale(row, np.float32(127), scale_min, scale_max, scales[number : number + 1])
         for index in range(row.size):
             code = np.rint(row[index] / scale)
             out[index] = np.uint8(np.int32(min(max(code, np.float32(-127)), np.float32(127))))
 
 
 @compiled
-def decode_int8(scales: Float32s, codes: Uint8s, out: Float32s) -> None:
+def decode_int8(scales: Float32s, codes: Uint8s, block: int, out: Float32s) -> None:
     """code * scale."""
-    for block in range(scales.size):
-        scale = scales[block]
-        row, target = codes[block * BLOCK : block * BLOCK + BLOCK], out[block * BLOCK : block * BLOCK + BLOCK]
+    for number in range(scales.size):
+        scale = scales[number]
+        row, target = codes[number * block : number * block + block], out[number * block : number * block + block]
         for index in range(target.size):
             target[index] = np.float32(np.int8(row[index])) * scale
 
@@ -193,12 +192,13 @@ def _int4(value: Scalar, scale: Scalar) -> Scalar:
 
 @compiled
 def encode_int4(
-    values: Float32s, scale_min: np.float32, scale_max: np.float32, scales: Float32s, packed: Uint8s
+    values: Float32s, block: int, scale_min: np.float32, scale_max: np.float32, scales: Float32s, packed: Uint8s
 ) -> None:
     """As int8, with 7 for 127. Byte i of a block has value i below and value half + i above."""
-    for block in range(scales.size):
-        row, out = values[block * BLOCK : block * BLOCK + BLOCK], packed[block * INT4_ROW : block * INT4_ROW + INT4_ROW]
-        scale = _take_scale(row, np.float32(7), scale_min, scale_max, scales[block : block + 1])
+    stride = (block + 1) // 2
+    for number in range(scales.size):
+        row, out = values[number * block : number * block + block], packed[number * stride : number * stride + stride]
+        scale = _take_scale(row, np.float32(7), scale_min, scale_max, scales[number : number + 1])
         low, high = row[: out.size], row[out.size :]
         for index in range(high.size):
             out[index] = _int4(low[index], scale) | np.uint8(_int4(high[index], scale) << np.uint8(4))
@@ -207,11 +207,12 @@ def encode_int4(
 
 
 @compiled
-def decode_int4(scales: Float32s, packed: Uint8s, out: Float32s) -> None:
+def decode_int4(scales: Float32s, packed: Uint8s, block: int, out: Float32s) -> None:
     """code * scale."""
-    for block in range(scales.size):
-        scale = scales[block]
-        row, target = packed[block * INT4_ROW : block * INT4_ROW + INT4_ROW], out[block * BLOCK : block * BLOCK + BLOCK]
+    stride = (block + 1) // 2
+    for number in range(scales.size):
+        scale = scales[number]
+        row, target = packed[number * stride : number * stride + stride], out[number * block : number * block + block]
         low, high = target[: row.size], target[row.size :]
         for index in range(low.size):
             low[index] = np.float32(np.int32((row[index] & np.uint8(15)) ^ np.uint8(8)) - np.int32(8)) * scale
@@ -220,7 +221,7 @@ def decode_int4(scales: Float32s, packed: Uint8s, out: Float32s) -> None:
 
 
 @compiled
-def has_other_bytes(codes: Uint8s, elements: int) -> bool:
+def has_other_bytes(codes: Uint8s, block: int, elements: int) -> bool:
     """Whether -128 is among signed bytes."""
     found = np.uint8(0)
     for index in range(codes.size):
@@ -229,7 +230,7 @@ def has_other_bytes(codes: Uint8s, elements: int) -> bool:
 
 
 @compiled
-def has_other_nibbles(packed: Uint8s, elements: int) -> bool:
+def has_other_nibbles(packed: Uint8s, block: int, elements: int) -> bool:
     """Whether 8, which is -8 or a negative 0, is among half bytes, or the half behind the last value is not 0."""
     found = np.uint8(0)
     for index in range(packed.size):
@@ -251,12 +252,13 @@ def _e3m0(value: Scalar, scale: Scalar) -> Scalar:
 
 @compiled
 def encode_e3m0(
-    values: Float32s, scale_min: np.float32, scale_max: np.float32, scales: Float32s, packed: Uint8s
+    values: Float32s, block: int, scale_min: np.float32, scale_max: np.float32, scales: Float32s, packed: Uint8s
 ) -> None:
     """A sign and a power of two, 2^-6 to 1 of the scale, or 0. Packed as int4."""
-    for block in range(scales.size):
-        row, out = values[block * BLOCK : block * BLOCK + BLOCK], packed[block * INT4_ROW : block * INT4_ROW + INT4_ROW]
-        scale = _take_scale(row, np.float32(1), scale_min, scale_max, scales[block : block + 1])
+    stride = (block + 1) // 2
+    for number in range(scales.size):
+        row, out = values[number * block : number * block + block], packed[number * stride : number * stride + stride]
+        scale = _take_scale(row, np.float32(1), scale_min, scale_max, scales[number : number + 1])
         low, high = row[: out.size], row[out.size :]
         for index in range(high.size):
             out[index] = _e3m0(low[index], scale) | np.uint8(_e3m0(high[index], scale) << np.uint8(4))
@@ -272,11 +274,12 @@ def _from_e3m0(code: Scalar, scale: Scalar) -> Scalar:
 
 
 @compiled
-def decode_e3m0(scales: Float32s, packed: Uint8s, out: Float32s) -> None:
+def decode_e3m0(scales: Float32s, packed: Uint8s, block: int, out: Float32s) -> None:
     """Exact: a power of two times the scale."""
-    for block in range(scales.size):
-        scale = scales[block]
-        row, target = packed[block * INT4_ROW : block * INT4_ROW + INT4_ROW], out[block * BLOCK : block * BLOCK + BLOCK]
+    stride = (block + 1) // 2
+    for number in range(scales.size):
+        scale = scales[number]
+        row, target = packed[number * stride : number * stride + stride], out[number * block : number * block + block]
         low, high = target[: row.size], target[row.size :]
         for index in range(low.size):
             low[index] = _from_e3m0(row[index], scale)
@@ -286,13 +289,14 @@ def decode_e3m0(scales: Float32s, packed: Uint8s, out: Float32s) -> None:
 
 @compiled
 def encode_ternary(
-    values: Float32s, scale_min: np.float32, scale_max: np.float32, scales: Float32s, packed: Uint8s
+    values: Float32s, block: int, scale_min: np.float32, scale_max: np.float32, scales: Float32s, packed: Uint8s
 ) -> None:
     """0 below half of the largest magnitude, else that magnitude. Byte i of a block of s bytes has the values i, s + i,
     2s + i, 3s + i and 4s + i as digits to base 3, the first one lowest: 1 is positive, 2 negative."""
-    for block in range(scales.size):
-        row, out = values[block * BLOCK : block * BLOCK + BLOCK], packed[block * TRIT_ROW : block * TRIT_ROW + TRIT_ROW]
-        scale = _take_scale(row, np.float32(1), scale_min, scale_max, scales[block : block + 1])
+    stride = (block + 4) // 5
+    for number in range(scales.size):
+        row, out = values[number * block : number * block + block], packed[number * stride : number * stride + stride]
+        scale = _take_scale(row, np.float32(1), scale_min, scale_max, scales[number : number + 1])
         half = scale * np.float32(0.5)
         out[:] = 0
         power = np.uint8(1)
@@ -312,11 +316,12 @@ def _decode_digit(packed: Uint8s, power: Scalar, scale: Scalar, out: Float32s) -
 
 
 @compiled
-def decode_ternary(scales: Float32s, packed: Uint8s, out: Float32s) -> None:
+def decode_ternary(scales: Float32s, packed: Uint8s, block: int, out: Float32s) -> None:
     """The scale, its negative, or 0."""
-    for block in range(scales.size):
-        scale, target = scales[block], out[block * BLOCK : block * BLOCK + BLOCK]
-        row = packed[block * TRIT_ROW : block * TRIT_ROW + TRIT_ROW]
+    stride = (block + 4) // 5
+    for number in range(scales.size):
+        scale, target = scales[number], out[number * block : number * block + block]
+        row = packed[number * stride : number * stride + stride]
         size = row.size
         # One line for each digit: a division by a constant is a multiplication.
         _decode_digit(row, np.uint8(1), scale, target[:size])
@@ -327,12 +332,13 @@ def decode_ternary(scales: Float32s, packed: Uint8s, out: Float32s) -> None:
 
 
 @compiled
-def has_other_trits(packed: Uint8s, elements: int) -> bool:
+def has_other_trits(packed: Uint8s, block: int, elements: int) -> bool:
     """Whether a byte is no number of five digits, or has a digit behind its block's last value that is not 0."""
     found = np.uint8(0)
-    for block in range((elements + BLOCK - 1) // BLOCK):
-        row = packed[block * TRIT_ROW : block * TRIT_ROW + TRIT_ROW]
-        width = min(BLOCK, elements - block * BLOCK)
+    stride = (block + 4) // 5
+    for number in range((elements + block - 1) // block):
+        row = packed[number * stride : number * stride + stride]
+        width = min(block, elements - number * block)
         limit, power = np.uint8(242), np.int64(81)
         for index in range(row.size):
             found |= np.uint8(row[index] > limit)
@@ -343,13 +349,139 @@ def has_other_trits(packed: Uint8s, elements: int) -> bool:
     return bool(found)
 
 
-class BlockKernels(NamedTuple):
-    """encode(values, scale_min, scale_max, scales, codes), decode(scales, codes, out), and has_other_codes(codes,
-    elements): whether there is a code, or something behind the last one, that no encoder writes."""
+# -- blocks with two levels each -------------------------------------------------------------------------------------
 
-    encode: Callable[[Float32s, np.float32, np.float32, Float32s, Uint8s], None]
-    decode: Callable[[Float32s, Uint8s, Float32s], None]
-    has_other_codes: Callable[[Uint8s, int], bool]
+
+@compiled
+def _round_mean(total: Scalar, count: Scalar, unit: Scalar) -> Scalar:
+    """The mean of whole numbers of units, rounded half up to a whole number and then to bfloat16, as its bits."""
+    if count == 0:
+        return np.int64(0)
+    bits = bits_of(np.float32((2 * total + count) // (2 * count)) * unit)
+    return np.int64((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@compiled
+def _take_levels(row: Float32s, small: int, large: int, levels: Uint16s) -> None:
+    """Write the small level, and the large one with its sign. Sums are of whole numbers: no order matters."""
+    peak = np.uint32(0)
+    for index in range(row.size):
+        peak = max(peak, bits_of(row[index]) & _MAGNITUDE)
+    # The peak is below 2^22 units. A unit is a normal number however small the peak is.
+    exponent = max(min(peak, _MAGNITUDE_MAX_BITS) >> np.uint32(23), np.uint32(27))
+    units = float_of((np.uint32(275) - exponent) << np.uint32(23))
+    total = np.int32(0)
+    for index in range(row.size):
+        size = float_of(min(bits_of(row[index]) & _MAGNITUDE, _MAGNITUDE_MAX_BITS)) * units
+        total = np.int32(total + np.int32(size))
+    quarters = np.int64(4 * row.size)
+    low = np.int32((small * np.int64(total) + quarters - 1) // quarters)
+    high = np.int32((large * np.int64(total) + quarters - 1) // quarters)
+    middle, middles = np.int32(0), np.int32(0)
+    above, aboves, below, belows = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
+    for index in range(row.size):
+        bits = bits_of(row[index])
+        size = np.int32(float_of(min(bits & _MAGNITUDE, _MAGNITUDE_MAX_BITS)) * units)
+        is_large = np.int32(size >= high)
+        is_middle = np.int32(size >= low) & (np.int32(1) - is_large)
+        is_below = is_large & np.int32(bits >> np.uint32(31))
+        is_above = is_large - is_below
+        middle, middles = np.int32(middle + is_middle * size), np.int32(middles + is_middle)
+        above, aboves = np.int32(above + is_above * size), np.int32(aboves + is_above)
+        below, belows = np.int32(below + is_below * size), np.int32(belows + is_below)
+    levels[0] = levels[1] = 0
+    if total > 0:
+        unit = float_of((exponent - np.uint32(21)) << np.uint32(23))
+        is_negative = below > above
+        far, fars = (below, belows) if is_negative else (above, aboves)
+        near, nears = (above, aboves) if is_negative else (below, belows)
+        largest = _round_mean(far, fars, unit)
+        smaller = _round_mean(middle, middles, unit) if middles > 0 else min(_round_mean(near, nears, unit), largest)
+        levels[0] = smaller
+        levels[1] = largest | (np.int64(0x8000) if is_negative else np.int64(0))
+
+
+@compiled
+def _take_nearest(row: Float32s, levels: Uint16s, packed: Uint8s) -> None:
+    """The codes of the nearest levels, the larger one of two: 0, 1 for the small level, 2 for its negative, 3 for the
+    large one."""
+    small = float_of(np.uint32(levels[0]) << np.uint32(16))
+    large = float_of(np.uint32(levels[1] & np.uint16(0x7FFF)) << np.uint32(16))
+    side = np.float32(-1) if levels[1] > np.uint16(0x7FFF) else np.float32(1)
+    from_small = small * np.float32(0.5) if small > _ZERO else _INFINITY
+    from_large = (small + large) * np.float32(0.5) if large > _ZERO else _INFINITY
+    packed[:] = 0
+    power = np.uint8(1)
+    for plane in range(4):
+        values = row[plane * packed.size : plane * packed.size + packed.size]
+        for index in range(values.size):
+            value = values[index]
+            sign = np.uint8(value >= from_small) + np.uint8(2) * np.uint8(value <= -from_small)
+            code = np.uint8(3) if value * side >= from_large else np.uint8(sign)
+            packed[index] |= np.uint8(power * code)
+        power = np.uint8(power * np.uint8(4))
+
+
+@compiled
+def encode_stat2(values: Float32s, block: int, small: int, large: int, levels: Uint16s, packed: Uint8s) -> None:
+    """Two levels and the codes of every block. Byte i of a block of s bytes has the values i, s + i, 2s + i and 3s + i,
+    the first one lowest."""
+    stride = (block + 3) // 4
+    for number in range(levels.size // 2):
+        row, own = values[number * block : number * block + block], levels[2 * number : 2 * number + 2]
+        _take_levels(row, small, large, own)
+        _take_nearest(row, own, packed[number * stride : number * stride + stride])
+
+
+@compiled
+def _decode_quarter(packed: Uint8s, shift: Scalar, small: Scalar, large: Scalar, out: Float32s) -> None:
+    for index in range(out.size):
+        code = (np.uint32(packed[index]) >> np.uint32(shift)) & np.uint32(3)
+        level = small if code & np.uint32(1) else np.uint32(0)
+        level = small | _SIGN if code == np.uint32(2) else level
+        out[index] = float_of(np.uint32(large if code == np.uint32(3) else level))
+
+
+@compiled
+def _decode_levels(levels: Uint16s, packed: Uint8s, out: Float32s) -> None:
+    small, large = np.uint32(levels[0]) << np.uint32(16), np.uint32(levels[1]) << np.uint32(16)
+    size = packed.size
+    # One line for each code of a byte: the compiler makes more of a shift by a constant.
+    _decode_quarter(packed, 0, small, large, out[:size])
+    _decode_quarter(packed, 2, small, large, out[size : 2 * size])
+    _decode_quarter(packed, 4, small, large, out[2 * size : 3 * size])
+    _decode_quarter(packed, 6, small, large, out[3 * size : 4 * size])
+
+
+@compiled
+def decode_stat2(levels: Uint16s, packed: Uint8s, block: int, out: Float32s) -> None:
+    """The small level, its negative, the large level, or 0."""
+    stride = (block + 3) // 4
+    for number in range(levels.size // 2):
+        row = packed[number * stride : number * stride + stride]
+        _decode_levels(levels[2 * number : 2 * number + 2], row, out[number * block : number * block + block])
+
+
+@compiled
+def has_other_pairs(packed: Uint8s, block: int, elements: int) -> bool:
+    """Whether there is a code behind the last value that is not 0. All four codes mean something."""
+    width, stride = elements % block, (elements % block + 3) // 4
+    found = np.uint8(0)
+    for place in range(width, 4 * stride):
+        found |= np.uint8(
+            (packed[packed.size - stride + place % stride] >> np.uint8(place // stride * 2)) & np.uint8(3)
+        )
+    return bool(found)
+
+
+class BlockKernels(NamedTuple):
+    """encode(values, block, low, high, heads, codes), decode(heads, codes, block, out), and has_other_codes(codes,
+    block, elements): whether there is a code, or something behind the last one, that no encoder writes. A block of so
+    many values has a head: a scale between the limits low and high, or two levels that these two decide about."""
+
+    encode: Callable[[Float32s, int, Any, Any, Any, Uint8s], None]
+    decode: Callable[[Any, Uint8s, int, Float32s], None]
+    has_other_codes: Callable[[Uint8s, int, int], bool]
 
 
 BLOCK_KERNELS: dict[str, BlockKernels] = {
@@ -357,6 +489,7 @@ BLOCK_KERNELS: dict[str, BlockKernels] = {
     "int4": BlockKernels(encode_int4, decode_int4, has_other_nibbles),
     "e3m0": BlockKernels(encode_e3m0, decode_e3m0, has_other_nibbles),
     "ternary": BlockKernels(encode_ternary, decode_ternary, has_other_trits),
+    "stat2": BlockKernels(encode_stat2, decode_stat2, has_other_pairs),
 }
 
 

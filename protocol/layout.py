@@ -47,6 +47,13 @@ class TensorSpec:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_hidden(self) -> bool:
+        """Whether this is a weight between two hidden layers: two dimensions or more, in one of the model's numbered
+        layers, as "blocks.3.mlp_in.weight" is. Embeddings and heads stand outside of these, and a shape does not tell
+        them from the others."""
+        return len(self.shape) >= 2 and any(piece.isdecimal() for piece in self.name.split("."))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:

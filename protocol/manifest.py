@@ -6,7 +6,7 @@ The founders are the voters of round 1.
 Invariant: the canonical bytes of a manifest hash to the swarm id; what shapes the global state stands nowhere else.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from shoal.protocol.admission import AdmissionRule, Ticket, parse_ticket
 from shoal.protocol.aggregators import AGGREGATORS
-from shoal.protocol.codecs import CODECS
+from shoal.protocol.codecs import CODECS, UPDATE_CODECS
 from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriError
 from shoal.protocol.identity import Identity, PeerId, verify_signature
 from shoal.protocol.layout import Layout
@@ -33,8 +33,14 @@ from shoal.protocol.wire import (
     encode_record,
 )
 
+PART_ELEMENTS, PART_ELEMENTS_MAX = 1 << 18, 1 << 20
+PARTS_WANTED = 64  # so many can be shared evenly among a dozen owners; each costs every peer some messages
 URI_SCHEME = "shoal"
+DILOCO, OVERLAPPED = STRATEGIES = ("diloco", "overlapped")  # those of node/training/strategy.py
+ADAMW, MUON, MTDAO = INNER_OPTIMIZERS = ("adamw", "muon", "mtdao")  # those of node/training/optimizers.py
+CONSTANT, COSINE, LINEAR = SCHEDULES = ("constant", "cosine", "linear")  # those of node/training/schedules.py
 BOOTSTRAPS_MAX = 16
+BATCH_SIZE_MAX = 65_536
 Seconds = Annotated[float, Bound(0.05, 86_400)]
 Name = Annotated[str, Bound(1, 64)]
 
@@ -49,18 +55,33 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """The inner loop. A peer is ready after `inner_steps`, or after `round_time_s` with at least `steps_min`."""
+    """The inner loop. A peer is ready after `inner_steps`, or after `round_time_s` with at least `steps_min`.
 
-    strategy: Annotated[str, Choice(("diloco",))] = "diloco"
+    Where the strategy is "overlapped" it trains on while its contribution is exchanged, for `overlap_steps` at most,
+    and `mixing` is the share of its own parameters that it keeps when the new base comes.
+
+    Each peer warms up by its own steps. With another `schedule` than "constant" the learning rate falls from round to
+    round, for all peers alike, to the share `learning_rate_end` of itself after `schedule_rounds` rounds.
+
+    After every `evaluate_every` rounds one of those who contributed measures the base on held-out data; 0: nobody."""
+
+    strategy: Annotated[str, Choice(STRATEGIES)] = DILOCO
     inner_steps: Annotated[int, Bound(1, 100_000)] = 100
     steps_min: Annotated[int, Bound(1, 100_000)] = 5
     round_time_s: Seconds = 600.0
-    batch_size: Annotated[int, Bound(1, 65_536)] = 16
+    batch_size: Annotated[int, Bound(1, BATCH_SIZE_MAX)] = 16
     learning_rate: Annotated[float, Bound(1e-9, 10)] = 1e-3
     warmup_steps: Annotated[int, Bound(0, 1_000_000)] = 20
     weight_decay: Annotated[float, Bound(0, 10)] = 0.1
     gradient_clip: Annotated[float, Bound(1e-6, 1e6)] = 1.0
     missed_rounds_max: Annotated[int, Bound(1, 1000)] = 8
+    overlap_steps: Annotated[int, Bound(0, 100_000)] = 0
+    mixing: Annotated[float, Bound(0, 0.99)] = 0.5
+    inner_optimizer: Annotated[str, Choice(INNER_OPTIMIZERS)] = ADAMW
+    schedule: Annotated[str, Choice(SCHEDULES)] = CONSTANT
+    schedule_rounds: Annotated[int, Bound(0, 1_000_000)] = 0
+    learning_rate_end: Annotated[float, Bound(0, 1)] = 0.1
+    evaluate_every: Annotated[int, Bound(0, 1_000_000)] = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +102,10 @@ class Rounds:
     voters_max: Annotated[int, Bound(1, VOTERS_MAX)] = VOTERS_MAX
     grace_s: Annotated[float, Bound(0, 3600)] = 5.0
     quorum: Annotated[str, Choice(tuple(rule.value for rule in QuorumRule))] = QuorumRule.MAJORITY.value
-    codec: Annotated[str, Choice(tuple(CODECS))] = "int8"
+    codec: Annotated[str, Choice(tuple(CODECS))] = "int8"  # of contributions
+    update_codec: Annotated[str, Choice(UPDATE_CODECS)] | None = None  # of updates; None: that of contributions
     aggregator: Annotated[str, Choice(tuple(AGGREGATORS))] = "mean"
-    part_elements: Annotated[int, Bound(256, 1 << 20)] = 1 << 18
+    part_elements: Annotated[int, Bound(256, PART_ELEMENTS_MAX)] = PART_ELEMENTS
     plan_timeout_s: Seconds = 6.0
     sender_timeout_s: Seconds = 10.0
     owner_timeout_s: Seconds = 15.0
@@ -94,6 +116,12 @@ class Rounds:
     reroot_after_s: Annotated[float, Bound(0, 30 * 86_400)] = 86_400.0  # 0: never
     snapshot_every: Annotated[int, Bound(1, 10_000)] = 8
     rounds_kept: Annotated[int, Bound(2, 100_000)] = 64
+    residual_kept: Annotated[float, Bound(0, 1)] = 1.0  # the share of the residual that goes into the next contribution
+
+    @property
+    def codec_out(self) -> str:
+        """The codec of updates."""
+        return self.codec if self.update_codec is None else self.update_codec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +167,18 @@ class Manifest:
         """First element and one past the last of a part of the flat vector."""
         first = part * self.rounds.part_elements
         return first, min(first + self.rounds.part_elements, self.layout.elements)
+
+    def contribution_bytes(self, part: int) -> int:
+        """The exact encoded length of this part of a contribution."""
+        return self._encoded_bytes(self.rounds.codec, part)
+
+    def update_bytes(self, part: int) -> int:
+        """The exact encoded length of this part of a certified update."""
+        return self._encoded_bytes(self.rounds.codec_out, part)
+
+    def _encoded_bytes(self, codec: str, part: int) -> int:
+        first, end = self.part_range(part)
+        return CODECS[codec].encoded_bytes(end - first)
 
     @property
     def admission_rule(self) -> AdmissionRule:
@@ -196,6 +236,18 @@ def task_options(text: str) -> dict[str, Any]:
     return {key: value for key, value in task.items() if key != "kind"}
 
 
+def size_parts(draft: Draft, text: str, elements: int) -> Draft:
+    """The draft, of which `text` is the document, with parts of a size that fits a model of so many parameters, unless
+    it says which."""
+    rounds = parse_toml(text, ManifestError).get("rounds", {})
+    if "part_elements" in rounds:
+        return draft
+    size = PART_ELEMENTS
+    while size < PART_ELEMENTS_MAX and size * PARTS_WANTED < elements:
+        size *= 2
+    return replace(draft, rounds=replace(draft.rounds, part_elements=size))
+
+
 def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[PeerId, ...]) -> Manifest:
     """The whole manifest; raises ManifestError where the pieces do not fit each other."""
     parts = -(-layout.elements // draft.rounds.part_elements)
@@ -205,8 +257,13 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
     if layout.elements > STATE_ELEMENTS_MAX:
         problem = f"has {layout.elements} parameters, at most {STATE_ELEMENTS_MAX} fit a snapshot's index"
         raise ManifestError("task", problem, "choose a smaller model")
-    if draft.rounds.part_elements % 256:
-        raise ManifestError("rounds.part_elements", "is no multiple of 256, the codec's block", "round it up to one")
+    if draft.rounds.codec_out not in UPDATE_CODECS:
+        problem = f"is missing, and {draft.rounds.codec} leaves out most values of an update for good"
+        raise ManifestError("rounds.update_codec", problem, f"use one of: {', '.join(UPDATE_CODECS)}")
+    for codec in (CODECS[draft.rounds.codec], CODECS[draft.rounds.codec_out]):
+        if draft.rounds.part_elements % codec.block_elements:
+            problem = f"is no multiple of {codec.block_elements}, the block of {codec.name}"
+            raise ManifestError("rounds.part_elements", problem, "round it up to one")
     if draft.rounds.presence_timeout_s < 2 * draft.rounds.presence_period_s:
         fix = "use at least twice rounds.presence_period_s"
         raise ManifestError("rounds.presence_timeout_s", "leaves no room for one lost heartbeat", fix)
@@ -215,6 +272,8 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
         raise ManifestError("rounds.voters_max", problem, "raise it or name fewer founders")
     if draft.training.steps_min > draft.training.inner_steps:
         raise ManifestError("training.steps_min", "is more than training.inner_steps", "lower it")
+    _check_overlap(draft.training)
+    _check_steps(draft.training, layout)
     return Manifest(
         name=draft.name,
         task=draft.task,
@@ -227,6 +286,28 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
         owner=owner,
         founders=founders,
     )
+
+
+def _check_overlap(training: Training) -> None:
+    overlaps = training.strategy == OVERLAPPED
+    if overlaps and not 1 <= training.overlap_steps < training.inner_steps:
+        problem = f"is {training.overlap_steps}, and training.inner_steps is {training.inner_steps}"
+        raise ManifestError("training.overlap_steps", problem, f"use 1 to {training.inner_steps - 1}")
+    if not overlaps and training.overlap_steps:
+        fix = f'use strategy = "{OVERLAPPED}", or leave it out'
+        raise ManifestError("training.overlap_steps", f"is not for the strategy {training.strategy}", fix)
+
+
+def _check_steps(training: Training, layout: Layout) -> None:
+    if training.inner_optimizer == MUON and not any(spec.is_hidden for spec in layout.tensors):
+        problem = f"is {MUON}, but no matrix of the model stands in a numbered layer"
+        raise ManifestError("training.inner_optimizer", problem, f"use {ADAMW}, or number the layers' names")
+    if training.schedule != CONSTANT and not training.schedule_rounds:
+        fix = "give the number of rounds after which the learning rate has reached its end"
+        raise ManifestError("training.schedule_rounds", f"is missing for the schedule {training.schedule}", fix)
+    if training.schedule == CONSTANT and training.schedule_rounds:
+        fix = f'use schedule = "{COSINE}" or "{LINEAR}", or leave it out'
+        raise ManifestError("training.schedule_rounds", f"is not for the schedule {CONSTANT}", fix)
 
 
 def sign_manifest(manifest: Manifest, owner: Identity) -> bytes:
@@ -246,6 +327,9 @@ def read_manifest_untrusted(signed: bytes, swarm: bytes | None = None) -> tuple[
     verify_signature(manifest.owner, "manifest", digest, outside.manifest, outside.signature)
     if manifest.parts > PARTS_MAX:
         raise ProtocolError(Refusal.OUT_OF_RANGE, f"manifest.rounds.part_elements makes {manifest.parts} parts")
+    if manifest.rounds.codec_out not in UPDATE_CODECS:
+        detail = f"manifest.rounds.update_codec is nil, and {manifest.rounds.codec} is not for updates"
+        raise ProtocolError(Refusal.OUT_OF_RANGE, detail)
     return manifest, digest
 
 

@@ -129,7 +129,7 @@ def revise_plan(plan: Plan, owners: Mapping[int, int]) -> Plan:
 
 
 def check_plan(plan: Plan, head: Head, codec: str, parts: int, swarm: bytes) -> None:
-    """Raise ProtocolError unless a member can follow this plan."""
+    """Raise ProtocolError unless a member can follow this plan. `codec` is that of contributions."""
     check_base(plan, head)
     if plan.codec != codec:
         raise ProtocolError(Refusal.NOT_PLANNED, f"plan wants codec {plan.codec}, the manifest {codec}")
@@ -151,9 +151,9 @@ def check_plan(plan: Plan, head: Head, codec: str, parts: int, swarm: bytes) -> 
 
 
 def make_result(
-    plan: Plan, done: Mapping[int, PartDone], head: Head, absent: frozenset[PeerId], voters_max: int
+    plan: Plan, done: Mapping[int, PartDone], head: Head, codec: str, absent: frozenset[PeerId], voters_max: int
 ) -> Result:
-    """The value that the attempt proposes, once every part is done."""
+    """The value that the attempt proposes, once every part is done. `codec` is that of updates."""
     members = tuple(
         Member(
             peer=entry.signed.peer,
@@ -173,7 +173,7 @@ def make_result(
         round=plan.round,
         previous=plan.previous,
         base_root=plan.base_root,
-        codec=plan.codec,
+        codec=codec,
         members=members,
         parts=parts,
         voters=choose_voters(head.voters, contributors, absent, voters_max),
@@ -208,7 +208,8 @@ def make_evidence(plan: Plan, done: Mapping[int, PartDone]) -> Evidence:
 
 def check_evidence(proposal: Proposal, proposer: PeerId, head: Head, codec: str, authority: Authority) -> None:
     """Raise ProtocolError unless the proposal follows from what others signed: an earlier lock of a quorum, or a plan
-    made of READYs and the owners' words. A result without parts needs neither: each voter judges by who it knows."""
+    made of READYs and the owners' words. A result without parts needs neither: each voter judges by who it knows.
+    `codec` is that of contributions."""
     result, evidence = proposal.result, proposal.evidence
     if evidence is not None and evidence.lock is not None:
         if evidence.lock.attempt >= proposal.attempt:
@@ -226,7 +227,7 @@ def check_evidence(proposal: Proposal, proposer: PeerId, head: Head, codec: str,
     check_plan(plan, head, codec, authority.parts, authority.swarm)
     if len(evidence.done) != len(plan.owners):
         raise ProtocolError(Refusal.WRONG_LENGTH, f"{len(evidence.done)} words for {len(plan.owners)} parts")
-    expected = make_result(plan, dict(enumerate(evidence.done)), head, frozenset(), len(result.voters))
+    expected = make_result(plan, dict(enumerate(evidence.done)), head, result.codec, frozenset(), len(result.voters))
     if (result.members, result.parts) != (expected.members, expected.parts):
         raise ProtocolError(Refusal.NOT_PLANNED, "the result does not follow from its plan and the owners' words")
     roster_digest = digest_roster(plan.roster)

@@ -73,6 +73,20 @@ def proposer_order(head_digest: bytes, voters: tuple[PeerId, ...]) -> tuple[Peer
     return tuple(sorted(voters, key=lambda peer: blake3(head_digest + peer).digest()))
 
 
+def list_contributors(result: Result) -> tuple[PeerId, ...]:
+    """The members of a result that some of its parts count, in the order of its roster."""
+    return tuple(
+        member.peer
+        for index, member in enumerate(result.members)
+        if any(has_member(part.contributors, index) for part in result.parts)
+    )
+
+
+def choose_evaluator(head_digest: bytes, contributors: tuple[PeerId, ...]) -> PeerId:
+    """Who of a round's contributors measures the base that came of it: each of them knows that by itself."""
+    return min(contributors, key=lambda peer: blake3(b"evaluator" + head_digest + peer).digest())
+
+
 def owner_order(head_digest: bytes, part: int, owners: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
     """Rendezvous order in which peers take over one part."""
     seed = head_digest + part.to_bytes(4, "big")

@@ -10,17 +10,24 @@ import numpy as np
 
 from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart, squared_norm
 from shoal.protocol.codecs import BLOCK_ELEMENTS, CODECS, Float32s, encode_with_feedback
+from shoal.protocol.each import Each
+from shoal.protocol.errors import ProtocolError
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
-from shoal.protocol.state import SnapshotIndex, chunk_digests
+from shoal.protocol.state import CHUNK_BYTES, SnapshotIndex, chunk_digests
+
+# What is hashed in one piece: 16 MiB.
+DIGEST_SPAN_ELEMENTS = 16 * CHUNK_BYTES // 4
 
 
 def make_reduction(manifest: Manifest) -> Reduction:
     """How this swarm reduces a part."""
-    codec = CODECS[manifest.rounds.codec]
-    return Reduction(codec_in=codec, aggregator=AGGREGATORS[manifest.rounds.aggregator], codec_out=codec)
+    rules = manifest.rounds
+    return Reduction(
+        codec_in=CODECS[rules.codec], aggregator=AGGREGATORS[rules.aggregator], codec_out=CODECS[rules.codec_out]
+    )
 
 
 def rehearse(manifest: Manifest) -> None:
@@ -36,12 +43,16 @@ def rehearse(manifest: Manifest) -> None:
 
 
 class Replica:
-    """One peer's copy of the global state. The vectors may be views of shared memory; they are changed in place."""
+    """One peer's copy of the global state. The vectors may be views of shared memory; they are changed in place. `each`
+    may work on several pieces of them at once."""
 
-    def __init__(self, manifest: Manifest, params: Float32s, momentum: Float32s, round_number: int = 0) -> None:
+    def __init__(
+        self, manifest: Manifest, params: Float32s, momentum: Float32s, round_number: int = 0, each: Each = map
+    ) -> None:
         elements = manifest.layout.elements
         assert params.shape == momentum.shape == (elements,), "one value for every element of the layout"
         self._manifest = manifest
+        self._each = each
         self.params = params
         self.momentum = momentum
         self.round = round_number
@@ -63,12 +74,22 @@ class Replica:
         codec = CODECS[result.codec]
         outer = self._manifest.outer
         optimizer = OUTER_OPTIMIZERS[outer.optimizer]
-        for part, one in enumerate(result.parts):
+
+        def apply_part(part: int) -> ProtocolError | None:
             first, end = self._manifest.part_range(part)
-            update = np.empty(end - first, dtype=np.float32)
-            codec.decode_untrusted(encoded[one.digest], end - first, update)
+            update = np.empty(end - first, np.float32)
+            try:
+                codec.decode_untrusted(encoded[result.parts[part].digest], end - first, update)
+            except ProtocolError as error:
+                return error
             params, momentum = self.params[first:end], self.momentum[first:end]
             optimizer.apply(params, momentum, update, outer.learning_rate, outer.momentum)
+            return None
+
+        # Nothing writes to the vectors any more when this raises.
+        faults = [error for error in list(self._each(apply_part, range(len(result.parts)))) if error is not None]
+        if faults:
+            raise faults[0]
         self.round = result.round
         return self.root()
 
@@ -78,5 +99,12 @@ class Replica:
 
     def index(self) -> SnapshotIndex:
         """What a snapshot of this state consists of, chunk by chunk."""
-        digests = chunk_digests(self.params) + chunk_digests(self.momentum)
+        spans = range(0, self.params.size, DIGEST_SPAN_ELEMENTS)
+
+        def digest_span(piece: int) -> bytes:
+            vector = self.params if piece < len(spans) else self.momentum
+            start = spans[piece % len(spans)]
+            return chunk_digests(vector[start : start + DIGEST_SPAN_ELEMENTS])
+
+        digests = b"".join(self._each(digest_span, range(2 * len(spans))))
         return SnapshotIndex(round=self.round, elements=self.params.size, digests=digests)

@@ -123,8 +123,8 @@ class RoundBallot(RoundState):
 
     def _check_result(self, result: Result) -> None:
         check_result(result, self.head, self._parts)
-        if result.codec != self._rules.codec:
-            raise ProtocolError(Refusal.NOT_PLANNED, f"result in codec {result.codec}, not {self._rules.codec}")
+        if result.codec != self._rules.codec_out:
+            raise ProtocolError(Refusal.NOT_PLANNED, f"result in codec {result.codec}, not {self._rules.codec_out}")
         if len(result.voters) > max(self._rules.voters_max, len(self.head.voters)):
             raise ProtocolError(Refusal.LIMIT, f"{len(result.voters)} voters, at most {self._rules.voters_max}")
 
@@ -433,7 +433,9 @@ class RoundBallot(RoundState):
 
     def _decide(self, certificate: Certificate, now: float) -> None:
         check_certificate(certificate, self.head, self._authority)
-        if self._decided or not self._follows_reroot(certificate, now):
+        if self._decided and not (self.phase is Phase.FETCH and self._is_by_owner(certificate)):
+            return
+        if not self._follows_reroot(certificate, now) or self._is_update_lost(certificate.result, now):
             return
         self._decided = certificate
         if self._missing(certificate.result):
@@ -444,7 +446,7 @@ class RoundBallot(RoundState):
     def _follows_reroot(self, certificate: Certificate, now: float) -> bool:
         """While a quorum stands in this round and gets on, nobody leaves it, unless the owner has spoken. A quorum that
         has certified nothing in the declared time lacks something else, such as peers that have followed the others."""
-        if not is_reroot(certificate) or {vote.voter for vote in certificate.votes} == {self._authority.owner}:
+        if not is_reroot(certificate) or self._is_by_owner(certificate):
             return True
         pledge = self._vote.pledge
         if pledge is not None and (pledge.first, pledge.digest) == (self.round, digest_record(certificate.result)):
@@ -453,6 +455,9 @@ class RoundBallot(RoundState):
             return True
         here = [peer for peer, known in self._members.items() if known.head_round <= self.head.round]
         return sum(peer == self._me or peer in here for peer in self.head.voters) < self._quorum_size()
+
+    def _is_by_owner(self, certificate: Certificate) -> bool:
+        return is_reroot(certificate) and {vote.voter for vote in certificate.votes} == {self._authority.owner}
 
     def _apply_if_held(self, now: float) -> None:
         assert self._decided is not None
@@ -512,13 +517,16 @@ class RoundBallot(RoundState):
             return
         if self._alone_since_s is None:
             self._alone_since_s = now
+        if self._decided and self.phase is Phase.FETCH and self._is_update_lost(self._decided.result, now):
+            self._decided = None
+            self._fail_attempt(Failure.UPDATE_LOST, None, now)
         if not self._may_declare(now) or now < self._declare_after_s or self._leaving or self._signs_nothing():
             return
         self._declare_after_s = now + self._rules.commit_timeout_s
         remaining = self._remaining()
         if not remaining or remaining[0] != self._me:
             return
-        result = make_voters_result(self.head, self._rules.codec, remaining)
+        result = make_voters_result(self.head, self._rules.codec_out, remaining)
         self._declaration = result
         self._declared = Lead(attempt=REROOT_ATTEMPT)
         for peer in remaining[1:]:
@@ -526,9 +534,21 @@ class RoundBallot(RoundState):
         self._take_declared_vote(self._sign_vote(REROOT_ATTEMPT, result), self._me, now)
 
     def _may_declare(self, now: float) -> bool:
+        return self._is_timer_over(now) and not self._decided and self.phase is not Phase.APPLY
+
+    def _is_timer_over(self, now: float) -> bool:
         since_s = self._alone_since_s
         is_due = since_s is not None and now >= since_s + self._rules.reroot_after_s
-        return self._authority.may_declare and is_due and not self._decided and self.phase is not Phase.APPLY
+        return self._authority.may_declare and is_due
+
+    def _is_update_lost(self, result: Result, now: float) -> bool:
+        """Whether those who held a certified update are gone for good with it: its bytes are missing, the declared
+        timer has run out, and nobody in sight stands in that log. Then a declaration goes on from the round before."""
+        if not self._is_timer_over(now) or not self._missing(result):
+            return False
+        is_same = (result.round, digest_record(result))
+        heads = [(known.head_round, known.head_digest) for known in self._members.values()]
+        return not any(head == is_same or head[0] > result.round for head in heads)
 
     def _remaining(self) -> tuple[PeerId, ...]:
         """The voters that are left; everybody else comes in by contributing."""

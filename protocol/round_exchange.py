@@ -324,7 +324,9 @@ class RoundExchange(RoundBallot):
             self._announce_plan(revise_plan(self._plan, moves), now)
             self._collect(now)
         if not lead.open.entries:
-            result = make_result(self._plan, lead.done, self.head, self._absent(), self._rules.voters_max)
+            result = make_result(
+                self._plan, lead.done, self.head, self._rules.codec_out, self._absent(), self._rules.voters_max
+            )
             evidence = make_evidence(self._plan, lead.done) if self._needs_locks() else None
             lead.proposed_s = now
             self._propose(result, evidence, now)

@@ -48,7 +48,7 @@ from shoal.protocol.messages import (
 )
 from shoal.protocol.pace import MARGIN_S, find_worthy_end_s
 from shoal.protocol.proposer import make_empty_result
-from shoal.protocol.quorum import Head, has_member, is_reroot
+from shoal.protocol.quorum import Head, is_reroot, list_contributors
 from shoal.protocol.round_exchange import RoundExchange
 from shoal.protocol.round_state import (
     CONTRIBUTED_MAX,
@@ -132,7 +132,8 @@ class RoundCore(RoundExchange):
         """Take a message from an authenticated peer. Returns why it was dropped, where an honest peer may be the cause:
         it was late, early or said twice. Raises ProtocolError for one that the peer must not send."""
         number = round_of(message)
-        if number < self.round or (self._decided and number == self.round):
+        is_fetching = self.phase is Phase.FETCH and isinstance(message, Certified)  # the owner may end that
+        if number < self.round or (self._decided and number == self.round and not is_fetching):
             self._answer_late(message, number, sender)
             return Refusal.WRONG_ROUND
         if number > self.round:
@@ -355,11 +356,7 @@ class RoundCore(RoundExchange):
                     self._owner_pace.relax(peer)
             self._shares.note_round(self.round, owners | self._slow_owners, frozenset(self._slow_owners))
         if self._decided:
-            result = self._decided.result
-            indices = range(len(result.members))
-            bitmaps = [part.contributors for part in result.parts]
-            included = [index for index in indices if any(has_member(bitmap, index) for bitmap in bitmaps)]
-            peers = tuple(result.members[index].peer for index in included)
+            peers = list_contributors(self._decided.result)
             self._ready_pace.include(peers, now)
             for peer in peers:
                 self._contributed.pop(peer, None)
@@ -470,7 +467,7 @@ class RoundCore(RoundExchange):
 
     def _gather_as_proposer(self, ready: Mapping[PeerId, SignedReady], now: float) -> None:
         assert self._lead is not None
-        empty = make_empty_result(self.head, self._rules.codec, self._leavers())
+        empty = make_empty_result(self.head, self._rules.codec_out, self._leavers())
         if empty is not None:
             self._propose(empty, None, now)
             return

@@ -2,13 +2,15 @@
 
 Handshake: Noise_XX_25519_ChaChaPoly_SHA256 with libp2p's signed payload (the Noise Protocol Framework, revision 34;
 libp2p specifications, "noise-libp2p"), so that both sides prove the Ed25519 identity that they have on the control
-plane. The prologue binds the link protocol's version, the record cipher and the swarm id: nobody of another swarm gets
-through.
+plane. The prologue binds the link protocol's version, the usual record cipher and the swarm id: nobody of another swarm
+gets through.
 A clear hello in front of it names the version and a one-way tag of the swarm, only so that a mistake can be told by
 name (WRONG_VERSION, WRONG_SWARM); nothing is trusted because of it.
 
-Records: the handshake's two traffic keys drive AES-256-GCM with Noise's nonce (a counter) and Noise's rekey. A record
-is a 4-byte prefix (8 bits of kind, 24 bits of length), which is authenticated, the ciphertext and a 16-byte tag.
+Records: the handshake's two traffic keys drive AES-256-GCM with Noise's nonce (a counter) and Noise's rekey; or, where
+one side says in its signed payload (field 15, "ChaCha20-Poly1305") that its processor is faster with it,
+ChaCha20-Poly1305: the side without AES instructions would be the slow one. A record is a 4-byte prefix (8 bits of kind,
+24 bits of length), which is authenticated, the ciphertext and a 16-byte tag.
 What is ours is this framing, because Noise's own messages end at 65,535 bytes.
 
 Why this and not TLS 1.3: `benchmarks/secure_channel.py`, one core with VAES that seals and opens, MB per CPU second
@@ -21,8 +23,7 @@ with records of 16 / 64 / 256 KiB; a handshake's CPU for both ends, identities c
     libp2p TLS 1.3, ChaCha20-Poly1305     800 /   900 / 1,000
 
 TLS copies through its own buffers and ends its records at 16 KiB; `encrypt_into` and `decrypt_into` write from the
-caller's memory to the wire buffer and from there into the reduction's. One cipher, because a choice would have to be
-negotiated: a machine without AES instructions is slower, not wrong.
+caller's memory to the wire buffer and from there into the reduction's.
 
 Invariants: whatever the other side sends, only ProtocolError is raised; no nonce is used twice under one key; nothing
 is handed out that was not authenticated (the target of a record that failed holds rubbish and must not be read).
@@ -30,12 +31,13 @@ is handed out that was not authenticated (the target of a record that failed hol
 
 import struct
 from dataclasses import dataclass
+from enum import StrEnum
 
 from blake3 import blake3
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from noise.connection import Keypair, NoiseConnection
 from noise.exceptions import NoiseHandshakeError, NoiseInvalidMessage, NoiseValueError
 
@@ -65,36 +67,53 @@ _NONCE_REKEY = 2**64 - 1
 _MULTIHASH_HEAD = encode_libp2p_peer_id(PeerId(b""))[:2]
 _IDENTITY_KEY_FIELD = 1
 _IDENTITY_SIGNATURE_FIELD = 2
+_CIPHER_FIELD = 15  # the last one with a tag of one byte; libp2p uses 1 to 4
 _LENGTH_DELIMITED = 2
 # What the Noise library and the primitives under it raise at messages that are short, forged or of a low-order key.
 _NOISE_ERRORS = (InvalidTag, ValueError, NoiseHandshakeError, NoiseInvalidMessage, NoiseValueError)
 
 
+class RecordCipher(StrEnum):
+    """What seals the records of a link."""
+
+    AES_256_GCM = "AES-256-GCM"
+    CHACHA20_POLY1305 = "ChaCha20-Poly1305"
+
+
+_AEADS: dict[RecordCipher, type[AESGCM] | type[ChaCha20Poly1305]] = {
+    RecordCipher.AES_256_GCM: AESGCM,
+    RecordCipher.CHACHA20_POLY1305: ChaCha20Poly1305,
+}
+
+
 class ChannelKeys:
     """A peer's side of every handshake: one X25519 key and the payload that ties it to the identity.
 
-    `static_key` is 32 bytes of entropy from the shell, fresh with every start of the process.
+    `static_key` is 32 bytes of entropy from the shell, fresh with every start of the process. `prefers_chacha20`: this
+    machine seals faster with it.
     """
 
-    __slots__ = ("payload", "peer", "static_key")
+    __slots__ = ("payload", "peer", "prefers_chacha20", "static_key")
 
-    def __init__(self, identity: Identity, static_key: bytes) -> None:
+    def __init__(self, identity: Identity, static_key: bytes, *, prefers_chacha20: bool = False) -> None:
         assert len(static_key) == STATIC_KEY_BYTES, "an X25519 key has 32 bytes"
         public = X25519PrivateKey.from_private_bytes(static_key).public_key().public_bytes_raw()
         # libp2p fixes these signed bytes; their prefix keeps them apart from everything that Identity.sign signs.
         signature = Ed25519PrivateKey.from_private_bytes(identity.seed).sign(_SIGNED_PREFIX + public)
         self.static_key = static_key
         self.peer = identity.peer
-        self.payload = _encode_payload(identity.peer, signature)
+        self.prefers_chacha20 = prefers_chacha20
+        self.payload = _encode_payload(identity.peer, signature, prefers_chacha20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SecureChannel:
-    """What a finished handshake yields. `leftover` are bytes that arrived behind it: the first records. `binding` is
-    Noise's handshake hash: the same at both ends, and of no other connection."""
+    """What a finished handshake yields. `cipher` seals the records; `leftover` are bytes that arrived behind it: the
+    first records. `binding` is Noise's handshake hash: the same at both ends, and of no other connection."""
 
     peer: PeerId
     binding: bytes
+    cipher: RecordCipher
     sealer: "RecordSealer"
     opener: "RecordOpener"
     leftover: bytes
@@ -107,13 +126,25 @@ class Handshake:
     bytes tell the other side why. `expected` is the only peer that will do; a dialer must name it.
     """
 
-    __slots__ = ("_expected", "_greeted", "_inbox", "_keys", "_noise", "_outbox", "_state", "_swarm_tag", "dialer")
+    __slots__ = (
+        "_cipher",
+        "_expected",
+        "_greeted",
+        "_inbox",
+        "_keys",
+        "_noise",
+        "_outbox",
+        "_state",
+        "_swarm_tag",
+        "dialer",
+    )
 
     def __init__(self, keys: ChannelKeys, swarm: bytes, *, dialer: bool, expected: PeerId | None = None) -> None:
         assert expected is not None or not dialer, "a dialer knows whom it dials"
         self._keys = keys
         self.dialer = dialer
         self._expected = expected
+        self._cipher = RecordCipher.CHACHA20_POLY1305 if keys.prefers_chacha20 else RecordCipher.AES_256_GCM
         self._greeted = False
         self._swarm_tag = blake3(swarm, derive_key_context="shoal tensor link hello").digest(8)
         self._inbox = bytearray()
@@ -195,7 +226,9 @@ class Handshake:
                 raise ProtocolError(Refusal.MALFORMED, "the first handshake message has a payload")
             self._write_message(self._keys.payload)
             return None
-        peer = _verify_payload_untrusted(payload, self._state.rs.public_bytes)
+        peer, prefers_chacha20 = _verify_payload_untrusted(payload, self._state.rs.public_bytes)
+        if prefers_chacha20:
+            self._cipher = RecordCipher.CHACHA20_POLY1305
         if peer == self._keys.peer or self._expected not in (None, peer):
             raise ProtocolError(Refusal.WRONG_PEER, f"the key is that of {short_peer_id(peer)}")
         if self.dialer:
@@ -207,8 +240,9 @@ class Handshake:
         return SecureChannel(
             peer=peer,
             binding=bytes(noise.handshake_hash),
-            sealer=RecordSealer(noise.cipher_state_encrypt.k),
-            opener=RecordOpener(noise.cipher_state_decrypt.k),
+            cipher=self._cipher,
+            sealer=RecordSealer(noise.cipher_state_encrypt.k, self._cipher),
+            opener=RecordOpener(noise.cipher_state_decrypt.k, self._cipher),
             leftover=bytes(self._inbox),
         )
 
@@ -216,11 +250,18 @@ class Handshake:
 class _RecordKey:
     """One direction's key: the nonce counts records, and the key is replaced every `rekey_records` of them."""
 
-    __slots__ = ("_aead", "_key", "_records", "_rekey_records")
+    __slots__ = ("_aead", "_key", "_make_aead", "_records", "_rekey_records")
 
-    def __init__(self, key: bytes, rekey_records: int = REKEY_RECORDS) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        cipher: RecordCipher = RecordCipher.AES_256_GCM,
+        *,
+        rekey_records: int = REKEY_RECORDS,
+    ) -> None:
         self._key = key
-        self._aead = AESGCM(key)
+        self._make_aead = _AEADS[cipher]
+        self._aead = self._make_aead(key)
         self._records = 0
         self._rekey_records = rekey_records
 
@@ -228,7 +269,7 @@ class _RecordKey:
         """Call it before `_aead` is looked up: it may replace the key."""
         if self._records and self._records % self._rekey_records == 0:
             self._key = self._aead.encrypt(_encode_nonce(_NONCE_REKEY), bytes(32), None)[:32]
-            self._aead = AESGCM(self._key)
+            self._aead = self._make_aead(self._key)
         nonce = _encode_nonce(self._records)
         self._records += 1
         return nonce
@@ -287,15 +328,19 @@ def _encode_nonce(counter: int) -> bytes:
     return bytes(4) + counter.to_bytes(8, "big")
 
 
-def _encode_payload(peer: PeerId, signature: bytes) -> bytes:
-    """libp2p's NoiseHandshakePayload: identity_key = 1, identity_sig = 2, both bytes."""
+def _encode_payload(peer: PeerId, signature: bytes, prefers_chacha20: bool) -> bytes:
+    """libp2p's NoiseHandshakePayload: identity_key = 1, identity_sig = 2, both bytes; and our own field, where the
+    records' cipher is not to be the usual one."""
     key = encode_libp2p_peer_id(peer)[len(_MULTIHASH_HEAD) :]
-    fields = ((_IDENTITY_KEY_FIELD, key), (_IDENTITY_SIGNATURE_FIELD, signature))
+    fields = [(_IDENTITY_KEY_FIELD, key), (_IDENTITY_SIGNATURE_FIELD, signature)]
+    if prefers_chacha20:
+        fields.append((_CIPHER_FIELD, RecordCipher.CHACHA20_POLY1305.encode()))
     return b"".join(bytes([field << 3 | _LENGTH_DELIMITED, len(value)]) + value for field, value in fields)
 
 
-def _verify_payload_untrusted(payload: bytes, static_public: bytes) -> PeerId:
-    """The peer whose identity key signed the X25519 key that the handshake has just proven; raises ProtocolError."""
+def _verify_payload_untrusted(payload: bytes, static_public: bytes) -> tuple[PeerId, bool]:
+    """The peer whose identity key signed the X25519 key that the handshake has just proven, and whether it prefers
+    ChaCha20-Poly1305; raises ProtocolError."""
     fields = _decode_payload_untrusted(payload)
     key, signature = fields.get(_IDENTITY_KEY_FIELD, b""), fields.get(_IDENTITY_SIGNATURE_FIELD, b"")
     peer = decode_libp2p_peer_id(_MULTIHASH_HEAD + key)
@@ -305,7 +350,7 @@ def _verify_payload_untrusted(payload: bytes, static_public: bytes) -> PeerId:
         raise ProtocolError(
             Refusal.BAD_SIGNATURE, f"the channel's key is not signed by {short_peer_id(peer)}"
         ) from error
-    return peer
+    return peer, fields.get(_CIPHER_FIELD) == RecordCipher.CHACHA20_POLY1305.encode()
 
 
 def _decode_payload_untrusted(raw: bytes) -> dict[int, bytes]:

@@ -47,6 +47,7 @@ def read_table(cls: type[T], table: Mapping[str, Any], where: str, text: str, er
 def _read_value(hint: Any, value: Any, at: tuple[str, str], text: str, error: Error) -> Any:
     extras: tuple[Any, ...] = ()
     annotated: Any = Annotated
+    hint = _strip_optional(hint)  # of either order: what is annotated may be optional, or the other way round
     if get_origin(hint) is annotated:
         hint, *rest = get_args(hint)
         extras = tuple(rest)

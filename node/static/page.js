@@ -56,6 +56,8 @@ function formatSpan(seconds) {
 
 const count = (number, one) => `${whole.format(number)} ${one}${number === 1 ? "" : "s"}`;
 const formatLoss = (loss) => (loss === null ? "–" : loss.toFixed(loss < 10 ? 3 : 1));
+const formatRate = (mbit) => (mbit === null ? "–" : mbit.toFixed(mbit < 99.95 ? 1 : 0));
+const formatCap = (mbit) => (mbit === null ? "none" : `${mbit} Mbit/s`);
 const formatTime = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour12: false });
 const shortId = (peer) => peer.slice(-8);
 const nameOf = (row) => row.name || shortId(row.peer);
@@ -123,8 +125,20 @@ function showFailures(failures) {
   at("failures").hidden = lines.length === 0;
 }
 
+function describeCaps(line) {
+  const until = line.caps_until === null ? "" : `, until ${line.caps_until}`;
+  const relay = line.relay_withheld ? "; a capped peer relays no tensors for others" : "";
+  return `upload cap ${formatCap(line.upload_cap_mbit)}, download cap ${formatCap(line.download_cap_mbit)}${until}${relay}`;
+}
+
+function describeHeldOut(training) {
+  const found = training.held_out;
+  if (found === null) return "not measured here yet";
+  return `round ${whole.format(found.round)}, perplexity ${found.perplexity === null ? "no number" : found.perplexity.toPrecision(4)}`;
+}
+
 function showTiles(status) {
-  const { training, traffic, round, disk, reach } = status;
+  const { training, traffic, line, round, disk, reach } = status;
   const open = reach.addresses.filter((one) => one.state === "reachable").map((one) => one.address);
   const alive = status.peers.filter((peer) => peer.alive).length;
   const part = status.peers.filter((peer) => peer.participating).length;
@@ -137,11 +151,13 @@ function showTiles(status) {
   const restarts = training.restarts ? `, ${count(training.restarts, "restart")}` : "";
   const tiles = [
     ["Loss", formatLoss(training.loss_last), training.loss_first === null ? "" : `began at ${formatLoss(training.loss_first)}`],
+    ["Held-out loss", formatLoss(training.held_out?.loss ?? null), describeHeldOut(training)],
     ["Tokens per second", compact.format(training.tokens_per_s ?? 0), `${compact.format(training.tokens)} trained here`],
     ["Peers", `${alive}`, `${part} in this round, ${round.voters_live} of ${round.voters} voters live`],
     ["Saved against fp32", formatBytes(Math.max(0, saved)), ratio ? `contributions ${ratio} times smaller` : "no contribution yet"],
     ["Rounds certified", whole.format(status.rounds_certified), aborted ? `${count(aborted, "attempt")} aborted, most: ${worst.reason}` : "no attempt aborted"],
     ["Sent", formatBytes(sent), `${formatBytes(received)} received`],
+    ["Tensors, Mbit/s", `${formatRate(line.sent_mbit)} up, ${formatRate(line.received_mbit)} down`, describeCaps(line)],
     ["Reachable", reach.state, open.length ? open.join(", ") : reach.reason],
     ["Router", status.router.state.replace("_", " "), status.router.reason || status.router.addresses.join(", ")],
     ["Trainer", training.state, `${training.device || "no device"}${restarts}`],

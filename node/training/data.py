@@ -1,10 +1,13 @@
 """The text a peer trains on, as bytes: where it comes from, what is held out, which windows make a batch.
 
+Of a file of JSON lines (`.jsonl`) the field "text" of each line is read, of any other file all bytes.
+
 Invariants: the same files give the same split on every machine; no byte that is held out is ever trained on; a batch is
 a function of (swarm seed, peer id, batch index), so that peers draw different data and the index is all there is to
-store.
+store; what is trained on is in memory, so that files may change or go while it is.
 """
 
+import json
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -24,6 +27,8 @@ BLOCK_BYTES = 1 << 14
 HELD_OUT_SHARE = 0.02
 HELD_OUT_BYTES_MIN = 1 << 12
 EVALUATION_WINDOWS = 64
+JSON_LINES = ".jsonl"
+JSON_LINE_BYTES_MAX = 1 << 24  # of what is longer, the pieces are lines without a text
 
 # Folders of the standard library that are tests, or other people's packages.
 _NOT_LIBRARY = frozenset({"__pycache__", "test", "tests", "idle_test", "site-packages", "dist-packages"})
@@ -31,19 +36,21 @@ _NOT_LIBRARY = frozenset({"__pycache__", "test", "tests", "idle_test", "site-pac
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Text to train on and text held out, each uint8[n]."""
+    """Text to train on and text held out, each uint8[n]; `notice` says what of the files could not be used."""
 
     train: NDArray[np.uint8]
     held_out: NDArray[np.uint8]
+    notice: str = ""
 
 
 def read_corpus(path: Path | None, bytes_max: int = CORPUS_BYTES_MAX) -> Corpus:
     """The corpus in a file or a folder (walked in sorted order, hidden files left out), or, without a path, in the
-    standard library of the running Python without its tests. Reads at most `bytes_max` bytes; raises ConfigError.
+    standard library of the running Python without its tests. It has at most `bytes_max` bytes; raises ConfigError.
 
     Every file is cut into blocks. Blocks are held out in the order of the hash of (file name, block number) until they
     make up the share, so that small files are held out whole and a large one in pieces."""
-    blocks = list(_read_blocks(path, bytes_max))
+    lines = _JsonLines()
+    blocks = list(_read_blocks(path, bytes_max, lines))
     total = sum(len(block) for _, block in blocks)
     if total < CORPUS_BYTES_MIN:
         raise ConfigError("trainer.text", f"{path} has {total} bytes of text", f"give at least {CORPUS_BYTES_MIN}")
@@ -55,7 +62,23 @@ def read_corpus(path: Path | None, bytes_max: int = CORPUS_BYTES_MAX) -> Corpus:
     return Corpus(
         train=_join(block for index, (_, block) in enumerate(blocks) if index not in held_out),
         held_out=_join(block for index, (_, block) in enumerate(blocks) if index in held_out),
+        notice=lines.notice,
     )
+
+
+class Draws:
+    """Which examples make a batch: a function of (swarm seed, peer id, batch index)."""
+
+    def __init__(self, seed: int, peer: bytes) -> None:
+        self._key = int.from_bytes(
+            blake3(seed.to_bytes(8, "big") + peer, derive_key_context="shoal training batches").digest(16), "big"
+        )
+
+    def draw(self, index: int, count: int, below: int) -> NDArray[np.int64]:
+        """`count` numbers from 0 to `below` - 1 for batch `index`, int64 (count,), the same on every machine."""
+        # Philox draws for one batch advance the counter's low word only; the index stands above it.
+        draws = np.random.Philox(key=self._key, counter=index << 64).random_raw(count)
+        return (draws % np.uint64(below)).astype(np.int64)
 
 
 class ByteWindows:
@@ -66,9 +89,7 @@ class ByteWindows:
         self._corpus = corpus
         self._context = context
         self._batch_size = batch_size
-        self._key = int.from_bytes(
-            blake3(seed.to_bytes(8, "big") + peer, derive_key_context="shoal training batches").digest(16), "big"
-        )
+        self._draws = Draws(seed, peer)
 
     @property
     def train_bytes(self) -> int:
@@ -82,12 +103,18 @@ class ByteWindows:
     def tokens_per_batch(self) -> int:
         return self._batch_size * self._context
 
+    @property
+    def held_out_tokens(self) -> int:
+        return EVALUATION_WINDOWS * self._context
+
+    @property
+    def notice(self) -> str:
+        return self._corpus.notice
+
     def batch(self, index: int) -> NDArray[np.int64]:
         """Batch `index` of this peer, int64 (batch_size, context + 1)."""
-        # Philox draws for one batch advance the counter's low word only; the index stands above it.
-        draws = np.random.Philox(key=self._key, counter=index << 64).random_raw(self._batch_size)
-        starts = draws % np.uint64(self._corpus.train.size - self._context)
-        return self._windows(self._corpus.train, starts.astype(np.int64))
+        starts = self._draws.draw(index, self._batch_size, self._corpus.train.size - self._context)
+        return self._windows(self._corpus.train, starts)
 
     def held_out(self) -> NDArray[np.int64]:
         """The windows to evaluate on, evenly spread over the held-out text: int64 (EVALUATION_WINDOWS, context + 1)."""
@@ -100,7 +127,52 @@ class ByteWindows:
         return windows
 
 
-def _read_blocks(path: Path | None, bytes_max: int) -> Iterator[tuple[bytes, memoryview]]:
+class _JsonLines:
+    """Reads files of JSON lines, and counts what of them has no text."""
+
+    def __init__(self) -> None:
+        self._lines = 0
+        self._bad = 0
+
+    @property
+    def notice(self) -> str:
+        if not self._bad:
+            return ""
+        return f'trainer.text: {self._bad} of {self._lines} lines of JSON have no "text" and are left out'
+
+    def read(self, file: Path, bytes_max: int) -> memoryview:
+        """The texts in UTF-8, with a line break after each, cut off at `bytes_max`. Raises OSError, and ConfigError
+        where more than half of the lines have none: that is another kind of file."""
+        texts, lines, bad = bytearray(), 0, 0
+        with file.open("rb") as source:
+            while len(texts) < bytes_max and (line := source.readline(JSON_LINE_BYTES_MAX)):
+                if line.isspace():
+                    continue
+                lines += 1
+                text = _find_text(line)
+                if text is None:
+                    bad += 1
+                else:
+                    texts += text.encode(errors="replace") + b"\n"
+        if 2 * bad > lines:
+            problem = f"{file} has no text in {bad} of {lines} lines of JSON"
+            raise ConfigError("trainer.text", problem, 'write one object a line, with a string in "text"')
+        self._lines += lines
+        self._bad += bad
+        return memoryview(texts)[:bytes_max]
+
+
+def _find_text(line: bytes) -> str | None:
+    """The string in the field "text" of a JSON object; None where the line is no such thing."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    text = found.get("text") if isinstance(found, dict) else None
+    return text if isinstance(text, str) else None
+
+
+def _read_blocks(path: Path | None, bytes_max: int, lines: _JsonLines) -> Iterator[tuple[bytes, memoryview]]:
     """(hash of the file's name and the block's number, text) in corpus order."""
     left = bytes_max
     library = path is None
@@ -109,8 +181,7 @@ def _read_blocks(path: Path | None, bytes_max: int) -> Iterator[tuple[bytes, mem
         for file in _list_files(root, ".py" if library else "", _NOT_LIBRARY if library else frozenset()):
             if left <= 0:
                 return
-            with file.open("rb") as source:
-                text = memoryview(source.read(left))
+            text = lines.read(file, left) if file.suffix == JSON_LINES else _read_start(file, left)
             left -= len(text)
             name = file.relative_to(root).as_posix().encode() if file != root else file.name.encode()
             for number, first in enumerate(range(0, len(text), BLOCK_BYTES)):
@@ -118,6 +189,11 @@ def _read_blocks(path: Path | None, bytes_max: int) -> Iterator[tuple[bytes, mem
                 yield digest, text[first : first + BLOCK_BYTES]
     except OSError as error:
         raise ConfigError("trainer.text", f"{root} cannot be read: {error.strerror}", "name a readable path") from error
+
+
+def _read_start(file: Path, bytes_max: int) -> memoryview:
+    with file.open("rb") as source:
+        return memoryview(source.read(bytes_max))
 
 
 def _list_files(root: Path, suffix: str, skipped: frozenset[str]) -> Iterator[Path]:

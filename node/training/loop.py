@@ -1,25 +1,37 @@
 """The trainer's inner loop: which step comes next, when the peer is ready, what a command changes. No socket, no clock.
 
 The caller gives commands to `handle`, and calls `step` while `training`; both return the reports to send. A round is
-ready by steps, or by time once it has the least number of steps, or by Freeze.
+ready by steps, or by time once it has the least number of steps, or by Freeze. Where the strategy overlaps, training
+goes on after that for some steps; what is done meanwhile counts towards the next Ready.
+
+A batch that does not fit into memory is tried again in smaller pieces (micro_batches); nothing of the failed try stays.
+A task whose code raises at a batch costs that batch: it is skipped, counted and told. Where the same befalls so many
+batches in a row that it is not the data, the trainer ends.
 
 Invariants: Ready is reported once a round and only with finite parameters in `local`; `local` is written at no other
-time; going back to the base is bounded, so that a base that cannot be trained ends the trainer instead of the heat.
+time; going back to the base and skipping batches are bounded, so that a base or a task that cannot be trained ends the
+trainer instead of the heat.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.node.training.checkpoint import Checkpoint, CheckpointStore, Position, Tally
 from shoal.node.training.messages import (
     EVERYTHING,
+    NO_TEXT,
     NOT_FINITE,
     OPTIMIZER,
+    OUT_OF_MEMORY,
+    TASK_FAILED,
     Begin,
     Command,
     Evaluate,
@@ -28,6 +40,7 @@ from shoal.node.training.messages import (
     FloatVector,
     Freeze,
     Merge,
+    Paused,
     Progress,
     Ready,
     Report,
@@ -38,30 +51,45 @@ from shoal.node.training.messages import (
     Started,
     trim_detail,
 )
+from shoal.node.training.micro_batches import MicroBatches, is_out_of_memory, tell_next_step
 from shoal.node.training.strategy import STRATEGIES, load_parameters, load_tensors
-from shoal.node.training.tasks import make_task
+from shoal.node.training.task_faults import TaskFault, blame
+from shoal.node.training.tasks import WritesText, make_task
 from shoal.protocol.errors import ConfigError, ManifestError
 
 PROGRESS_PERIOD_S = 0.5
 RESTARTS_MAX = 3
+FAULTS_IN_A_ROW_MAX = 5
+
+T = TypeVar("T")
 
 
 class InnerLoop:
-    """One trainer. `memory` is float32[2, D]: base and local. Building it reads the text and raises InputError."""
+    """One trainer. `memory` is float32[2, D]: base and local. Building it opens the data; raises InputError, and
+    TaskFault where the code of the task raises."""
 
     def __init__(self, start: Start, memory: NDArray[np.float32]) -> None:
         work = start.work
-        self._task = make_task(work.task)
-        layout = self._task.layout()
-        if layout.digest != work.layout_digest or memory.shape[1] != layout.elements:
-            fix = "run the version of shoal that made the manifest"
-            raise ManifestError("layout", f"is not what {work.task.kind} makes of task.options", fix)
         self._device = choose_device(start.device)
-        self._batches = self._task.open_data(Path(start.text) if start.text else None, work)
-        self._model = self._task.build_model().to(self._device)
+        self._task = make_task(work.task, start.allow_tasks)
+        self._kind = work.task.kind
+        with self._task_code():
+            layout = self._task.layout()
+            if layout.digest != work.layout_digest or memory.shape[1] != layout.elements:
+                fix = "run the version of shoal, and of the task's code, that made the manifest"
+                raise ManifestError("layout", f"is not what {self._kind} makes of task.options", fix)
+            self._batches = self._task.open_data(Path(start.text) if start.text else None, work)
+            self._tokens_per_batch = self._batches.tokens_per_batch
+            self._train_bytes, self._held_out_bytes = self._batches.train_bytes, self._batches.held_out_bytes
+            self._notice = trim_detail(self._batches.notice)
+            self._model = self._task.build_model().to(self._device)
+            if [tuple(one.shape) for one in self._model.parameters()] != [spec.shape for spec in layout.tensors]:
+                fix = "list the parameters of build_model() in their order: list_specs does"
+                raise ManifestError("layout", f"is not that of the model of {self._kind}", fix)
         self._strategy = STRATEGIES[work.training.strategy](self._model, layout, work.training)
         self._evaluated: nn.Module | None = None
         self._training = work.training
+        self._micro_batches = MicroBatches(start.micro_batch, work.training.batch_size)
         self._base: FloatVector = memory[0]
         self._local: FloatVector = memory[1]
         self._batches_done = work.batches_done
@@ -69,11 +97,15 @@ class InnerLoop:
         self._save_every = start.checkpoint_every
         self._readies = 0
         self._restarts = 0
+        self._skipped = 0  # batches at which the task's code raised, since the start
+        self._faults_in_a_row = 0
+        self._fault_told_s = -math.inf
         self._round = 0
         self._frozen = False
         self._work = _Tally()  # what `local` holds beyond the base
         self._pace = _Tally()  # towards the next Ready
         self._shown = _Tally()  # since the last Progress
+        self._ahead: _Tally | None = None  # since the hand-over, while training goes on after it
         self._resumes: Position | None = None  # until the first Begin or Merge
         self._handed_over = False
         self.training = False
@@ -86,9 +118,10 @@ class InnerLoop:
         return Started(
             device=torch.cuda.get_device_name(self._device) if on_gpu else "cpu",
             elements=self._base.size,
-            train_bytes=self._batches.train_bytes,
-            held_out_bytes=self._batches.held_out_bytes,
+            train_bytes=self._train_bytes,
+            held_out_bytes=self._held_out_bytes,
             resumed=self._resumed,
+            notice=self._notice,
         )
 
     def handle(self, command: Command, now_s: float) -> Iterator[Report]:
@@ -98,46 +131,112 @@ class InnerLoop:
                 position, self._resumes = self._resumes, None
                 if command.adopt:
                     self._strategy.adopt(self._base)
+                    self._ahead = None
                 self._begin(command.round, now_s, adopted=command.adopt)
                 if position is not None and not command.adopt:
                     yield from self._go_on(position, now_s)
             case Merge():
                 self._merge(command, now_s)
             case Freeze():
-                self._frozen = self.training
+                self._frozen = self.training and not self._handed_over
             case Evaluate():
                 yield self._evaluate()
             case Sample():
-                with self._precision():
-                    text = self._task.sample(self._base_model(), command.prompt, command.size_bytes)
-                yield Sampled(text=text)
+                yield self._sample(command)
             case _:
                 raise AssertionError(f"{type(command).__name__} is the worker's")
 
     def step(self, now_s: float) -> Iterator[Report]:
         """One inner step, at the time at which the caller found nothing else to do."""
         assert self.training, "a trainer that waits takes no step"
-        batch = torch.from_numpy(self._batches.batch(self._batches_done)).to(self._device)
+        gathered = None
+        try:
+            gathered = yield from self._fit(f"batch {self._batches_done}", lambda: self._gather(self._batches_done))
+        except TaskFault as fault:
+            self._batches_done += 1
+            yield from self._skip(fault, now_s)
+        if gathered is None:
+            return
+        self._faults_in_a_row = 0
         self._batches_done += 1
-        with self._precision():
-            loss = self._task.loss(self._model, batch)
         if self._checkpoints is not None:
             self._checkpoints.journal.note(self._batches_done)
-        if not self._strategy.step(loss):
+        if not self._strategy.step(gathered, self._round):
             yield self._go_back(f"the loss or its gradient at batch {self._batches_done - 1}", now_s)
             return
-        for tally in (self._work, self._pace, self._shown):
-            tally.add(self._batches.tokens_per_batch, loss.item())
+        loss = gathered.item()
+        for tally in (self._work, self._pace, self._shown, self._ahead):
+            if tally is not None:
+                tally.add(self._tokens_per_batch, loss)
         if now_s - self._shown.since_s >= PROGRESS_PERIOD_S:
-            yield self._progress(loss.item(), now_s)
-        if self._is_due(now_s):
+            yield self._progress(loss, now_s)
+        if self._ahead is not None:
+            if self._ahead.steps >= self._strategy.overlap_steps:
+                self.training = False
+                yield Paused(round=self._round)
+        elif self._is_due(now_s):
             yield self._freeze(now_s)
 
+    def _gather(self, index: int) -> Tensor:
+        """The mean loss of a batch, a scalar; its gradient is with the strategy."""
+        with self._task_code():  # the backward pass may come back to it
+            batch = torch.from_numpy(self._batches.batch(index))
+            total = torch.zeros((), device=self._device)
+            for piece, share in self._micro_batches.cut(batch):
+                with self._precision():
+                    loss = self._task.loss(self._model, piece.to(self._device)) * share
+                self._strategy.gather(loss)
+                total += loss.detach()
+            return total
+
+    def _fit(self, what: str, compute: Callable[[], T]) -> Generator[Report, None, T | None]:
+        """What `compute` returns once its micro-batches fit into memory; None after a fatal report."""
+        while True:
+            try:
+                return compute()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem, fix = str(error), tell_next_step(error)
+            # The error is gone here, and with it its traceback, which held the tensors of the failed pass.
+            self._strategy.drop()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            size = self._micro_batches.size
+            if not self._micro_batches.halve():
+                self.training = False
+                detail = trim_detail(f"not even one example of {what} fits into memory: {fix} ({problem})")
+                yield Failed(reason=OUT_OF_MEMORY, detail=detail, fatal=True)
+                return None
+            left = self._micro_batches.size
+            told = f"{what}: {size} examples at a time do not fit into memory, goes on with {left}"
+            detail = trim_detail(f"{told}; trainer.micro_batch = {left} begins with that ({problem})")
+            yield Failed(reason=OUT_OF_MEMORY, detail=detail, fatal=False)
+
+    def _skip(self, fault: TaskFault, now_s: float) -> Iterator[Report]:
+        """Go on without the batch at which the task's code raised. Of a task that raises now and then at most two
+        faults a second are told."""
+        self._strategy.drop()  # a backward pass may have got half of the way
+        self._skipped += 1
+        self._faults_in_a_row += 1
+        fatal = self._faults_in_a_row > FAULTS_IN_A_ROW_MAX
+        self.training = not fatal
+        if fatal or now_s - self._fault_told_s >= PROGRESS_PERIOD_S:
+            self._fault_told_s = now_s
+            counted = f"{self._faults_in_a_row} in a row, {self._skipped} skipped since the start"
+            # The counts come first: of a long fault the end is cut off.
+            detail = trim_detail(f"the task's code at batch {self._batches_done - 1} ({counted}) raised {fault}")
+            yield Failed(reason=TASK_FAILED, detail=detail, fatal=fatal)
+
     def _begin(self, round: int, now_s: float, *, adopted: bool) -> None:
+        ahead, self._ahead = self._ahead, None
         if adopted:
-            self._work = _Tally()
+            self._work = _Tally() if ahead is None else ahead
         # A peer that was not ready when its round ended trains on towards its own Ready, however slow it is.
-        if adopted or not self.training:
+        if ahead is not None:
+            self._pace = _Tally.of(ahead.read(now_s), now_s)
+            self._frozen = False
+        elif adopted or not self.training:
             self._pace = _Tally(since_s=now_s)
             self._shown = _Tally(since_s=now_s)
             self._frozen = False
@@ -149,16 +248,11 @@ class InnerLoop:
         self._resumes = None
         if merge.adopt_all:
             self._strategy.adopt(self._base)
+            self._ahead = None
         else:
             self._strategy.merge(self._base, merge.included, merge.part_elements)
-        adopted = merge.adopt_all or any(merge.included)
-        if adopted:
-            self._work = _Tally()
-        if merge.begin:
-            self._begin(merge.round, now_s, adopted=adopted)
-        else:
-            self._round = merge.round
-            self.training = False
+        self._begin(merge.round, now_s, adopted=merge.adopt_all or any(merge.included))
+        self.training = merge.begin
 
     def _is_due(self, now_s: float) -> bool:
         steps, training = self._pace.steps, self._training
@@ -168,11 +262,13 @@ class InnerLoop:
     def _freeze(self, now_s: float) -> Report:
         if not self._strategy.export(self._local):
             return self._go_back("the local parameters", now_s)
-        self.training = False
+        self.training = self._strategy.overlap_steps > 0
         self._handed_over = True
         self._restarts = 0
         self._readies += 1
         problem = self._try_save(now_s) if self._readies % self._save_every == 0 else ""
+        if self.training:
+            self._ahead = _Tally(since_s=now_s)
         return Ready(
             round=self._round,
             steps=self._work.steps,
@@ -180,11 +276,15 @@ class InnerLoop:
             loss_mean=self._pace.loss_sum / self._pace.steps,
             batches_done=self._batches_done,
             problem=problem,
+            trains_on=self.training,
         )
 
     def _go_back(self, what: str, now_s: float) -> Report:
         self._strategy.restart(self._base)
+        waits, self._ahead = self._ahead is not None, None
         self._begin(self._round, now_s, adopted=True)
+        if waits:  # what was handed over before may be counted, and nothing else of this round
+            self._handed_over, self._ahead = True, _Tally(since_s=now_s)
         self._restarts += 1
         fatal = self._restarts > RESTARTS_MAX
         self.training = not fatal
@@ -249,8 +349,9 @@ class InnerLoop:
         return ""
 
     def leave(self, now_s: float) -> None:
-        """The last word before the process ends: what was trained since the last Ready is kept for the next start."""
-        if self.training and self._pace.steps:
+        """The last word before the process ends: what was trained since the last Ready is kept for the next start, but
+        not what was trained beside an exchange: a restart has to hand over again what was handed over."""
+        if self.training and self._pace.steps and self._ahead is None:
             self._try_save(now_s)
 
     # -- what is told ----------------------------------------------------------------------------------------------
@@ -262,25 +363,58 @@ class InnerLoop:
             round=self._round, steps=self._work.steps, tokens=self._work.tokens, loss=loss, tokens_per_s=rate
         )
 
-    @torch.no_grad()
     def _evaluate(self) -> Report:
-        model = self._base_model()
-        total, windows, size = 0.0, torch.from_numpy(self._batches.held_out()), self._training.batch_size
-        for first in range(0, len(windows), size):
-            piece = windows[first : first + size].to(self._device)
+        """Whatever goes wrong, the training goes on."""
+        try:
+            with self._task_code():
+                loss, tokens = self._measure(self._base_model())
+        except TaskFault as fault:
+            detail = trim_detail(f"the task's code at the held-out data raised {fault}")
+            return Failed(reason=TASK_FAILED, detail=detail, fatal=False)
+        except (RuntimeError, MemoryError) as error:
+            problem = f"the base does not fit beside the training and is not evaluated: {error}"
+        else:
+            if not np.isfinite(loss):
+                return Failed(reason=NOT_FINITE, detail=f"not finite: the base of round {self._round}", fatal=False)
+            return Evaluated(round=self._round, loss_nats=loss, tokens=tokens)
+        self._evaluated = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return Failed(reason=OUT_OF_MEMORY, detail=trim_detail(problem), fatal=False)
+
+    @torch.no_grad()
+    def _measure(self, model: nn.Module) -> tuple[float, int]:
+        """The mean loss over the held-out data, and its tokens."""
+        total, examples, size = 0.0, torch.from_numpy(self._batches.held_out()), self._micro_batches.size
+        for first in range(0, len(examples), size):
+            piece = examples[first : first + size].to(self._device)
             with self._precision():
                 total += self._task.loss(model, piece).item() * len(piece)
-        loss = total / len(windows)
-        if not np.isfinite(loss):
-            return Failed(reason=NOT_FINITE, detail=f"not finite: the base of round {self._round}", fatal=False)
-        return Evaluated(round=self._round, loss_nats_per_byte=loss, tokens=windows.numel() - len(windows))
+        return total / len(examples), self._batches.held_out_tokens
+
+    def _sample(self, command: Sample) -> Report:
+        task = self._task
+        if not isinstance(task, WritesText):
+            detail = f"a model of the task {self._kind} writes no text, so it cannot continue one"
+            return Failed(reason=NO_TEXT, detail=detail, fatal=False)
+        try:
+            with self._task_code(), self._precision():
+                text = bytes(task.sample(self._base_model(), command.prompt, command.size_bytes))
+        except TaskFault as fault:
+            detail = trim_detail(f"the task's code at a sample raised {fault}")
+            return Failed(reason=TASK_FAILED, detail=detail, fatal=False)
+        return Sampled(text=text[: command.size_bytes])
 
     def _base_model(self) -> nn.Module:
         """A second model with the base in it, so that looking at the base does not disturb the training."""
         if self._evaluated is None:
-            self._evaluated = self._task.build_model().to(self._device).requires_grad_(False)
+            self._evaluated = self._task.build_model().to(self._device).requires_grad_(False).eval()
         load_parameters(self._evaluated, self._base)
         return self._evaluated
+
+    def _task_code(self) -> AbstractContextManager[None]:
+        """Inside, what is raised is the task's fault, but for memory that is full, which is the machine's."""
+        return blame(type(self._task).__module__, is_out_of_memory)
 
     def _precision(self) -> torch.autocast:
         """bfloat16 products on a GPU, float32 on a CPU; the parameters are float32 on both."""

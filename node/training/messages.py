@@ -7,6 +7,7 @@ never between Ready and the next Begin or Merge.
 Invariant: neither side believes the other beyond this schema; a frame that breaks it ends the connection.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.layout import Layout
-from shoal.protocol.manifest import Task, Training
+from shoal.protocol.manifest import BATCH_SIZE_MAX, Task, Training
 from shoal.protocol.messages import PARTS_MAX, Peer
 from shoal.protocol.wire import DELTA_BYTES_MAX, U63, Bound, Bytes32, Choice, Schema
 
@@ -25,10 +26,14 @@ FRAME_BYTES_MAX = DELTA_BYTES_MAX
 PROMPT_BYTES_MAX = 1024
 SAMPLE_BYTES_MAX = 1024
 DETAIL_BYTES_MAX = 1024
+TASKS_ALLOWED_MAX = 64
+PERPLEXITY_LOSS_MAX = 700.0  # e to more is no float
 
 BAD_INPUT = "bad_input"
 OUT_OF_MEMORY = "out_of_memory"
 NOT_FINITE = "not_finite"
+TASK_FAILED = "task_failed"
+NO_TEXT = "no_text"
 
 NOTHING = "nothing"
 OPTIMIZER = "optimizer"
@@ -57,7 +62,9 @@ class Work:
 class Start:
     """The first frame. `text` is a file or a folder, None means the source of the running Python; 0 `threads` leaves
     their number to torch. An inner step begins `step_period_s` after the one before at the soonest. `checkpoints` is
-    the folder of the trainer's own checkpoints, written at every so many Readys; without one it has none."""
+    the folder of the trainer's own checkpoints, written at every so many Readys; without one it has none. A batch is
+    computed `micro_batch` examples at a time, 0 means all of them, and fewer where so many do not fit into memory. Of
+    the tasks that come by import path those in `allow_tasks` are run."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
@@ -66,6 +73,8 @@ class Start:
     step_period_s: Annotated[float, Bound(0, 3600)] = 0.0
     checkpoints: Annotated[str | None, Bound(1, 4096)] = None
     checkpoint_every: Annotated[int, Bound(1, 1000)] = 1
+    micro_batch: Annotated[int, Bound(0, BATCH_SIZE_MAX)] = 0
+    allow_tasks: Annotated[tuple[str, ...], Bound(0, TASKS_ALLOWED_MAX)] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +104,13 @@ class Freeze:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluate:
-    """Measure `base` on the held-out text, between two steps."""
+    """Measure `base` on the held-out data, between two steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Continue `prompt` with `base` by `size_bytes` bytes, between two steps."""
+    """Continue `prompt` with `base` by `size_bytes` bytes, between two steps. A task that writes no text answers with
+    Failed."""
 
     prompt: Annotated[bytes, Bound(0, PROMPT_BYTES_MAX)]
     size_bytes: Annotated[int, Bound(1, SAMPLE_BYTES_MAX)]
@@ -130,11 +140,14 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
+    """It waits for the first Begin. `notice` is what the person at this machine should know of its data."""
+
     device: Annotated[str, Bound(1, 128)]
     elements: U63
     train_bytes: U63
     held_out_bytes: U63
     resumed: Resumed = Resumed()
+    notice: Detail = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +165,8 @@ class Progress:
 class Ready:
     """`local` is complete and finite, and holds still until the next Begin or Merge. `steps` and `tokens` are the work
     in it since the base was last adopted; `loss_mean` is over the steps since the last Ready, in nats a token.
-    `batches_done` is its position in its data, `problem` why no checkpoint of it was written, where one should be."""
+    `batches_done` is its position in its data, `problem` why no checkpoint of it was written, where one should be. With
+    `trains_on` it goes on training meanwhile, until Paused or the next Begin or Merge."""
 
     round: U63
     steps: U63
@@ -160,15 +174,29 @@ class Ready:
     loss_mean: float
     batches_done: U63
     problem: Detail = ""
+    trains_on: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused:
+    """As far ahead of what it handed over as it may be: it waits for the next Begin or Merge."""
+
+    round: U63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """The held-out loss of `base`. `round` is the one that was last begun, so the base is that of the round before."""
+    """The mean loss of `base` over the `tokens` held-out tokens, in nats a token: of byte_gpt that is a byte, of digits
+    an image. `round` is the one that was last begun, so the base is that of the round before."""
 
     round: U63
-    loss_nats_per_byte: float
+    loss_nats: float
     tokens: U63
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite where that is no float."""
+        return math.exp(self.loss_nats) if self.loss_nats < PERPLEXITY_LOSS_MAX else math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,9 +206,11 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """With `fatal` the trainer exits after this; without, it went back to `base` and trains on."""
+    """With `fatal` the trainer exits after this. Without, it trains on: after NOT_FINITE from `base`, after
+    OUT_OF_MEMORY from where it was, with fewer examples at a time or without having looked at the base, after
+    TASK_FAILED with the next batch, and after NO_TEXT nothing has changed."""
 
-    reason: Annotated[str, Choice((BAD_INPUT, OUT_OF_MEMORY, NOT_FINITE))]
+    reason: Annotated[str, Choice((BAD_INPUT, OUT_OF_MEMORY, NOT_FINITE, TASK_FAILED, NO_TEXT))]
     detail: Detail
     fatal: bool
 
@@ -202,7 +232,7 @@ class Undescribed:
 
 
 Command = Start | Begin | Merge | Freeze | Evaluate | Sample | Stop
-Report = Started | Progress | Ready | Evaluated | Sampled | Failed
+Report = Started | Progress | Ready | Paused | Evaluated | Sampled | Failed
 
 SCHEMA = Schema(
     {
@@ -219,6 +249,7 @@ SCHEMA = Schema(
         23: Evaluated,
         24: Sampled,
         25: Failed,
+        26: Paused,
         30: Described,
         31: Undescribed,
     }

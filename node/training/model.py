@@ -11,13 +11,12 @@ architecture here changes or gives up that mapping.
 Shapes: B sequences, T positions, C width, N heads, D = C / N head width.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.node.training.gpt_config import MLP_RATIO, ROTARY_PERIOD, VOCABULARY, GptConfig
+from shoal.node.training.parameters import Shape, list_specs, start_uniform
 from shoal.protocol.layout import UNIFORM, ZEROS, TensorSpec
 
 
@@ -106,14 +105,12 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 def tensor_specs(config: GptConfig) -> tuple[TensorSpec, ...]:
     """The model's parameters in the order of `named_parameters`, and how each starts. Allocates no parameter."""
-    with torch.device("meta"):
-        model = Gpt(config)
-    return tuple(_tensor_spec(name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+    return list_specs(lambda: Gpt(config), _start)
 
 
-def _tensor_spec(name: str, shape: tuple[int, ...]) -> TensorSpec:
+def _start(name: str, shape: Shape) -> TensorSpec:
     if name == "head.weight" or name.endswith("_out.weight"):
         return TensorSpec(name=name, shape=shape, init=ZEROS)
-    # An embedding row is normed at once, so only its direction counts; the others keep the variance of their input.
-    std = 1.0 if name == "embedding.weight" else math.sqrt(1.0 / shape[1])
-    return TensorSpec(name=name, shape=shape, init=UNIFORM, std=std)
+    if name == "embedding.weight":  # its rows are normed at once, so that only their direction counts
+        return TensorSpec(name=name, shape=shape, init=UNIFORM, std=1.0)
+    return start_uniform(name, shape)

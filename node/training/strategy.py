@@ -1,10 +1,14 @@
 """How a peer trains between two rounds, and what it does with a new base: the interface and the table of strategies.
 
-"diloco" (Douillard et al., arXiv 2311.08105, algorithm 1): AdamW inside, its state kept across rounds; when a base
-comes, the parts that include this peer's contribution adopt it, and the parts that left this peer out keep their local
-parameters, so that their work goes into the next pseudo-gradient, anchored at the new base.
+"diloco" (Douillard et al., arXiv 2311.08105, algorithm 1): an inner optimizer whose state is kept across rounds; when a
+base comes, the parts that include this peer's contribution adopt it, and the parts that left this peer out keep their
+local parameters, so that their work goes into the next pseudo-gradient, anchored at the new base.
 
-Invariant: a step whose loss or gradient is not finite changes no parameter and no optimizer state.
+"overlapped" (Douillard et al., arXiv 2501.18512, section 2.3, with the whole model as its one fragment): as "diloco",
+but it trains on while its contribution is exchanged, and what it has by then is mixed with the base that comes.
+
+Invariants: a step whose loss or gradient is not finite changes no parameter and no optimizer state; no step, taken or
+refused, leaves anything of its gradient for the next one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,23 +18,35 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from shoal.node.training.messages import FloatVector
+from shoal.node.training.optimizers import INNER_OPTIMIZERS
+from shoal.node.training.schedules import learning_rate
 from shoal.protocol.layout import Layout
-from shoal.protocol.manifest import Training
+from shoal.protocol.manifest import DILOCO, OVERLAPPED, Training
 from shoal.protocol.quorum import has_member
-
-# Adam's moments for language models at small batches; the published DiLoCo runs use the same.
-ADAM_BETAS = (0.9, 0.95)
-ADAM_EPSILON = 1e-8
 
 
 class Strategy(Protocol):
     """Owns the model's parameters and the inner optimizer. `base` and `local` are float32[D] in the layout's order."""
 
-    def step(self, loss: Tensor) -> bool:
-        """One inner step down the gradient of `loss`; False, and nothing changed, where either is not finite."""
+    @property
+    def overlap_steps(self) -> int:
+        """How many steps it trains on after it has handed its parameters over, before the new base is there."""
+        ...
+
+    def gather(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, a scalar, to what the next step goes down. After an error some of it may be
+        there, until `drop`."""
+        ...
+
+    def drop(self) -> None:
+        """Forget what was gathered."""
+        ...
+
+    def step(self, loss: Tensor, round: int) -> bool:
+        """One inner step in the training for `round`, down what was gathered. `loss` is the sum of what that is the
+        gradient of; False, and nothing changed, where either is not finite."""
         ...
 
     def adopt(self, base: FloatVector) -> None:
@@ -64,15 +80,27 @@ class DiLoCo:
         self._training = training
         self._parameters = list(model.parameters())
         assert [tuple(parameter.shape) for parameter in self._parameters] == [spec.shape for spec in layout.tensors]
-        self._optimizer = AdamW(self._parameters, training)
+        self._steps = torch.zeros((), dtype=torch.int64)
+        named = tuple(zip(layout.tensors, self._parameters, strict=True))
+        self._optimizer = INNER_OPTIMIZERS[training.inner_optimizer](named, training)
 
-    def step(self, loss: Tensor) -> bool:
+    @property
+    def overlap_steps(self) -> int:
+        return 0
+
+    def gather(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
+
+    def drop(self) -> None:
+        self._model.zero_grad(set_to_none=False)
+
+    def step(self, loss: Tensor, round: int) -> bool:
         norm = nn.utils.clip_grad_norm_(self._parameters, self._training.gradient_clip)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
         if finite:
-            self._optimizer.step()
-        self._model.zero_grad(set_to_none=False)
+            self._steps += 1
+            self._optimizer.step(learning_rate(self._training, int(self._steps), round))
+        self.drop()
         return finite
 
     def adopt(self, base: FloatVector) -> None:
@@ -84,7 +112,8 @@ class DiLoCo:
 
     def restart(self, base: FloatVector) -> None:
         self.adopt(base)
-        self._optimizer = AdamW(self._parameters, self._training)
+        for one in self.optimizer_tensors().values():
+            one.zero_()
 
     @torch.no_grad()
     def export(self, local: FloatVector) -> bool:
@@ -101,81 +130,42 @@ class DiLoCo:
         return {f"model.{name}": parameter.data for name, parameter in self._model.named_parameters()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        return self._optimizer.tensors()
+        return {"optimizer.steps": self._steps} | self._optimizer.tensors()
 
 
-class AdamW:
-    """AdamW (arXiv 1711.05101) by torch's own kernel. Gains and biases, where a model has them, are not decayed.
+class Overlapped(DiLoCo):
+    """theta = alpha * theta + (1 - alpha) * base for the parts that include this peer; alpha: `training.mixing`."""
 
-    torch.optim.AdamW is the same arithmetic, but imports torch's compiler: over a second and 70 MB more a trainer."""
+    @property
+    def overlap_steps(self) -> int:
+        return self._training.overlap_steps
 
-    def __init__(self, parameters: list[nn.Parameter], training: Training) -> None:
-        self._training = training
-        self._steps = torch.zeros((), dtype=torch.int64)
-        decayed = [parameter for parameter in parameters if parameter.dim() >= 2]
-        rest = [parameter for parameter in parameters if parameter.dim() < 2]
-        groups = ((decayed, training.weight_decay), (rest, 0.0))
-        self._groups = tuple((_Moments(members), decay) for members, decay in groups if members)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Apply the gradients that the parameters hold."""
-        self._steps += 1
-        warmup = min(1.0, int(self._steps) / max(1, self._training.warmup_steps))
-        for moments, decay in self._groups:
-            adamw(
-                moments.parameters,
-                moments.gradients,
-                moments.first,
-                moments.second,
-                [],
-                moments.steps,
-                fused=True,
-                amsgrad=False,
-                maximize=False,
-                beta1=ADAM_BETAS[0],
-                beta2=ADAM_BETAS[1],
-                lr=self._training.learning_rate * warmup,
-                weight_decay=decay,
-                eps=ADAM_EPSILON,
-            )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The live state: whoever copies into these tensors puts the optimizer where another one was."""
-        found = {"optimizer.steps": self._steps}
-        for number, (moments, _) in enumerate(self._groups):
-            for name, members in (("first", moments.first), ("second", moments.second), ("steps", moments.steps)):
-                found |= {f"optimizer.{number}.{name}.{at}": one for at, one in enumerate(members)}
-        return found
+    def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
+        for first, last in included_ranges(included, part_elements, base.size):
+            load_parameters(self._model, base, first, last, kept=self._training.mixing)
 
 
-class _Moments:
-    """Some parameters, their gradients and moments, and how many gradients each has seen. The gradients are allocated
-    here and never replaced, so that a parameter which took no part in a batch has one, too."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters: list[Tensor] = [*parameters]
-        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        for parameter, gradient in zip(parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        self.first = [torch.zeros_like(parameter) for parameter in parameters]
-        self.second = [torch.zeros_like(parameter) for parameter in parameters]
-        self.steps = [torch.zeros((), dtype=torch.float32, device=parameter.device) for parameter in parameters]
-
-
-STRATEGIES: Mapping[str, Callable[[nn.Module, Layout, Training], Strategy]] = MappingProxyType({"diloco": DiLoCo})
+STRATEGIES: Mapping[str, Callable[[nn.Module, Layout, Training], Strategy]] = MappingProxyType(
+    {DILOCO: DiLoCo, OVERLAPPED: Overlapped}
+)
 
 
 @torch.no_grad()
-def load_parameters(model: nn.Module, base: FloatVector, first: int = 0, last: int | None = None) -> None:
-    """Copy base[first:last] to where these elements stand in the model."""
+def load_parameters(
+    model: nn.Module, base: FloatVector, first: int = 0, last: int | None = None, kept: float = 0.0
+) -> None:
+    """Copy base[first:last] to where these elements stand in the model, or mix it with what stands there, of which the
+    share `kept` stays."""
     source = torch.from_numpy(base)
     end = base.size if last is None else last
     offset = 0
     for parameter in model.parameters():
         low, high = max(first, offset), min(end, offset + parameter.numel())
         if low < high:
-            parameter.view(-1)[low - offset : high - offset].copy_(source[low:high])
+            target = parameter.view(-1)[low - offset : high - offset]
+            # lerp(a, b, 1) is not b to the bit.
+            mixed = torch.lerp(source[low:high].to(target.device), target, kept) if kept else source[low:high]
+            target.copy_(mixed)
         offset += parameter.numel()
 
 

@@ -1,35 +1,39 @@
-"""What can be trained: the interface of a task and the table of those built in.
+"""What can be trained: the interface of a task, the table of those built in, and the way to the user's own.
 
 A task is chosen by the manifest (`kind` and `options`); it owns the model, its layout, the data and the loss, and knows
-nothing of peers and rounds. `python -m shoal.node.training.tasks KIND OPTIONS` writes the layout of a task to standard
-output, for a daemon that has no torch in its process.
+nothing of peers and rounds. `python -m shoal.node.training.tasks KIND OPTIONS [PATH…]` writes the layout of a task to
+standard output, for a daemon that has no torch in its process; the PATHs are those of tasks that may be run.
 
-Invariant: options are validated once, here, with errors that name the field.
+Invariants: options are validated once, here, with errors that name the field; a task that is not built in comes from
+`load_class` alone, which asks whether it is allowed.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shoal.node.training.custom_task import CUSTOM, load_class, take_path
 from shoal.node.training.data import ByteWindows, read_corpus
+from shoal.node.training.digits import DIGITS, Digits
 from shoal.node.training.gpt_config import KIND, SAMPLE_TEMPERATURE, VOCABULARY, parse_options, read_gpt_config
 from shoal.node.training.messages import Described, Undescribed, Work, encode_frame, trim_detail
 from shoal.node.training.model import Gpt, tensor_specs
-from shoal.protocol.errors import ManifestError
+from shoal.node.training.task_faults import TaskFault, blame
+from shoal.protocol.errors import InputError, ManifestError
 from shoal.protocol.layout import Layout, make_layout
 from shoal.protocol.manifest import Task as TaskChoice
 
 
 class Batches(Protocol):
-    """A peer's data: int64 batches as a function of their index alone."""
+    """A peer's data: batches as a function of their index alone. A token is what the loss is a mean over and what a
+    peer's weight counts: a byte of text, an image. The sizes in bytes are for people to read."""
 
     @property
     def train_bytes(self) -> int: ...
@@ -40,9 +44,21 @@ class Batches(Protocol):
     @property
     def tokens_per_batch(self) -> int: ...
 
-    def batch(self, index: int) -> NDArray[np.int64]: ...
+    @property
+    def held_out_tokens(self) -> int:
+        """How many tokens `held_out` has the loss of."""
+        ...
 
-    def held_out(self) -> NDArray[np.int64]:
+    @property
+    def notice(self) -> str:
+        """What the person at this machine should know of the data; mostly nothing."""
+        ...
+
+    def batch(self, index: int) -> NDArray[Any]:
+        """One array, of a dtype that torch knows; the first dimension counts examples."""
+        ...
+
+    def held_out(self) -> NDArray[Any]:
         """What to evaluate on; its first dimension may be cut into pieces of any size."""
         ...
 
@@ -57,12 +73,17 @@ class Task(Protocol):
     def build_model(self) -> nn.Module: ...
 
     def open_data(self, text: Path | None, work: Work) -> Batches:
-        """Raises ConfigError where the text cannot be used."""
+        """`text` is `trainer.text` of this machine. Raises InputError where there are no data that can be used."""
         ...
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         """The mean loss of a batch in nats a token, a float32 scalar."""
         ...
+
+
+@runtime_checkable
+class WritesText(Protocol):
+    """A task whose model continues a text."""
 
     def sample(self, model: nn.Module, prompt: bytes, size_bytes: int) -> bytes:
         """`size_bytes` bytes that continue the prompt; the same bytes for the same parameters on the same device."""
@@ -110,30 +131,43 @@ class ByteGpt:
         return bytes(text[first:])
 
 
-TASKS: Mapping[str, Callable[[Mapping[str, Any]], Task]] = MappingProxyType({KIND: ByteGpt})
+TASKS: Mapping[str, Callable[[Mapping[str, Any]], Task]] = MappingProxyType({KIND: ByteGpt, DIGITS: Digits})
 
 
-def make_task(choice: TaskChoice) -> Task:
-    """The task that a manifest chose; raises ManifestError naming the field."""
+def make_task(choice: TaskChoice, allowed: Sequence[str] = ()) -> Task:
+    """The task that a manifest chose; one by import path must be `allowed`. Raises ManifestError or ConfigError naming
+    the field, and TaskFault where the code of such a task raises."""
+    options = parse_options(choice.options)
+    if choice.kind == CUSTOM:
+        path, options = take_path(options)
+        found = load_class(path, allowed)
+        with blame(found.__module__):
+            task: Task = found(options)
+            return task
     if choice.kind not in TASKS:
-        raise ManifestError("task.kind", f"{choice.kind!r} is no known task", f"use one of: {', '.join(TASKS)}")
-    return TASKS[choice.kind](parse_options(choice.options))
+        fix = f"use one of: {', '.join((*TASKS, CUSTOM))}"
+        raise ManifestError("task.kind", f"{choice.kind!r} is no known task", fix)
+    return TASKS[choice.kind](options)
 
 
-def describe(choice: TaskChoice) -> Layout:
-    """The layout that `shoal swarm create` puts into the manifest; raises ManifestError naming the field."""
-    return make_task(choice).layout()
+def describe(choice: TaskChoice, allowed: Sequence[str] = ()) -> Layout:
+    """The layout that `shoal swarm create` puts into the manifest; raises as `make_task` does."""
+    task = make_task(choice, allowed)
+    with blame(type(task).__module__):
+        return task.layout()
 
 
 def main(arguments: list[str]) -> None:
     """Write a Described or an Undescribed frame to standard output."""
-    kind, options = arguments
+    kind, options, *allowed = arguments
     answer: Described | Undescribed
     try:
-        answer = Described(layout=describe(TaskChoice(kind=kind, options=options)))
-    except ManifestError as error:
+        answer = Described(layout=describe(TaskChoice(kind=kind, options=options), allowed))
+    except InputError as error:
         field, problem, fix = (trim_detail(text) for text in (error.field, error.problem, error.fix))
         answer = Undescribed(field=field, problem=problem, fix=fix)
+    except TaskFault as fault:
+        answer = Undescribed(field="task", problem=trim_detail(f"its code raised {fault}"), fix="mend that code")
     sys.stdout.buffer.write(encode_frame(answer))
 
 

@@ -24,6 +24,7 @@ from shoal.node.training.loop import InnerLoop
 from shoal.node.training.messages import (
     BAD_INPUT,
     OUT_OF_MEMORY,
+    TASK_FAILED,
     Command,
     Failed,
     FrameReader,
@@ -33,6 +34,8 @@ from shoal.node.training.messages import (
     encode_frame,
     trim_detail,
 )
+from shoal.node.training.micro_batches import is_out_of_memory, tell_next_step
+from shoal.node.training.task_faults import TaskFault
 from shoal.protocol.errors import InputError
 
 RECEIVE_BYTES = 1 << 16
@@ -87,6 +90,10 @@ def serve(channel: Channel, memory: np.ndarray[tuple[int, int], np.dtype[np.floa
     except InputError as error:
         channel.send([Failed(reason=BAD_INPUT, detail=trim_detail(str(error)), fatal=True)])
         return
+    except TaskFault as fault:
+        detail = trim_detail(f"the task's code raised {fault}")
+        channel.send([Failed(reason=TASK_FAILED, detail=detail, fatal=True)])
+        return
     channel.send([loop.started()])
     step_due_s = 0.0
     while True:
@@ -129,8 +136,12 @@ def main(arguments: list[str]) -> None:
     os.close(descriptor)
     try:
         serve(Channel(connection), np.frombuffer(shared, dtype=np.float32).reshape(2, -1))
-    except torch.cuda.OutOfMemoryError as error:
-        Channel(connection).send([Failed(reason=OUT_OF_MEMORY, detail=trim_detail(str(error)), fatal=True)])
+    except (RuntimeError, MemoryError) as error:
+        # Not by the size of a batch, which the loop sees to: the parameters, the optimizer's state or a sample.
+        if not is_out_of_memory(error):
+            raise
+        detail = trim_detail(f"the model does not fit into memory: {tell_next_step(error)} ({error})")
+        Channel(connection).send([Failed(reason=OUT_OF_MEMORY, detail=detail, fatal=True)])
     # Taking torch down in good order takes a second on a busy machine, and there is nothing to save.
     os._exit(0)
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from shoal.node.cli import set_up_log
 from shoal.node.config import BOOTSTRAP, load_config
 from shoal.node.daemon import Daemon
 from shoal.node.identity_file import hold_identity, load_or_create_identity, next_incarnation
+from shoal.node.process import set_up_log
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.errors import Refusal
 from shoal.protocol.identity import PeerId, format_peer_id
@@ -119,7 +119,7 @@ class _Process:
 
     def change(self, daemon: Daemon) -> None:
         """The daemon is ready: put in place what the options ask for."""
-        honest_serve, honest_run = daemon.exchange.serve, daemon.catch_up.run
+        honest_serve, honest_run = daemon.exchange.serve, daemon.rejoin.catch_up.run
 
         async def serve(peer: PeerId, digest: bytes) -> memoryview | Refusal | None:
             if 0 <= self._options.stalls_after <= self._served:
@@ -134,14 +134,14 @@ class _Process:
             return spoil(found, self._served * 7919) if self._options.lies else found
 
         async def run(peer: PeerId, target: int) -> None:
-            if daemon.catch_up.active:
+            if daemon.rejoin.catch_up.active:
                 return
-            while len(daemon.catch_up.donors.of_round(target)) < self._options.donors:
+            while len(daemon.rejoin.catch_up.donors.of_round(target)) < self._options.donors:
                 await asyncio.sleep(LOOK_S)
-            if daemon.catch_up.active or daemon.core.head.round >= target:
+            if daemon.rejoin.catch_up.active or daemon.core.head.round >= target:
                 return
             cpu_s = time.process_time()
-            began_s, first, before = time.monotonic(), daemon.core.head.round, daemon.catch_up.fetched_bytes
+            began_s, first, before = time.monotonic(), daemon.core.head.round, daemon.rejoin.catch_up.fetched_bytes
             self.tell("began", head=first, target=target)
             watching = asyncio.create_task(self._watch_bytes())
             await honest_run(peer, target)
@@ -153,13 +153,13 @@ class _Process:
                 seconds=time.monotonic() - began_s,
                 fetch_s=self._came_s - began_s,
                 cpu_s=time.process_time() - cpu_s,
-                nbytes=daemon.catch_up.fetched_bytes - before,
+                nbytes=daemon.rejoin.catch_up.fetched_bytes - before,
                 root=daemon.core.head.state_root.hex(),
-                snapshots=daemon.catch_up.snapshots_taken,
+                snapshots=daemon.rejoin.catch_up.snapshots_taken,
             )
 
         daemon.exchange.serve = serve  # type: ignore[method-assign]
-        daemon.catch_up.run = run  # type: ignore[method-assign]
+        daemon.rejoin.catch_up.run = run  # type: ignore[method-assign]
         self.tell("ready", head=daemon.core.head.round)
 
 

@@ -52,6 +52,12 @@ snapshot_every = 4
 """
 
 
+def replace_task(text: str) -> str:
+    """DRAFT with this text as its task table."""
+    head, _, rest = DRAFT.partition("[task]\n")
+    return f"{head}[task]\n{text}\n\n[training]\n{rest.partition('[training]' + chr(10))[2]}"
+
+
 def vary_draft(**values: float) -> str:
     """DRAFT with these values; each key must stand in it."""
     text = DRAFT
@@ -157,7 +163,14 @@ class Peer:
 class Swarm:
     """Everything that one test started; `end` leaves no process behind."""
 
-    def __init__(self, folder: Path, founders: int, network: ShapedNetwork | None = None, draft: str = DRAFT) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        founders: int,
+        network: ShapedNetwork | None = None,
+        draft: str = DRAFT,
+        create_options: tuple[str, ...] = (),
+    ) -> None:
         self.folder = folder
         self.network = network
         self.ports: set[int] = set()
@@ -178,6 +191,7 @@ class Swarm:
             "--data-dir",
             str(folder / "peer1"),
             *more,
+            *create_options,
         )
         assert made.returncode == 0, made.stderr
 

@@ -34,6 +34,17 @@ def test_bad_draft_names_field_and_line(tmp_path: Path) -> None:
     assert done.returncode == 1 and "rounds.codec (line 5)" in done.stderr and "int8" in done.stderr
 
 
+def test_code_is_run_for_a_manifest_only_where_it_is_allowed(tmp_path: Path) -> None:
+    draft = tmp_path / "draft.toml"
+    draft.write_text('name = "x"\n[task]\nkind = "custom"\npath = "json.decoder:JSONDecoder"\n')
+    create = ("swarm", "create", str(draft), "--data-dir", str(tmp_path))
+    done = run(*create)
+    assert done.returncode == 1 and "trainer.allow_tasks" in done.stderr
+    assert "--allow-task json.decoder:JSONDecoder" in done.stderr
+    done = run(*create, "--allow-task", "json.decoder:JSONDecoder")
+    assert done.returncode == 1 and "task.path" in done.stderr and "has no layout" in done.stderr
+
+
 def test_damaged_manifest_is_refused(tmp_path: Path) -> None:
     swarm = Swarm(tmp_path, founders=1)
     raw = bytearray(swarm.manifest.read_bytes())

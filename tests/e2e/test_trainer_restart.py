@@ -14,7 +14,7 @@ from shoal.node.ledger_store import LedgerStore
 from shoal.protocol.identity import parse_peer_id
 from shoal.protocol.messages import Certificate
 from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted
-from tests.e2e.swarm import Peer, Swarm, run
+from tests.e2e.swarm import DRAFT, Peer, Swarm, run
 
 TOKENS_PER_BATCH = 2 * 32  # of the draft
 LOST = re.compile(
@@ -22,9 +22,12 @@ LOST = re.compile(
 )
 
 
+OVERLAPPED = '[training]\nstrategy = "overlapped"\noverlap_steps = 100\n'
+
+
 @pytest.fixture
-def swarm(tmp_path: Path) -> Iterator[Swarm]:
-    made = Swarm(tmp_path, founders=2)
+def swarm(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Swarm]:
+    made = Swarm(tmp_path, founders=2, draft=getattr(request, "param", DRAFT))
     yield made
     made.end()
 
@@ -67,6 +70,9 @@ def certified_batches(peer: Peer) -> tuple[int, int]:
     return tokens // TOKENS_PER_BATCH, record.settled.batches_done
 
 
+@pytest.mark.parametrize(
+    "swarm", [DRAFT, DRAFT.replace("[training]\n", OVERLAPPED)], ids=["diloco", "overlapped"], indirect=True
+)
 def test_no_batch_is_trained_twice_or_skipped_silently(swarm: Swarm) -> None:
     first = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest))
     swarm.wait("the first peer answers", lambda: first.status() is not None)

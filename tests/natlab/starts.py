@@ -10,6 +10,7 @@ and the swarm's URI. Times are from the start of its process.
 import argparse
 import json
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -197,6 +198,7 @@ def main() -> int:
     if missing is not None:
         print(f"skipped: {missing}", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the daemons end with this process
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for number in range(arguments.tries):
         for way in arguments.only:

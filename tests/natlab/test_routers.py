@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from tests.natlab import namespace, probes
 from tests.natlab.lab import Host, Lab
 from tests.natlab.rules import Nat
-from tests.natlab.wire import Impairment
+from tests.natlab.wire import SEGMENT_BYTES, Impairment
 
 NATTED = (Nat.FULL_CONE, Nat.PORT_RESTRICTED, Nat.SYMMETRIC)
 CONES = (Nat.FULL_CONE, Nat.PORT_RESTRICTED)
@@ -159,6 +160,34 @@ def test_a_wire_delays_loses_and_is_cut(lab: Lab) -> None:
         sender.sendto(b"x", (far.address, 2))
         with pytest.raises(TimeoutError):
             inbox.recv(8)
+
+
+@pytest.mark.parametrize("segmented", [True, False])
+def test_a_wire_carries_a_stream_whole_in_frames_of_a_cable_or_many_at_once(lab: Lab, segmented: bool) -> None:
+    near, far = lab.add_host("near", Impairment(delay_s=0.001, segmented=segmented)), lab.add_host("far")
+    assert near.wire is not None
+    payload = os.urandom(8 << 20)
+    with (
+        probes.open_socket(far, socket.SOCK_STREAM, 1) as listener,
+        probes.open_socket(near, socket.SOCK_STREAM, 2) as sender,
+    ):
+        listener.listen()
+        sender.connect((far.address, 1))
+        with listener.accept()[0] as receiver:
+            sending = threading.Thread(target=sender.sendall, args=(payload,))
+            sending.start()
+            got = _read(receiver, len(payload))
+            sending.join()
+    assert got == payload
+    frames_of_a_cable = len(payload) // SEGMENT_BYTES
+    assert near.wire.carried >= frames_of_a_cable if segmented else near.wire.carried < frames_of_a_cable / 2
+
+
+def _read(receiver: socket.socket, nbytes: int) -> bytes:
+    got = bytearray()
+    while len(got) < nbytes and (piece := receiver.recv(1 << 20)):
+        got += piece
+    return bytes(got)
 
 
 def test_the_machines_own_network_is_left_alone() -> None:

@@ -16,20 +16,29 @@ from dataclasses import dataclass
 
 from tests.natlab.namespace import Namespace
 
-SET_INTERFACE = 0x400454CA  # TUNSETIFF
-TAP_WITHOUT_HEADER = 0x0002 | 0x1000
-FRAME_BYTES_MAX = 1 << 16
+# From linux/if_tun.h: TUNSETIFF, TUNSETOFFLOAD; IFF_TAP, IFF_NO_PI, IFF_VNET_HDR; checksums, TCP over IPv4 and IPv6.
+SET_INTERFACE, SET_OFFLOAD = 0x400454CA, 0x400454D0
+TAP_WITHOUT_HEADER, WITH_SEGMENT_HEADER = 0x0002 | 0x1000, 0x4000
+OFFLOADS = 1 | 2 | 4
+FRAME_BYTES_MAX = 1 << 17
+SEGMENT_BYTES = 1514  # the longest frame of a plain network
+HEADERS_BYTES = 66  # Ethernet, IPv4, TCP with timestamps
 QUEUE_S_MAX = 0.5  # what would wait longer for the line is dropped, as in a router
 WAIT_S_MAX = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Impairment:
-    """One way; both ways are alike. `loss` is a share of the frames; no `bytes_per_s` means no limit."""
+    """One way; both ways are alike. `loss` is a share of the frames; no `bytes_per_s` means no limit.
+
+    `segmented`: frames as long as those of a real cable. Without it the kernel hands over some dozens of them at once,
+    as it does to a fast network card, so that this program can carry a Gbit/s; a loss would be of all of them.
+    """
 
     delay_s: float = 0.0
     loss: float = 0.0
     bytes_per_s: float = float("inf")
+    segmented: bool = True
 
 
 class Wire:
@@ -41,7 +50,12 @@ class Wire:
         self.carried = 0
         self.lost = 0
         self._entropy = random.Random(5)
-        self._ends = [near.call(lambda: _open_tap(near_link)), far.call(lambda: _open_tap(far_link))]
+        assert impairment.segmented or not impairment.loss, "what is lost is one frame"
+        segmented = impairment.segmented
+        self._ends = [
+            near.call(lambda: _open_tap(near_link, segmented)),
+            far.call(lambda: _open_tap(far_link, segmented)),
+        ]
         self._wake, self._woken = os.pipe()
         self._thread = threading.Thread(target=self._carry, daemon=True)
         self._thread.start()
@@ -64,7 +78,7 @@ class Wire:
             now_s = time.monotonic()
             for end in readable:
                 frame = os.read(end, FRAME_BYTES_MAX)
-                leaves_s = max(free_s[end], now_s) + len(frame) / self.impairment.bytes_per_s
+                leaves_s = max(free_s[end], now_s) + _count_bytes(frame) / self.impairment.bytes_per_s
                 late = leaves_s - now_s > QUEUE_S_MAX
                 if self.is_cut or late or self._entropy.random() < self.impairment.loss:
                     self.lost += 1
@@ -85,7 +99,15 @@ class Wire:
             self.lost += 1
 
 
-def _open_tap(link: str) -> int:
+def _count_bytes(frame: bytes) -> int:
+    """What a line carries of it: one frame, or the several that it is cut into, each with headers of its own."""
+    return len(frame) + (len(frame) - 1) // SEGMENT_BYTES * HEADERS_BYTES
+
+
+def _open_tap(link: str, segmented: bool) -> int:
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    fcntl.ioctl(descriptor, SET_INTERFACE, struct.pack("16sH22x", link.encode(), TAP_WITHOUT_HEADER))
+    flags = TAP_WITHOUT_HEADER if segmented else TAP_WITHOUT_HEADER | WITH_SEGMENT_HEADER
+    fcntl.ioctl(descriptor, SET_INTERFACE, struct.pack("16sH22x", link.encode(), flags))
+    if not segmented:
+        fcntl.ioctl(descriptor, SET_OFFLOAD, OFFLOADS)
     return descriptor

@@ -481,7 +481,9 @@ PARSERS: tuple[Parser, ...] = (
     Parser(
         name="noise_payload",
         take=lambda raw: _verify_payload_untrusted(raw, b"k" * 32),
-        samples=lambda: [_encode_payload(ANNA.peer, ANNA.sign("x", b"y" * 32, b"z"))],
+        samples=lambda: [
+            _encode_payload(ANNA.peer, ANNA.sign("x", b"y" * 32, b"z"), prefers) for prefers in (False, True)
+        ],
         covers=(
             "protocol.secure_channel._verify_payload_untrusted",
             "protocol.secure_channel._decode_payload_untrusted",

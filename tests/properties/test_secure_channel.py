@@ -63,7 +63,10 @@ def test_prefix_raises_only_protocol_error(prefix: bytes) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=2000)), max_size=6), st.integers(1, 3))
 def test_records_come_out_as_they_went_in(records: list[tuple[int, bytes]], rekey_records: int) -> None:
-    sealer, opener = RecordSealer(bytes(32), rekey_records), RecordOpener(bytes(32), rekey_records)
+    sealer, opener = (
+        RecordSealer(bytes(32), rekey_records=rekey_records),
+        RecordOpener(bytes(32), rekey_records=rekey_records),
+    )
     for kind, plain in records:
         record = bytearray(len(plain) + RECORD_OVERHEAD_BYTES)
         sealer.seal_into(kind, plain, memoryview(record))

@@ -330,7 +330,7 @@ class Checker:
                     vectors.append(vector)
             weights = [result.members[index].weight for index in indices]
             if len(vectors) == len(indices):
-                expected = oracle.aggregate(self.manifest.rounds.codec, vectors, weights, end - first)
+                expected = oracle.aggregate(self.manifest.rounds.codec_out, vectors, weights, end - first)
                 if peer.disk.blobs[one.digest] == expected:
                     return
         raise broken("result = aggregate of the bitmap's members", f"round {number}, part {part}")

@@ -92,7 +92,7 @@ class Liar(SimPeer):
         if Lie.GARBAGE_RESULT in self.lies:
             raw = _NAN + raw[4:]
         elif Lie.WRONG_RESULT in self.lies:
-            codec = self.manifest.rounds.codec
+            codec = self.manifest.rounds.codec_out
             raw = oracle.encode(codec, oracle.decode(codec, raw, end - first) * np.float32(-3))
         if (false := blake3(raw).digest()) != digest:
             self.world.checker.lies.add(false)

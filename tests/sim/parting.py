@@ -57,7 +57,7 @@ def sign_reroot(peer: "SimPeer", owner: Identity, voters: tuple[PeerId, ...]) ->
     head = restore(peer)[-1]
     if head.round + 1 in peer.disk.certificates:
         return
-    result = make_voters_result(head, peer.manifest.rounds.codec, voters)
+    result = make_voters_result(head, peer.manifest.rounds.codec_out, voters)
     vote = Vote(voter=owner.peer, round=result.round, attempt=REROOT_ATTEMPT, result_digest=digest_record(result))
     signed = sign_message(owner, peer.swarm, vote)
     peer.disk.certificates[result.round] = Certificate(result=result, attempt=REROOT_ATTEMPT, votes=(signed,))

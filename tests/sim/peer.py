@@ -376,7 +376,7 @@ class SimPeer(SimMachine):
         self.stream(other, f"part {effect.part}", len(raw), self._while(effect.round), other.take_part, *args)
 
     def _part_bytes(self, frozen: Frozen, part: int) -> bytes:
-        return frozen.encoded[part]
+        return bytes(frozen.encoded[part])
 
     def take_part(self, source: "SimPeer", effect: SendPart, raw: bytes, tries: int) -> None:
         sender, number, part, digest = source.identity.peer, effect.round, effect.part, effect.digest
@@ -388,7 +388,7 @@ class SimPeer(SimMachine):
                 self.transmit(source, 64, f"refused {part}", source.later, *again)
             return
         try:
-            self._check_bytes(part, raw, digest)
+            self._check_bytes(self.manifest.rounds.codec, part, raw, digest)
         except ProtocolError as error:
             self.world.checker.accused(self, sender, effect, error)
             return
@@ -396,15 +396,14 @@ class SimPeer(SimMachine):
         self.core.part_received(sender, number, part, digest, self.clock())
         self._drain()
 
-    def _check_bytes(self, part: int, raw: bytes, digest: bytes) -> None:
+    def _check_bytes(self, codec: str, part: int, raw: bytes, digest: bytes) -> None:
         """Raises ProtocolError unless these are the bytes of the digest and decode."""
         first, end = self.manifest.part_range(part)
-        codec = CODECS[self.manifest.rounds.codec]
-        if len(raw) != codec.encoded_bytes(end - first):
+        if len(raw) != CODECS[codec].encoded_bytes(end - first):
             raise ProtocolError(Refusal.WRONG_LENGTH, f"part {part} has {len(raw)} bytes")
         if blake3(raw).digest() != digest:
             raise ProtocolError(Refusal.WRONG_DIGEST, f"part {part} is not what its header says")
-        _check_decodes(self.manifest.rounds.codec, raw, end - first)
+        _check_decodes(codec, raw, end - first)
 
     def _reduce(self, effect: Reduce) -> None:
         if effect.round != self.core.round:
@@ -413,7 +412,7 @@ class SimPeer(SimMachine):
         for entry, digest in zip(effect.members, effect.digests, strict=True):
             if entry.signed.peer == self.identity.peer:
                 assert self.frozen is not None
-                encoded.append(self.frozen.encoded[effect.part])
+                encoded.append(bytes(self.frozen.encoded[effect.part]))
             else:
                 encoded.append(self.inbox[entry.signed.peer, effect.part, digest])
         raw = self.world.reduce(self.manifest, effect, encoded)
@@ -445,7 +444,7 @@ class SimPeer(SimMachine):
         if self.core.check_result_part(sender, number, part) is not None:
             return
         try:
-            self._check_bytes(part, raw, digest)
+            self._check_bytes(self.manifest.rounds.codec_out, part, raw, digest)
         except ProtocolError as error:
             self.world.checker.accused(self, sender, None, error)
             return
@@ -488,7 +487,7 @@ class SimPeer(SimMachine):
         if effect.round != self.core.round or effect.digest in self.blobs:
             return
         try:
-            self._check_bytes(effect.part, raw, effect.digest)
+            self._check_bytes(self.manifest.rounds.codec_out, effect.part, raw, effect.digest)
         except ProtocolError as error:
             self.world.checker.undecodable(self, sender, effect.digest, error)
             return

@@ -197,7 +197,7 @@ def local_value_for_missing_part(patches: Patches) -> None:
             if part.digest not in self.blobs:
                 first, end = self.manifest.part_range(number)
                 nothing = bytes(CODECS[certificate.result.codec].encode(np.zeros(end - first, np.float32)))
-                own = self.frozen.encoded[number] if self.frozen else nothing
+                own = bytes(self.frozen.encoded[number]) if self.frozen else nothing
                 self.blobs[part.digest] = own
         old(self, certificate)
 

@@ -287,3 +287,9 @@ def late_promise_refused(patches: Patches) -> None:
         old(self, message, sender, now)
 
     patches.wrap(RoundCore, "_dispatch", dispatch)
+
+
+@bug(seed=3611528403, by="all peers come to one log")
+def lost_update_waited_for(patches: Patches) -> None:
+    """Who knows that a round is certified looks for its bytes for ever, though all who held them died for good."""
+    patches.wrap(RoundCore, "_is_update_lost", lambda old, self, *args: False)

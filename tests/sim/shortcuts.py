@@ -23,6 +23,8 @@ class RememberingCodec:
         self._decoded: OrderedDict[tuple[bytes, int], Float32s] = OrderedDict()
         self.name = codec.name
         self.magnitude_max = codec.magnitude_max
+        self.is_sparse = codec.is_sparse
+        self.block_elements = codec.block_elements
         self.encoded_bytes = codec.encoded_bytes
         self.encode = codec.encode
         self.encode_range = codec.encode_range

@@ -63,6 +63,15 @@ def test_a_quorum_that_is_gone_for_good_is_replaced(reroot_after_s: float) -> No
     assert [peer.number for peer in world.peers if peer.up] == [0, 1]
 
 
+def test_an_update_that_is_gone_with_its_quorum_is_given_up() -> None:
+    """Seed 3611528403 as it was found: of three voters the two that hold round 1 die, and the third knows of it."""
+    seed = 3611528403
+    world = World(seed, faults=[World(seed).faults[number] for number in (2, 3, 15)])
+    outcome = world.run()
+    assert outcome.attempts_failed["update_lost"] == 1 and world.checker.reroots["declared"] == 1
+    assert outcome.rounds > 3
+
+
 def test_without_a_reroot_a_second_log_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(founders=5, first=5, everybody=5, reroot_after_s=20.0)
     monkeypatch.setattr(Cluster, "may_part", property(lambda self: False))

@@ -21,11 +21,12 @@ import numpy as np
 
 from shoal.protocol.abstention import FRESH_ATTEMPT
 from shoal.protocol.aggregators import WeightedPart
+from shoal.protocol.codecs import CODECS, UPDATE_CODECS
 from shoal.protocol.effects import AttemptFailed, Note, PhaseEntered, Reduce
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import Draft, Manifest, Rounds, Task, genesis_head, make_manifest
-from shoal.protocol.messages import SCHEMA, Presence, digest_record
+from shoal.protocol.messages import SCHEMA, Presence
 from shoal.protocol.quorum import Head
 from shoal.protocol.replica import Replica, make_reduction
 from tests.sim import oracle, shortcuts, signatures
@@ -44,6 +45,7 @@ from tests.sim.faults import (
     draw_rates,
 )
 from tests.sim.liars import Liar
+from tests.sim.naming import name_swarm
 from tests.sim.network import Network
 from tests.sim.parting import sign_reroot
 from tests.sim.peer import CONTROL_BYTES, SimPeer
@@ -79,10 +81,13 @@ class Cluster:
     first: int  # peers that are there from the start, the founders among them
     everybody: int = PEERS_MAX
     elements: int = 700
+    part_elements: int = int(RULES["part_elements"])
     peers_min: int = 2
     quorum: str = "majority"
     voters_max: int = 31
     liars: tuple[int, ...] = ()
+    codec: str = "int8"
+    update_codec: str | None = None
     on_the_wire: bool = False  # every message is encoded and decoded on its way, which takes its time
     reroot_after_s: float | None = None  # 0: by the owner only; None: quorums come back, and a second log is a failure
 
@@ -128,10 +133,22 @@ def let_part(cluster: Cluster, rng: random.Random) -> Cluster:
     )
 
 
+def let_codecs_differ(cluster: Cluster, rng: random.Random) -> Cluster:
+    """In some swarms what is contributed is shorter, or longer, than what is certified."""
+    if rng.random() >= 0.2:
+        return cluster
+    codec, update_codec = rng.choice(sorted(CODECS)), rng.choice(sorted(UPDATE_CODECS))
+    cluster = replace(cluster, codec=codec, update_codec=update_codec)
+    chunk = CODECS[codec].block_elements
+    # Three parts also of a codec with larger chunks.
+    return replace(cluster, part_elements=chunk, elements=2 * chunk + cluster.elements) if chunk > 256 else cluster
+
+
 def make_world_manifest(cluster: Cluster, owner: Identity, founders: tuple[Identity, ...]) -> Manifest:
     layout = Layout(tensors=(TensorSpec(name="w", shape=(cluster.elements,), init="uniform", std=0.02),))
     known = {field.name for field in fields(Rounds)}
     drawn = {"peers_min": cluster.peers_min, "quorum": cluster.quorum, "voters_max": cluster.voters_max}
+    drawn |= {"codec": cluster.codec, "update_codec": cluster.update_codec, "part_elements": cluster.part_elements}
     if cluster.reroot_after_s is not None:
         drawn["reroot_after_s"] = cluster.reroot_after_s
     rules = {name: value for name, value in (RULES | drawn).items() if name in known}
@@ -166,7 +183,10 @@ class World:
         self.seed = seed
         self.now = 0.0
         rng = random.Random(f"{seed}/cluster")
-        self.cluster = cluster or let_part(draw_cluster(rng), random.Random(f"{seed}/reroot"))
+        if cluster is None:
+            cluster = let_part(draw_cluster(rng), random.Random(f"{seed}/reroot"))
+            cluster = let_codecs_differ(cluster, random.Random(f"{seed}/two codecs"))
+        self.cluster = cluster
         self.rates = rates or draw_rates(rng, may_lie=bool(self.cluster.liars))
         drawn = draw_faults(random.Random(f"{seed}/faults"), self.rates, self.cluster.population())
         self.faults = drawn if faults is None else tuple(faults)
@@ -190,7 +210,7 @@ class World:
         self.owner = SimIdentity(random.Random(f"{self.seed}/owner").randbytes(32))
         owner = self.owner if cluster.may_part else identities[0]
         self.manifest = make_world_manifest(cluster, owner, tuple(identities[: cluster.founders]))
-        swarm = digest_record(self.manifest)
+        swarm = name_swarm(self.manifest)
         self._reduction = make_reduction(self.manifest)
         blank = Replica(self.manifest, np.zeros(cluster.elements, np.float32), np.zeros(cluster.elements, np.float32))
         genesis = genesis_head(self.manifest, swarm, blank.reset())

@@ -24,6 +24,7 @@ LONG_MODULES: dict[str, str] = {}
 BROAD_EXCEPTS = {
     "node/task_set.py": "the top of the daemon",
     "node/libp2p_thread.py": "the top of the libp2p thread: what ends it is told to the loop",
+    "node/training/task_faults.py": "the code of a task may raise anything: it is told as that task's fault",
 }
 UNUSED_REASONS: dict[Enum, str] = {
     Refusal.MISSING_DEPENDENCY: "entries wait for their ancestors instead; frames name refusals by number, so it stays",

@@ -43,10 +43,11 @@ def short_hope(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def open_swarm(
-    folder: Path, rounds: int, *, donors: int = 2, elements: int = TINY_ELEMENTS
+    folder: Path, rounds: int, *, donors: int = 2, elements: int = TINY_ELEMENTS, **rules: object
 ) -> AsyncIterator[tuple[Peer, list[Peer], Chain]]:
-    """A newcomer at round 0 that knows `donors` peers at the end of a chain; those at FAR have a snapshot."""
-    swarm = make_samples(elements)
+    """A newcomer at round 0 that knows `donors` peers at the end of a chain; those at FAR have a snapshot. `rules` are
+    other values than the samples'."""
+    swarm = make_samples(elements, **rules)
     chain = make_chain(swarm, rounds, (SNAPSHOT,) if rounds == FAR else ())
     async with AsyncExitStack() as stack:
         filled = []

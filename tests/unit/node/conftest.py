@@ -12,6 +12,7 @@ from shoal.node.status import (
     CatchUpStatus,
     DiskStatus,
     FailureStatus,
+    LineStatus,
     LossPoint,
     PeerStatus,
     ReachStatus,
@@ -115,6 +116,9 @@ def status() -> Status:
             tensor_received_bytes=398_773_141,
             contribution_bytes=134_000_000,
             fp32_bytes=528_000_000,
+        ),
+        line=LineStatus(
+            upload_cap_mbit=5.0, caps_until="18:00", sent_mbit=4.62, received_mbit=0.314, relay_withheld=True
         ),
         catch_up=CatchUpStatus(active=False, rounds_behind=0, detail=""),
         disk=DiskStatus(

@@ -68,7 +68,7 @@ from shoal.protocol.rounds import RoundCore
 from shoal.protocol.state import SnapshotIndex, chunk_digests
 from shoal.protocol.wire import encode_record
 from tests.sim.memory_control import MemoryNetwork
-from tests.unit.node.path_samples import make_gate, make_paths, make_surroundings
+from tests.unit.node.path_samples import make_gate, make_line, make_paths, make_surroundings
 from tests.unit.node.planes import MakeControl, in_memory
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
@@ -271,7 +271,7 @@ class Peer:
         )
         self.control = MeteredControl(make_control(swarm.network, config, handlers))
         self.reporter.control_bytes = self.control.bytes
-        self.exchange = PartExchange(self.me, swarm.manifest, stores.blobs, stores.snapshots)
+        self.exchange = PartExchange(self.me, swarm.manifest, stores.blobs, stores.snapshots, self.state.memory)
         self.links = TensorLinks(self.identity, swarm.id, LINKS, self.exchange)
         self.ledger = LedgerSync(
             identity=self.identity, manifest=swarm.manifest, swarm=swarm.id, store=stores.ledger, control=self.control
@@ -299,8 +299,7 @@ class Peer:
         self.spawn(self.driver.run())
 
     def _wire(self, head: Head) -> None:
-        swarm, manifest = self.swarm, self.swarm.manifest
-        loop = asyncio.get_running_loop()
+        swarm, manifest, loop = self.swarm, self.swarm.manifest, asyncio.get_running_loop()
         setting = Setting(identity=self.identity, rules=manifest.rounds, authority=manifest.authority(swarm.id))
         self.core = RoundCore(setting, head, self.state.load_vote(), loop.time())
         self.driver = RoundDriver(
@@ -418,6 +417,7 @@ class Peer:
             exchange=self.exchange,
             control=self.control,
             links=self.links,
+            line=make_line(self),
             paths=self.paths,
             surroundings=make_surroundings(self),
             ledger=self.ledger,

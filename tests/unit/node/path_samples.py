@@ -1,8 +1,11 @@
-"""The tensor paths, the gate and the surroundings of a test's peer: wired as in the daemon, on a made-up machine."""
+"""A test's peer: its tensor paths, line, gate and surroundings, wired as in the daemon on a made-up machine."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from shoal.node.gate import Gate
+from shoal.node.happenings import HappeningKind
+from shoal.node.line_use import LineUse
 from shoal.node.link_port import Address
 from shoal.node.reach import ReachPorts
 from shoal.node.surroundings import Surroundings
@@ -42,3 +45,9 @@ def make_gate(peer: "Peer") -> Gate:
 def make_surroundings(peer: "Peer") -> Surroundings:
     """Nothing of it runs."""
     return Surroundings(peer.config, peer.me, peer.swarm.id, peer.control, peer.reporter.happen, peer.spawn)
+
+
+def make_line(peer: "Peer") -> LineUse:
+    """Its caps are set when the test looks."""
+    tell = partial(peer.reporter.happen, HappeningKind.NETWORK)
+    return LineUse(peer.config, peer.links, lambda: peer.paths.reach.reached, tell, lambda: peer.now_s())

@@ -29,3 +29,17 @@ def test_without_caps_nothing_is_said() -> None:
     watch = CapWatch(make_schedule(0.0, 0.0, []), said.append, said.append, lambda: at(12))
     watch.look()
     assert said == []
+    assert (watch.caps, watch.until) == (Caps(), "")
+
+
+def test_until_when_caps_hold_is_known_before_and_after_they_change() -> None:
+    now, applied = [at(17, 59)], list[Caps]()
+    schedule = make_schedule(0.0, 0.0, ["08:00-18:00 upload 5 download 20"])
+    watch = CapWatch(schedule, applied.append, lambda text: None, lambda: now[0])
+    watch.look()
+    assert (watch.caps, watch.until) == (Caps(upload_mbit=5.0, download_mbit=20.0), "18:00")
+    now[0] = at(18)
+    assert watch.until == "18:00", "nobody has looked"
+    watch.look()
+    assert (watch.caps, watch.until) == (Caps(), "08:00")
+    assert applied == [Caps(upload_mbit=5.0, download_mbit=20.0), Caps()]

@@ -36,6 +36,7 @@ from tests.unit.node.catchup_samples import (
     wait_for_all,
 )
 from tests.unit.node.node_samples import (
+    TINY_ELEMENTS,
     WIDE_ELEMENTS,
     open_peer,
     wait_until,
@@ -57,6 +58,14 @@ async def test_missed_rounds_are_replayed_with_parts_from_both_donors(tmp_path: 
         assert set(served) == set(chain.blobs) and max(served.values()) <= ASKS_PER_PIECE_MAX
         assert newcomer.core.round == 6
         assert newcomer.state.apply_s is not None and newcomer.state.apply_s > 0, "the next choice of a way knows it"
+
+
+async def test_updates_are_fetched_in_their_own_codec(tmp_path: Path) -> None:
+    async with open_swarm(tmp_path, 3, donors=1, codec="ternary", update_codec="fp16") as (newcomer, donors, chain):
+        await newcomer.catch_up.run(donors[0].me, 3)
+        assert_same_state(newcomer, donors[0])
+        assert sum(map(len, chain.blobs.values())) == 3 * 2 * TINY_ELEMENTS
+        assert newcomer.catch_up._update_bytes == 2 * TINY_ELEMENTS
 
 
 async def test_more_rounds_than_one_answer_holds_are_replayed(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from shoal.node import compute
 from shoal.node.compute import RESTARTS_MAX
 from shoal.node.status import TrainerState, judge_health
 from shoal.node.trainer import TrainerError
-from shoal.node.training.messages import Merge, Ready, Started, Work
+from shoal.node.training.messages import OUT_OF_MEMORY, Failed, Merge, Ready, Started, Work
 from shoal.protocol.errors import Failure
+from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import Result
 from tests.unit.node.fake_trainer import TOKENS_PER_STEP, FakeTrainer
 from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, wait_until
@@ -30,11 +31,12 @@ class Trainer(FakeTrainer):
         self.merges: list[Merge] = []
         self.stops = 0
         self.refusals: list[TrainerError] = []
+        self.notice = ""
 
     async def start(self, work: Work) -> Started:
         if self.refusals:
             raise self.refusals.pop(0)
-        return await super().start(work)
+        return replace(await super().start(work), notice=self.notice)
 
     async def begin(self, round: int, *, adopt: bool) -> None:
         self.begun.append((round, adopt))
@@ -65,6 +67,44 @@ async def open_trainer(folder: Path, *, round_s: float = 0.0) -> AsyncIterator[t
 def make_result(peer: Peer, number: int) -> Result:
     """The result of a round in which this peer took part or not: that is told apart from it."""
     return make_chain(peer.swarm, number).certificates[-1].result
+
+
+# -- the held-out loss -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [3, 4, 5, 8])
+@pytest.mark.parametrize("is_chosen", [True, False])
+@pytest.mark.parametrize("included", [(0, 1, 2), ()])
+async def test_one_contributor_measures_the_base_every_few_rounds(
+    tmp_path: Path,
+    number: int,
+    is_chosen: bool,
+    included: tuple[int, ...],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level("INFO")
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, _):
+        assert peer.swarm.manifest.training.evaluate_every == 4
+        asked: list[tuple[PeerId, ...]] = []
+
+        def choose(head_digest: bytes, contributors: tuple[PeerId, ...]) -> PeerId:
+            asked.append(contributors)
+            return peer.me if is_chosen else next(one for one in contributors if one != peer.me)
+
+        monkeypatch.setattr(compute, "choose_evaluator", choose)
+        await peer.compute.start()
+        result = make_result(peer, number)
+        await peer.compute.committed(result, included)
+        is_due = number % 4 == 0 and bool(included)
+        assert asked == [tuple(member.peer for member in result.members)] * is_due
+        if is_due and is_chosen:
+            await wait_until(lambda: peer.compute.held_out is not None)
+            assert f"held-out loss of round {number}: " in caplog.text and "perplexity" in caplog.text
+        else:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert peer.compute.held_out is None
 
 
 # -- a round ---------------------------------------------------------------------------------------------------------
@@ -295,6 +335,36 @@ async def test_a_trainer_that_cannot_even_start_is_tried_again_unless_that_is_fi
         trainer.crash()
         await wait_until(lambda: peer.given_up)
         assert peer.given_up == ["no torch"]
+
+
+async def test_a_trainer_that_says_why_it_ends_is_quoted(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        detail = "not even one example fits into memory"
+        peer.compute.take(Failed(reason=OUT_OF_MEMORY, detail=detail, fatal=True))
+        await die_and_come_back(trainer)
+        assert (peer.restarts, peer.compute.error) == ([Failure.TRAINER_CRASHED], detail)
+        peer.compute.take(Failed(reason=OUT_OF_MEMORY, detail="fewer at a time", fatal=False))
+        await die_and_come_back(trainer)
+        assert peer.compute.error == "killed by the test", "the next death has a reason of its own"
+
+
+async def test_what_the_trainer_says_of_its_data_is_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        trainer.notice = "1 of 2 lines"
+        await peer.compute.start()
+        assert "trainer: 1 of 2 lines" in caplog.messages
+
+
+async def test_a_trainer_that_hangs_is_told_by_the_limit_that_it_exceeds(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        await peer.compute.start()
+        trainer.stall()
+        await wait_until(lambda: peer.restarts == [Failure.TRAINER_STALLED])
+        assert "no report for 1 s" in peer.compute.error
+        assert "trainer.stall_timeout_s" in peer.compute.error
 
 
 async def test_the_residual_survives_the_process(tmp_path: Path) -> None:

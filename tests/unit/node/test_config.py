@@ -56,6 +56,13 @@ def test_flags_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert config.trainer.device == "cuda"
 
 
+def test_no_code_of_others_is_allowed_unless_it_is_named(tmp_path: Path) -> None:
+    assert load_config(None, {"swarm": SWARM}).trainer.allow_tasks == ()
+    path = write(tmp_path, '[trainer]\nallow_tasks = ["a.b:C", "d:E"]\n')
+    assert load_config(path, {"swarm": SWARM}).trainer.allow_tasks == ("a.b:C", "d:E")
+    assert load_config(path, {"swarm": SWARM, "allow-task": "f:G"}).trainer.allow_tasks == ("f:G",)
+
+
 def test_every_flag_names_a_field() -> None:
     for flag, field in FLAGS.items():
         section, _, name = field.partition(".")
@@ -77,6 +84,8 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ('[node]\nname = "a\\u0007"\n', "node.name (line 2)", "cannot be shown"),
         ('[node]\nmanifest = "gone"\n', "node.manifest (line 2)", "is no file"),
         ('[trainer]\ntext = "gone"\n', "trainer.text (line 2)", "does not exist"),
+        ('[trainer]\nallow_tasks = ["os"]\n', "trainer.allow_tasks (line 2)", "'os' names no class"),
+        ('[trainer]\nallow_tasks = "a:B"\n', "trainer.allow_tasks (line 2)", "is not a list of strings"),
         ("[limits]\ndownload_mbit = 0.5\n", "limits.download_mbit (line 2)", "less than links can live with"),
         ('[limits]\nhours = ["8-18 upload 5"]\n', "limits.hours (line 2)", "form of an example"),
         ("[trainer]\nnice = -1\n", "trainer.nice (line 2)", "out of range"),
@@ -116,6 +125,7 @@ def test_a_dialable_announce_host_is_taken(host: str) -> None:
         ({"web-port": "70000"}, "--web-port"),
         ({"web-port": "9461"}, "--web-port"),
         ({"device": "tpu"}, "--device"),
+        ({"allow-task": "a.b:C, d"}, "--allow-task"),
         ({"swarm": "x"}, "--swarm"),
         ({"manifest": "/gone"}, "--manifest"),
         ({"upload-mbit": "fast"}, "--upload-mbit"),

@@ -15,6 +15,7 @@ from blake3 import blake3
 from shoal.node import exchange
 from shoal.node.exchange import RESULTS_PER_PART_MAX
 from shoal.node.link_port import LinkEnd, LinkLost
+from shoal.protocol.codecs import CODECS
 from shoal.protocol.effects import FetchBlob, SendPart
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
@@ -22,13 +23,13 @@ from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import Certified, Proposal
 from shoal.protocol.round_state import RESENDS_MAX
 from tests.unit.node.exposition import count_refused
-from tests.unit.node.node_samples import Chain, Peer, make_chain, make_samples, open_peer, open_peers, wait_until
+from tests.unit.node.node_samples import Chain, Peer, Swarm, make_chain, make_samples, open_peer, open_peers, wait_until
 from tests.unit.node.puppet import Puppet, open_puppet
 
 
 @asynccontextmanager
-async def open_target(folder: Path) -> AsyncIterator[tuple[Peer, Puppet]]:
-    swarm = make_samples()
+async def open_target(folder: Path, swarm: Swarm | None = None) -> AsyncIterator[tuple[Peer, Puppet]]:
+    swarm = make_samples() if swarm is None else swarm
     async with open_peer(swarm, 0, folder, trains=True) as peer, open_puppet(swarm, 1, peer) as puppet:
         puppet.show(peer)
         yield peer, puppet
@@ -37,7 +38,7 @@ async def open_target(folder: Path) -> AsyncIterator[tuple[Peer, Puppet]]:
 def make_frame(peer: Peer, kind: FrameKind = FrameKind.CONTRIBUTION, **changes: object) -> tuple[FrameHeader, bytes]:
     """A frame whose bytes decode, unless `payload` says otherwise."""
     part = changes.get("part", 0)
-    nbytes = peer.exchange.part_bytes(part if isinstance(part, int) and part < peer.swarm.manifest.parts else 0)
+    nbytes = peer.exchange.part_bytes(kind, part if isinstance(part, int) and part < peer.swarm.manifest.parts else 0)
     payload = changes.pop("payload", bytes(nbytes))
     assert isinstance(payload, bytes)
     header = FrameHeader(kind=kind, round=1, part=0, nbytes=len(payload), digest=blake3(payload).digest())
@@ -62,7 +63,7 @@ async def test_a_frame_that_the_manifest_does_not_know_ends_the_link(
     async with open_target(tmp_path) as (peer, puppet):
         header, payload = make_frame(peer, FrameKind.CONTRIBUTION, **changes)
         if changes == {"part": 2}:
-            payload = bytes(peer.exchange.part_bytes(0))
+            payload = bytes(peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 0))
             header = replace(header, nbytes=len(payload), digest=blake3(payload).digest())
         await puppet.push(peer, header, payload)
         await wait_until(lambda: peer.tensor_refusals)
@@ -70,10 +71,53 @@ async def test_a_frame_that_the_manifest_does_not_know_ends_the_link(
         assert not peer.links.is_linked(puppet.me)
 
 
+async def test_contributions_and_results_have_the_lengths_and_limits_of_their_own_codecs(tmp_path: Path) -> None:
+    swarm = make_samples(codec="fp16", update_codec="fp32")
+    async with open_target(tmp_path, swarm) as (peer, puppet):
+        _, end = swarm.manifest.part_range(0)
+        for kind, other, nbytes in (
+            (FrameKind.CONTRIBUTION, FrameKind.RESULT, 2 * end),
+            (FrameKind.RESULT, FrameKind.CONTRIBUTION, 4 * end),
+        ):
+            header, _ = make_frame(peer, kind)
+            assert header.nbytes == nbytes
+            with pytest.raises(ProtocolError) as caught:
+                peer.exchange.reserve(puppet.me, replace(header, kind=other))
+            assert caught.value.refusal is Refusal.WRONG_LENGTH
+        # Too large for an fp32; two fp16 of the same bits are -13,904 and 10,824.
+        large = np.full(end, 1e30, np.float32).view(np.uint8)
+        contribution, result = (make_frame(peer, kind)[0] for kind in (FrameKind.CONTRIBUTION, FrameKind.RESULT))
+        with pytest.raises(ProtocolError) as caught:
+            await peer.exchange.complete(puppet.me, result, memoryview(large))
+        assert caught.value.refusal is Refusal.OUT_OF_RANGE
+        await peer.exchange.complete(puppet.me, contribution, memoryview(large[: contribution.nbytes]))
+
+
+@pytest.mark.parametrize(("codec", "update_codec"), [("fp16", "fp32"), ("stat2", "bf16"), ("topk2", "int8")])
+async def test_a_round_is_contributed_in_one_codec_and_certified_in_another(
+    tmp_path: Path, codec: str, update_codec: str
+) -> None:
+    swarm = make_samples(9000, codec=codec, update_codec=update_codec, part_elements=4096)
+    manifest = swarm.manifest
+    async with open_peers(tmp_path, 2, swarm) as (ann, bob):
+        frozen = await ann.contribute(1)
+        await bob.contribute(2)
+        await wait_until(lambda: ann.commits and bob.commits)
+        assert ann.state.head == bob.state.head
+        (certificate,) = ann.state.load_certificates(1, 1)
+        assert certificate.result.codec == update_codec
+        for part, one in enumerate(certificate.result.parts):
+            first, end = manifest.part_range(part)
+            raw = ann.state.stores.blobs.read(one.digest)
+            assert raw is not None
+            CODECS[update_codec].check_untrusted(raw, end - first)
+            CODECS[codec].check_untrusted(frozen.encoded[part], end - first)
+
+
 async def test_bytes_that_do_not_decode_are_not_received(tmp_path: Path) -> None:
     async with open_target(tmp_path) as (peer, puppet):
-        payload = np.full(peer.exchange.part_bytes(0) // 4, np.nan, np.float32).tobytes()
-        payload += bytes(peer.exchange.part_bytes(0) - len(payload))
+        payload = np.full(peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 0) // 4, np.nan, np.float32).tobytes()
+        payload += bytes(peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 0) - len(payload))
         header, payload = make_frame(peer, payload=payload)
         await puppet.push(peer, header, payload)
         await wait_until(lambda: peer.tensor_refusals)
@@ -126,7 +170,7 @@ async def test_results_that_a_member_may_push_are_bounded(tmp_path: Path) -> Non
 
 def scaled(peer: Peer, number: int) -> bytes:
     """A result of part 0 that differs from others and decodes."""
-    raw = bytearray(peer.exchange.part_bytes(0))
+    raw = bytearray(peer.exchange.part_bytes(FrameKind.RESULT, 0))
     raw[-1] = number
     return bytes(raw)
 
@@ -337,7 +381,7 @@ async def test_a_donor_that_gives_nothing_is_told_once_a_round(
 
 async def test_bytes_that_were_certified_and_do_not_decode_are_not_held(tmp_path: Path) -> None:
     async with open_fetcher(tmp_path) as (peer, one, other, _):
-        raw = b"\xff" * peer.exchange.part_bytes(0)
+        raw = b"\xff" * peer.exchange.part_bytes(FrameKind.RESULT, 0)
         digest = blake3(raw).digest()
         for puppet in (one, other):
             puppet.sink.blobs[digest] = memoryview(raw)

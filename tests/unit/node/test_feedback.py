@@ -1,7 +1,10 @@
 """Error feedback over kill -9: what was produced is what was applied plus the residual, to the bit."""
 
 import asyncio
+import errno
+import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,14 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
-from shoal.node import feedback
 from shoal.node.blobs import BlobStore
 from shoal.node.feedback import PENDING_MAX, FeedbackFull, FeedbackStore
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.local_state import LocalState, Stores
 from shoal.node.repair import open_ledger
+from shoal.node.residual_file import ResidualFile, map_residual
 from shoal.node.snapshots import SnapshotStore
 from shoal.protocol.codecs import CODECS, Float32s
 from shoal.protocol.contribution import Contributor, Frozen
@@ -191,16 +194,17 @@ def test_contributions_to_one_round_are_bounded(tmp_path: Path) -> None:
         assert len(list((tmp_path / "feedback").iterdir())) == 1, "what nothing names is removed"
 
 
-def test_a_disk_that_fails_costs_no_feedback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise SafetensorError("No space left on device")
+def fill_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
+
+def test_a_disk_that_fails_costs_no_feedback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with alive(tmp_path) as state:
         frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 1))
         certificate, encoded = count(state, frozen, frozenset({0}), 7)
         asyncio.run(commit(state, certificate, encoded))
         with monkeypatch.context() as context:
-            context.setattr(feedback, "save_file", fail)
+            context.setattr(os, "posix_fallocate", fill_disk)
             assert asyncio.run(state.settle(certificate.result, ME)) == (0,)
             residual = state.contributor.residual.copy()
             with pytest.raises(OSError, match="No space left"):
@@ -215,20 +219,51 @@ def test_a_disk_that_fails_costs_no_feedback(tmp_path: Path, monkeypatch: pytest
 def test_killed_while_the_disk_fails_the_certificate_still_settles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise SafetensorError("No space left on device")
-
     with alive(tmp_path) as state:
         frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 1))
         certificate, encoded = count(state, frozen, frozenset({1}), 7)
         asyncio.run(commit(state, certificate, encoded))
         with monkeypatch.context() as context:
-            context.setattr(feedback, "save_file", fail)
+            context.setattr(os, "posix_fallocate", fill_disk)
             asyncio.run(state.settle(certificate.result, ME))
         residual = state.contributor.residual.copy()
         assert residual.any()
     with alive(tmp_path) as state:
         assert np.array_equal(state.contributor.residual, residual)
+
+
+def test_a_residual_that_is_settled_in_parts_leaves_the_file_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is mapped from a file that the disk still names while nothing can be written."""
+    with alive(tmp_path) as state:
+        for seed, parts in ((1, frozenset(range(PARTS))), (2, frozenset({1}))):
+            frozen = asyncio.run(state.freeze(work_on(state.replica.params, seed), seed))
+            certificate, encoded = count(state, frozen, parts, seed)
+            asyncio.run(commit(state, certificate, encoded))
+            with monkeypatch.context() as context:
+                context.setattr(os, "posix_fallocate", fill_disk)
+                asyncio.run(state.settle(certificate.result, ME))
+        residual = state.contributor.residual.copy()
+    with alive(tmp_path) as state:
+        assert np.array_equal(state.contributor.residual, residual)
+
+
+def test_what_a_contribution_leaves_is_in_its_file_already(tmp_path: Path) -> None:
+    with alive(tmp_path) as state:
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 1))
+        (path,) = (tmp_path / "feedback").iterdir()
+        assert np.array_equal(load_file(path)["residual"], frozen.residual_next), "anybody's safetensors reads it"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 300, 4 * ELEMENTS])
+def test_a_file_that_was_cut_off_is_no_residual(tmp_path: Path, size: int) -> None:
+    made = ResidualFile(tmp_path / "made", ELEMENTS)
+    made.finish(tmp_path / "residual")
+    assert map_residual(tmp_path / "residual", ELEMENTS) is not None
+    os.truncate(tmp_path / "residual", size)
+    assert map_residual(tmp_path / "residual", ELEMENTS) is None
 
 
 def test_forgetting_is_durable_and_a_new_life_has_the_same_generation(tmp_path: Path) -> None:

@@ -333,7 +333,8 @@ async def test_a_peer_that_is_eras_ahead_confirms_nothing(tmp_path: Path) -> Non
         assert ann.ledger.held is None
 
 
-async def test_the_lighter_of_two_logs_is_entered_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [0, 1], ids=["the lighter and longer first", "the heavier and shorter first"])
+async def test_the_lighter_of_two_logs_is_entered_once(tmp_path: Path, first: int) -> None:
     """Nothing counts of it, and so it is missing in the fold for ever."""
     swarm = make_samples()
     async with open_peers(tmp_path, 2, swarm) as (ann, bob):
@@ -345,9 +346,11 @@ async def test_the_lighter_of_two_logs_is_entered_once(tmp_path: Path) -> None:
         certify_all(ann, other)
         for certificate in (theirs, *heavy):
             bob.state.save_certificate(certificate)
-        for peer in (ann, bob):
-            keep_up(peer)
         newest = digest_record(heavy[0].result)
+        heads, peers = (other.heads[6].digest, newest), (ann, bob)
+        keep_up(peers[first])
+        await wait_until(lambda: peers[1 - first].ledger.ledger.follows(heads[first]))
+        keep_up(peers[1 - first])
         for peer in (ann, bob):
             await wait_until(lambda peer=peer: peer.ledger.ledger.follows(other.heads[6].digest))  # type: ignore[misc]
             await wait_until(lambda peer=peer: peer.ledger.state().verdicts.head.digest == newest)  # type: ignore[misc]

@@ -61,6 +61,14 @@ async def test_a_failure_lets_the_next_one_begin_at_once() -> None:
     assert await dials.run(ONE, TWO, head_start_s=FOR_EVER_S) == "a2"
 
 
+async def test_a_final_failure_ends_the_race() -> None:
+    dials = Dials(a1=lost(LinkEnd.REFUSED_BY_PEER), a2="")
+    with pytest.raises(LinkLost) as caught:
+        await race((ONE, TWO), dials, FOR_EVER_S, dials.discarded.append, lambda error: True)
+    assert caught.value.reason is LinkEnd.REFUSED_BY_PEER
+    assert dials.log == ["a1 begun"]
+
+
 async def test_silence_costs_one_head_start_and_the_loser_is_ended() -> None:
     dials = Dials(a1=None, a2="")
     assert await dials.run(ONE, TWO) == "a2"

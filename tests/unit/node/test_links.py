@@ -14,6 +14,7 @@ from shoal.node.link_port import FetchFailed, FetchFailure, LinkEnd, LinkLost, L
 from shoal.node.link_records import SMALL_INBOX_BYTES
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.frames import PART_BYTES_MAX, FrameKind
+from shoal.protocol.identity import Identity
 from shoal.protocol.secure_channel import RECORD_BYTES_MAX
 from tests.unit.node.link_harness import (
     ALICE,
@@ -266,10 +267,10 @@ async def test_own_limits_are_named() -> None:
     async with node(BOB) as bob, node(CAROL) as carol, node(ALICE, links_max=1, sends_queued_max=1) as alice:
         await alice.push(bob, b"first")
         assert await lost_reason(alice.push(carol, b"x")) == (LinkEnd.LIMIT, None)
-        queued = asyncio.create_task(alice.push(bob, bytes(PART_BYTES_MAX)))
+        queued = [asyncio.create_task(alice.push(bob, bytes(PART_BYTES_MAX), part)) for part in range(3)]
         await asyncio.sleep(0)
         assert await lost_reason(alice.push(bob, b"x")) == (LinkEnd.LIMIT, None)
-        await queued
+        await asyncio.gather(*queued)
 
 
 @on_both_loops
@@ -500,3 +501,17 @@ async def test_statistics_count_both_ends_alike() -> None:
         assert at_alice.wire_bytes_out == at_bob.wire_bytes_in > 2_000_000
         assert (at_alice.frames_out, at_bob.frames_in) == (1, 1)
         assert at_alice.send_bytes_per_s and at_bob.receive_bytes_per_s
+        totals = alice.links.totals()
+        assert (totals.payload_bytes_out, totals.wire_bytes_out) == (2_000_000, at_alice.wire_bytes_out)
+        assert bob.links.totals().payload_bytes_in == 2_000_000
+
+
+async def test_totals_count_peers_that_are_forgotten() -> None:
+    async with node(ALICE, peers_remembered_max=1) as alice:
+        for number in range(3):
+            traffic = alice.links.traffic_with(Identity(bytes([number + 10]) * 32).peer)
+            traffic.payload_bytes_in += 10
+            traffic.wire_bytes_out += 1
+        assert len(alice.links.statistics().peers) == 1
+        totals = alice.links.totals()
+        assert (totals.payload_bytes_in, totals.wire_bytes_out) == (30, 3)

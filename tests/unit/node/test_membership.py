@@ -184,6 +184,34 @@ async def test_one_peer_is_dialled_once_at_a_time(tmp_path: Path, monkeypatch: p
         assert await peer.membership.connect(puppet.me) and len(dials) == 1
 
 
+async def test_addresses_that_are_told_while_a_dial_hangs_are_dialled_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that has just started tells the way through its relay only when it has one."""
+    swarm = make_samples(founders=3)
+    async with open_peer(swarm, 0, tmp_path) as peer, open_puppet(swarm, 1) as puppet:
+        dials: list[tuple[str, ...]] = []
+        connect, nowhere = peer.control.connect, "/ip4/192.0.2.1/tcp/1"
+
+        async def dial(addresses: tuple[str, ...]) -> PeerId:
+            dials.append(addresses)
+            if len(dials) == 1:
+                await asyncio.Event().wait()
+            return await connect(addresses)
+
+        monkeypatch.setattr(peer.control, "connect", dial)
+        known = puppet.make_presence(peer).control_addresses
+        puppet.show(peer, control_addresses=(nowhere,))
+        await wait_until(lambda: dials)
+        puppet.show(peer, control_addresses=(nowhere,))
+        puppet.show(peer, control_addresses=(*known, nowhere))
+        await wait_until(lambda: puppet.me in connected(peer))
+        assert len(dials) == 2 and {one.partition("/p2p/")[0] for one in dials[0]} == {nowhere}
+        puppet.show(peer, control_addresses=(*known, nowhere, "/ip4/192.0.2.2/tcp/1"))
+        await asyncio.sleep(0)
+        assert len(dials) == 2, "there is a connection"
+
+
 # -- finding peers ---------------------------------------------------------------------------------------------------
 
 

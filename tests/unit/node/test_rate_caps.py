@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.node.pacer import BURST_S, BYTES_PER_MBIT, TURN_S, WIRE_SHARE, Pacer
-from shoal.node.rate_caps import CapHours, Caps, make_schedule, parse_hours
+from shoal.node.rate_caps import DAY_MINUTES, CapHours, Caps, CapSchedule, format_minute, make_schedule, parse_hours
 from shoal.protocol.secure_channel import RECORD_BYTES_MAX
 
 MBIT = 8.0
@@ -106,3 +106,32 @@ def test_the_first_hours_that_hold_count() -> None:
     assert not schedule.is_empty
     assert make_schedule(0.0, 0.0, []).is_empty
     assert not make_schedule(0.0, 0.0, ["08:00-18:00 upload 5 download 0"]).is_empty
+
+
+CAPS = st.sampled_from([Caps(), Caps(upload_mbit=5.0), Caps(download_mbit=5.0)])
+MINUTES = st.integers(0, DAY_MINUTES - 1)
+HOURS = st.builds(lambda first, end, caps: CapHours(first=first, end=end, caps=caps), MINUTES, MINUTES, CAPS)
+
+
+@given(st.builds(lambda otherwise, hours: CapSchedule(otherwise=otherwise, hours=tuple(hours)), CAPS, st.lists(HOURS)))
+def test_the_next_change_is_the_first_minute_with_other_caps(schedule: CapSchedule) -> None:
+    for minute in (0, 1, 719, 720, DAY_MINUTES - 1):
+        later = ((minute + ahead) % DAY_MINUTES for ahead in range(1, DAY_MINUTES))
+        wanted = next((one for one in later if schedule.at(one) != schedule.at(minute)), None)
+        assert schedule.change_after(minute) == wanted
+
+
+def test_the_next_change_may_be_tomorrow_and_is_written_as_people_do() -> None:
+    night = make_schedule(5.0, 0.0, ["22:00-06:05 upload 0 download 0"])
+    assert [format_minute(night.change_after(minute) or 0) for minute in (0, 364, 365, 1319, 1320)] == [
+        "06:05",
+        "06:05",
+        "22:00",
+        "22:00",
+        "06:05",
+    ]
+    late = make_schedule(5.0, 0.0, ["22:00-24:00 upload 0 download 0"])
+    change = late.change_after(23 * 60)
+    assert change == 0 and format_minute(change) == "00:00"
+    for hours in ([], ["08:00-18:00 upload 5 download 0"]):
+        assert make_schedule(5.0, 0.0, hours).change_after(9 * 60) is None, "no hours change anything"

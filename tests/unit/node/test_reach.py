@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from shoal.node import dial_back
+from shoal.node import reach as reach_module
 from shoal.node.config import TensorTable
 from shoal.node.link_port import Address
 from shoal.node.reach import Reach, ReachPorts
@@ -245,3 +246,25 @@ async def test_members_say_how_they_see_the_tensor_port(tmp_path: Path) -> None:
         assert len(seen) == 2 and peer.links.statistics().links == 1, "the link stays, and with it the mapping"
         reach.addresses_changed()
         assert reach.observed() == ()
+
+
+async def test_one_member_that_tells_is_enough_for_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_peers(tmp_path, 3) as (ann, bob, cat):
+        reach, asked, ended = ann.paths.reach, [], []
+
+        async def observe(peer: PeerId) -> bool:
+            asked.append(peer)
+            try:
+                if peer == cat.me:
+                    await asyncio.Event().wait()  # it is behind a router itself
+                reach._observed[peer] = ("45.0.0.1", 1)
+                return True
+            finally:
+                ended.append(peer)
+
+        await wait_until(lambda: len(ann.membership.table.live()) == 2)
+        monkeypatch.setattr(reach, "_choose_address", lambda peer: ("192.0.2.1", 1))
+        monkeypatch.setattr(reach, "_observe_by", observe)
+        monkeypatch.setattr(reach_module, "OBSERVE_TIMEOUT_S", 3600.0)
+        assert ("45.0.0.1", 1) in await reach.find_outer()
+        assert set(asked) == set(ended) == {bob.me, cat.me}

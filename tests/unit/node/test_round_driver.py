@@ -284,9 +284,9 @@ async def test_a_message_that_no_honest_peer_sends_is_reported_and_one_that_is_l
 
 
 async def test_a_limit_that_passes_wakes_the_core(tmp_path: Path) -> None:
-    swarm = make_samples(founders=3, grace_s=0.0, plan_timeout_s=0.1)
+    swarm = make_samples(founders=3, grace_s=0.0, plan_timeout_s=0.1, owner_timeout_s=0.2, exchange_timeout_s=0.2)
     async with open_peer(swarm, 0, tmp_path, trains=True) as peer, open_puppet(swarm, 1, peer) as puppet:
-        # Two are ready, the proposer is neither of them or does not plan: nobody sends a plan.
+        # Two are ready. Whoever proposes, by the swarm's id: nobody sends a plan, or the puppet reduces nothing.
         await peer.contribute(1)
         ready = make_ready(peer, puppet)
         puppet.show(peer, ready)

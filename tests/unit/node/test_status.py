@@ -16,6 +16,7 @@ from shoal.node.status import (
     LOSS_POINTS_MAX,
     PEERS_SHOWN_MAX,
     STATUS_BYTES_MAX,
+    LineStatus,
     LossHistory,
     NoDaemonError,
     Status,
@@ -44,6 +45,21 @@ def test_numbers_that_are_none_do_not_break_the_json(status: Status) -> None:
     read = Status.from_json(text).training
     assert read.loss_last is None
     assert math.isnan(read.tokens_per_s)
+
+
+def test_no_cap_and_no_rate_are_null_in_the_json(status: Status) -> None:
+    tree = json.loads(status.to_json())["line"]
+    assert tree == {
+        "upload_cap_mbit": 5.0,
+        "download_cap_mbit": None,
+        "caps_until": "18:00",
+        "sent_mbit": 4.62,
+        "received_mbit": 0.314,
+        "relay_withheld": True,
+    }
+    bare = replace(status, line=LineStatus())
+    assert Status.from_json(bare.to_json()) == bare
+    assert set(json.loads(bare.to_json())["line"].values()) == {None, False}
 
 
 def set_at(*path: str | int, value: object) -> Change:
@@ -76,6 +92,7 @@ def drop(name: str) -> Change:
         (set_at("peers", value={}), "status.peers: is no list"),
         (set_at("peers", 1, value=7), "status.peers[1]: is no object"),
         (set_at("peers", 0, "alive", value="yes"), "status.peers[0].alive: is str, not bool"),
+        (set_at("line", "caps_until", value=18), "status.line.caps_until: is int, not str"),
         (set_at("round", value=[]), "status.round: is no object"),
         (set_at("training", "state", value="idle"), "status.training.state: is 'idle', no TrainerState"),
         (set_at("training", "state", value=["none"]), "status.training.state: is ['none'], no TrainerState"),

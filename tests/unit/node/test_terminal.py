@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from shoal.node.happenings import HAPPENINGS_MAX, Happening, HappeningKind, Severity
-from shoal.node.status import Status, TrainerState
+from shoal.node.status import LineStatus, Status, TrainerState
 from shoal.node.terminal import (
     DemoPeer,
     DemoView,
@@ -200,6 +200,39 @@ def test_a_pipe_is_told_phase_limit_waits_and_failures(status: Status) -> None:
     idle = replace(status, round=replace(status.round, deadline_s=None, deadline=None, waiting_for=()), failures=())
     assert describe_status(idle)[0] == "tiny: round 128, attempt 2, exchange for 46 s"
     assert not any("failed attempt" in line for line in describe_status(idle))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            LineStatus(upload_cap_mbit=5.0, caps_until="18:00", sent_mbit=4.62, received_mbit=0.314),
+            "upload cap 5 Mbit/s, download cap none, until 18:00;"
+            " tensors 4.6 Mbit/s up and 0.3 Mbit/s down in the last minute",
+        ),
+        (
+            LineStatus(upload_cap_mbit=1_000_000.0, download_cap_mbit=2.5, sent_mbit=99.96, received_mbit=1_204.0),
+            "upload cap 1000000 Mbit/s, download cap 2.5 Mbit/s;"
+            " tensors 100 Mbit/s up and 1204 Mbit/s down in the last minute",
+        ),
+        (
+            LineStatus(caps_until="08:00"),
+            "upload cap none, download cap none, until 08:00; tensors not measured yet",
+        ),
+    ],
+)
+def test_caps_and_rates_are_told(status: Status, change: LineStatus, text: str) -> None:
+    changed = replace(status, line=change)
+    assert text in describe_status(changed)
+    assert text in " ".join(draw(render_status(changed), 160).split())
+
+
+def test_a_capped_peer_that_would_relay_says_why_it_does_not(status: Status) -> None:
+    sentence = "a capped peer relays no tensors for others"
+    assert sentence in describe_status(status)
+    assert f"passes on nothing, {sentence}" in " ".join(draw(render_status(status), 160).split())
+    other = replace(status, line=replace(status.line, relay_withheld=False))
+    assert sentence not in describe_status(other) and sentence not in draw(render_status(other), 160)
 
 
 def test_a_pipe_gets_lines(status: Status, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ from shoal.node.trainer import (
 )
 from shoal.node.training.messages import Evaluated, Failed, Merge, Progress, Ready, Sampled
 from shoal.protocol.errors import Failure, ManifestError
-from shoal.protocol.layout import initialise
+from shoal.protocol.layout import Layout, initialise
 from shoal.protocol.manifest import Task
 from tests.unit.node.fake_trainer import FakeTrainer
 from tests.unit.training.tiny import SEED, TASK, TEXT, TRAINING, layout, make_work
@@ -79,9 +79,13 @@ def run(test: Coroutine[None, None, None], loops: Loops = uvloop.new_event_loop)
 
 
 @contextlib.asynccontextmanager
-async def make_trainer(settings: TrainerTable = SETTINGS) -> AsyncIterator[tuple[TrainerProcess, Events]]:
-    memory, events = SharedParameters(layout().elements), Events()
-    memory.base[:] = initialise(layout(), SEED)
+async def make_trainer(
+    settings: TrainerTable = SETTINGS, made: Layout | None = None
+) -> AsyncIterator[tuple[TrainerProcess, Events]]:
+    """Of the tiny task's layout, where no other is given."""
+    made = made or layout()
+    memory, events = SharedParameters(made.elements), Events()
+    memory.base[:] = initialise(made, SEED)
     trainer = TrainerProcess(memory, settings, events)
     try:
         yield trainer, events
@@ -113,7 +117,7 @@ async def check_one_life(trainer: TrainerProcess, events: Events) -> None:
 
     await trainer.evaluate()
     before = await events.next(Evaluated)
-    assert before.loss_nats_per_byte == pytest.approx(np.log(256), abs=1e-4)
+    assert before.loss_nats == pytest.approx(np.log(256), abs=1e-4)
 
     await trainer.begin(1, adopt=True)
     ready = await events.next(Ready)
@@ -127,7 +131,7 @@ async def check_one_life(trainer: TrainerProcess, events: Events) -> None:
     await trainer.evaluate()
     after = await events.next(Evaluated)
     assert (after.round, after.tokens) == (2, before.tokens)
-    assert after.loss_nats_per_byte < before.loss_nats_per_byte
+    assert after.loss_nats < before.loss_nats
 
     await trainer.sample(b"def ", 12)
     assert len((await events.next(Sampled)).text) == 12
@@ -205,6 +209,44 @@ def test_a_child_that_breaks_ends_with_its_last_words(monkeypatch: pytest.Monkey
                 await trainer.start(make_work())
             assert caught.value.detail.endswith("the last words")
             assert len(caught.value.detail) <= STDERR_BYTES_MAX
+
+    run(test())
+
+
+@pytest.mark.parametrize("error", ["MemoryError()", "RuntimeError('DefaultCPUAllocator: not enough memory')"])
+def test_a_child_whose_model_does_not_fit_says_what_to_do(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"""
+import sys
+from shoal.node.training import worker
+def fail(*_):
+    raise {error}
+worker.InnerLoop = fail
+worker.main(sys.argv[1:])
+"""
+    monkeypatch.setattr(module, "_python_command", lambda _: (sys.executable, "-c", code))
+
+    async def test() -> None:
+        async with make_trainer() as (trainer, _):
+            with pytest.raises(TrainerError, match=r"does not fit into memory.*a smaller model"):
+                await trainer.start(make_work())
+
+    run(test())
+
+
+def test_a_child_is_told_how_many_examples_to_take_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import socket, sys
+from shoal.node.training.messages import FrameReader
+received = socket.socket(fileno=int(sys.argv[1])).recv(1 << 16)
+(start,) = FrameReader().feed(received)
+sys.exit(f"at a time: {start.micro_batch}")
+"""
+    monkeypatch.setattr(module, "_python_command", lambda _: (sys.executable, "-c", code))
+
+    async def test() -> None:
+        async with make_trainer(replace(SETTINGS, micro_batch=3)) as (trainer, _):
+            with pytest.raises(TrainerError, match="at a time: 3"):
+                await trainer.start(make_work())
 
     run(test())
 

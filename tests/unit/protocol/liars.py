@@ -61,7 +61,7 @@ def plan_anew(table: Table, liar: Seat, plan: Plan, attempt: int) -> Proposal:
         )
         done[part] = sign_message(CROWD[CROWD_PEERS.index(plan.roster[owner].signed.peer)], SWARM, word)
     assert len(done) == PARTS
-    result = make_result(own, done, table.head, frozenset(), table.rules.voters_max)
+    result = make_result(own, done, table.head, table.rules.codec_out, frozenset(), table.rules.voters_max)
     return Proposal(attempt=attempt, result=result, evidence=make_evidence(own, done))
 
 

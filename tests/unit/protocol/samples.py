@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from blake3 import blake3
 
-from shoal.protocol.codecs import CODECS
+from shoal.protocol.codecs import CODECS, UPDATE_CODECS
 from shoal.protocol.identity import Identity
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import Draft, Manifest, Rounds, Task, make_manifest
@@ -53,6 +53,16 @@ RULES = Rounds(
     rounds_kept=8,
 )
 DRAFT = Draft(name="tiny", task=Task(kind="none"), seed=1, rounds=RULES)
+
+
+def rules_with(codec: str) -> Rounds:
+    """Contributions in this codec, in parts that it can have; updates in another one where it must be."""
+    return replace(
+        RULES,
+        codec=codec,
+        update_codec=None if codec in UPDATE_CODECS else "int8",
+        part_elements=max(PART_ELEMENTS, CODECS[codec].block_elements),
+    )
 
 
 def make_sample_manifest(founders: int = 4, rules: Rounds = RULES) -> Manifest:
@@ -116,7 +126,9 @@ def make_presence(number: int, sequence: int = 1, **changes: object) -> Presence
     return sign_message(CROWD[number], SWARM, replace(presence, **changes))  # type: ignore[arg-type]
 
 
-def make_sample_result(head: Head, members: int = 3, parts: int = PARTS, label: str = "update") -> Result:
+def make_sample_result(
+    head: Head, members: int = 3, parts: int = PARTS, label: str = "update", codec: str = "int8"
+) -> Result:
     """A result that can follow `head`, with everybody in every part."""
     roster = tuple(make_ready(number, head) for number in range(members))
     bitmap = make_bitmap(frozenset(range(members)), members)
@@ -124,7 +136,7 @@ def make_sample_result(head: Head, members: int = 3, parts: int = PARTS, label: 
         round=head.round + 1,
         previous=head.digest,
         base_root=head.state_root,
-        codec="int8",
+        codec=codec,
         members=tuple(
             Member(
                 peer=one.peer,
@@ -154,14 +166,14 @@ def certify(result: Result, voters: int = 3, attempt: int = 0, swarm: bytes = SW
 
 def make_update(manifest: Manifest, head: Head, seed: int, swarm: bytes) -> tuple[Certificate, dict[bytes, bytes]]:
     """A certified update of random values after `head`, and its encoded parts by digest."""
-    codec = CODECS[manifest.rounds.codec]
+    codec = CODECS[manifest.rounds.codec_out]
     # Whole numbers of a stream that numpy keeps fixed (NEP 19), scaled by a power of two: the same bits everywhere.
     words = np.random.Philox(key=seed).random_raw(manifest.layout.elements) >> np.uint64(40)
     values = (words.astype(np.int32) - 2**23).astype(np.float32) * np.float32(2.0**-23)
     ranges = [manifest.part_range(part) for part in range(manifest.parts)]
     encoded = [bytes(codec.encode(values[first:end])) for first, end in ranges]
     digests = tuple(blake3(raw).digest() for raw in encoded)
-    plain = make_sample_result(head, members=len(manifest.founders), parts=manifest.parts)
+    plain = make_sample_result(head, members=len(manifest.founders), parts=manifest.parts, codec=codec.name)
     parts = tuple(replace(part, digest=digest) for part, digest in zip(plain.parts, digests, strict=True))
     certificate = certify(replace(plain, parts=parts), len(manifest.founders), swarm=swarm)
     return certificate, dict(zip(digests, encoded, strict=True))

@@ -16,6 +16,7 @@ from shoal.protocol.codecs import (
     INT8_SCALE_MAX,
     MAGNITUDE_MAX,
     SCALE_MIN,
+    UPDATE_CODECS,
     Codec,
     Float32s,
     encode_with_feedback,
@@ -58,6 +59,18 @@ GOLDEN = {
         "2d39862a1fbab9ab7809ad3822b437a5ae2204b18674ae0d03e43afd2e65b404",
         "d50c556e63e31f85091ae4f8e56ab46e8c32f3d3a3e224f80231150608d0da04",
     ),
+    "stat2": (
+        "4e82a718d0a1cb0b546ba29b431bd56ab1401e7f869e056e73655963f9c51550",
+        "7cd6d0d4dcef9023840db5212c96a8b3f4b59088d2c00fbcf2166490659199a2",
+    ),
+    "topk8": (
+        "0c212aaa3f136406e990d5da52ba9ee84802e79e04b3e2a82d4f2dc4341a3d67",
+        "17e357c07e5fbf3cf701ed4ed3dd973190cadcbc0f3e6750581bc244f7c7570f",
+    ),
+    "topk2": (
+        "70a5b9101beb4f0d7f9ec370ec2acab19605d5673798060b0212b29b39a78d69",
+        "43aca3234f37063a4d282b0e83306fd8e01071c96efca0ed295846f6c3350445",
+    ),
 }
 GOLDEN_SHORT = {
     "fp32": "0000803f9a9999be000000006f12833a8104353f",
@@ -67,9 +80,13 @@ GOLDEN_SHORT = {
     "int4": "2549123e075e00",
     "e3m0": "0000803f076d00",
     "ternary": "0000803f52",
+    "stat2": "5b3f00001100",
+    "topk8": "0402013c7f0000",
+    "topk2": "803f0000010000",
 }
 
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+every_dense_codec = pytest.mark.parametrize("codec", [CODECS[name] for name in UPDATE_CODECS], ids=UPDATE_CODECS)
 
 
 def vector(*values: float) -> Float32s:
@@ -98,6 +115,10 @@ def int8_part(scale: float | bytes, *codes: int) -> bytes:
 
 def packed_part(scale: float, *packed: int) -> bytes:
     return struct.pack("<f", scale) + bytes(packed)
+
+
+def level_part(small: int, large: int, *packed: int) -> bytes:
+    return struct.pack("<2H", small, large) + bytes(packed)
 
 
 def lattice(seed: int, elements: int) -> Float32s:
@@ -132,6 +153,9 @@ def test_short_vector_is_golden_in_full(name: str) -> None:
         *(("fp32", 1, 4), ("fp32", 600, 2400), ("fp16", 3, 6), ("bf16", 3, 6)),
         *(("int8", 1, 5), ("int8", 256, 260), ("int8", 257, 265)),
         *(("int4", 1, 5), ("int4", 255, 132), ("int4", 256, 132), ("int4", 257, 137), ("e3m0", 515, 12 + 258)),
+        *(("topk8", 1, 5 + 2), ("topk8", 4096, 68 + 96), ("topk8", 4096 + 65, 68 + 6 + 96 + 3)),
+        *(("topk2", 1, 5 + 2), ("topk2", 4096, 20 + 96), ("topk2", 8192 + 4095, 60 + 288)),
+        *(("stat2", 1, 5), ("stat2", 4, 5), ("stat2", 5, 6), ("stat2", 256, 68), ("stat2", 517, 12 + 130)),
         *(("ternary", 1, 5), ("ternary", 5, 5), ("ternary", 6, 6), ("ternary", 256, 56), ("ternary", 517, 12 + 105)),
     ],
 )
@@ -219,14 +243,14 @@ def test_bf16_rounds_half_to_even() -> None:
     assert decode(CODECS["bf16"], CODECS["bf16"].encode(values), 4).tolist() == [1.0, 1 + 2.0**-6, 1 + 2.0**-7, -0.0]
 
 
-@every_codec
+@every_dense_codec
 @pytest.mark.parametrize("peak", [FLOAT32_MAX, FLOAT32_MAX / 2, 2.0**65, 2.0**100])
 def test_what_is_too_large_saturates(codec: Codec, peak: float) -> None:
     decoded = decode(codec, codec.encode(vector(peak, -peak, 0.0)), 3)
     assert decoded.tolist() == [codec.magnitude_max, -codec.magnitude_max, 0.0]
 
 
-@every_codec
+@every_dense_codec
 def test_largest_magnitude_survives(codec: Codec) -> None:
     values = vector(codec.magnitude_max, -codec.magnitude_max)
     assert decode(codec, codec.encode(values), 2).tolist() == values.tolist()
@@ -288,6 +312,15 @@ def test_wrong_length_is_refused(codec: Codec, change: int) -> None:
         ("e3m0", packed_part(2.0**-121, 0x11), Refusal.OUT_OF_RANGE),
         ("e3m0", packed_part(1.0, 0x18), Refusal.OUT_OF_RANGE),
         ("e3m0", packed_part(1.0, 0x81), Refusal.OUT_OF_RANGE),
+        ("stat2", level_part(0x7F80, 0, 1), Refusal.NOT_FINITE),
+        ("stat2", level_part(0, 0xFFC0, 1), Refusal.NOT_FINITE),
+        ("stat2", level_part(0x5F81, 0, 1), Refusal.OUT_OF_RANGE),
+        ("stat2", level_part(0, 0xDF81, 1), Refusal.OUT_OF_RANGE),
+        ("stat2", level_part(0xBF80, 0, 1), Refusal.OUT_OF_RANGE),  # a small level is not negative
+        ("stat2", level_part(0x02FF, 0, 1), Refusal.OUT_OF_RANGE),
+        ("stat2", level_part(0x3F80, 0x82FF, 1), Refusal.OUT_OF_RANGE),
+        ("stat2", level_part(0x3F80, 0x8000, 1), Refusal.OUT_OF_RANGE),
+        ("stat2", level_part(0x3F80, 0, 0x10), Refusal.OUT_OF_RANGE),  # a code behind the second value
         ("ternary", packed_part(2.0**65, 1), Refusal.OUT_OF_RANGE),
         ("ternary", packed_part(1.0, 243), Refusal.OUT_OF_RANGE),
         ("ternary", packed_part(1.0, 9), Refusal.OUT_OF_RANGE),  # a digit behind the second value
@@ -306,6 +339,13 @@ def test_int8_limits_are_inclusive(scale: float) -> None:
     assert decode(CODECS["int8"], int8_part(scale, 127, -127), 2).tolist() == [127 * scale, -127 * scale]
 
 
+def test_stat2_limits_are_inclusive() -> None:
+    raw = level_part(0x0300, 0xDF80, 0b1110_0100)
+    assert raw[4] == 0 + 1 * 4 + 2 * 16 + 3 * 64
+    assert decode(CODECS["stat2"], level_part(0x0300, 0xDF80, 1), 1).tolist() == [2.0**-121]
+    assert decode(CODECS["stat2"], level_part(0x0300, 0xDF80, 3), 1).tolist() == [-(2.0**64)]
+
+
 @every_codec
 def test_fault_in_the_last_chunk_is_found(codec: Codec) -> None:
     elements = 2 * CHUNK_ELEMENTS + 3
@@ -322,48 +362,62 @@ def test_fault_in_the_last_chunk_is_found(codec: Codec) -> None:
     "elements", [1, 255, 256, 257, CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS + 1, 2 * CHUNK_ELEMENTS + 777]
 )
 def test_chunks_leave_no_trace(codec: Codec, elements: int) -> None:
-    values = lattice(elements, elements)
+    values, size = lattice(elements, elements), max(codec.block_elements, BLOCK_ELEMENTS)
     whole = decode(codec, codec.encode(values), elements)
-    blocks = [values[start : start + BLOCK_ELEMENTS] for start in range(0, elements, BLOCK_ELEMENTS)]
+    blocks = [values[start : start + size] for start in range(0, elements, size)]
     piecewise = np.concatenate([decode(codec, codec.encode(block), block.size) for block in blocks])
     assert whole.tobytes() == piecewise.tobytes()
 
 
 @every_codec
-@pytest.mark.parametrize(("start", "stop"), [(0, 256), (256, 1000), (512, 768), (768, 1000)])
-def test_range_is_a_slice_of_the_whole(codec: Codec, start: int, stop: int) -> None:
-    encoded = codec.encode(lattice(3, 1000))
+@pytest.mark.parametrize(("first", "end"), [(0, 1), (1, 4), (2, 3), (3, 4), (1, 40)])
+def test_range_is_a_slice_of_the_whole(codec: Codec, first: int, end: int) -> None:
+    block = max(codec.block_elements, BLOCK_ELEMENTS)
+    elements = (4 if end < 40 else 40) * block - 24
+    start, stop = first * block, min(end * block, elements)
+    encoded = codec.encode(lattice(3, elements))
     out = np.empty(stop - start, np.float32)
-    codec.decode_range(encoded, 1000, start, out)
-    assert out.tobytes() == decode(codec, encoded, 1000)[start:stop].tobytes()
+    codec.decode_range(encoded, elements, start, out)
+    assert out.tobytes() == decode(codec, encoded, elements)[start:stop].tobytes()
 
 
 @every_codec
 def test_ranges_make_up_the_whole(codec: Codec) -> None:
-    values = lattice(8, 1000)
-    raw = memoryview(bytearray(codec.encoded_bytes(1000)))
-    for start, stop in [(768, 1000), (256, 768), (0, 256)]:
-        codec.encode_range(values[start:stop], 1000, start, raw)
+    block = max(codec.block_elements, BLOCK_ELEMENTS)
+    elements = 4 * block - 24
+    values = lattice(8, elements)
+    raw = memoryview(bytearray(codec.encoded_bytes(elements)))
+    for start, stop in [(3 * block, elements), (block, 3 * block), (0, block)]:
+        codec.encode_range(values[start:stop], elements, start, raw)
     assert bytes(raw) == bytes(codec.encode(values))
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "e3m0", "ternary"])
+@pytest.mark.parametrize("name", [name for name, codec in CODECS.items() if codec.block_elements > 1])
 @pytest.mark.parametrize(("start", "stop"), [(1, 257), (0, 255), (256, 900)])
 def test_a_range_within_a_block_is_a_bug(name: str, start: int, stop: int) -> None:
-    raw = memoryview(bytearray(CODECS[name].encoded_bytes(1000)))
+    codec = CODECS[name]
+    scale = codec.block_elements // BLOCK_ELEMENTS
+    elements, start, stop = 1000 * scale, (start if start % 256 else start * scale), stop * scale
+    raw = memoryview(bytearray(codec.encoded_bytes(elements)))
     with pytest.raises(AssertionError, match="block"):
-        CODECS[name].encode_range(lattice(8, stop - start), 1000, start, raw)
+        codec.encode_range(lattice(8, stop - start), elements, start, raw)
     with pytest.raises(AssertionError, match="block"):
-        CODECS[name].decode_range(raw, 1000, start, np.empty(stop - start, np.float32))
+        codec.decode_range(raw, elements, start, np.empty(stop - start, np.float32))
+
+
+def test_updates_have_codecs_that_leave_nothing_out() -> None:
+    assert set(CODECS) - set(UPDATE_CODECS) == {"topk8", "topk2"}
 
 
 @every_codec
-def test_feedback_in_chunks_is_feedback_over_the_whole(codec: Codec) -> None:
+@pytest.mark.parametrize("kept", [0.0, 0.95, 1.0])
+def test_feedback_in_chunks_is_feedback_over_the_whole(codec: Codec, kept: float) -> None:
     elements = 2 * CHUNK_ELEMENTS + 777
     delta, residual, residual_next = lattice(9, elements), lattice(10, elements), np.empty(elements, np.float32)
-    encoded = encode_with_feedback(codec, delta, residual, residual_next)
-    assert bytes(encoded) == bytes(codec.encode(delta + residual))
-    assert residual_next.tobytes() == (delta + residual - decode(codec, encoded, elements)).tobytes()
+    encoded = encode_with_feedback(codec, delta, residual, residual_next, kept=kept)
+    produced = delta + np.float32(kept) * residual
+    assert bytes(encoded) == bytes(codec.encode(produced))
+    assert residual_next.tobytes() == (produced - decode(codec, encoded, elements)).tobytes()
 
 
 @every_codec
@@ -460,7 +514,8 @@ def test_feedback_may_overwrite_the_delta_but_not_the_residual(codec: Codec) -> 
             ("fp16", 65_520.0),
             ("fp32", 2.0**65),
         ),
-        *(("bf16", 2.0**65), ("int4", 2.0**84), ("e3m0", 2.0**87), ("ternary", 2.0**87)),
+        *(("bf16", 2.0**65), ("int4", 2.0**84), ("e3m0", 2.0**87), ("ternary", 2.0**87), ("stat2", 2.0**71)),
+        *(("topk8", 2.0**80), ("topk2", 2.0**71)),
     ],
 )
 def test_feedback_keeps_what_saturates(name: str, produced: float) -> None:

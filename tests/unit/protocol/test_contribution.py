@@ -1,5 +1,6 @@
 """Freezing and settling a pseudo-gradient: exact to the bit, and settled only where it was certified."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from shoal.protocol.contribution import Contributor, Frozen, NonFiniteContributi
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import PartResult, Result, contribution_root
 from shoal.protocol.quorum import make_bitmap
-from tests.unit.protocol.samples import ELEMENTS, PARTS, RULES, make_head, make_sample_manifest, make_sample_result
+from tests.unit.protocol.samples import ELEMENTS, PARTS, make_head, make_sample_manifest, make_sample_result, rules_with
 
 MANIFEST = make_sample_manifest()
 RNG = np.random.default_rng(5)
@@ -34,7 +35,7 @@ def certified(contributors: dict[int, set[int]], frozen: Frozen, index: int = 0,
     members[index] = replace(members[index], contribution_root=frozen.root)
     parts = tuple(
         PartResult(digest=b"d" * 32, contributors=make_bitmap(frozenset(contributors[part]), 3))
-        for part in range(PARTS)
+        for part in sorted(contributors)
     )
     return replace(plain, round=round_number, members=tuple(members), parts=parts)
 
@@ -50,16 +51,26 @@ def test_a_pseudo_gradient_that_is_not_finite_is_never_encoded(value: float, at:
     assert not contributor.residual.any(), "and leaves the residual as it was"
 
 
+def test_threads_that_share_the_work_freeze_the_same() -> None:
+    alone = Contributor(MANIFEST).freeze(1, BASE, LOCAL)
+    with ThreadPoolExecutor(4) as threads:
+        shared = Contributor(MANIFEST, each=threads.map).freeze(1, BASE, LOCAL)
+    assert (shared.encoded, shared.digests, shared.root) == (alone.encoded, alone.digests, alone.root)
+    assert shared.norm == alone.norm
+    assert np.array_equal(shared.residual_next, alone.residual_next)
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.95])
 @pytest.mark.parametrize("codec", sorted(CODECS))
-def test_what_is_encoded_and_what_remains_are_what_was_produced(codec: str) -> None:
-    manifest = make_sample_manifest(rules=replace(RULES, codec=codec))
+def test_what_is_encoded_and_what_remains_are_what_was_produced(codec: str, kept: float) -> None:
+    manifest = make_sample_manifest(rules=replace(rules_with(codec), residual_kept=kept))
     contributor = Contributor(manifest)
     for number in range(1, 6):
         local = BASE - np.random.default_rng(number).standard_normal(ELEMENTS, dtype=np.float32)
-        produced = (BASE - local) + contributor.residual
+        produced = (BASE - local) + np.float32(kept) * contributor.residual
         frozen = contributor.freeze(number, BASE, local)
         assert np.array_equal(decode(manifest, frozen) + frozen.residual_next, produced), "to the bit"
-        contributor.settle(frozen, certified({part: {0} for part in range(PARTS)}, frozen, 0, number), 0)
+        contributor.settle(frozen, certified({part: {0} for part in range(manifest.parts)}, frozen, 0, number), 0)
         assert np.array_equal(contributor.residual, frozen.residual_next)
 
 

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import pytest
 
-from shoal.protocol import kernels
+from shoal.protocol import kernels, sparse_kernels
 from shoal.protocol.aggregators import AGGREGATORS, WeightedPart
 from shoal.protocol.codecs import CHUNK_ELEMENTS, CODECS, encode_with_feedback
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
@@ -27,6 +27,7 @@ LICENCES = re.compile(r"\b(fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b")
 
 
 NJIT = numba.njit
+MODULES = (kernels, sparse_kernels)
 
 
 def run_all() -> None:
@@ -46,9 +47,9 @@ def find_kernels(module: ModuleType) -> dict[str, Any]:
     return {name: kernel for name, kernel in vars(module).items() if hasattr(kernel, "inspect_llvm")}
 
 
-def load_anew(njit: Callable[..., Any]) -> ModuleType:
+def load_anew(module: ModuleType, njit: Callable[..., Any]) -> ModuleType:
     """The module once more, compiled by this function."""
-    spec = importlib.util.spec_from_file_location("kernels_anew", kernels.__file__)
+    spec = importlib.util.spec_from_file_location("kernels_anew", module.__file__)
     assert spec is not None and spec.loader is not None
     anew = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
@@ -60,12 +61,13 @@ def load_anew(njit: Callable[..., Any]) -> ModuleType:
 def compile_all() -> Iterator[tuple[str, str]]:
     """Every kernel's name and LLVM code for each set of types; made anew, for what comes from a file has no text."""
     run_all()
-    anew = load_anew(lambda cache=False, **settings: NJIT(**settings))
-    for name, kernel in find_kernels(kernels).items():
-        fresh = getattr(anew, name)
-        for signature in kernel.signatures:
-            fresh.compile(signature)
-            yield name, fresh.inspect_llvm(signature)
+    for module in MODULES:
+        anew = load_anew(module, lambda cache=False, **settings: NJIT(**settings))
+        for name, kernel in find_kernels(module).items():
+            fresh = getattr(anew, name)
+            for signature in kernel.signatures:
+                fresh.compile(signature)
+                yield name, fresh.inspect_llvm(signature)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,8 @@ def code() -> list[tuple[str, str]]:
 
 def test_every_kernel_is_looked_at(code: list[tuple[str, str]]) -> None:
     # What has a leading underscore is part of its callers' code.
-    assert {name for name, _ in code if name[0] != "_"} == {name for name in find_kernels(kernels) if name[0] != "_"}
+    kernels_of_all = {name for module in MODULES for name in find_kernels(module)}
+    assert {name for name, _ in code if name[0] != "_"} == {name for name in kernels_of_all if name[0] != "_"}
 
 
 def test_the_compiler_has_no_licence_to_change_arithmetic(code: list[tuple[str, str]]) -> None:
@@ -124,4 +127,4 @@ def test_where_nothing_can_be_kept_kernels_are_compiled_all_the_same() -> None:
             raise RuntimeError("cannot cache function: no locator available")
         return NJIT(**settings)
 
-    assert load_anew(njit).peak_bits(np.array([1.0, -2.0], np.float32).view(np.uint32)) == 0x40000000
+    assert load_anew(kernels, njit).peak_bits(np.array([1.0, -2.0], np.float32).view(np.uint32)) == 0x40000000

@@ -25,6 +25,7 @@ from shoal.protocol.manifest import (
     parse_uri,
     read_manifest_untrusted,
     sign_manifest,
+    size_parts,
     task_options,
 )
 from shoal.protocol.messages import PARTS_MAX, digest_record
@@ -127,6 +128,7 @@ def test_a_draft_is_read_and_what_it_leaves_out_has_a_default() -> None:
         ('rule = "listed"', 'rules = "listed"', "admission.rules (line 20)", "is no known field"),
         ("peers_min = 3", "part_elements = 255", "rounds.part_elements (line 16)", "out of range"),
         ("peers_min = 3", 'codec = "zip"', "rounds.codec (line 16)", "'zip' is not allowed"),
+        ("peers_min = 3", 'update_codec = "zip"', "rounds.update_codec (line 16)", "'zip' is not allowed"),
         ("[training]", "[trainning]", "trainning (line 8)", "is no known field"),
         ('kind = "byte_gpt"', "kind = 1", "task.kind (line 5)", "is int, not str"),
         ('kind = "byte_gpt"', 'kind = ""', "task.kind (line 5)", "out of range"),
@@ -182,13 +184,28 @@ def test_a_model_that_no_snapshot_can_hold_is_refused() -> None:
     ("draft", "field"),
     [
         (replace(DRAFT, rounds=replace(RULES, part_elements=300)), "rounds.part_elements"),
+        (replace(DRAFT, rounds=replace(RULES, part_elements=300, update_codec="fp16")), "rounds.part_elements"),
+        (replace(DRAFT, rounds=replace(RULES, codec="topk2", update_codec="int8")), "rounds.part_elements"),
+        (replace(DRAFT, rounds=replace(RULES, codec="topk8", part_elements=4096)), "rounds.update_codec"),
         (replace(DRAFT, rounds=replace(RULES, presence_timeout_s=3.9)), "rounds.presence_timeout_s"),
         (replace(DRAFT, training=Training(inner_steps=4, steps_min=5)), "training.steps_min"),
+        (replace(DRAFT, training=Training(inner_optimizer="muon")), "training.inner_optimizer"),
+        (replace(DRAFT, training=Training(schedule="cosine")), "training.schedule_rounds"),
+        (replace(DRAFT, training=Training(schedule="linear")), "training.schedule_rounds"),
+        (replace(DRAFT, training=Training(schedule_rounds=9)), "training.schedule_rounds"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(draft: Draft, field: str) -> None:
     error = refuse_pieces(draft)
     assert error.field == field and error.fix
+
+
+def test_muon_wants_weights_in_numbered_layers() -> None:
+    draft = replace(DRAFT, training=Training(inner_optimizer="muon", schedule="linear", schedule_rounds=9))
+    layout = Layout(tensors=(TensorSpec(name="blocks.0.weight", shape=(30, 30)),))
+    assert make_manifest(draft, layout, PEERS[0], PEERS[:1]).training == draft.training
+    for name, shape in (("weight", (30, 30)), ("blocks.0.gain", (900,)), ("block0.weight", (30, 30))):
+        assert refuse_pieces(draft, Layout(tensors=(TensorSpec(name=name, shape=shape),))).field.endswith("optimizer")
 
 
 # -- signed manifests -----------------------------------------------------------------------------------------------
@@ -208,8 +225,18 @@ def test_every_change_makes_another_swarm() -> None:
         replace(MANIFEST, layout=flat(900)),
         replace(MANIFEST, founders=PEERS[1:4]),
         replace(MANIFEST, rounds=replace(RULES, grace_s=2.5)),
+        replace(MANIFEST, rounds=replace(RULES, update_codec="int8")),
     ]
-    assert len({SWARM, *(digest_record(one) for one in changed)}) == 6
+    assert len({SWARM, *(digest_record(one) for one in changed)}) == 7
+
+
+def test_updates_have_the_codec_of_contributions_unless_another_one_is_named() -> None:
+    assert Rounds(codec="e3m0").codec_out == "e3m0"
+    assert Rounds(codec="e3m0", update_codec="int8").codec_out == "int8"
+    draft = parse_draft(TEXT.replace("peers_min = 3", 'codec = "e3m0"\nupdate_codec = "int8"'), "{}")
+    assert (draft.rounds.codec, draft.rounds.codec_out) == ("e3m0", "int8")
+    manifest = make_manifest(replace(DRAFT, rounds=replace(RULES, update_codec="fp16")), LAYOUT, PEERS[0], PEERS[:4])
+    assert read_manifest_untrusted(sign_manifest(manifest, OWNER))[0].rounds.codec_out == "fp16"
 
 
 def test_a_manifest_of_another_swarm_is_refused() -> None:
@@ -235,6 +262,11 @@ def resign(manifest: Manifest, owner: Identity) -> bytes:
         (resign(replace(MANIFEST, founders=()), OWNER), Refusal.OUT_OF_RANGE),
         (resign(replace(MANIFEST, owner=PeerId(b"short")), OWNER), Refusal.OUT_OF_RANGE),
         (resign(replace(MANIFEST, rounds=replace(RULES, codec="zip")), OWNER), Refusal.OUT_OF_RANGE),
+        (resign(replace(MANIFEST, training=Training(inner_optimizer="sgd")), OWNER), Refusal.OUT_OF_RANGE),
+        (resign(replace(MANIFEST, training=Training(schedule="steps")), OWNER), Refusal.OUT_OF_RANGE),
+        (resign(replace(MANIFEST, rounds=replace(RULES, update_codec="zip")), OWNER), Refusal.OUT_OF_RANGE),
+        (resign(replace(MANIFEST, rounds=replace(RULES, update_codec="topk8")), OWNER), Refusal.OUT_OF_RANGE),
+        (resign(replace(MANIFEST, rounds=replace(RULES, codec="topk8")), OWNER), Refusal.OUT_OF_RANGE),
         (resign(replace(MANIFEST, layout=flat(256 * PARTS_MAX + 1)), OWNER), Refusal.OUT_OF_RANGE),
         (encode_record(SignedManifest(manifest=b"m", signature=bytes(64))), Refusal.MALFORMED),
     ],
@@ -243,7 +275,17 @@ def test_a_manifest_that_cannot_be_used_is_refused(raw: bytes, refusal: Refusal)
     assert refuse_signed(raw).refusal is refusal
 
 
+def test_who_leaves_out_values_is_told_to_name_a_codec_for_updates() -> None:
+    rules = replace(RULES, codec="topk8", part_elements=4096)
+    error = refuse_pieces(replace(DRAFT, rounds=rules))
+    assert "topk8" in error.problem and "int8" in error.fix and "topk" not in error.fix
+    manifest = make_manifest(replace(DRAFT, rounds=replace(rules, update_codec="int8")), LAYOUT, PEERS[0], PEERS[:4])
+    assert read_manifest_untrusted(sign_manifest(manifest, OWNER))[0] == manifest
+
+
 def test_a_refused_field_of_a_manifest_is_named() -> None:
+    sparse = resign(replace(MANIFEST, rounds=replace(RULES, codec="topk8")), OWNER)
+    assert refuse_signed(sparse).detail.startswith("manifest.rounds.update_codec is nil")
     many = resign(replace(MANIFEST, layout=flat(256 * PARTS_MAX + 1)), OWNER)
     assert refuse_signed(many).detail == f"manifest.rounds.part_elements makes {PARTS_MAX + 1} parts"
     slow = resign(replace(MANIFEST, rounds=replace(RULES, grace_s=-1.0)), OWNER)
@@ -328,3 +370,28 @@ def test_a_piece_of_a_uri_that_is_wrong_is_named(text: str, field: str) -> None:
 def test_a_uri_error_says_what_was_given() -> None:
     assert "'boot'" in refuse_uri(f"shoal://{SWARM.hex()}?boot=1").problem
     assert "'/ip4/1.2.3.4'" in refuse_uri(f"shoal://{SWARM.hex()}?bootstrap=/ip4/1.2.3.4").problem
+
+
+@pytest.mark.parametrize(
+    ("elements", "part_elements"),
+    [
+        (1, 1 << 18),
+        (1 << 24, 1 << 18),
+        ((1 << 24) + 1, 1 << 19),
+        (1 << 25, 1 << 19),
+        (51_000_000, 1 << 20),
+        (10**9, 1 << 20),
+    ],
+)
+def test_parts_have_a_size_that_fits_the_model(elements: int, part_elements: int) -> None:
+    draft = parse_draft(TEXT, "{}")
+    sized = size_parts(draft, TEXT, elements)
+    assert sized.rounds.part_elements == part_elements
+    assert replace(sized, rounds=draft.rounds) == draft
+
+
+def test_a_size_that_the_draft_gives_stays() -> None:
+    text = TEXT.replace("[rounds]", "[rounds]\npart_elements = 262144")
+    draft = parse_draft(text, "{}")
+    assert size_parts(draft, text, 10**9) == draft
+    assert size_parts(parse_draft('name = "x"\n[task]\nkind = "y"', "{}"), 'name = "x"', 10).rounds == Rounds()

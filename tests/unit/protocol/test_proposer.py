@@ -222,10 +222,11 @@ def test_a_revision_changes_owners_and_nothing_else() -> None:
 
 def test_a_result_is_made_of_what_the_owners_said() -> None:
     parts = {3: done(3, {0}), 0: done(0, {0, 1}, b"e"), 1: done(1, {0}), 2: done(2, {1})}
-    result = make_result(PLAN, parts, HEAD, frozenset(), 31)
+    result = make_result(PLAN, parts, HEAD, "bf16", frozenset(), 31)
     check_result(result, HEAD, PARTS)
     assert [part.digest[:1] for part in result.parts] == [b"e", b"d", b"d", b"d"]
     assert list_members(result.parts[0].contributors, 4) == (0, 1)
+    assert result.codec == "bf16", "that of updates, whatever contributions come in"
     assert [member.peer for member in result.members] == list(PEERS[:4])
     assert [member.weight for member in result.members] == [entry.weight for entry in PLAN.roster]
 
@@ -233,8 +234,8 @@ def test_a_result_is_made_of_what_the_owners_said() -> None:
 def test_who_contributed_becomes_a_voter_and_who_is_absent_is_none() -> None:
     head = make_head(voters=2)
     parts = {part: done(part, {0, 3}) for part in range(PARTS)}
-    assert make_result(PLAN, parts, head, frozenset(), 31).voters == (PEERS[0], PEERS[1], PEERS[3])
-    assert make_result(PLAN, parts, head, frozenset({PEERS[1]}), 31).voters == (PEERS[0], PEERS[3])
+    assert make_result(PLAN, parts, head, "int8", frozenset(), 31).voters == (PEERS[0], PEERS[1], PEERS[3])
+    assert make_result(PLAN, parts, head, "int8", frozenset({PEERS[1]}), 31).voters == (PEERS[0], PEERS[3])
 
 
 def test_an_empty_result_drops_who_leaves() -> None:

@@ -14,6 +14,7 @@ from shoal.protocol.quorum import (
     check_certificate,
     check_result,
     check_votes,
+    choose_evaluator,
     choose_voters,
     has_member,
     list_members,
@@ -38,6 +39,13 @@ HEAD = make_head(voters=4)
 RESULT = make_sample_result(HEAD)
 CERTIFICATE = certify(RESULT, voters=3)
 MAJORITY, TWO_THIRDS = QuorumRule.MAJORITY, QuorumRule.TWO_THIRDS
+
+
+def test_every_contributor_measures_its_share_of_the_bases_and_all_name_the_same_one() -> None:
+    heads = [bytes([number]) * 32 for number in range(200)]
+    chosen = [choose_evaluator(head, PEERS[:4]) for head in heads]
+    assert chosen == [choose_evaluator(head, PEERS[3::-1]) for head in heads]
+    assert all(30 < chosen.count(peer) < 70 for peer in PEERS[:4])
 
 
 @pytest.mark.parametrize("voters", range(1, VOTERS_MAX + 1))

@@ -2,21 +2,27 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
+from shoal.protocol import replica as replica_module
 from shoal.protocol.aggregators import AGGREGATORS
 from shoal.protocol.codecs import CODECS, Float32s
 from shoal.protocol.errors import ProtocolError, Refusal
-from shoal.protocol.layout import initialise
+from shoal.protocol.layout import TensorSpec, initialise, make_layout
 from shoal.protocol.manifest import Outer
 from shoal.protocol.messages import Certificate, digest_record
 from shoal.protocol.quorum import Head
 from shoal.protocol.replica import Replica, make_reduction
-from shoal.protocol.state import chunk_digests, state_root
+from shoal.protocol.state import CHUNK_BYTES, chunk_digests, state_root
 from tests.unit.protocol.samples import ELEMENTS, LAYOUT, RULES, SWARM, make_sample_manifest, make_update
+
+T = TypeVar("T")
 
 MANIFEST = make_sample_manifest()
 # If this fails, two versions of shoal no longer agree on the state of a swarm.
@@ -162,6 +168,44 @@ def test_a_part_that_does_not_decode_is_refused(spoil: object, refusal: Refusal)
     assert caught.value.refusal is refusal
 
 
+def test_threads_that_share_the_work_compute_the_same() -> None:
+    with ThreadPoolExecutor(4) as threads:
+        replica = Replica(MANIFEST, np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32), each=threads.map)
+        assert replica.reset() == ROOTS[0]
+        for certificate, root in zip(LOG, ROOTS[1:], strict=True):
+            assert replica.apply(certificate.result, BLOBS) == root
+
+
+def test_spans_that_are_hashed_apart_make_the_same_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    elements = 3 * CHUNK_BYTES // 4 + 5
+    layout = make_layout((TensorSpec(name="w", shape=(elements,)),))
+    vectors = np.random.default_rng(3).standard_normal((2, elements), np.float32)
+    whole = Replica(replace(MANIFEST, layout=layout), *vectors).root()
+    assert whole == state_root(0, elements, *map(chunk_digests, vectors))
+    monkeypatch.setattr(replica_module, "DIGEST_SPAN_ELEMENTS", CHUNK_BYTES // 4)
+    assert Replica(replace(MANIFEST, layout=layout), *vectors).root() == whole
+
+
+def test_when_a_part_does_not_decode_nothing_is_at_work_any_more() -> None:
+    """Whoever rebuilds the vectors then must find them left alone."""
+    ended: list[int] = []
+
+    def each(work: Callable[[int], T], pieces: Iterable[int]) -> Iterator[T]:
+        for piece in pieces:
+            yield work(piece)
+            ended.append(piece)
+
+    replica = Replica(MANIFEST, np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32), each=each)
+    replica.reset()
+    result = LOG[0].result
+    spoiled = BLOBS | {result.parts[0].digest: b"short"}
+    ended.clear()
+    with pytest.raises(ProtocolError) as caught:
+        replica.apply(result, spoiled)
+    assert caught.value.refusal is Refusal.WRONG_LENGTH
+    assert ended == list(range(len(result.parts)))
+
+
 def test_vectors_of_another_length_are_a_mistake() -> None:
     with pytest.raises(AssertionError, match="every element"):
         Replica(MANIFEST, np.zeros(ELEMENTS, np.float32), np.zeros(ELEMENTS + 1, np.float32))
@@ -174,22 +218,35 @@ def test_the_reduction_is_the_manifests() -> None:
     assert reduction.aggregator is AGGREGATORS["norm_clipped_mean"]
 
 
+def test_updates_have_a_codec_of_their_own() -> None:
+    manifest = make_sample_manifest(rules=replace(RULES, codec="ternary", update_codec="bf16"))
+    reduction = make_reduction(manifest)
+    assert (reduction.codec_in, reduction.codec_out) == (CODECS["ternary"], CODECS["bf16"])
+    replica = make_replica()
+    before = replica.root()
+    head = Head(round=0, digest=SWARM, state_root=before, voters=manifest.founders)
+    certificate, blobs = make_update(manifest, head, 1, SWARM)
+    assert certificate.result.codec == "bf16"
+    assert replica.apply(certificate.result, blobs) != before
+
+
 IN_A_PROCESS_OF_ITS_OWN = """
 from dataclasses import replace
 import numpy as np
-from shoal.protocol import kernels
+from shoal.protocol import kernels, sparse_kernels
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.contribution import Contributor
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
 from shoal.protocol.aggregators import AGGREGATORS, WeightedPart
 from shoal.protocol.replica import make_reduction, rehearse
-from tests.unit.protocol.samples import RULES, make_sample_manifest
+from tests.unit.protocol.samples import RULES, make_sample_manifest, rules_with
 
 def count():
-    found = {name: one for name, one in vars(kernels).items() if hasattr(one, "signatures") and name[0] != "_"}
+    both = {**vars(kernels), **vars(sparse_kernels)}
+    found = {name: one for name, one in both.items() if hasattr(one, "signatures") and name[0] != "_"}
     return {name: len(one.signatures) for name, one in found.items()}
 
-rules = [replace(RULES, codec=codec) for codec in CODECS] + [replace(RULES, aggregator=name) for name in AGGREGATORS]
+rules = [rules_with(codec) for codec in CODECS] + [replace(RULES, aggregator=name) for name in AGGREGATORS]
 manifests = [make_sample_manifest(rules=one) for one in rules]
 assert not any(count().values())
 for manifest in manifests:

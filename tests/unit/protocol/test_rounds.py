@@ -53,6 +53,15 @@ def test_rounds_follow_each_other() -> None:
     assert all(seat.core.phase is Phase.GATHER for seat in table.seats)
 
 
+@pytest.mark.parametrize("quorum", ["majority", "two_thirds"])
+def test_a_plan_has_the_contributions_codec_and_a_result_the_updates(quorum: str) -> None:
+    table = Table(rules=replace(RULES, codec="ternary", update_codec="bf16", quorum=quorum))
+    assert table.begin_exchange().codec == "ternary"
+    table.finish_reductions()
+    table.settle()
+    assert table.result().codec == "bf16"
+
+
 def test_each_part_travels_once_from_each_member_and_each_result_once_to_each() -> None:
     table = Table()
     plan = table.begin_exchange()

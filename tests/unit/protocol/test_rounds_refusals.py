@@ -98,6 +98,19 @@ def test_a_plan_that_does_not_follow_from_its_readies_is_refused() -> None:
         assert refusal_of(follower, signed, lead.peer) is refusal
 
 
+def test_the_codecs_of_contributions_and_of_updates_do_not_stand_for_each_other() -> None:
+    table = Table(rules=replace(RULES, codec="ternary", update_codec="int8"))
+    lead, _, follower, _ = table.order()
+    plan = table.begin_exchange()
+    signed = sign_message(lead.identity, SWARM, replace(plan, codec="int8", revision=1))
+    assert refusal_of(follower, signed, lead.peer) is Refusal.NOT_PLANNED
+    good = result_for(table)
+    spoilt = replace(good, result=replace(good.result, codec="ternary"))
+    assert refusal_of(follower, spoilt, lead.peer) is Refusal.NOT_PLANNED
+    follower.core.receive(good, lead.peer, 0.0)
+    assert follower.core.phase is Phase.COMMIT
+
+
 @pytest.mark.parametrize("field", ["previous", "base_root"])
 def test_what_builds_on_another_log_is_dropped_without_blame_and_compared(field: str) -> None:
     # After a re-root there may be two logs; an honest peer of the other one must not be taken for a liar.

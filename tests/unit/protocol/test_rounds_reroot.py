@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.protocol.effects import Behind, Forked, Phase, Pledge, Send
-from shoal.protocol.errors import Refusal
+from shoal.protocol.effects import AttemptFailed, Behind, Forked, Phase, Pledge, Send
+from shoal.protocol.errors import Failure, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.lineage import is_lawful, weigh
 from shoal.protocol.manifest import Rounds
@@ -182,6 +182,74 @@ def test_a_quorum_that_comes_back_while_a_certified_round_is_fetched_stops_the_t
     assert all(seat.said(Proposal) == [] for seat in table.up())
     table.advance(1.0 + MARGIN_S)
     assert set(table.result(2).voters) == set(PEERS[:2])
+
+
+def certify_by_the_dead(table: Table, *survivors: int) -> Certificate:
+    """The first round, certified by three of five: these have the certificate and no bytes, the others are gone."""
+    table.blobs_are_found = False
+    leave_alive(table, *survivors)
+    result = make_sample_result(table.head)
+    certificate = Certificate(
+        result=result, attempt=0, votes=tuple(make_vote(IDENTITIES[number], result) for number in (2, 3, 4))
+    )
+    for number in survivors:
+        table.hear(table.seats[number], certificate)
+        assert table.seats[number].core.phase is Phase.FETCH
+    return certificate
+
+
+@pytest.mark.parametrize("told", [(0, 1), (0,), (1,)])
+def test_an_update_that_died_with_its_quorum_is_given_up_after_the_timer(told: tuple[int, ...]) -> None:
+    table = Table(5, rules=TIMED)
+    certify_by_the_dead(table, *told)
+    leave_alive(table, 0, 1)
+    for number in {0, 1} - {*told}:
+        table.restart(table.seats[number])
+    table.advance(AFTER_S - 1.0)
+    assert all(seat.committed == [] for seat in table.up())
+    table.advance(1.0 + 2 * MARGIN_S)
+    assert set(table.result().voters) == set(PEERS[:2])
+    lost = [note for seat in table.up() for note in seat.did(AttemptFailed) if note.reason is Failure.UPDATE_LOST]
+    assert len(lost) in range(1, 3), "who gave it up does not take it up again"
+
+
+def test_an_update_that_somebody_in_sight_has_applied_is_not_given_up() -> None:
+    table = Table(5, rules=TIMED)
+    certificate = certify_by_the_dead(table, 0, 1)
+    slow, holder = table.seats[0], table.seats[1]
+    for part in certificate.result.parts:
+        table.hold(holder, part.digest)
+    table.settle()
+    assert holder.core.round == 2
+    table.meet()
+    table.advance(2 * AFTER_S)
+    assert slow.core.phase is Phase.FETCH and slow.said(Proposal) == []
+    for part in certificate.result.parts:
+        table.hold(slow, part.digest)
+    table.advance(AFTER_S + MARGIN_S)
+    assert set(table.result(2).voters) == set(PEERS[:2])
+
+
+def test_a_quorum_in_sight_is_asked_for_the_update_for_ever() -> None:
+    table = Table(5, rules=TIMED)
+    certify_by_the_dead(table, 0, 1)
+    table.restart(table.seats[2])
+    table.advance(3 * AFTER_S)
+    assert [table.seats[number].core.phase for number in (0, 1)] == [Phase.FETCH] * 2
+
+
+@pytest.mark.parametrize("rules", [RULES, TIMED])
+def test_the_owner_ends_the_wait_for_an_update_that_is_gone(rules: Rounds) -> None:
+    table = Table(5, rules=replace(rules, peers_min=1))
+    certify_by_the_dead(table, 0, 1)
+    by_owner = sign_reroot(table.head, PEERS[:2], OWNER)
+    declared = sign_reroot(table.head, PEERS[1:2], 1)
+    for seat in table.up():
+        if rules is TIMED:
+            table.hear(seat, declared)
+            assert seat.committed == [], "only the owner's word counts before the timer has run out"
+        table.hear(seat, by_owner)
+    assert table.result().voters == PEERS[:2]
 
 
 def test_a_declaration_needs_the_word_of_everybody_whom_it_names() -> None:

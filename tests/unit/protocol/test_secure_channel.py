@@ -1,7 +1,7 @@
 """The secure channel: who gets through, who is told what, and what a record protects."""
 
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from noise.connection import Keypair, NoiseConnection
 
 from shoal.protocol import secure_channel
@@ -15,9 +15,11 @@ from shoal.protocol.secure_channel import (
     RECORD_OVERHEAD_BYTES,
     ChannelKeys,
     Handshake,
+    RecordCipher,
     RecordOpener,
     RecordSealer,
     SecureChannel,
+    _decode_payload_untrusted,
     decode_prefix_untrusted,
 )
 
@@ -71,6 +73,47 @@ def test_records_go_both_ways_and_every_handshake_has_its_own_keys() -> None:
     assert open_record(accepted, there) == b"there"
     assert open_record(dialled, back) == b"back"
     assert there[PREFIX_BYTES:] != seal(shake_hands(dial(), accept())[0], b"there")[PREFIX_BYTES:]
+
+
+@pytest.mark.parametrize("dialer_prefers", [False, True])
+@pytest.mark.parametrize("acceptor_prefers", [False, True])
+def test_one_side_that_is_faster_with_chacha20_decides(dialer_prefers: bool, acceptor_prefers: bool) -> None:
+    alice = ChannelKeys(Identity(b"a" * 32), b"a" * 32, prefers_chacha20=dialer_prefers)
+    bob = ChannelKeys(Identity(b"b" * 32), b"b" * 32, prefers_chacha20=acceptor_prefers)
+    dialled, accepted = shake_hands(dial(keys=alice), accept(keys=bob))
+    expected = RecordCipher.CHACHA20_POLY1305 if dialer_prefers or acceptor_prefers else RecordCipher.AES_256_GCM
+    assert dialled.cipher is accepted.cipher is expected
+    for number in range(3):
+        plain = bytes([number]) * 1000
+        assert open_record(accepted, seal(dialled, plain)) == plain
+        assert open_record(dialled, seal(accepted, plain)) == plain
+    altered = seal(dialled, b"there")
+    altered[-1] ^= 1
+    with pytest.raises(ProtocolError) as caught:
+        open_record(accepted, altered)
+    assert caught.value.refusal is Refusal.NOT_AUTHENTIC
+
+
+def test_a_cipher_that_nobody_knows_is_passed_over() -> None:
+    payload = ALICE.payload + bytes([15 << 3 | 2, 3]) + b"XYZ"
+    assert _decode_payload_untrusted(payload)[15] == b"XYZ"
+    strange = ChannelKeys(Identity(b"a" * 32), b"a" * 32)
+    strange.payload = payload
+    dialled, accepted = shake_hands(dial(keys=strange), accept())
+    assert dialled.cipher is accepted.cipher is RecordCipher.AES_256_GCM
+
+
+@pytest.mark.parametrize("cipher", RecordCipher)
+def test_each_cipher_seals_with_noise_nonces_and_its_own_rekey(cipher: RecordCipher) -> None:
+    aead = {RecordCipher.AES_256_GCM: AESGCM, RecordCipher.CHACHA20_POLY1305: ChaCha20Poly1305}[cipher]
+    sealer, key, plain = RecordSealer(b"k" * 32, cipher, rekey_records=2), b"k" * 32, b"plain"
+    record = memoryview(bytearray(len(plain) + RECORD_OVERHEAD_BYTES))
+    for number in range(5):
+        if number in (2, 4):
+            key = aead(key).encrypt(bytes(4) + b"\xff" * 8, bytes(32), None)[:32]
+        sealer.seal_into(7, plain, record)
+        sealed = aead(key).encrypt(bytes(4) + number.to_bytes(8, "big"), plain, bytes(record[:PREFIX_BYTES]))
+        assert bytes(record[PREFIX_BYTES:]) == sealed
 
 
 def test_handshake_works_byte_by_byte_and_keeps_what_follows() -> None:

@@ -1,5 +1,7 @@
 """The text: what is read, what is held out, and which windows a peer draws."""
 
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -71,6 +73,71 @@ def test_reading_stops_at_the_bound(folder: Path) -> None:
     bound = CORPUS_BYTES_MIN + 100
     corpus = read_corpus(folder, bound)
     assert corpus.train.size + corpus.held_out.size == bound
+
+
+def test_files_that_go_while_training_are_not_missed(folder: Path) -> None:
+    corpus = read_corpus(folder)
+    windows = ByteWindows(corpus, context=16, batch_size=8, seed=1, peer=bytes(32))
+    held_out, batch = windows.held_out(), windows.batch(0)
+    for path in folder.iterdir():
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert (windows.held_out() == held_out).all()
+    assert (windows.batch(0) == batch).all()
+    with pytest.raises(ConfigError):
+        read_corpus(folder)
+
+
+def write_lines(path: Path, lines: list[object]) -> Path:
+    """Objects as JSON, a line each; what is text already stays as it is."""
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def read_back(corpus: Corpus) -> bytes:
+    """All bytes, sorted: the split mixes the blocks."""
+    return bytes(sorted(corpus.train.tobytes() + corpus.held_out.tobytes()))
+
+
+def test_of_json_lines_the_texts_are_read(tmp_path: Path) -> None:
+    texts = [f"{number} é\n☃" * 500 for number in range(40)]
+    path = write_lines(tmp_path / "a.jsonl", [{"text": text, "id": 3} for text in texts] + [""])
+    corpus = read_corpus(path)
+    assert corpus.notice == ""
+    assert read_back(corpus) == bytes(sorted("".join(f"{text}\n" for text in texts).encode()))
+    (tmp_path / "b.txt").write_bytes(b"{" * 1000)
+    assert read_back(read_corpus(tmp_path)).count(b"{") == 1000, "other files are read as they are"
+
+
+BAD_LINES = ["{", "[1]", "3", '{"text": 3}', '{"body": "x"}', "[" * 100_000, '"text"']
+
+
+def test_lines_without_a_text_are_counted_and_left_out(tmp_path: Path) -> None:
+    good = [{"text": "x" * 10_000}] * len(BAD_LINES)
+    corpus = read_corpus(write_lines(tmp_path / "a.jsonl", [*BAD_LINES, *good]))
+    assert read_back(corpus) == b"\n" * len(good) + b"x" * 10_000 * len(good)
+    assert f"{len(BAD_LINES)} of {2 * len(BAD_LINES)} lines" in corpus.notice
+    assert ByteWindows(corpus, context=16, batch_size=8, seed=1, peer=bytes(32)).notice == corpus.notice
+
+
+def test_a_file_of_mostly_other_lines_is_refused(tmp_path: Path) -> None:
+    good = [{"text": "x" * 20_000}] * (len(BAD_LINES) - 1)
+    with pytest.raises(ConfigError) as caught:
+        read_corpus(write_lines(tmp_path / "a.jsonl", [*BAD_LINES, *good]))
+    assert caught.value.field == "trainer.text"
+    assert f"a.jsonl has no text in {len(BAD_LINES)} of {len(BAD_LINES) + len(good)} lines" in caught.value.problem
+
+
+def test_reading_of_json_lines_stops_at_the_bound(tmp_path: Path) -> None:
+    bound = CORPUS_BYTES_MIN + 100
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "x" * 1000}] * 100 + BAD_LINES * 50)
+    corpus = read_corpus(path, bound)
+    assert corpus.train.size + corpus.held_out.size == bound
+    assert corpus.notice == "", "what comes after the bound is not looked at"
+
+
+def test_text_that_is_no_unicode_is_read_with_marks(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ['{"text": "\\ud800%s"}' % ("x" * 70_000)])
+    assert read_back(read_corpus(path)).count(b"?") == 1
 
 
 def test_the_default_is_the_standard_library_without_tests() -> None:

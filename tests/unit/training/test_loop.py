@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from shoal.node.training.messages import (
     Sampled,
 )
 from shoal.protocol.errors import ConfigError, ManifestError
+from shoal.protocol.manifest import LINEAR
 from tests.unit.training.tiny import OPTIONS, PEER, TRAINING, layout, make_loop, make_memory, make_start, make_work
 
 NOTHING = Merge(round=2, included=b"\x00", part_elements=layout().elements, adopt_all=False, begin=True)
@@ -136,6 +138,17 @@ def test_a_peer_slower_than_the_rounds_still_becomes_ready() -> None:
     assert (reports[0].round, reports[0].steps) == (4, 4)
 
 
+def test_the_learning_rate_follows_the_round_and_not_what_this_peer_has_done() -> None:
+    training = replace(TRAINING, weight_decay=0.0, warmup_steps=0, schedule=LINEAR, schedule_rounds=10)
+    strides = []
+    for round in (1, 6, 11):
+        loop, memory = make_loop(replace(training, learning_rate_end=0.2))
+        tell(loop, Begin(round=round, adopt=True), Freeze())
+        ready_of(loop)
+        strides.append(np.abs(memory[1] - memory[0]).max())  # AdamW's first step is as long as the rate
+    assert strides == pytest.approx([3e-3, 0.6 * 3e-3, 0.2 * 3e-3], rel=1e-3)
+
+
 def test_local_is_written_at_ready_and_at_no_other_time() -> None:
     loop, memory = make_loop()
     tell(loop, Begin(round=1, adopt=True))
@@ -188,7 +201,7 @@ def test_looking_at_the_base_does_not_disturb_the_training() -> None:
             reports = tell(loop, Evaluate(), Sample(prompt=b"def ", size_bytes=5))
             assert [type(report) for report in reports] == [Evaluated, Sampled]
             assert isinstance(reports[0], Evaluated)
-            assert reports[0].loss_nats_per_byte == pytest.approx(np.log(256), abs=1e-4), "of the base, not of local"
+            assert reports[0].loss_nats == pytest.approx(np.log(256), abs=1e-4), "of the base, not of local"
         run_to_ready(loop)
         ends.append(memory[1])
     assert (ends[0] == ends[1]).all()
@@ -202,7 +215,7 @@ def test_rounds_of_one_peer_bring_the_held_out_loss_down() -> None:
         memory[0] = memory[1]
     (report,) = tell(loop, Evaluate())
     assert isinstance(report, Evaluated)
-    assert report.loss_nats_per_byte < 3.6
+    assert report.loss_nats < 3.6
 
 
 @pytest.fixture
@@ -281,6 +294,14 @@ def test_local_parameters_that_are_not_finite_are_not_handed_over(monkeypatch: p
     assert "local parameters" in failed.detail
     assert ready_of(loop).steps == 4
     assert np.isfinite(memory[1]).all()
+
+
+def test_what_of_the_text_could_not_be_used_is_told_with_the_first_report(tmp_path: Path) -> None:
+    assert make_loop()[0].started().notice == ""
+    text = tmp_path / "a.jsonl"
+    text.write_text('{"text": "%s"}\n{}\n' % ("x" * 70_000))
+    loop = InnerLoop(make_start(text=str(text)), make_memory())
+    assert "1 of 2 lines" in loop.started().notice
 
 
 def test_a_task_that_makes_another_layout_is_refused() -> None:

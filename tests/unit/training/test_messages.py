@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from shoal.node.training.messages import (
     DETAIL_BYTES_MAX,
     FRAME_BYTES_MAX,
+    TASK_FAILED,
     Begin,
     Evaluated,
+    Failed,
     FrameReader,
     Freeze,
     Merge,
@@ -24,12 +27,14 @@ from tests.unit.training.tiny import make_start
 MESSAGES = (
     make_start(),
     make_start(text=None),
+    replace(make_start(), allow_tasks=("a.b:C", "d:E")),
     Begin(round=3, adopt=True),
     Merge(round=4, included=b"\x05\x00", part_elements=256, adopt_all=False, begin=True),
     Freeze(),
     Ready(round=3, steps=4, tokens=1024, loss_mean=2.5, batches_done=9),
-    Evaluated(round=4, loss_nats_per_byte=1.9, tokens=8192),
+    Evaluated(round=4, loss_nats=1.9, tokens=8192),
     Sampled(text=b"\xff\x00"),
+    Failed(reason=TASK_FAILED, detail="ValueError at a.py:3: x", fatal=False),
 )
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from shoal.node.training.strategy import ADAM_BETAS, DiLoCo, included_ranges
+from shoal.node.training.optimizers import ADAM_BETAS
+from shoal.node.training.strategy import DiLoCo, included_ranges
 from shoal.protocol.layout import Layout, TensorSpec, make_layout
 from shoal.protocol.manifest import Training
 from shoal.protocol.quorum import make_bitmap
@@ -35,13 +36,19 @@ def quadratic(model: nn.Linear) -> torch.Tensor:
     return sum(((parameter - 3.0) ** 2).sum() for parameter in model.parameters())  # type: ignore[return-value]
 
 
+def take_step(strategy: DiLoCo, *losses: torch.Tensor) -> bool:
+    for loss in losses:
+        strategy.gather(loss)
+    return strategy.step(torch.stack(losses).sum().detach(), 1)
+
+
 def test_steps_are_clipped_adamw_with_warm_up() -> None:
     model, strategy = make()
     values = read_local(strategy).astype(np.float64)
     decay = np.where(np.arange(ELEMENTS) < 35, 0.1, 0.0)  # of the weight, not of the bias
     first, second = np.zeros(ELEMENTS), np.zeros(ELEMENTS)
     for step in range(1, 8):
-        assert strategy.step(quadratic(model))
+        assert take_step(strategy, quadratic(model))
         gradient = 2.0 * (values - 3.0)
         gradient /= max(1.0, float(np.linalg.norm(gradient)))
         rate = 0.01 * min(1.0, step / 4)
@@ -58,7 +65,7 @@ def test_included_parts_adopt_the_base_and_the_others_stay(part_elements: int) -
     generator = np.random.Generator(np.random.Philox(part_elements))
     for _ in range(5):
         model, strategy = make()
-        strategy.step(quadratic(model))
+        take_step(strategy, quadratic(model))
         local = read_local(strategy)
         base = generator.random(ELEMENTS, dtype=np.float32)
         chosen = frozenset(np.flatnonzero(generator.random(parts) < 0.5).tolist())
@@ -82,13 +89,13 @@ def test_the_inner_optimizer_survives_a_merge_and_not_a_restart() -> None:
     for name in ("merge", "restart"):
         model, strategy = make(replace(TRAINING, warmup_steps=100))
         for _ in range(50):
-            strategy.step(quadratic(model))
+            take_step(strategy, quadratic(model))
         if name == "merge":
             strategy.merge(base, b"\x01", ELEMENTS)
         else:
             strategy.restart(base)
         assert (read_local(strategy) == 0.0).all()
-        strategy.step(quadratic(model))
+        take_step(strategy, quadratic(model))
         strides[name] = float(np.abs(read_local(strategy)).max())
     assert strides["merge"] > 10 * strides["restart"], "a restart warms up again"
 
@@ -96,11 +103,11 @@ def test_the_inner_optimizer_survives_a_merge_and_not_a_restart() -> None:
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_changes_nothing(poison: float) -> None:
     model, strategy = make()
-    strategy.step(quadratic(model))
+    take_step(strategy, quadratic(model))
     before = read_local(strategy)
-    assert not strategy.step(quadratic(model) * poison)
+    assert not take_step(strategy, quadratic(model) * poison)
     assert (read_local(strategy) == before).all()
-    assert strategy.step(quadratic(model)), "and the optimizer still works"
+    assert take_step(strategy, quadratic(model)), "and the optimizer still works"
     assert (read_local(strategy) != before).all()
 
 
@@ -108,17 +115,60 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     model, strategy = make()
     before = read_local(strategy)
     # sqrt at 0 has a finite value and an infinite slope.
-    assert not strategy.step(((model.weight - model.weight.detach()).abs().sum()).sqrt())
+    assert not take_step(strategy, ((model.weight - model.weight.detach()).abs().sum()).sqrt())
     assert (read_local(strategy) == before).all()
 
 
 def test_a_parameter_that_takes_no_part_in_a_batch_stays_where_it_is() -> None:
     model, strategy = make()
     before = read_local(strategy)
-    assert strategy.step((model.weight**2).sum())
+    assert take_step(strategy, (model.weight**2).sum())
     changed = read_local(strategy) != before
     assert changed[:35].all()
     assert not changed[35:].any()
+
+
+def test_losses_that_are_gathered_make_the_step_of_their_sum() -> None:
+    ends = []
+    for shares in ((1.0,), (0.25, 0.75)):
+        model, strategy = make()
+        for _ in range(3):
+            assert take_step(strategy, *(quadratic(model) * share for share in shares))
+        ends.append(read_local(strategy))
+    assert ends[1] == pytest.approx(ends[0], abs=1e-6)
+
+
+def test_one_loss_of_several_that_is_not_finite_changes_nothing() -> None:
+    model, strategy = make()
+    before = read_local(strategy)
+    assert not take_step(strategy, quadratic(model), quadratic(model) * math.nan)
+    assert (read_local(strategy) == before).all()
+
+
+def test_what_was_dropped_is_in_no_step() -> None:
+    ends = []
+    for gathers_first in (True, False):
+        model, strategy = make()
+        if gathers_first:
+            strategy.gather((model.weight**3).sum())
+            strategy.drop()
+        take_step(strategy, quadratic(model))
+        ends.append(read_local(strategy))
+    assert (ends[0] == ends[1]).all()
+
+
+def test_a_restart_takes_the_steps_of_a_new_start() -> None:
+    ends = []
+    for is_new in (True, False):
+        model, strategy = make()
+        base = read_local(strategy)
+        if not is_new:
+            take_step(strategy, quadratic(model))
+            strategy.restart(base)
+        for _ in range(5):
+            take_step(strategy, quadratic(model))
+        ends.append(read_local(strategy))
+    assert (ends[0] == ends[1]).all()
 
 
 def test_parameters_that_are_not_finite_are_not_exported() -> None:

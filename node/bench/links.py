@@ -1,28 +1,25 @@
-"""Throughput, latency and CPU share of tensor links between two processes on loopback.
+"""`shoal bench links`: throughput, latency and CPU share of tensor links between two processes on loopback.
 
-    python benchmarks/tensor_links.py [--megabytes N] [--repeats N] [--json FILE]
-
-One process sends frames of one size over one link, each awaited before the next (`in flight 1`) or two at a time; the
-other one reserves a buffer per frame, so that decryption writes where a reduction would read. MB = 10^6 bytes. What one
-core could carry is given per CPU second, system time included: on a busy machine trust that figure alone.
+One process sends frames of one size over one link, one or two at a time; the other one reserves a buffer per frame, so
+that decryption writes where a reduction would read. MB = 10^6 bytes. What one core could carry is given per CPU second,
+system time included: on a busy machine trust that figure alone.
 """
 
-import argparse
 import asyncio
-import json
 import multiprocessing
 import os
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-import uvloop
 from blake3 import blake3
 
 from shoal.node.link_port import LinkConfig, LinkEnd
 from shoal.node.links import TensorLinks
+from shoal.node.process import loop_factory
 from shoal.protocol.errors import Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
 from shoal.protocol.identity import Identity, PeerId
@@ -40,17 +37,19 @@ class Sink:
         self.payload_bytes = 0
         self.done = asyncio.Event()
         self.expected_bytes = 0
-        self._free = [bytearray(8 * 1024 * 1024) for _ in range(8)]
+        self._free = [memoryview(bytearray(FRAME_BYTES[-1])) for _ in range(8)]
+        self._used: list[memoryview] = []
         self.blob = memoryview(b"")
 
     def admit(self, peer: PeerId) -> Refusal | None:
         return None
 
     def reserve(self, peer: PeerId, header: FrameHeader) -> memoryview | Refusal:
-        return memoryview(self._free.pop())[: header.nbytes]
+        self._used.append(self._free.pop())
+        return self._used[-1][: header.nbytes]
 
     async def complete(self, peer: PeerId, header: FrameHeader, buffer: memoryview) -> None:
-        self._free.append(buffer.obj)
+        self._free.append(self._used.pop(0))  # which one does not matter: nobody reads them
         self.payload_bytes += header.nbytes
         if self.payload_bytes >= self.expected_bytes:
             self.done.set()
@@ -115,10 +114,77 @@ async def count_arrivals(pipe: Connection, sink: Sink) -> None:
 
 
 def run_receiver(pipe: Connection) -> None:
-    uvloop.run(receive(pipe))
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(receive(pipe))
 
 
-async def measure_connect(address: tuple[str, int], repeats: int) -> dict[str, float]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkRates:
+    """Medians. Rates in MB (10^6 bytes) a second of wall time, and of a CPU second of either process."""
+
+    frame_bytes: int
+    in_flight: int
+    rate: float
+    rate_min: float
+    rate_max: float
+    sender_per_cpu_s: float
+    receiver_per_cpu_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkFigures:
+    """`connect_ms`: connection, handshake and a first small blob; `fetch_ms`: the same blob once it is open."""
+
+    connect_ms: float
+    fetch_ms: float
+    rates: tuple[LinkRates, ...]
+
+
+def measure_links(megabytes: int, repeats: int, say: Callable[[str], None]) -> LinkFigures:
+    """`megabytes` a run. The other process ends with this call."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    receiver = context.Process(target=run_receiver, args=(there,), daemon=True)
+    receiver.start()
+    try:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_measure(here, megabytes, repeats, say))
+    finally:
+        here.close()
+        receiver.join()
+
+
+async def _measure(pipe: Connection, megabytes: int, repeats: int, say: Callable[[str], None]) -> LinkFigures:
+    loop = asyncio.get_running_loop()
+    address = await loop.run_in_executor(None, pipe.recv)
+    say("connections")
+    connect_ms, fetch_ms = await _measure_connect(address, max(repeats, 20))
+    links = TensorLinks(SENDER, SWARM, CONFIG, Sink())
+    await links.start()
+    rates = []
+    for frame_bytes in FRAME_BYTES:
+        for in_flight in (1, 2):
+            say(f"frames of {frame_bytes >> 10} KiB, {in_flight} at a time")
+            frames = max(1, megabytes * 1_000_000 // frame_bytes)
+            runs = [await transfer(pipe, links, address, frame_bytes, frames, in_flight) for _ in range(repeats + 1)]
+            walls, sender, receiver = zip(*runs[1:], strict=True)
+            rates.append(
+                LinkRates(
+                    frame_bytes=frame_bytes,
+                    in_flight=in_flight,
+                    rate=statistics.median(walls) / 1e6,
+                    rate_min=min(walls) / 1e6,
+                    rate_max=max(walls) / 1e6,
+                    sender_per_cpu_s=per_cpu_s(walls, sender),
+                    receiver_per_cpu_s=per_cpu_s(walls, receiver),
+                )
+            )
+    await links.stop()
+    await loop.run_in_executor(None, pipe.send, None)
+    return LinkFigures(connect_ms=connect_ms, fetch_ms=fetch_ms, rates=tuple(rates))
+
+
+async def _measure_connect(address: tuple[str, int], repeats: int) -> tuple[float, float]:
     """Milliseconds from nothing to the first small blob, and for the same blob on the open link."""
     connects, fetches = [], []
     blob = bytes(64)
@@ -133,10 +199,7 @@ async def measure_connect(address: tuple[str, int], repeats: int) -> dict[str, f
         connects.append(middle_s - began_s)
         fetches.append(time.perf_counter() - middle_s)
         await links.stop()
-    return {
-        "connect_and_fetch_ms": statistics.median(connects) * 1e3,
-        "fetch_64_bytes_ms": statistics.median(fetches) * 1e3,
-    }
+    return 1e3 * statistics.median(connects), 1e3 * statistics.median(fetches)
 
 
 async def transfer(
@@ -163,51 +226,6 @@ async def transfer(
     return frames * frame_bytes / (ended.wall_s - began.wall_s), ended.share_since(began), receiver_cpu
 
 
-async def measure(pipe: Connection, megabytes: int, repeats: int) -> dict[str, object]:
-    loop = asyncio.get_running_loop()
-    address = await loop.run_in_executor(None, pipe.recv)
-    results: dict[str, object] = dict(await measure_connect(address, max(repeats, 20)))
-    links = TensorLinks(SENDER, SWARM, CONFIG, Sink())
-    await links.start()
-    for frame_bytes in FRAME_BYTES:
-        frames = max(1, megabytes * 1_000_000 // frame_bytes)
-        for in_flight in (1, 2):
-            runs = [await transfer(pipe, links, address, frame_bytes, frames, in_flight) for _ in range(repeats + 1)]
-            rates, sender_cpu, receiver_cpu = zip(*runs[1:], strict=True)
-            results[f"{frame_bytes // 1024} KiB, in flight {in_flight}"] = {
-                "megabytes_per_s": [round(rate / 1e6) for rate in sorted(rates)],
-                "sender_cpu_percent": round(100 * statistics.median(sender_cpu)),
-                "receiver_cpu_percent": round(100 * statistics.median(receiver_cpu)),
-                "sender_megabytes_per_cpu_s": per_cpu_s(rates, sender_cpu),
-                "receiver_megabytes_per_cpu_s": per_cpu_s(rates, receiver_cpu),
-            }
-    await links.stop()
-    await loop.run_in_executor(None, pipe.send, None)
-    return results
-
-
 def per_cpu_s(rates: tuple[float, ...], shares: tuple[float, ...]) -> int:
     """Megabytes per CPU second, the median of the runs."""
     return round(statistics.median(rate / share / 1e6 for rate, share in zip(rates, shares, strict=True)))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="tensor links between two processes on loopback")
-    parser.add_argument("--megabytes", type=int, default=1000, help="per run (default 1000)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured runs per case (default 5)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    receiver = context.Process(target=run_receiver, args=(there,), daemon=True)
-    receiver.start()
-    results = uvloop.run(measure(here, arguments.megabytes, arguments.repeats))
-    receiver.join()
-    print(json.dumps(results, indent=2))
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,136 @@
+"""An arm of an experiment as data, and how one is run: a manifest's draft, who takes part in which round, what is lost.
+
+Invariant: an arm and a seed give the same losses on the same machine: parameters, batches and losses are drawn from the
+seed alone.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.experiments.swarm import Diverged, HeldOut, Swarm, Synchronous, worker_peer
+from benchmarks.experiments.texts import LIBRARY, TEXTS
+from shoal.node.training.data import ByteWindows, Corpus
+from shoal.node.training.gpt_config import parse_options, read_gpt_config
+from shoal.node.training.messages import FloatVector
+from shoal.node.training.tasks import describe
+from shoal.protocol.contribution import NonFiniteContribution
+from shoal.protocol.manifest import Draft, Manifest, make_manifest
+
+HELD_OUT_WINDOWS = 512
+POINTS = 8  # of each run's curve, beside its beginning
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """`workers` says how many take part in each round: the first so many. Of their contributions the share
+    `lost_share` gets lost, drawn anew in every round. A `synchronous` arm is one model on the union of the workers'
+    batches, and its rounds are only where it may be looked at. `texts` is a key of TEXTS."""
+
+    name: str
+    draft: Draft
+    workers: tuple[int, ...]
+    synchronous: bool = False
+    lost_share: float = 0.0
+    texts: str = LIBRARY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """The held-out loss of the base after so many tokens of all workers together, and so many steps of each."""
+
+    steps: int
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One arm with one seed. Where it diverged, `points` ends before that, and `problem` says why."""
+
+    arm: str
+    seed: int
+    contribution_bytes: int  # of one worker and round; 0 where none is exchanged
+    points: tuple[Point, ...]
+    problem: str
+    wall_s: float
+
+
+def run_arm(arm: Arm, seed: int) -> Run:
+    """Train it to its end or until it diverges; raises ManifestError or ConfigError where it cannot begin."""
+    began_s = time.monotonic()
+    manifest = make_arm_manifest(arm, seed)
+    corpora = TEXTS[arm.texts](max(arm.workers))
+    batches = open_batches(manifest, corpora)
+    context = batches[0].held_out().shape[1] - 1
+    evaluate = HeldOut(manifest, held_out_windows(corpora[0], context)).loss
+    points: list[Point] = []
+    problem = ""
+    try:
+        _train(arm, manifest, batches, evaluate, points)
+    except (Diverged, NonFiniteContribution) as error:
+        problem = str(error)
+    contributed = 0 if arm.synchronous else sum(manifest.contribution_bytes(part) for part in range(manifest.parts))
+    return Run(
+        arm=arm.name,
+        seed=seed,
+        contribution_bytes=contributed,
+        points=tuple(points),
+        problem=problem,
+        wall_s=round(time.monotonic() - began_s, 1),
+    )
+
+
+def make_arm_manifest(arm: Arm, seed: int) -> Manifest:
+    """The manifest of a swarm that trains so; raises ManifestError where the draft does not fit."""
+    founders = tuple(worker_peer(number) for number in range(max(arm.workers)))
+    return make_manifest(replace(arm.draft, seed=seed), describe(arm.draft.task), founders[0], founders)
+
+
+def open_batches(manifest: Manifest, corpora: Sequence[Corpus]) -> list[ByteWindows]:
+    """The data of each worker."""
+    config = read_gpt_config(parse_options(manifest.task.options))
+    return [
+        ByteWindows(
+            corpus,
+            context=config.context,
+            batch_size=manifest.training.batch_size,
+            seed=manifest.seed,
+            peer=worker_peer(number),
+        )
+        for number, corpus in enumerate(corpora)
+    ]
+
+
+def held_out_windows(corpus: Corpus, context: int) -> NDArray[np.int64]:
+    """HELD_OUT_WINDOWS windows spread evenly over the held-out text: more than a daemon looks at, since arms differ by
+    less than 64 windows tell apart. int64 (HELD_OUT_WINDOWS, context + 1)."""
+    starts = np.linspace(0, corpus.held_out.size - context - 1, HELD_OUT_WINDOWS).astype(np.int64)
+    windows: NDArray[np.int64] = corpus.held_out[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+    return windows
+
+
+def _train(
+    arm: Arm,
+    manifest: Manifest,
+    batches: Sequence[ByteWindows],
+    evaluate: Callable[[FloatVector], float],
+    points: list[Point],
+) -> None:
+    trained = Synchronous(manifest, batches) if arm.synchronous else Swarm(manifest, batches)
+    entropy = np.random.default_rng(manifest.seed)
+    inner_steps, rounds = manifest.training.inner_steps, len(arm.workers)
+    points.append(Point(steps=0, tokens=0, loss=evaluate(trained.base)))
+    tokens = 0
+    for number, count in enumerate(arm.workers):
+        if isinstance(trained, Swarm):
+            draws = entropy.random(count)
+            trained.run_round(range(count), frozenset(np.flatnonzero(draws < arm.lost_share).tolist()))
+        else:
+            trained.run_round()
+        tokens += count * inner_steps * batches[0].tokens_per_batch
+        if (number + 1) * POINTS // rounds > number * POINTS // rounds:
+            points.append(Point(steps=(number + 1) * inner_steps, tokens=tokens, loss=evaluate(trained.base)))

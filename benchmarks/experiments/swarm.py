@@ -1,0 +1,236 @@
+"""A swarm without a network: workers that take turns in one process, with the production numerics between them.
+
+Training is node/training's (tasks, strategies, batches); the pseudo-gradient, its codec and its residual are the
+Contributor's, the update is the Reduction's, the base is the Replica's. What is left out is who agrees on a round and
+how bytes travel: every round is certified with exactly the contributions that the caller did not lose. Rounds are made
+of steps, never of time.
+
+Invariants: the base changes by certified updates alone; a worker that a round leaves out keeps its parameters and its
+residual, and its next contribution is anchored at the base of then; the same manifest and batches give the same bits.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from blake3 import blake3
+from numpy.typing import NDArray
+from torch import nn
+
+from shoal.node.training.data import ByteWindows
+from shoal.node.training.messages import FloatVector
+from shoal.node.training.strategy import STRATEGIES, Strategy, load_parameters
+from shoal.node.training.tasks import Task, make_task
+from shoal.protocol.aggregators import WeightedPart, clip_factors, planned_weights
+from shoal.protocol.contribution import Contributor, Frozen
+from shoal.protocol.errors import ManifestError, ShoalError
+from shoal.protocol.identity import PeerId
+from shoal.protocol.layout import initialise
+from shoal.protocol.manifest import DILOCO, Manifest
+from shoal.protocol.messages import Member, PartResult, Result
+from shoal.protocol.quorum import make_bitmap
+from shoal.protocol.replica import Replica, make_reduction
+
+
+class Diverged(ShoalError):
+    """A loss, a gradient or the base is not finite; the text says which."""
+
+
+class Worker:
+    """One peer's model, inner optimizer, residual, and count of what its parameters hold beyond the base."""
+
+    def __init__(self, manifest: Manifest, batches: ByteWindows) -> None:
+        self._manifest = manifest
+        self._task = make_task(manifest.task)
+        self._model, self._strategy = _build(self._task, manifest)
+        self._batches = batches
+        self._batches_done = 0
+        self._missed = 0
+        self._joined = False
+        self.contributor = Contributor(manifest)
+        self.local: FloatVector = np.empty(manifest.layout.elements, np.float32)  # as it was frozen last
+        self.steps = self.tokens = 0
+
+    def train(self, base: FloatVector, number: int) -> None:
+        """The inner steps of this round, from `base` where it is the first one here; raises Diverged."""
+        if not self._joined:
+            self._strategy.adopt(base)
+            self._joined = True
+        for _ in range(self._manifest.training.inner_steps):
+            batch = torch.from_numpy(self._batches.batch(self._batches_done))
+            _step(self._task, self._model, self._strategy, batch, number)
+            self._batches_done += 1
+            self.steps += 1
+            self.tokens += self._batches.tokens_per_batch
+        if not self._strategy.export(self.local):
+            raise Diverged("the local parameters are not finite")
+
+    def merge(self, base: FloatVector, included: tuple[int, ...]) -> None:
+        """A round is certified with these parts of this worker's contribution: none, where it was left out."""
+        rounds = self._manifest.rounds
+        self._missed = 0 if included else self._missed + 1
+        if self._missed > self._manifest.training.missed_rounds_max:
+            self.contributor.clear()
+            self._strategy.adopt(base)
+            self._missed = 0
+        elif included:
+            bitmap = make_bitmap(frozenset(included), self._manifest.parts)
+            self._strategy.merge(base, bitmap, rounds.part_elements)
+        else:
+            return
+        self.steps = self.tokens = 0
+
+    def parameters(self) -> FloatVector:
+        """A copy of the local parameters as they are now, float32[D]."""
+        flat = np.empty_like(self.local)
+        self._strategy.export(flat)
+        return flat
+
+
+class Swarm:
+    """All workers and the one base that each of them would hold."""
+
+    def __init__(self, manifest: Manifest, batches: Sequence[ByteWindows]) -> None:
+        """One worker for each of `batches`. Raises ManifestError for a strategy that trains beside an exchange."""
+        if manifest.training.strategy != DILOCO:
+            problem = f"is {manifest.training.strategy}, but an exchange takes no time here"
+            raise ManifestError("training.strategy", problem, f"use {DILOCO}")
+        self._manifest = manifest
+        self._reduction = make_reduction(manifest)
+        elements = manifest.layout.elements
+        self._replica = Replica(manifest, np.empty(elements, np.float32), np.empty(elements, np.float32))
+        self._root = self._replica.reset()
+        self.workers = [Worker(manifest, one) for one in batches]
+
+    @property
+    def base(self) -> FloatVector:
+        """The certified parameters, float32[D]; they change with every round."""
+        return self._replica.params
+
+    def run_round(self, present: Sequence[int], lost: frozenset[int] = frozenset()) -> None:
+        """Every present worker trains; the contributions of those in `lost` do not arrive. Where nothing arrives, no
+        round is certified and everybody trains on. Who is away misses the round like one whose contribution is lost.
+        Raises Diverged, or NonFiniteContribution."""
+        number = self._replica.round + 1
+        for one in present:
+            self.workers[one].train(self.base, number)
+        arrived = frozenset(index for index, one in enumerate(present) if one not in lost)
+        if not arrived:
+            return
+        frozen = [self.workers[one].contributor.freeze(number, self.base, self.workers[one].local) for one in present]
+        result, blobs = self._reduce(number, present, frozen, arrived)
+        self._root = self._replica.apply(result, blobs)
+        if not np.isfinite(self.base).all():
+            raise Diverged(f"the base of round {number} is not finite")
+        places = {one: index for index, one in enumerate(present)}
+        for one, worker in enumerate(self.workers):
+            index = places.get(one)
+            included = () if index is None else worker.contributor.settle(frozen[index], result, index)
+            worker.merge(self.base, included)
+
+    def _reduce(
+        self, number: int, present: Sequence[int], frozen: Sequence[Frozen], arrived: frozenset[int]
+    ) -> tuple[Result, dict[bytes, memoryview]]:
+        """What a round would certify, and its parts by digest."""
+        workers = [self.workers[one] for one in present]
+        weights = planned_weights((one.tokens for one in workers), (one.steps for one in workers))
+        factors = clip_factors(one.norm for one in frozen)
+        updates = []
+        for part in range(self._manifest.parts):
+            first, end = self._manifest.part_range(part)
+            parts = [
+                WeightedPart(
+                    encoded=frozen[index].encoded[part],
+                    weight=float(weights[index]),
+                    clip_factor=float(factors[index]),
+                )
+                for index in sorted(arrived)
+            ]
+            updates.append(self._reduction.reduce_part(parts, end - first))
+        blobs = {blake3(update).digest(): update for update in updates}
+        bitmap = make_bitmap(arrived, len(present))
+        members = tuple(
+            Member(
+                peer=worker_peer(one),
+                contribution_root=frozen[index].root,
+                tokens=self.workers[one].tokens,
+                steps=self.workers[one].steps,
+                weight=float(weights[index]),
+            )
+            for index, one in enumerate(present)
+        )
+        result = Result(
+            round=number,
+            previous=bytes(32),
+            base_root=self._root,
+            codec=self._manifest.rounds.codec_out,
+            members=members,
+            parts=tuple(PartResult(digest=blake3(one).digest(), contributors=bitmap) for one in updates),
+            voters=self._manifest.founders,
+        )
+        return result, blobs
+
+
+class Synchronous:
+    """Data-parallel training as the baseline: one model and one optimizer, whose batch at every step is the union of
+    the workers' batches. These are equally large, so that its gradient is the mean of the workers' gradients."""
+
+    def __init__(self, manifest: Manifest, batches: Sequence[ByteWindows]) -> None:
+        self._task = make_task(manifest.task)
+        self._model, self._strategy = _build(self._task, manifest)
+        self._batches = batches
+        self._steps = self._rounds = 0
+        self._inner_steps = manifest.training.inner_steps
+        self.base: FloatVector = initialise(manifest.layout, manifest.seed)
+        self._strategy.adopt(self.base)
+
+    def run_round(self) -> None:
+        """As many steps as a round of the same manifest has; raises Diverged."""
+        self._rounds += 1
+        for _ in range(self._inner_steps):
+            union = np.concatenate([one.batch(self._steps) for one in self._batches])
+            _step(self._task, self._model, self._strategy, torch.from_numpy(union), self._rounds)
+            self._steps += 1
+        if not self._strategy.export(self.base):
+            raise Diverged("the parameters are not finite")
+
+
+class HeldOut:
+    """The mean loss of given parameters on `windows`, int64 (N, context + 1) of held-out bytes."""
+
+    _PIECE = 64
+
+    def __init__(self, manifest: Manifest, windows: NDArray[np.int64]) -> None:
+        self._task = make_task(manifest.task)
+        self._model = self._task.build_model().requires_grad_(False)
+        self._windows = torch.from_numpy(windows)
+
+    @torch.no_grad()
+    def loss(self, parameters: FloatVector) -> float:
+        """In nats a byte; raises Diverged where it is not finite."""
+        load_parameters(self._model, parameters)
+        total = 0.0
+        for first in range(0, len(self._windows), self._PIECE):
+            piece = self._windows[first : first + self._PIECE]
+            total += self._task.loss(self._model, piece).item() * len(piece)
+        loss = total / len(self._windows)
+        if not np.isfinite(loss):
+            raise Diverged("the held-out loss is not finite")
+        return loss
+
+
+def worker_peer(number: int) -> PeerId:
+    """The name under which worker `number` draws its batches and stands in results."""
+    return PeerId(number.to_bytes(32, "big"))
+
+
+def _build(task: Task, manifest: Manifest) -> tuple[nn.Module, Strategy]:
+    model = task.build_model()
+    return model, STRATEGIES[manifest.training.strategy](model, manifest.layout, manifest.training)
+
+
+def _step(task: Task, model: nn.Module, strategy: Strategy, batch: torch.Tensor, number: int) -> None:
+    loss = task.loss(model, batch)
+    strategy.gather(loss)
+    if not strategy.step(loss.detach(), number):
+        raise Diverged("a loss or its gradient is not finite")

@@ -1,0 +1,102 @@
+"""Rounds between peers whose lines are slow and far: how much of the line an exchange uses.
+
+    python -m benchmarks.shaped_lines [--peers 2] [--mib 64] [--codec int8] [--mbit 100] [--rtt-ms 20] [--loss 0]
+                                      [--rounds 5] [--folder DIR] [--json FILE]
+
+Every peer is a process in a network namespace of its own, at the end of a line of so many Mbit/s in each direction; a
+packet from one peer to another and its answer take the round-trip time. Needs what tests/natlab needs. The least time
+is that of the payload bytes which a line must carry one way, at its whole rate. Headers of TCP, IP and Ethernet take
+4.4 % of it and acknowledgements some 2 %, so that 94 % is the most that can be reached. A line holds half a second
+of bytes before it drops packets.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shoal.node.bench.allreduce import AllreduceOptions, Place, run_allreduce
+from shoal.node.bench.commands import describe_machine
+from shoal.node.pacer import BYTES_PER_MBIT
+from shoal.protocol.codecs import CODECS
+from shoal.protocol.manifest import PART_ELEMENTS
+from tests.natlab.lab import Lab
+from tests.natlab.needs import find_missing
+from tests.natlab.wire import Impairment
+
+SEGMENTED_MBIT_MAX = 100  # faster lines carry some dozens of packets at once, or this program could not keep up
+LINES_PER_WAY = 4  # to the other peer and back again: two lines each
+
+
+def run_case(options: AllreduceOptions, line: Impairment) -> dict[str, Any]:
+    """The rounds, and what share of their time the lines would have needed at least."""
+    with ExitStack() as stack:
+        lab = stack.enter_context(Lab())
+        hosts = [lab.add_host(f"peer{number}", line) for number in range(options.peers)]
+        places = [Place(host=host.address, prefix=tuple(host.space.prefix)) for host in hosts]
+        result = run_allreduce(options, lambda text: None, places)
+    encoded_bytes = sum(CODECS[name].encoded_bytes(options.elements) for name in (options.codec, options.codec_out))
+    # A peer sends the parts that others own, and those that it owns to all others.
+    least_s = (options.peers - 1) / options.peers * encoded_bytes / line.bytes_per_s
+    return {
+        **result.to_json(),
+        "line": asdict(line),
+        "least_s": least_s,
+        "share_of_exchange": least_s / result.median.exchange_s,
+        "share_of_round": least_s / result.median.step_s,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="rounds between peers with slow and far lines")
+    parser.add_argument("--peers", type=int, default=2)
+    parser.add_argument("--mib", type=float, default=64.0)
+    parser.add_argument("--codec", default="int8")
+    parser.add_argument("--update-codec")
+    parser.add_argument("--mbit", type=float, default=100.0)
+    parser.add_argument("--rtt-ms", type=float, default=20.0)
+    parser.add_argument("--loss", type=float, default=0.0, help="share of the packets, on every line and way")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--part-elements", type=int, default=PART_ELEMENTS)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    missing = find_missing()
+    if missing is not None:
+        print(f"skipped: {missing}", file=sys.stderr)
+        return 1
+    wanted = AllreduceOptions(
+        peers=options.peers,
+        mib=options.mib,
+        codec=options.codec,
+        update_codec=options.update_codec,
+        rounds=options.rounds,
+        part_elements=options.part_elements,
+        folder=options.folder,
+    )
+    line = Impairment(
+        delay_s=options.rtt_ms / 1000 / LINES_PER_WAY,
+        loss=options.loss,
+        bytes_per_s=options.mbit * BYTES_PER_MBIT,
+        segmented=options.loss > 0 or options.mbit <= SEGMENTED_MBIT_MAX,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the peers end with this process
+    figures = run_case(wanted, line)
+    median = figures["median"]
+    print(
+        f"{options.peers} peers, {options.mib:g} MiB, {options.codec}, {options.mbit:g} Mbit/s, {options.rtt_ms:g} ms, "
+        f"{options.loss:.1%} lost: round {median['step_s']:.2f} s, exchange {median['exchange_s']:.2f} s, "
+        f"least {figures['least_s']:.2f} s: {figures['share_of_exchange']:.0%} of the exchange, "
+        f"{figures['share_of_round']:.0%} of the round; loop p99 {figures['lag_p99_ms']:.0f} ms"
+    )
+    if options.json:
+        options.json.write_text(json.dumps({**describe_machine(), **figures}, indent=2, default=str) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Swarms that train something else than text: images, and the user's own code where the volunteer allows it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from shoal.node.status import HeldOut
+from tests.e2e.swarm import Peer, Swarm, replace_task, run
+from tests.unit.training.user_tasks import EXAMPLE, SINE, importable, write_module
+
+ALLOW = ("--allow-task", SINE)
+
+
+@contextmanager
+def open_swarm(folder: Path, task: str, allow: tuple[str, ...] = ()) -> Iterator[tuple[Swarm, Peer, Peer]]:
+    """Two founders that have certified three rounds of this task."""
+    swarm = Swarm(folder, founders=2, draft=replace_task(task), create_options=allow)
+    try:
+        first = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest), *allow)
+        second = swarm.add("peer2")
+        swarm.wait("the first peer answers", lambda: first.status() is not None)
+        second.start("join", uri_of(first), *allow)
+        swarm.wait("three rounds", lambda: min(first.round, second.round) >= 3)
+        yield swarm, first, second
+        swarm.check_roots()
+        assert "Traceback" not in first.log() + second.log()
+    finally:
+        swarm.end()
+
+
+def uri_of(peer: Peer) -> str:
+    status = peer.status()
+    assert status is not None
+    return status.uri
+
+
+def error_of(peer: Peer) -> str:
+    status = peer.status()
+    return "" if status is None else status.training.error
+
+
+def held_out_of(peer: Peer) -> HeldOut | None:
+    status = peer.status()
+    return None if status is None else status.training.held_out
+
+
+def test_a_swarm_trains_a_classifier_of_images(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the images are part of scikit-learn")
+    with open_swarm(tmp_path, 'kind = "digits"\nwidth = 16') as (swarm, first, second):
+        swarm.wait(
+            "the base of the fourth round is measured", lambda: any(held_out_of(peer) for peer in (first, second))
+        )
+        measured = next(found for found in map(held_out_of, (first, second)) if found is not None)
+        assert measured.round % 4 == 0 and measured.loss is not None and measured.loss < 2.3
+        for peer in (first, second):
+            status = peer.status()
+            assert status is not None
+            assert status.training.loss_last is not None
+            assert status.training.loss_last < 2.0, "that of guessing is ln 10"
+
+
+def test_the_users_own_task_is_trained_by_those_who_allow_it(tmp_path: Path) -> None:
+    modules = tmp_path / "modules"
+    write_module(modules, "sine_task", EXAMPLE)
+    task = f'kind = "custom"\npath = "{SINE}"\nwidth = 16'
+    with importable(modules), open_swarm(tmp_path, task, ALLOW) as (swarm, first, second):
+        third = swarm.add("peer3").start("join", uri_of(first))
+        line = f'allow_tasks = ["{SINE}"]'
+        swarm.wait("the status of who does not allow it names the line to add", lambda: line in error_of(third))
+        assert line in third.log()
+        shown = run("status", "--data-dir", str(third.folder)).stdout
+        assert f"trainer.allow_tasks: does not allow {SINE}. Fix: " in shown and line in shown
+        at = first.round
+        swarm.wait("the others go on", lambda: min(first.round, second.round) > at)
+        assert third.leave() == 0
+        third.start("join", uri_of(first), *ALLOW)
+        at = first.round
+        swarm.wait("now it contributes", lambda: third.contributes_after(at))
