@@ -13,13 +13,22 @@ import socket
 import struct
 import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import trio
-from libp2p.abc import IListener, IMuxedConn, INetStream, IRawConnection, ISecureConn
+from libp2p.abc import (
+    IListener,
+    IMuxedConn,
+    INetConn,
+    INetStream,
+    INetwork,
+    INotifee,
+    IRawConnection,
+    ISecureConn,
+)
 from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import THandler
 from libp2p.io.abc import ReadWriteCloser
@@ -374,3 +383,29 @@ class YamuxUpgrader(TransportUpgrader):
         made.siblings = self._made
         self._made.add(made)
         return made
+
+
+class ConnectionEvents(INotifee):
+    """Hands the swarm's connection events on."""
+
+    def __init__(self, on_connected: Callable[[INetConn], None], on_closed: Callable[[INetConn], None]) -> None:
+        self._on_connected = on_connected
+        self._on_closed = on_closed
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        self._on_connected(conn)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        self._on_closed(conn)
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
+        return
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
+        return
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        return
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        return

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Protocol
 
 import trio
-from libp2p.abc import INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import INetConn, INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
@@ -37,7 +37,7 @@ from shoal.node.control import (
     RelayCounts,
 )
 from shoal.node.libp2p_addresses import OwnAddresses, open_listeners
-from shoal.node.libp2p_connections import is_relayed, transport_of
+from shoal.node.libp2p_connections import ConnectionEvents, is_relayed, transport_of
 from shoal.node.libp2p_dcutr import DCUTR_PROTOCOL, DirectUpgrades
 from shoal.node.libp2p_dialer import Dialer
 from shoal.node.libp2p_discovery import Discovery, ed25519_peer, libp2p_id
@@ -102,34 +102,9 @@ class _ConnectedPeer:
     addresses: tuple[str, ...]
     relayed: bool = False
     dialled: bool = False
+    ending: bool = False
     used_s: float = field(default_factory=trio.current_time)
     lost: trio.Event = field(default_factory=trio.Event)
-
-
-class _ConnectionEvents(INotifee):
-    """Hands the swarm's connection events to the engine."""
-
-    def __init__(self, on_connected: Callable[[INetConn], None], on_closed: Callable[[INetConn], None]) -> None:
-        self._on_connected = on_connected
-        self._on_closed = on_closed
-
-    async def connected(self, network: INetwork, conn: INetConn) -> None:
-        self._on_connected(conn)
-
-    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
-        self._on_closed(conn)
-
-    async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
-        return
-
-    async def closed_stream(self, network: INetwork, stream: INetStream) -> None:
-        return
-
-    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
-        return
-
-    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
-        return
 
 
 class ControlEngine:
@@ -182,7 +157,7 @@ class ControlEngine:
         """Listen, serve and keep bootstrapped; on leaving, hang up on everybody. Raises ConfigError or UriError."""
         bootstraps = self._bootstraps()
         sockets = await open_listeners(self._config)
-        self._swarm.register_notifee(_ConnectionEvents(self._note_connected, self._note_closed))
+        self._swarm.register_notifee(ConnectionEvents(self._note_connected, self._note_closed))
         self._host.set_stream_handler(CONTROL_PROTOCOL, self._serve_messages)
         self._host.set_stream_handler(REQUEST_PROTOCOL, self._serve_requests)
         self._host.set_stream_handler(STOP_PROTOCOL, self._relays.serve)
@@ -226,7 +201,12 @@ class ControlEngine:
         await self._dialer.connect(peer, addresses)
 
     async def disconnect(self, peer: PeerId) -> None:
-        """Close the peer's sockets. The rest follows as if it had hung up."""
+        """Close the peer's sockets, also any that comes about meanwhile. The rest follows as if it had hung up."""
+        if connected := self._peers.get(peer):
+            connected.ending = True
+        await self._hang_up(peer)
+
+    async def _hang_up(self, peer: PeerId) -> None:
         for connection in self._swarm.get_connections(libp2p_id(peer)):
             await transport_of(connection.muxed_conn).abort()
 
@@ -287,9 +267,11 @@ class ControlEngine:
             return
         relayed = is_relayed(connection.muxed_conn)
         if peer in self._peers:
-            if self._peers[peer].relayed and not relayed:
+            if self._peers[peer].relayed and not relayed and not self._peers[peer].ending:
                 self._prefer_direct(peer)
-            if self._tasks is not None:
+            if self._tasks is not None and self._peers[peer].ending:
+                self._tasks.start_soon(transport_of(connection.muxed_conn).abort)
+            elif self._tasks is not None:
                 self._tasks.start_soon(self._swarm.doubt_others, connection)
             return
         dialled = isinstance(connection, SwarmConn) and connection.direction is Direction.OUTBOUND
@@ -396,7 +378,7 @@ class ControlEngine:
             del self._outboxes[peer]
 
     def _link(self, peer: PeerId) -> PeerLink:
-        return PeerLink(peer=peer, connect=self._dialer.connect, open_stream=self._open_stream, hang_up=self.disconnect)
+        return PeerLink(peer=peer, connect=self._dialer.connect, open_stream=self._open_stream, hang_up=self._hang_up)
 
     async def _open_stream(self, peer: PeerId, protocol: TProtocol) -> INetStream:
         with trio.fail_after(OPEN_STREAM_TIMEOUT_S):

@@ -32,8 +32,8 @@ async def commit_rounds(peers: list[Peer], first: int, last: int) -> None:
         await wait_until(partial(have_reached, peers, number))
 
 
-def watch_ballots(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    said: list[object] = []
+def watch_ballots(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> list[Vote | Promise | Plan | Proposal]:
+    said: list[Vote | Promise | Plan | Proposal] = []
     send = peer.driver._send
 
     def note(effect: Send) -> None:
@@ -58,7 +58,8 @@ async def test_it_is_durable_before_the_next_round_and_ends_by_itself(
         ill.core.abstention._settles_s = asyncio.get_running_loop().time()  # the gossip of before has been heard
         assert any("votes_forgotten: abstaining since" in text for text in ill.reporter.build_status().warnings)
         await commit_rounds(peers, 2, 3)
-        assert said == []
+        # The certificate of round 3 was its end, and round 4 may have begun.
+        assert [one for one in said if one.round < 4] == []
         await commit_rounds(peers, 4, 4)
         assert ill.core.abstention is None
         await wait_until(lambda: not abstains(ill.state.stores.ledger))

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
+from multiaddr import Multiaddr
 
 from shoal.dht.addresses import parse_peer_address
 from shoal.node import libp2p_connections, libp2p_stack
@@ -21,6 +22,7 @@ from shoal.node.control import (
 )
 from shoal.node.interfaces import has_address
 from shoal.node.libp2p_connections import UNREAD_BYTES_PER_CONNECTION_MAX
+from shoal.node.libp2p_discovery import libp2p_id
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.libp2p_stack import STREAMS_PER_PEER_MAX
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
@@ -243,6 +245,29 @@ async def test_a_peer_that_starts_again_is_heard_at_once(members: Members) -> No
             await hearer.find("presence")
         await speaker.plane.stop()
         await hearer.find("lost")
+
+
+async def test_a_connection_that_comes_about_while_its_peer_is_hung_up_on_ends_too(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = await members.start(2)
+    assert isinstance(one.plane, Libp2pHost)
+    engine = one.plane._running()
+    abort = libp2p_connections.BufferedTcpStream.abort
+    dials = [Multiaddr(other.plane.addresses()[0])]
+
+    async def dial_first(stream: libp2p_connections.BufferedTcpStream) -> None:
+        if dials:
+            await engine._swarm.dial_addr(dials.pop(), libp2p_id(other.peer))
+        await abort(stream)
+
+    monkeypatch.setattr(libp2p_connections.BufferedTcpStream, "abort", dial_first)
+    await one.plane.disconnect(other.peer)
+    assert await one.find("lost") == (other.peer,)
+    assert await other.find("lost") == (one.peer,)
+    assert not dials and one.plane.peers() == ()
+    await one.plane.connect(other.plane.addresses())
+    assert await one.plane.request(other.peer, b"there?") == b"answer to there?"
 
 
 async def test_stopping_leaves_no_thread(members: Members) -> None:
