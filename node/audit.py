@@ -145,7 +145,7 @@ class _Auditor:
         # The base root has a check of its own: here the result is only asked whether it follows the other one.
         head = Head(round=self._number - 1, digest=digest, state_root=result.base_root, voters=voters)
         try:
-            check_result(result, head, manifest.parts, is_reroot=is_reroot(certificate))
+            check_result(result, head, len(manifest.list_parts(self._number)), is_reroot=is_reroot(certificate))
             check_votes(certificate, voters, manifest.authority(self._archive.swarm))
         except ProtocolError as error:
             self._tell("certificate", Finding.FAILS, str(error))
@@ -177,9 +177,10 @@ class _Auditor:
         """Whether all of them are here and what was voted for."""
         codec = CODECS[result.codec]
         gone = []
-        for part, one in enumerate(result.parts):
+        manifest = self._archive.manifest
+        for part, one in zip(manifest.list_parts(result.round), result.parts, strict=False):
             raw = self._archive.read_part(one.digest)
-            first, end = self._archive.manifest.part_range(part)
+            first, end = manifest.part_range(part)
             if raw is None:
                 gone.append(part)
                 continue

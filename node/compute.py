@@ -39,7 +39,7 @@ from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
-from shoal.protocol.quorum import choose_evaluator, list_contributors, make_bitmap
+from shoal.protocol.quorum import choose_evaluator, list_contributors, list_members, make_bitmap
 from shoal.protocol.replica import rehearse
 
 RESTARTS_MAX = 5
@@ -148,10 +148,8 @@ class Compute:
             # What it had handed over was counted while it was away.
             self._missed = number - 1 - settled.round
             self._counted_tokens = self._counted_steps = 0
-            part_elements = self._manifest.rounds.part_elements
-            await self.trainer.merge(
-                Merge(round=number, included=settled.parts, part_elements=part_elements, adopt_all=False, begin=True)
-            )
+            counted = list_members(settled.parts, 8 * len(settled.parts))
+            await self.trainer.merge(self._make_merge(number, settled.round, counted, adopt_all=False))
         else:
             self._missed = max(0, number - resumed.round)
             stale = self._missed > self._manifest.training.missed_rounds_max
@@ -303,13 +301,7 @@ class Compute:
             self._ports.resumed(f"{steps} steps since a restart were lost: an older contribution was counted")
         ready, self._ready = self._ready, None
         self.phase = TrainerState.RUNNING
-        merge = Merge(
-            round=result.round + 1,
-            included=make_bitmap(frozenset(included), self._manifest.parts),
-            part_elements=self._manifest.rounds.part_elements,
-            adopt_all=restart,
-            begin=True,
-        )
+        merge = self._make_merge(result.round + 1, result.round, included, adopt_all=restart)
         if ready is None or restart:
             self._counted_tokens = self._counted_steps = 0
         else:  # the trainer counts on from what it has handed over
@@ -318,6 +310,17 @@ class Compute:
         await self.trainer.merge(merge)
         if included and self._is_evaluator(result):
             await self.trainer.evaluate()
+
+    def _make_merge(self, number: int, certified: int, included: tuple[int, ...], *, adopt_all: bool) -> Merge:
+        """Train for round `number`, with these of the parts that round `certified` has exchanged."""
+        parts = self._manifest.list_parts(certified)
+        return Merge(
+            round=number,
+            included=make_bitmap(frozenset(parts[place] for place in included), self._manifest.parts),
+            part_elements=self._manifest.rounds.part_elements,
+            adopt_all=adopt_all,
+            begin=True,
+        )
 
     def _is_evaluator(self, result: Result) -> bool:
         """Whether this peer measures the base that came of this round, of which it is a contributor."""

@@ -339,10 +339,11 @@ class SwarmVisit:
         answer = await self._ask_quietly(presence.peer, question)
         if not isinstance(answer, CertificatesAnswer) or not answer.certificates:
             return []
-        parts = answer.certificates[0].result.parts
-        if len(parts) != manifest.parts:
+        result = answer.certificates[0].result
+        parts = manifest.list_parts(result.round)
+        if len(parts) != len(result.parts):
             return []
-        return [(part.digest, manifest.update_bytes(number)) for number, part in enumerate(parts)]
+        return [(one.digest, manifest.update_bytes(part)) for part, one in zip(parts, result.parts, strict=True)]
 
 
 class _VisitorSink:

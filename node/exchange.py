@@ -92,10 +92,15 @@ class PartExchange:
         self._donors_failed.clear()
         self.frozen = None
 
-    def part_bytes(self, kind: FrameKind, part: int) -> int:
-        """The exact encoded length of a part of a contribution or of a result."""
+    def part_bytes(self, kind: FrameKind, round_number: int, part: int) -> int:
+        """The exact encoded length of a part of a round's contributions or of its result."""
+        number = self._manifest.list_parts(round_number)[part]
         is_result = kind is FrameKind.RESULT
-        return self._manifest.update_bytes(part) if is_result else self._manifest.contribution_bytes(part)
+        return self._manifest.update_bytes(number) if is_result else self._manifest.contribution_bytes(number)
+
+    def _count_elements(self, round_number: int, part: int) -> int:
+        first, end = self._manifest.part_range(self._manifest.list_parts(round_number)[part])
+        return end - first
 
     def _codec_of(self, kind: FrameKind) -> Codec:
         return self._reduction.codec_in if kind is FrameKind.CONTRIBUTION else self._reduction.codec_out
@@ -111,9 +116,10 @@ class PartExchange:
         return self.ports.admit(peer)
 
     def reserve(self, peer: PeerId, header: FrameHeader) -> memoryview | Refusal:
-        if header.part >= self._manifest.parts:
-            raise ProtocolError(Refusal.OUT_OF_RANGE, f"part {header.part} of {self._manifest.parts}")
-        expected = self.part_bytes(header.kind, header.part)
+        parts = self._manifest.list_parts(header.round)
+        if header.part >= len(parts):
+            raise ProtocolError(Refusal.OUT_OF_RANGE, f"part {header.part} of {len(parts)}")
+        expected = self.part_bytes(header.kind, header.round, header.part)
         if header.nbytes != expected:
             detail = f"part {header.part} has {header.nbytes} bytes, the codec makes {expected}"
             raise ProtocolError(Refusal.WRONG_LENGTH, detail)
@@ -131,7 +137,7 @@ class PartExchange:
         return self._memory.take(header.nbytes)
 
     async def complete(self, peer: PeerId, header: FrameHeader, buffer: memoryview) -> None:
-        await self._check(header.kind, header.part, buffer)
+        await self._check(header.kind, header.round, header.part, buffer)
         if header.round != self.core.round:
             self.ports.late(peer, Refusal.WRONG_ROUND)  # it was on its way when the round ended
             return
@@ -144,14 +150,14 @@ class PartExchange:
             self.core.blob_held(header.digest, self.ports.now())
         self.ports.pump()
 
-    async def _check(self, kind: FrameKind, part: int, buffer: memoryview) -> None:
+    async def _check(self, kind: FrameKind, round_number: int, part: int, buffer: memoryview) -> None:
         """Raises ProtocolError unless these bytes decode. That takes less time than the way to a thread and back, but
         for the first part of a codec, which loads its kernels."""
-        codec, (first, end) = self._codec_of(kind), self._manifest.part_range(part)
+        codec, elements = self._codec_of(kind), self._count_elements(round_number, part)
         if codec.name in self._checked:
-            codec.check_untrusted(buffer, end - first)
+            codec.check_untrusted(buffer, elements)
         else:
-            await asyncio.to_thread(codec.check_untrusted, buffer, end - first)
+            await asyncio.to_thread(codec.check_untrusted, buffer, elements)
             self._checked.add(codec.name)
 
     def aborted(self, peer: PeerId, header: FrameHeader) -> None:
@@ -201,9 +207,8 @@ class PartExchange:
         if frozen is None or frozen.round != effect.round or frozen.digests[effect.part] != effect.digest:
             return
         payload = frozen.encoded[effect.part]
-        first, end = self._manifest.part_range(effect.part)
         self.encoded_bytes += payload.nbytes
-        self.fp32_bytes += (end - first) * 4
+        self.fp32_bytes += self._count_elements(effect.round, effect.part) * 4
         header = FrameHeader(
             kind=FrameKind.CONTRIBUTION,
             round=effect.round,
@@ -218,9 +223,8 @@ class PartExchange:
         payload = self._results.get(effect.digest)
         if payload is None:
             return  # the round has ended
-        first, end = self._manifest.part_range(effect.part)
         self.encoded_bytes += payload.nbytes
-        self.fp32_bytes += (end - first) * 4
+        self.fp32_bytes += self._count_elements(effect.round, effect.part) * 4
         header = FrameHeader(
             kind=FrameKind.RESULT,
             round=effect.round,
@@ -261,8 +265,8 @@ class PartExchange:
             )
             for entry, digest, index in zip(effect.members, effect.digests, effect.indices, strict=True)
         ]
-        first, end = self._manifest.part_range(effect.part)
-        reduced, digest = await asyncio.to_thread(self._reduce_now, parts, end - first)
+        elements = self._count_elements(effect.round, effect.part)
+        reduced, digest = await asyncio.to_thread(self._reduce_now, parts, elements)
         if effect.round != self.core.round:
             return
         self._results[digest] = reduced
@@ -297,7 +301,7 @@ class PartExchange:
             for peer in (*effect.candidates[turn:], *effect.candidates[:turn]):
                 if effect.digest in self._results or effect.round != self.core.round:
                     return
-                buffer = self._memory.take(self.part_bytes(FrameKind.RESULT, effect.part))
+                buffer = self._memory.take(self.part_bytes(FrameKind.RESULT, effect.round, effect.part))
                 try:
                     addresses = self.ports.addresses_of(peer)
                     await self.links.fetch(peer, addresses, effect.digest, buffer, FETCH_TIMEOUT_S)
@@ -305,7 +309,7 @@ class PartExchange:
                     self._tell_donor_failed(peer, effect, error)
                     continue
                 try:
-                    await self._check(FrameKind.RESULT, effect.part, buffer)
+                    await self._check(FrameKind.RESULT, effect.round, effect.part, buffer)
                 except ProtocolError as error:
                     log.warning("part %d of round %d cannot be used: %s", effect.part, effect.round, error)
                     self.ports.refusal(peer, error.refusal)

@@ -389,7 +389,8 @@ class LocalState:
             await asyncio.to_thread(self._find_updates)
 
     def _sizes(self, result: Result) -> Sizes:
-        return {part.digest: self._manifest.update_bytes(number) for number, part in enumerate(result.parts)}
+        parts = self._manifest.list_parts(result.round)
+        return {one.digest: self._manifest.update_bytes(part) for part, one in zip(parts, result.parts, strict=False)}
 
     def _sweep(self) -> None:
         """Remove what the limits make unnecessary."""

@@ -117,17 +117,16 @@ class Replay:
             await self._freed.wait()
         self._ahead_bytes += nbytes
         self._ahead_rounds += 1
-        digests = [part.digest for part in certificate.result.parts]
+        result = certificate.result
+        digests = [part.digest for part in result.parts]
         held = await asyncio.to_thread(self._find_held, digests)
         pieces = []
-        for part, digest in enumerate(digests):
+        for part, digest in zip(self._manifest.list_parts(result.round), digests, strict=False):
             if digest in held:
                 transfer.note_held(digest)
             elif not transfer.plan.is_here(digest):
                 self._parts[digest] = part
-                pieces.append(
-                    Piece(digest=digest, nbytes=self._manifest.update_bytes(part), round=certificate.result.round)
-                )
+                pieces.append(Piece(digest=digest, nbytes=self._manifest.update_bytes(part), round=result.round))
         transfer.add(pieces)
 
     def _leave_behind(self, certificate: Certificate) -> None:
@@ -151,7 +150,8 @@ class Replay:
         self._state.stores.blobs.write(digest, raw, fetched=True)
 
     def _update_bytes(self, certificate: Certificate) -> int:
-        return sum(self._manifest.update_bytes(part) for part in range(len(certificate.result.parts)))
+        result = certificate.result
+        return sum(map(self._manifest.update_bytes, self._manifest.list_parts(result.round))) if result.parts else 0
 
     # -- apply -------------------------------------------------------------------------------------------------------
 
@@ -166,7 +166,8 @@ class Replay:
             return True  # the swarm's live rounds have led past it
         # The round core checks it, too. Here one that builds on another state ends the replay instead of being waited
         # for.
-        check_result(result, head, self._manifest.parts, is_reroot=is_reroot(certificate))
+        parts = len(self._manifest.list_parts(result.round))
+        check_result(result, head, parts, is_reroot=is_reroot(certificate))
         began_s = self._loop.time()
         self._ports.take_certificate(certificate, peer)
         if not await self._ports.wait_past(result.round - 1, APPLY_TIMEOUT_S):

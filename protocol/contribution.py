@@ -66,16 +66,21 @@ class Contributor:
 
     def freeze(self, round_number: int, base: Float32s, local: Float32s) -> Frozen:
         """Encode base - local plus the residual; raises NonFiniteContribution."""
-        ranges = [self._manifest.part_range(part) for part in range(self._manifest.parts)]
-        encoded = [self._take(self._manifest.contribution_bytes(part)) for part in range(len(ranges))]
+        parts = self._manifest.list_parts(round_number)
+        ranges = [self._manifest.part_range(part) for part in parts]
+        encoded = [self._take(self._manifest.contribution_bytes(part)) for part in parts]
         residual_next = self._take_residual(self.residual.size)
+        if len(parts) < self._manifest.parts:
+            residual_next[:] = self.residual  # of what the round does not exchange it stays
 
         def freeze_part(part: int) -> tuple[float, bytes]:
             first, end = ranges[part]
             # The pseudo-gradient is made where its residual will be: it is still in the cache then.
             delta = np.subtract(base[first:end], local[first:end], out=residual_next[first:end])
             if not is_encodable(delta):
-                problem = f"part {part} of the pseudo-gradient of round {round_number} is not finite or has exploded"
+                problem = (
+                    f"part {parts[part]} of the pseudo-gradient of round {round_number} is not finite or has exploded"
+                )
                 raise NonFiniteContribution(problem)
             square = squared_norm(delta)
             residual = self.residual[first:end]
@@ -102,11 +107,12 @@ class Contributor:
         if result.members[index].contribution_root != frozen.root:
             return ()
         included = tuple(part for part, one in enumerate(result.parts) if has_member(one.contributors, index))
-        if len(included) == self._manifest.parts:
+        if len(included) == len(result.parts):
             self.residual = frozen.residual_next
         else:
+            parts = self._manifest.list_parts(result.round)
             for part in included:
-                first, end = self._manifest.part_range(part)
+                first, end = self._manifest.part_range(parts[part])
                 self.residual[first:end] = frozen.residual_next[first:end]
         return included
 

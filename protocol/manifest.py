@@ -20,7 +20,7 @@ from shoal.protocol.identity import Identity, PeerId, verify_signature
 from shoal.protocol.layout import Layout
 from shoal.protocol.messages import PARTS_MAX, ROSTER_MAX, VOTERS_MAX, Peer
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
-from shoal.protocol.quorum import Authority, Head, QuorumRule
+from shoal.protocol.quorum import Authority, Head, QuorumRule, list_parts
 from shoal.protocol.state import STATE_ELEMENTS_MAX
 from shoal.protocol.tables import parse_toml, read_table
 from shoal.protocol.wire import (
@@ -41,6 +41,7 @@ ADAMW, MUON, MTDAO = INNER_OPTIMIZERS = ("adamw", "muon", "mtdao")  # those of n
 CONSTANT, COSINE, LINEAR = SCHEDULES = ("constant", "cosine", "linear")  # those of node/training/schedules.py
 BOOTSTRAPS_MAX = 16
 BATCH_SIZE_MAX = 65_536
+FRAGMENTS_MAX = 64
 Seconds = Annotated[float, Bound(0.05, 86_400)]
 Name = Annotated[str, Bound(1, 64)]
 
@@ -117,6 +118,7 @@ class Rounds:
     snapshot_every: Annotated[int, Bound(1, 10_000)] = 8
     rounds_kept: Annotated[int, Bound(2, 100_000)] = 64
     residual_kept: Annotated[float, Bound(0, 1)] = 1.0  # the share of the residual that goes into the next contribution
+    fragments: Annotated[int, Bound(1, FRAGMENTS_MAX)] = 1  # a round exchanges every so manieth part
 
     @property
     def codec_out(self) -> str:
@@ -159,9 +161,13 @@ class Manifest:
 
     @property
     def parts(self) -> int:
-        """How many parts a reduction has."""
+        """How many parts the flat vector has."""
         parts: int = -(-self.layout.elements // self.rounds.part_elements)
         return parts
+
+    def list_parts(self, round_number: int) -> range:
+        """The parts that a round exchanges, by their place in its plan and its result: those of one fragment."""
+        return list_parts(self.parts, self.rounds.fragments, round_number)
 
     def part_range(self, part: int) -> tuple[int, int]:
         """First element and one past the last of a part of the flat vector."""
@@ -195,6 +201,7 @@ class Manifest:
             rule=self.quorum,
             owner=self.owner,
             parts=self.parts,
+            fragments=self.rounds.fragments,
             may_declare=self.rounds.reroot_after_s > 0 and self.quorum is QuorumRule.MAJORITY,
         )
 
@@ -264,6 +271,9 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
         if draft.rounds.part_elements % codec.block_elements:
             problem = f"is no multiple of {codec.block_elements}, the block of {codec.name}"
             raise ManifestError("rounds.part_elements", problem, "round it up to one")
+    if draft.rounds.fragments > parts:
+        fix = f"use at most {parts}, or smaller parts (rounds.part_elements)"
+        raise ManifestError("rounds.fragments", f"is {draft.rounds.fragments}, of a vector with {parts} parts", fix)
     if draft.rounds.presence_timeout_s < 2 * draft.rounds.presence_period_s:
         fix = "use at least twice rounds.presence_period_s"
         raise ManifestError("rounds.presence_timeout_s", "leaves no room for one lost heartbeat", fix)
@@ -327,6 +337,9 @@ def read_manifest_untrusted(signed: bytes, swarm: bytes | None = None) -> tuple[
     verify_signature(manifest.owner, "manifest", digest, outside.manifest, outside.signature)
     if manifest.parts > PARTS_MAX:
         raise ProtocolError(Refusal.OUT_OF_RANGE, f"manifest.rounds.part_elements makes {manifest.parts} parts")
+    if manifest.rounds.fragments > manifest.parts:
+        detail = f"manifest.rounds.fragments is {manifest.rounds.fragments}, of {manifest.parts} parts"
+        raise ProtocolError(Refusal.OUT_OF_RANGE, detail)
     if manifest.rounds.codec_out not in UPDATE_CODECS:
         detail = f"manifest.rounds.update_codec is nil, and {manifest.rounds.codec} is not for updates"
         raise ProtocolError(Refusal.OUT_OF_RANGE, detail)

@@ -224,7 +224,7 @@ def check_evidence(proposal: Proposal, proposer: PeerId, head: Head, codec: str,
     if plan.round != result.round or plan.attempt != proposal.attempt:
         raise ProtocolError(Refusal.WRONG_ATTEMPT, "a proposal comes with the plan of another attempt")
     verify_message(proposer, authority.swarm, plan)
-    check_plan(plan, head, codec, authority.parts, authority.swarm)
+    check_plan(plan, head, codec, authority.count_parts(plan.round), authority.swarm)
     if len(evidence.done) != len(plan.owners):
         raise ProtocolError(Refusal.WRONG_LENGTH, f"{len(evidence.done)} words for {len(plan.owners)} parts")
     expected = make_result(plan, dict(enumerate(evidence.done)), head, result.codec, frozenset(), len(result.voters))

@@ -51,6 +51,11 @@ class Authority:
     owner: PeerId
     parts: int
     may_declare: bool
+    fragments: int = 1
+
+    def count_parts(self, round_number: int) -> int:
+        """How many parts the plan and the result of a round have."""
+        return len(list_parts(self.parts, self.fragments, round_number))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,11 @@ class Head:
     digest: bytes
     state_root: bytes
     voters: tuple[PeerId, ...]
+
+
+def list_parts(parts: int, fragments: int, round_number: int) -> range:
+    """Those of the vector's parts that a round exchanges: every so manieth one, the next round those beside them."""
+    return range((round_number - 1) % fragments, parts, fragments)
 
 
 def quorum_size(voters: int, rule: QuorumRule) -> int:
@@ -157,7 +167,8 @@ def check_certificate(
     certificate: Certificate, head: Head, authority: Authority, verify: VerifyVote | None = None
 ) -> bytes:
     """The digest of the certified result; raises ProtocolError unless it follows `head` and its voters decided it."""
-    check_result(certificate.result, head, authority.parts, is_reroot=is_reroot(certificate))
+    parts = authority.count_parts(certificate.result.round)
+    check_result(certificate.result, head, parts, is_reroot=is_reroot(certificate))
     check_votes(certificate, head.voters, authority, verify)
     return digest_record(certificate.result)
 

@@ -74,9 +74,10 @@ class Replica:
         codec = CODECS[result.codec]
         outer = self._manifest.outer
         optimizer = OUTER_OPTIMIZERS[outer.optimizer]
+        parts = self._manifest.list_parts(result.round)
 
         def apply_part(part: int) -> ProtocolError | None:
-            first, end = self._manifest.part_range(part)
+            first, end = self._manifest.part_range(parts[part])
             update = np.empty(end - first, np.float32)
             try:
                 codec.decode_untrusted(encoded[result.parts[part].digest], end - first, update)

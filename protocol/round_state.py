@@ -95,7 +95,6 @@ class RoundState:
         self._swarm = setting.authority.swarm
         self._rules = setting.rules
         self._trains = setting.trains
-        self._parts = setting.authority.parts
         self._ready_pace = ReadyPace()
         self._sender_pace = PartPace()
         self._owner_pace = PartPace()
@@ -126,6 +125,7 @@ class RoundState:
     def _clear_round(self, head: Head) -> None:
         self.head = head
         self.round = head.round + 1
+        self._parts = self._authority.count_parts(self.round)
         self._vote = self._take_up_vote(head)
         if self._abstention is not None:
             self._abstain_in_round(self._abstention, self._began_s)

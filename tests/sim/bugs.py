@@ -19,11 +19,12 @@ from pathlib import Path
 from shoal.protocol.errors import ProtocolError
 from tests.sim import planted_exchange, planted_lies, planted_state, planted_votes
 from tests.sim.checkers import InvariantBroken, broken
+from tests.sim.clusters import Cluster
 from tests.sim.drills import Drill
 from tests.sim.faults import CALM, Lie, Rates
 from tests.sim.planted import BUGS, Arena, Bug, planted
 from tests.sim.schedules import Schedule
-from tests.sim.world import Cluster, World
+from tests.sim.world import World
 
 ROUNDS_MAX = 20_000
 ROOT = Path(__file__).parents[2]

@@ -120,21 +120,25 @@ class Checker:
             return
         if not np.array_equal(peer.contributor.residual, books.residual):
             raise broken("error feedback is exact", f"peer {peer.number} lost or invented a residual")
-        decoded = self.contributed(peer.identity.peer, frozen)
-        produced = (peer.replica.params - peer.local) + books.residual
-        if not np.array_equal(decoded.astype(np.float64) + frozen.residual_next, produced.astype(np.float64)):
-            raise broken("error feedback is exact", f"peer {peer.number}, round {frozen.round}")
-        books.frozen, books.residual_next = frozen, produced - decoded
+        produced, expected = (peer.replica.params - peer.local) + books.residual, books.residual.copy()
+        for (first, end), decoded in self.contributed(peer.identity.peer, frozen).items():
+            left = frozen.residual_next[first:end]
+            if not np.array_equal(decoded.astype(np.float64) + left, produced[first:end].astype(np.float64)):
+                raise broken("error feedback is exact", f"peer {peer.number}, round {frozen.round}")
+            expected[first:end] = produced[first:end] - decoded
+        if not np.array_equal(frozen.residual_next, expected):
+            raise broken("error feedback is exact", f"peer {peer.number} changed what round {frozen.round} left alone")
+        books.frozen, books.residual_next = frozen, expected
 
-    def contributed(self, peer: PeerId, frozen: Frozen) -> Vector:
-        """These parts are this peer's word in this round; what they decode to."""
+    def contributed(self, peer: PeerId, frozen: Frozen) -> dict[tuple[int, int], Vector]:
+        """These parts are this peer's word in this round; what they decode to, by their first and last element."""
         codec = self.manifest.rounds.codec
-        vectors = []
+        vectors = {}
         for part, raw in enumerate(frozen.encoded):
-            first, end = self.manifest.part_range(part)
-            vectors.append(oracle.decode(codec, raw, end - first))
-            self._contributed[frozen.digests[part], frozen.round] = (peer, part, vectors[-1])
-        return np.concatenate(vectors)
+            first, end = oracle.find_span(self.manifest, frozen.round, part)
+            vectors[first, end] = oracle.decode(codec, raw, end - first)
+            self._contributed[frozen.digests[part], frozen.round] = (peer, part, vectors[first, end])
+        return vectors
 
     def announced(self, peer: PeerId, ready: Ready) -> None:
         self._readies.setdefault((peer, ready.round), set()).add((ready.tokens, ready.steps))
@@ -158,7 +162,7 @@ class Checker:
                     "error feedback is exact",
                     f"peer {peer.number} settled a contribution that is not the certified one, {number}/{part}",
                 )
-            first, end = self.manifest.part_range(part)
+            first, end = oracle.find_span(self.manifest, number, part)
             books.residual[first:end] = books.residual_next[first:end]
         if not np.array_equal(peer.contributor.residual, books.residual):
             raise broken("error feedback is exact", f"peer {peer.number} kept a wrong residual in round {number}")
@@ -319,7 +323,7 @@ class Checker:
         if one.digest in self.lies:
             return  # its owner lied, and nobody recomputes parts yet
         indices = oracle.list_indices(one.contributors, len(result.members))
-        first, end = self.manifest.part_range(part)
+        first, end = oracle.find_span(self.manifest, number, part)
         for reduction in self._reductions.get((number, part, one.digest), []):
             if reduction.indices != indices:
                 continue

@@ -88,7 +88,7 @@ class Liar(SimPeer):
             return  # it cannot even reduce its own part
 
     def _reduced(self, effect: Reduce, raw: bytes, digest: bytes) -> None:
-        first, end = self.manifest.part_range(effect.part)
+        first, end = oracle.find_span(self.manifest, effect.round, effect.part)
         if Lie.GARBAGE_RESULT in self.lies:
             raw = _NAN + raw[4:]
         elif Lie.WRONG_RESULT in self.lies:

@@ -9,7 +9,7 @@ from shoal.protocol.manifest import Manifest, Rounds, Training
 from shoal.protocol.wire import encode_record
 
 LATER = {
-    "rounds": (Rounds, ("update_codec", "residual_kept")),
+    "rounds": (Rounds, ("update_codec", "residual_kept", "fragments")),
     "training": (
         Training,
         (

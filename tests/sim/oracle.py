@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.protocol.codecs import CODECS
+from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
 
 Vector = npt.NDArray[np.float32]
@@ -56,6 +57,13 @@ def list_indices(bitmap: bytes, count: int) -> tuple[int, ...]:
     """The roster indices in a contributor bitmap."""
     bits = int.from_bytes(bitmap, "little")
     return tuple(index for index in range(count) if bits >> index & 1)
+
+
+def find_span(manifest: Manifest, number: int, place: int) -> tuple[int, int]:
+    """First element and one past the last of what stands at this place of a round's plan."""
+    rules = manifest.rounds
+    part = [one for one in range(manifest.parts) if (one - number + 1) % rules.fragments == 0][place]
+    return part * rules.part_elements, min((part + 1) * rules.part_elements, manifest.layout.elements)
 
 
 def list_parts_with(result: Result, index: int) -> tuple[int, ...]:

@@ -60,6 +60,7 @@ from tests.sim.catchup import ask_for_log, is_catching_up, write_snapshot
 from tests.sim.checkers import RESULTS_PER_PART_MAX
 from tests.sim.faults import Moment
 from tests.sim.machine import SimMachine
+from tests.sim.oracle import find_span
 from tests.sim.parting import ask_where_parted, restore
 from tests.sim.trace import describe
 from tests.sim.training import end_training, merge, train
@@ -388,7 +389,7 @@ class SimPeer(SimMachine):
                 self.transmit(source, 64, f"refused {part}", source.later, *again)
             return
         try:
-            self._check_bytes(self.manifest.rounds.codec, part, raw, digest)
+            self._check_bytes(self.manifest.rounds.codec, number, part, raw, digest)
         except ProtocolError as error:
             self.world.checker.accused(self, sender, effect, error)
             return
@@ -396,9 +397,9 @@ class SimPeer(SimMachine):
         self.core.part_received(sender, number, part, digest, self.clock())
         self._drain()
 
-    def _check_bytes(self, codec: str, part: int, raw: bytes, digest: bytes) -> None:
+    def _check_bytes(self, codec: str, number: int, part: int, raw: bytes, digest: bytes) -> None:
         """Raises ProtocolError unless these are the bytes of the digest and decode."""
-        first, end = self.manifest.part_range(part)
+        first, end = find_span(self.manifest, number, part)
         if len(raw) != CODECS[codec].encoded_bytes(end - first):
             raise ProtocolError(Refusal.WRONG_LENGTH, f"part {part} has {len(raw)} bytes")
         if blake3(raw).digest() != digest:
@@ -444,7 +445,7 @@ class SimPeer(SimMachine):
         if self.core.check_result_part(sender, number, part) is not None:
             return
         try:
-            self._check_bytes(self.manifest.rounds.codec_out, part, raw, digest)
+            self._check_bytes(self.manifest.rounds.codec_out, number, part, raw, digest)
         except ProtocolError as error:
             self.world.checker.accused(self, sender, None, error)
             return
@@ -487,7 +488,7 @@ class SimPeer(SimMachine):
         if effect.round != self.core.round or effect.digest in self.blobs:
             return
         try:
-            self._check_bytes(self.manifest.rounds.codec_out, effect.part, raw, effect.digest)
+            self._check_bytes(self.manifest.rounds.codec_out, effect.round, effect.part, raw, effect.digest)
         except ProtocolError as error:
             self.world.checker.undecodable(self, sender, effect.digest, error)
             return

@@ -16,6 +16,7 @@ from shoal.protocol.messages import PartDone, Plan, RosterEntry, SignedReady
 from shoal.protocol.quorum import make_bitmap
 from shoal.protocol.round_state import RoundState
 from shoal.protocol.rounds import RoundCore
+from tests.sim.oracle import find_span
 from tests.sim.peer import SimPeer
 from tests.sim.planted import Arena, Patches, bug
 from tests.sim.world import World
@@ -195,7 +196,7 @@ def local_value_for_missing_part(patches: Patches) -> None:
     def commit(old: Any, self: SimPeer, certificate: Any) -> None:
         for number, part in enumerate(certificate.result.parts):
             if part.digest not in self.blobs:
-                first, end = self.manifest.part_range(number)
+                first, end = find_span(self.manifest, certificate.result.round, number)
                 nothing = bytes(CODECS[certificate.result.codec].encode(np.zeros(end - first, np.float32)))
                 own = bytes(self.frozen.encoded[number]) if self.frozen else nothing
                 self.blobs[part.digest] = own

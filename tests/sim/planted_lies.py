@@ -17,8 +17,8 @@ from tests.sim.planted import Arena, Patches, bug
 def received_bytes_unchecked(patches: Patches) -> None:
     """Bytes that decode are taken for those of the digest under which they were asked for or announced."""
 
-    def check(old: Any, self: SimPeer, codec: str, part: int, raw: bytes, digest: bytes) -> None:
-        old(self, codec, part, raw, blake3(raw).digest())
+    def check(old: Any, self: SimPeer, codec: str, number: int, part: int, raw: bytes, digest: bytes) -> None:
+        old(self, codec, number, part, raw, blake3(raw).digest())
 
     patches.wrap(SimPeer, "_check_bytes", check)
 

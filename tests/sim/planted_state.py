@@ -11,6 +11,7 @@ from shoal.protocol.messages import Certificate, Presence, Result
 from shoal.protocol.presence import PresenceTable
 from shoal.protocol.quorum import Head
 from shoal.protocol.rounds import RoundCore
+from tests.sim.oracle import find_span
 from tests.sim.peer import SimPeer
 from tests.sim.planted import Arena, Patches, bug
 
@@ -156,7 +157,7 @@ def exact_value_applied_by_owner(patches: Patches) -> None:
         head: Head = old(self, certificate)
         for part, one in enumerate(certificate.result.parts):
             if owners.get(one.digest) is self:
-                first, _ = self.manifest.part_range(part)
+                first, _ = find_span(self.manifest, certificate.result.round, part)
                 self.replica.params[first] = np.nextafter(self.replica.params[first], np.float32(1))
         return replace(head, state_root=self.replica.root())
 

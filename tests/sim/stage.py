@@ -49,9 +49,10 @@ from shoal.protocol.messages import (
     digest_record,
 )
 from shoal.protocol.quorum import Head, QuorumRule, list_members, proposer_order, quorum_size
+from tests.sim.clusters import RULES, Cluster
 from tests.sim.faults import DiskFate
 from tests.sim.peer import SimPeer
-from tests.sim.world import RULES, Cluster, World
+from tests.sim.world import World
 
 NAMES = ("ann", "bob", "cid", "dan", "eve", "fay", "gus", "hal", "ida", "jon", "kim", "leo")
 SEED = 1839  # of a cast in which every scenario can be played

@@ -8,9 +8,9 @@ import random
 
 import pytest
 
+from tests.sim.clusters import RULES
 from tests.sim.stage import NAMES, Stage
 from tests.sim.training import train
-from tests.sim.world import RULES
 
 COUNT = 6
 TRAINING_S = 20.0

@@ -11,10 +11,11 @@ import pytest
 from shoal.protocol.errors import Refusal
 from tests.sim.campaign import main
 from tests.sim.checkers import InvariantBroken
+from tests.sim.clusters import Cluster
 from tests.sim.disk import Disk
 from tests.sim.faults import DiskFate, Fault, FaultKind, Lie, Moment
 from tests.sim.shrink import RUNS_MAX, shrink
-from tests.sim.world import Cluster, World
+from tests.sim.world import World
 
 # In the first of the long ones a peer comes back in the calm and a round starts over; in the other one a voter has
 # forgotten its votes and all quorums need it. In the last one voters that would suffice are paused behind a partition.

@@ -67,7 +67,8 @@ def merge(peer: "SimPeer", certificate: Certificate) -> bool:
         return peer.waiting  # nothing moved
     peer.missed = 0 if included else peer.missed + 1
     restart = peer.missed > MISSED_ROUNDS_MAX
-    for part in range(peer.manifest.parts) if restart else included:
+    parts = peer.manifest.list_parts(result.round)
+    for part in range(peer.manifest.parts) if restart else [parts[place] for place in included]:
         first, end = peer.manifest.part_range(part)
         peer.local[first:end] = peer.replica.params[first:end]
     if restart:
