@@ -68,6 +68,15 @@ async def test_updates_are_fetched_in_their_own_codec(tmp_path: Path) -> None:
         assert newcomer.catch_up._update_bytes == 2 * TINY_ELEMENTS
 
 
+async def test_updates_of_fragments_are_replayed(tmp_path: Path) -> None:
+    # Of three parts rounds 1, 3 and 5 exchange the first and the last, which is a shorter one, the others the second.
+    async with open_swarm(tmp_path, 5, fragments=2) as (newcomer, donors, chain):
+        await newcomer.catch_up.run(donors[0].me, 5)
+        assert_same_state(newcomer, donors[1])
+        assert [len(one.result.parts) for one in newcomer.state.load_certificates(1, 9)] == [2, 1, 2, 1, 2]
+        assert set(donors[0].served + donors[1].served) == set(chain.blobs)
+
+
 async def test_more_rounds_than_one_answer_holds_are_replayed(tmp_path: Path) -> None:
     rounds = CERTIFICATES_PER_ANSWER + 2
     async with open_swarm(tmp_path, rounds, donors=1) as (newcomer, donors, _):

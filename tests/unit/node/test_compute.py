@@ -57,9 +57,9 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def open_trainer(folder: Path, *, round_s: float = 0.0) -> AsyncIterator[tuple[Peer, Trainer]]:
+async def open_trainer(folder: Path, *, round_s: float = 0.0, **rules: object) -> AsyncIterator[tuple[Peer, Trainer]]:
     """A peer whose trainer is not started yet. Nobody else is there, so its rounds stay open."""
-    async with open_peer(make_samples(), 0, folder, trains=True) as peer:
+    async with open_peer(make_samples(**rules), 0, folder, trains=True) as peer:
         peer.compute.trainer = trainer = Trainer(peer, round_s=round_s)
         yield peer, trainer
 
@@ -134,6 +134,15 @@ async def test_a_round_with_its_work_is_merged_and_the_next_one_begins(tmp_path:
         assert (merge.round, merge.adopt_all, merge.begin) == (2, False, True)
         assert merge.included == bytes([0b101])
         assert peer.compute.phase in (TrainerState.RUNNING, TrainerState.PAUSED)
+
+
+async def test_of_a_fragment_those_parts_are_merged_that_its_round_exchanged(tmp_path: Path) -> None:
+    async with open_trainer(tmp_path, fragments=2) as (peer, trainer):
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        await peer.compute.committed(make_result(peer, 1), (0, 1))
+        await peer.compute.committed(make_result(peer, 2), (0,))
+        assert [merge.included for merge in trainer.merges] == [bytes([0b101]), bytes([0b010])]
 
 
 async def test_a_round_without_it_changes_nothing_while_it_trains_on(tmp_path: Path) -> None:

@@ -37,9 +37,11 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def returning(folder: Path, resumed: Resumed) -> AsyncIterator[tuple[Peer, ReturningTrainer, list[str]]]:
+async def returning(
+    folder: Path, resumed: Resumed, **rules: object
+) -> AsyncIterator[tuple[Peer, ReturningTrainer, list[str]]]:
     """A peer with error feedback on its disk, at the start of a trainer that has taken this from its checkpoint."""
-    async with open_peer(make_samples(), 0, folder, trains=True) as peer:
+    async with open_peer(make_samples(**rules), 0, folder, trains=True) as peer:
         state = peer.state
         state.stores = replace(state.stores, feedback=FeedbackStore(folder / "feedback", state.stores.ledger))
         state._restore_feedback()
@@ -91,6 +93,14 @@ async def test_what_was_counted_while_it_was_away_is_merged(tmp_path: Path) -> N
         (merge,) = trainer.merges
         assert (merge.round, merge.included, merge.adopt_all, merge.begin) == (1, b"\x05", False, True)
         assert trainer.begun == [] and said == []
+
+
+async def test_what_was_counted_of_a_fragment_is_merged_where_it_stands(tmp_path: Path) -> None:
+    async with returning(tmp_path, WAITING, fragments=2) as (peer, trainer, _):
+        settle(peer, replace(settled_in((0,), peer), round=2))  # the one part of round 2 is the second of three
+        await peer.compute.start()
+        (merge,) = trainer.merges
+        assert merge.included == bytes([0b010])
 
 
 async def test_what_was_counted_before_its_last_steps_changes_nothing(tmp_path: Path) -> None:

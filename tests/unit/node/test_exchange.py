@@ -37,8 +37,8 @@ async def open_target(folder: Path, swarm: Swarm | None = None) -> AsyncIterator
 
 def make_frame(peer: Peer, kind: FrameKind = FrameKind.CONTRIBUTION, **changes: object) -> tuple[FrameHeader, bytes]:
     """A frame whose bytes decode, unless `payload` says otherwise."""
-    part = changes.get("part", 0)
-    nbytes = peer.exchange.part_bytes(kind, part if isinstance(part, int) and part < peer.swarm.manifest.parts else 0)
+    part, parts = changes.get("part", 0), len(peer.swarm.manifest.list_parts(1))
+    nbytes = peer.exchange.part_bytes(kind, 1, part if isinstance(part, int) and part < parts else 0)
     payload = changes.pop("payload", bytes(nbytes))
     assert isinstance(payload, bytes)
     header = FrameHeader(kind=kind, round=1, part=0, nbytes=len(payload), digest=blake3(payload).digest())
@@ -63,12 +63,31 @@ async def test_a_frame_that_the_manifest_does_not_know_ends_the_link(
     async with open_target(tmp_path) as (peer, puppet):
         header, payload = make_frame(peer, FrameKind.CONTRIBUTION, **changes)
         if changes == {"part": 2}:
-            payload = bytes(peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 0))
+            payload = bytes(peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 1, 0))
             header = replace(header, nbytes=len(payload), digest=blake3(payload).digest())
         await puppet.push(peer, header, payload)
         await wait_until(lambda: peer.tensor_refusals)
         assert peer.tensor_refusals == [(puppet.me, refusal)]
         assert not peer.links.is_linked(puppet.me)
+
+
+async def test_a_round_of_a_fragment_has_its_own_parts_and_lengths(tmp_path: Path) -> None:
+    swarm = make_samples(fragments=2)  # of three parts: round 1 exchanges the first and the short last one
+    async with open_target(tmp_path, swarm) as (peer, puppet):
+        sizes = [peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 1, place) for place in (0, 1)]
+        assert sizes[1] < sizes[0] == peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 2, 0)
+        for part, nbytes in enumerate(sizes):
+            header, payload = make_frame(peer, part=part, payload=bytes(nbytes))
+            await puppet.push(peer, header, payload)
+            await wait_until(
+                lambda part=part, digest=header.digest: (
+                    peer.core.check_part(puppet.me, 1, part, digest) is Refusal.DUPLICATE
+                )
+            )
+        header, payload = make_frame(peer, part=2, payload=bytes(sizes[1]))
+        await puppet.push(peer, header, payload)
+        await wait_until(lambda: peer.tensor_refusals)
+        assert peer.tensor_refusals == [(puppet.me, Refusal.OUT_OF_RANGE)]
 
 
 async def test_contributions_and_results_have_the_lengths_and_limits_of_their_own_codecs(tmp_path: Path) -> None:
@@ -116,8 +135,8 @@ async def test_a_round_is_contributed_in_one_codec_and_certified_in_another(
 
 async def test_bytes_that_do_not_decode_are_not_received(tmp_path: Path) -> None:
     async with open_target(tmp_path) as (peer, puppet):
-        payload = np.full(peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 0) // 4, np.nan, np.float32).tobytes()
-        payload += bytes(peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 0) - len(payload))
+        payload = np.full(peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 1, 0) // 4, np.nan, np.float32).tobytes()
+        payload += bytes(peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 1, 0) - len(payload))
         header, payload = make_frame(peer, payload=payload)
         await puppet.push(peer, header, payload)
         await wait_until(lambda: peer.tensor_refusals)
@@ -170,7 +189,7 @@ async def test_results_that_a_member_may_push_are_bounded(tmp_path: Path) -> Non
 
 def scaled(peer: Peer, number: int) -> bytes:
     """A result of part 0 that differs from others and decodes."""
-    raw = bytearray(peer.exchange.part_bytes(FrameKind.RESULT, 0))
+    raw = bytearray(peer.exchange.part_bytes(FrameKind.RESULT, 1, 0))
     raw[-1] = number
     return bytes(raw)
 
@@ -381,7 +400,7 @@ async def test_a_donor_that_gives_nothing_is_told_once_a_round(
 
 async def test_bytes_that_were_certified_and_do_not_decode_are_not_held(tmp_path: Path) -> None:
     async with open_fetcher(tmp_path) as (peer, one, other, _):
-        raw = b"\xff" * peer.exchange.part_bytes(FrameKind.RESULT, 0)
+        raw = b"\xff" * peer.exchange.part_bytes(FrameKind.RESULT, 1, 0)
         digest = blake3(raw).digest()
         for puppet in (one, other):
             puppet.sink.blobs[digest] = memoryview(raw)

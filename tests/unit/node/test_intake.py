@@ -70,7 +70,7 @@ def is_connected(peer: Peer, puppet: Puppet) -> bool:
 
 def make_part(peer: Peer, number: int = 1, part: int = 0, fill: int = 0) -> tuple[FrameHeader, bytes]:
     """A contribution part of round `number` that decodes."""
-    payload = bytes([0] * 4 + [fill] * (peer.exchange.part_bytes(FrameKind.CONTRIBUTION, part) - 4))
+    payload = bytes([0] * 4 + [fill] * (peer.exchange.part_bytes(FrameKind.CONTRIBUTION, 1, part) - 4))
     header = FrameHeader(
         kind=FrameKind.CONTRIBUTION, round=number, part=part, nbytes=len(payload), digest=blake3(payload).digest()
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shoal.node.disk_watch import DISK_PERIOD_S, DiskPorts, DiskWatch
@@ -56,6 +57,23 @@ async def test_a_round_is_carried_out_from_ready_to_the_next_one(tmp_path: Path)
             await commit_one_round(peers, number)
         assert len({peer.commits[-1].state_root for peer in peers}) == 1
         assert {peer.core.round for peer in peers} == {3}
+
+
+async def test_rounds_exchange_one_fragment_after_the_other(tmp_path: Path) -> None:
+    async with open_peers(tmp_path, 3, make_samples(founders=3, fragments=2)) as peers:
+        start, manifest = peers[0].params.copy(), peers[0].swarm.manifest
+        for number in (1, 2):
+            before = peers[0].params.copy()
+            await commit_one_round(peers, number)
+            moved = {part for part in range(manifest.parts) if has_moved(manifest.part_range(part), before, peers[0])}
+            assert moved == set(manifest.list_parts(number)), "and nothing else"
+            assert len({peer.commits[-1].state_root for peer in peers}) == 1
+        assert not np.array_equal(start, peers[0].params)
+        assert [len(peers[0].offers[number].encoded) for number in (0, 1)] == [2, 1]
+
+
+def has_moved(span: tuple[int, int], before: Float32s, peer: Peer) -> bool:
+    return not np.array_equal(before[slice(*span)], peer.params[slice(*span)])
 
 
 async def test_a_message_leaves_only_after_what_was_to_be_durable_before_it(

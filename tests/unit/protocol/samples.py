@@ -170,10 +170,10 @@ def make_update(manifest: Manifest, head: Head, seed: int, swarm: bytes) -> tupl
     # Whole numbers of a stream that numpy keeps fixed (NEP 19), scaled by a power of two: the same bits everywhere.
     words = np.random.Philox(key=seed).random_raw(manifest.layout.elements) >> np.uint64(40)
     values = (words.astype(np.int32) - 2**23).astype(np.float32) * np.float32(2.0**-23)
-    ranges = [manifest.part_range(part) for part in range(manifest.parts)]
+    ranges = [manifest.part_range(part) for part in manifest.list_parts(head.round + 1)]
     encoded = [bytes(codec.encode(values[first:end])) for first, end in ranges]
     digests = tuple(blake3(raw).digest() for raw in encoded)
-    plain = make_sample_result(head, members=len(manifest.founders), parts=manifest.parts, codec=codec.name)
+    plain = make_sample_result(head, members=len(manifest.founders), parts=len(ranges), codec=codec.name)
     parts = tuple(replace(part, digest=digest) for part, digest in zip(plain.parts, digests, strict=True))
     certificate = certify(replace(plain, parts=parts), len(manifest.founders), swarm=swarm)
     return certificate, dict(zip(digests, encoded, strict=True))
