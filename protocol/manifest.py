@@ -36,7 +36,7 @@ from shoal.protocol.wire import (
 PART_ELEMENTS, PART_ELEMENTS_MAX = 1 << 18, 1 << 20
 PARTS_WANTED = 64  # so many can be shared evenly among a dozen owners; each costs every peer some messages
 URI_SCHEME = "shoal"
-DILOCO, OVERLAPPED = STRATEGIES = ("diloco", "overlapped")  # those of node/training/strategy.py
+DILOCO, OVERLAPPED, DELAYED = STRATEGIES = ("diloco", "overlapped", "delayed")  # those of node/training/strategy.py
 ADAMW, MUON, MTDAO = INNER_OPTIMIZERS = ("adamw", "muon", "mtdao")  # those of node/training/optimizers.py
 CONSTANT, COSINE, LINEAR = SCHEDULES = ("constant", "cosine", "linear")  # those of node/training/schedules.py
 BOOTSTRAPS_MAX = 16
@@ -59,7 +59,8 @@ class Training:
     """The inner loop. A peer is ready after `inner_steps`, or after `round_time_s` with at least `steps_min`.
 
     Where the strategy is "overlapped" it trains on while its contribution is exchanged, for `overlap_steps` at most,
-    and `mixing` is the share of its own parameters that it keeps when the new base comes.
+    and `mixing` is the share of its own parameters that it keeps when the new base comes. Where it is "delayed" it
+    keeps all that it has done meanwhile, upon the new base.
 
     Each peer warms up by its own steps. With another `schedule` than "constant" the learning rate falls from round to
     round, for all peers alike, to the share `learning_rate_end` of itself after `schedule_rounds` rounds.
@@ -299,12 +300,12 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
 
 
 def _check_overlap(training: Training) -> None:
-    overlaps = training.strategy == OVERLAPPED
+    overlaps = training.strategy in (OVERLAPPED, DELAYED)
     if overlaps and not 1 <= training.overlap_steps < training.inner_steps:
         problem = f"is {training.overlap_steps}, and training.inner_steps is {training.inner_steps}"
         raise ManifestError("training.overlap_steps", problem, f"use 1 to {training.inner_steps - 1}")
     if not overlaps and training.overlap_steps:
-        fix = f'use strategy = "{OVERLAPPED}", or leave it out'
+        fix = f'use strategy = "{OVERLAPPED}" or "{DELAYED}", or leave it out'
         raise ManifestError("training.overlap_steps", f"is not for the strategy {training.strategy}", fix)
 
 

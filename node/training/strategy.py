@@ -7,6 +7,9 @@ local parameters, so that their work goes into the next pseudo-gradient, anchore
 "overlapped" (Douillard et al., arXiv 2501.18512, section 2.3, with the whole model as its one fragment): as "diloco",
 but it trains on while its contribution is exchanged, and what it has by then is mixed with the base that comes.
 
+"delayed" (the one-step delay of DiLoCoX, arXiv 2506.21263, and of CO2, ICLR 2024): as "overlapped", but the base that
+comes takes the place of what was handed over, and the steps made since stay upon it.
+
 Invariants: a step whose loss or gradient is not finite changes no parameter and no optimizer state; no step, taken or
 refused, leaves anything of its gradient for the next one.
 """
@@ -23,7 +26,7 @@ from shoal.node.training.messages import FloatVector
 from shoal.node.training.optimizers import INNER_OPTIMIZERS
 from shoal.node.training.schedules import learning_rate
 from shoal.protocol.layout import Layout
-from shoal.protocol.manifest import DILOCO, OVERLAPPED, Training
+from shoal.protocol.manifest import DELAYED, DILOCO, OVERLAPPED, Training
 from shoal.protocol.quorum import has_member
 
 
@@ -145,27 +148,62 @@ class Overlapped(DiLoCo):
             load_parameters(self._model, base, first, last, kept=self._training.mixing)
 
 
+class Delayed(DiLoCo):
+    """theta = base + (theta - what was handed over) for the parts that include this peer."""
+
+    def __init__(self, model: nn.Module, layout: Layout, training: Training) -> None:
+        super().__init__(model, layout, training)
+        self._handed_over: FloatVector | None = None  # None: nothing was done since it was handed over
+
+    @property
+    def overlap_steps(self) -> int:
+        return self._training.overlap_steps
+
+    def adopt(self, base: FloatVector) -> None:
+        super().adopt(base)
+        self._handed_over = None
+
+    def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
+        for first, last in included_ranges(included, part_elements, base.size):
+            load_parameters(self._model, base, first, last, instead_of=self._handed_over)
+
+    def export(self, local: FloatVector) -> bool:
+        exported = super().export(local)
+        self._handed_over = local if exported else self._handed_over
+        return exported
+
+
 STRATEGIES: Mapping[str, Callable[[nn.Module, Layout, Training], Strategy]] = MappingProxyType(
-    {DILOCO: DiLoCo, OVERLAPPED: Overlapped}
+    {DILOCO: DiLoCo, OVERLAPPED: Overlapped, DELAYED: Delayed}
 )
 
 
 @torch.no_grad()
 def load_parameters(
-    model: nn.Module, base: FloatVector, first: int = 0, last: int | None = None, kept: float = 0.0
+    model: nn.Module,
+    base: FloatVector,
+    first: int = 0,
+    last: int | None = None,
+    *,
+    kept: float = 0.0,
+    instead_of: FloatVector | None = None,
 ) -> None:
     """Copy base[first:last] to where these elements stand in the model, or mix it with what stands there, of which the
-    share `kept` stays."""
+    share `kept` stays, or keep what differs there from `instead_of`."""
     source = torch.from_numpy(base)
+    replaced = None if instead_of is None else torch.from_numpy(instead_of)
     end = base.size if last is None else last
     offset = 0
     for parameter in model.parameters():
         low, high = max(first, offset), min(end, offset + parameter.numel())
         if low < high:
             target = parameter.view(-1)[low - offset : high - offset]
-            # lerp(a, b, 1) is not b to the bit.
-            mixed = torch.lerp(source[low:high].to(target.device), target, kept) if kept else source[low:high]
-            target.copy_(mixed)
+            came = source[low:high].to(target.device)
+            if replaced is not None:
+                # The difference first: where nothing was done since, the base comes out to the bit.
+                target.sub_(replaced[low:high].to(target.device)).add_(came)
+            else:
+                target.copy_(torch.lerp(came, target, kept) if kept else came)  # lerp(a, b, 1) is not b to the bit
         offset += parameter.numel()
 
 

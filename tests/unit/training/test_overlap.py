@@ -21,18 +21,22 @@ from shoal.node.training.messages import (
 )
 from shoal.node.training.strategy import DiLoCo
 from shoal.node.training.tasks import make_task
-from shoal.protocol.manifest import OVERLAPPED
+from shoal.protocol.manifest import DELAYED, OVERLAPPED, Training
 from tests.unit.training.tiny import TASK, TEXT, TRAINING, layout, make_memory, make_start, make_work
 
 OVERLAP, MIXING = 2, 0.25
 TRAINED = replace(TRAINING, strategy=OVERLAPPED, overlap_steps=OVERLAP, mixing=MIXING)
+WAITING = replace(TRAINED, strategy=DELAYED)
 MERGE = Merge(round=2, included=b"\x01", part_elements=layout().elements, adopt_all=False, begin=True)
 TOKENS = 8 * 32  # of a batch
+Vector = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
-def begin(start: Start | None = None) -> tuple[InnerLoop, np.ndarray[tuple[int, int], np.dtype[np.float32]]]:
+def begin(
+    start: Start | None = None, training: Training = TRAINED
+) -> tuple[InnerLoop, np.ndarray[tuple[int, int], np.dtype[np.float32]]]:
     memory = make_memory()
-    loop = InnerLoop(start or make_start(make_work(TRAINED)), memory)
+    loop = InnerLoop(start or make_start(make_work(training)), memory)
     assert not list(loop.handle(Begin(round=1, adopt=True), 0.0))
     return loop, memory
 
@@ -46,9 +50,9 @@ def one_ready(reports: list[Report]) -> Ready:
     return ready
 
 
-def train_plainly(base_2: np.ndarray[tuple[int], np.dtype[np.float32]]) -> list[np.ndarray]:  # type: ignore[type-arg]
+def train_plainly(base_2: Vector, training: Training) -> list[Vector]:
     """Both contributions of a peer, by a loop that knows nothing of rounds."""
-    task, work = make_task(TASK), make_work(TRAINED)
+    task, work = make_task(TASK), make_work(training)
     model, batches = task.build_model(), task.open_data(Path(TEXT), work)
     plain = DiLoCo(model, layout(), work.training)
     plain.adopt(make_memory()[0])
@@ -58,8 +62,12 @@ def train_plainly(base_2: np.ndarray[tuple[int], np.dtype[np.float32]]) -> list[
             first = 0
             for parameter in model.parameters():
                 came = torch.from_numpy(base_2[first : first + parameter.numel()]).view_as(parameter)
+                gone = torch.from_numpy(made[0][first : first + parameter.numel()]).view_as(parameter)
                 with torch.no_grad():
-                    parameter.copy_(torch.lerp(came, parameter, MIXING))
+                    if training.strategy == OVERLAPPED:
+                        parameter.copy_(torch.lerp(came, parameter, MIXING))
+                    else:
+                        parameter.copy_(came + (parameter - gone))
                 first += parameter.numel()
         loss = task.loss(model, torch.from_numpy(batches.batch(step)))
         plain.gather(loss)
@@ -70,10 +78,11 @@ def train_plainly(base_2: np.ndarray[tuple[int], np.dtype[np.float32]]) -> list[
     return made
 
 
-def test_two_rounds_are_what_a_plain_loop_computes() -> None:
-    loop, memory = begin()
+@pytest.mark.parametrize("training", [TRAINED, WAITING], ids=[OVERLAPPED, DELAYED])
+def test_two_rounds_are_what_a_plain_loop_computes(training: Training) -> None:
+    loop, memory = begin(training=training)
     base_2 = memory[0] + np.float32(0.125)
-    first, second = train_plainly(base_2)
+    first, second = train_plainly(base_2, training)
     ready = one_ready(run(loop, 4))
     assert (ready.trains_on, ready.steps, ready.batches_done) == (True, 4, 4)
     handed_over = memory[1].copy()
@@ -139,6 +148,29 @@ def test_a_loss_that_is_not_finite_beside_an_exchange_makes_no_second_contributi
     assert np.array_equal(memory[1], handed_over)
     list(loop.handle(MERGE, 0.0))
     assert one_ready(run(loop, 2)).steps == 4
+
+
+def test_where_nothing_was_done_since_the_base_takes_the_place_to_the_bit() -> None:
+    loop, memory = begin(training=WAITING)
+    run(loop, 4)
+    memory[0] += 0.125
+    list(loop.handle(MERGE, 0.0))
+    assert loop._strategy.export(memory[1])
+    assert np.array_equal(memory[1], memory[0])
+
+
+def test_what_was_counted_while_a_delayed_trainer_was_away_becomes_the_base(tmp_path: Path) -> None:
+    start = replace(make_start(make_work(WAITING)), checkpoints=str(tmp_path))
+    loop, memory = begin(start)
+    run(loop, 5)
+    loop.leave(0.0)
+    memory = make_memory()  # nobody has written what was handed over into it
+    memory[0] += 0.125
+    loop = InnerLoop(start, memory)
+    assert loop.started().resumed.waits
+    list(loop.handle(MERGE, 0.0))
+    assert loop._strategy.export(memory[1])
+    assert np.array_equal(memory[1], memory[0])
 
 
 def test_a_restart_hands_over_what_was_handed_over_and_not_what_came_after(tmp_path: Path) -> None:
