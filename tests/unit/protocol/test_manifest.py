@@ -11,6 +11,9 @@ from shoal.protocol.identity import Identity, PeerId, format_peer_id
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import (
     BOOTSTRAPS_MAX,
+    DELAYED,
+    DILOCO,
+    OVERLAPPED,
     Admission,
     Draft,
     Manifest,
@@ -206,6 +209,22 @@ def test_muon_wants_weights_in_numbered_layers() -> None:
     assert make_manifest(draft, layout, PEERS[0], PEERS[:1]).training == draft.training
     for name, shape in (("weight", (30, 30)), ("blocks.0.gain", (900,)), ("block0.weight", (30, 30))):
         assert refuse_pieces(draft, Layout(tensors=(TensorSpec(name=name, shape=shape),))).field.endswith("optimizer")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "overlap_steps", "fix"),
+    [
+        (DILOCO, 1, 'use strategy = "overlapped" or "delayed", or leave it out'),
+        (OVERLAPPED, 0, "use 1 to 19"),
+        (DELAYED, 20, "use 1 to 19"),
+    ],
+)
+def test_steps_beside_an_exchange_are_for_strategies_that_make_them(
+    strategy: str, overlap_steps: int, fix: str
+) -> None:
+    training = replace(DRAFT.training, strategy=strategy, overlap_steps=overlap_steps, inner_steps=20)
+    error = refuse_pieces(replace(DRAFT, training=training))
+    assert (error.field, error.fix) == ("training.overlap_steps", fix)
 
 
 # -- signed manifests -----------------------------------------------------------------------------------------------
