@@ -11,20 +11,19 @@ Invariants: a step whose loss or gradient is not finite changes no parameter and
 refused, leaves anything of its gradient for the next one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from shoal.node.training.local_parameters import LocalParameters
 from shoal.node.training.messages import FloatVector
 from shoal.node.training.optimizers import INNER_OPTIMIZERS
 from shoal.node.training.schedules import learning_rate
 from shoal.protocol.layout import Layout
 from shoal.protocol.manifest import DILOCO, OVERLAPPED, Training
-from shoal.protocol.quorum import has_member
 
 
 class Strategy(Protocol):
@@ -78,6 +77,7 @@ class DiLoCo:
     def __init__(self, model: nn.Module, layout: Layout, training: Training) -> None:
         self._model = model
         self._training = training
+        self._local = LocalParameters(model)
         self._parameters = list(model.parameters())
         assert [tuple(parameter.shape) for parameter in self._parameters] == [spec.shape for spec in layout.tensors]
         self._steps = torch.zeros((), dtype=torch.int64)
@@ -104,27 +104,18 @@ class DiLoCo:
         return finite
 
     def adopt(self, base: FloatVector) -> None:
-        load_parameters(self._model, base)
+        self._local.adopt(base)
 
     def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
-        for first, last in included_ranges(included, part_elements, base.size):
-            load_parameters(self._model, base, first, last)
+        self._local.merge(base, included, part_elements)
 
     def restart(self, base: FloatVector) -> None:
         self.adopt(base)
         for one in self.optimizer_tensors().values():
             one.zero_()
 
-    @torch.no_grad()
     def export(self, local: FloatVector) -> bool:
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
-            return False
-        first = 0
-        target = torch.from_numpy(local)
-        for parameter in self._parameters:
-            target[first : first + parameter.numel()].copy_(parameter.view(-1))
-            first += parameter.numel()
-        return True
+        return self._local.export(local)
 
     def parameter_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": parameter.data for name, parameter in self._model.named_parameters()}
@@ -141,32 +132,12 @@ class Overlapped(DiLoCo):
         return self._training.overlap_steps
 
     def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
-        for first, last in included_ranges(included, part_elements, base.size):
-            load_parameters(self._model, base, first, last, kept=self._training.mixing)
+        self._local.merge(base, included, part_elements, kept=self._training.mixing)
 
 
 STRATEGIES: Mapping[str, Callable[[nn.Module, Layout, Training], Strategy]] = MappingProxyType(
     {DILOCO: DiLoCo, OVERLAPPED: Overlapped}
 )
-
-
-@torch.no_grad()
-def load_parameters(
-    model: nn.Module, base: FloatVector, first: int = 0, last: int | None = None, kept: float = 0.0
-) -> None:
-    """Copy base[first:last] to where these elements stand in the model, or mix it with what stands there, of which the
-    share `kept` stays."""
-    source = torch.from_numpy(base)
-    end = base.size if last is None else last
-    offset = 0
-    for parameter in model.parameters():
-        low, high = max(first, offset), min(end, offset + parameter.numel())
-        if low < high:
-            target = parameter.view(-1)[low - offset : high - offset]
-            # lerp(a, b, 1) is not b to the bit.
-            mixed = torch.lerp(source[low:high].to(target.device), target, kept) if kept else source[low:high]
-            target.copy_(mixed)
-        offset += parameter.numel()
 
 
 @torch.no_grad()
@@ -179,12 +150,3 @@ def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> 
     for name, one in target.items():
         one.copy_(source[name])
     return True
-
-
-def included_ranges(included: bytes, part_elements: int, elements: int) -> Iterator[tuple[int, int]]:
-    """The longest runs (first element, one past the last) of the included parts of a vector."""
-    parts = range(-(-elements // part_elements))
-    for present, run in groupby(parts, key=lambda part: has_member(included, part)):
-        if present:
-            numbers = list(run)
-            yield numbers[0] * part_elements, min((numbers[-1] + 1) * part_elements, elements)
