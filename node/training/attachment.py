@@ -141,8 +141,9 @@ class Line:
             raise ConnectionError(f"the daemon broke its protocol: {error}") from error
 
     def _has_ended(self) -> bool:
+        self._socket.settimeout(0)  # Python waits for the time-out, whatever the flags say
         try:
-            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return not self._socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
 
