@@ -20,9 +20,10 @@ from shoal.node.feedback import FeedbackFull
 from shoal.node.ledger_store import StoreError
 from shoal.node.local_state import LocalState
 from shoal.node.status import TrainerState
-from shoal.node.trainer import Trainer, TrainerError, TrainerEvent, TrainerExited, TrainerStalled
+from shoal.node.trainer import Trainer, TrainerError, TrainerEvent, TrainerExited, TrainerLeft, TrainerStalled
 from shoal.node.training.messages import (
     EVERYTHING,
+    NO_EVALUATION,
     OPTIMIZER,
     Evaluated,
     Failed,
@@ -58,6 +59,8 @@ class ComputePorts:
     gave_up: Callable[[str], None]
     spawn: Callable[[Coroutine[object, object, object]], None]
     resumed: Callable[[str], None] = log.warning  # what a restart has lost, in plain words
+    waits: Callable[[str], None] = log.warning  # what a person must do so that there is a trainer
+    left: Callable[[str], None] = log.warning  # an attached script has gone
 
 
 class Compute:
@@ -68,6 +71,7 @@ class Compute:
         self.phase = TrainerState.NONE
         self.device = ""
         self.error = ""
+        self.next_step = ""  # what a person must do so that there is a trainer
         self.restarts = 0
         self.progress: Progress | None = None
         self.loss: float | None = None
@@ -99,6 +103,15 @@ class Compute:
         self.phase = TrainerState.STARTING
         self._last_words = ""
         self._ports.spawn(asyncio.to_thread(rehearse, self._manifest))
+        try:
+            await self.trainer.wait(self._await_person)
+        except TrainerError as error:
+            await self._failed(error.failure, error.detail, is_final=error.is_final)
+            return
+        if self._stopping:
+            return
+        self.next_step = ""
+        self.phase = TrainerState.STARTING
         self._generation = self._state.generation
         work = Work(
             task=self._manifest.task,
@@ -112,7 +125,10 @@ class Compute:
         try:
             started = await self.trainer.start(work)
         except TrainerError as error:
-            await self._failed(error.failure, error.detail, is_final=error.is_final)
+            if error.has_left:
+                self._left(error.detail)
+            else:
+                await self._failed(error.failure, error.detail, is_final=error.is_final)
             return
         self.device = started.device
         if started.notice:
@@ -121,6 +137,19 @@ class Compute:
             await self._resume(started.resumed)
         elif not self._stopping:
             await self._begin_anew()  # it was renewed meanwhile
+
+    def _await_person(self, next_step: str) -> None:
+        self.phase = TrainerState.WAITING
+        self.next_step = next_step
+        self._ports.waits(next_step)
+
+    def _left(self, detail: str) -> None:
+        """The script has gone: wait for the next one. What it had handed over may still be counted."""
+        if self._stopping or self._restarting:
+            return
+        self._ready = None
+        self._ports.left(detail)
+        self._ports.spawn(self.start())
 
     async def _begin_anew(self) -> None:
         """Start the trainer without what its checkpoint holds."""
@@ -208,6 +237,7 @@ class Compute:
         """Called by the trainer port, in the order in which things happened."""
         match event:
             case Progress():
+                self._recover()
                 self._count(event.tokens, event.steps)
                 self.progress = event
                 self.loss = event.loss
@@ -229,6 +259,8 @@ class Compute:
                 self.held_out = event
                 found = f"{event.loss_nats:.4f} nats a token, perplexity {event.perplexity:.2f}"
                 log.info("held-out loss of round %d: %s", event.round - 1, found)
+            case Failed() if event.reason == NO_EVALUATION:
+                log.info("%s", event.detail)
             case Failed():
                 self.error = event.detail
                 self._last_words = event.detail if event.fatal else ""
@@ -237,6 +269,12 @@ class Compute:
                 last = event.stderr_lines[-1] if event.stderr_lines else f"exit status {event.returncode}"
                 last = self._last_words or last
                 self._ports.spawn(self._failed(Failure.TRAINER_CRASHED, last))
+            case TrainerLeft():
+                self._left(self._last_words or event.detail)
+            case TrainerStalled() if event.may_recover:
+                if self.phase is TrainerState.RUNNING:
+                    self.phase = TrainerState.STALLED
+                    log.warning("the attached script has made no step for %.0f s", event.silent_s)
             case TrainerStalled():
                 self.phase = TrainerState.STALLED
                 hangs = "a step or the data of the task hang, or take longer than trainer.stall_timeout_s"
@@ -244,6 +282,10 @@ class Compute:
                 self._ports.spawn(self._failed(Failure.TRAINER_STALLED, detail))
             case Sampled():
                 pass  # nobody asks a running trainer for text
+
+    def _recover(self) -> None:
+        if self.phase is TrainerState.STALLED:
+            self.phase = TrainerState.RUNNING
 
     def _count(self, tokens: int, steps: int) -> None:
         """The trainer counts since it last adopted the base; the daemon counts since its own start."""
@@ -289,7 +331,7 @@ class Compute:
             log.warning("missed %d rounds in a row: training goes on from the certified base", self._missed)
             await self._state.forget_residual()
             self._missed = 0
-        if self.phase in (TrainerState.STARTING, TrainerState.STOPPED):
+        if self.phase in (TrainerState.WAITING, TrainerState.STARTING, TrainerState.STOPPED):
             return
         self._in_step = bool(included) or restart
         if not self._in_step:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from shoal.dht.addresses import parse_address, parse_peer_address
 from shoal.node.rate_caps import CapSchedule, check_mbit, make_schedule, parse_hours
+from shoal.node.running import DATA_DIR
 from shoal.node.training.custom_task import PATH_FORM, is_task_path
 from shoal.node.training.messages import TASKS_ALLOWED_MAX
 from shoal.protocol.errors import ConfigError, InputError, UriError
@@ -44,7 +45,7 @@ OptionalPath = Annotated[str | None, Bound(1, 4096)]
 class NodeTable:
     """[node]: who this peer is and which swarm it serves."""
 
-    data_dir: PathText = "~/.local/share/shoal"
+    data_dir: PathText = DATA_DIR
     """Keys, ledger, updates and snapshots. One running daemon a folder."""
     name: Annotated[str, Bound(0, 32)] = ""
     """Shown to other people beside the peer id; nothing depends on it."""

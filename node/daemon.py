@@ -16,6 +16,8 @@ from functools import partial
 import numpy as np
 
 from shoal.node.answers import Answers
+from shoal.node.attach_socket import TRAINER_FOLDER
+from shoal.node.attached_trainer import choose_trainer
 from shoal.node.compute import Compute, ComputePorts
 from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
@@ -52,7 +54,7 @@ from shoal.node.running import forget_running, note_running
 from shoal.node.surroundings import Surroundings
 from shoal.node.task_set import TaskSet
 from shoal.node.tensor_paths import TensorPaths, make_ports
-from shoal.node.trainer import MakeTrainer, SharedParameters, TrainerProcess
+from shoal.node.trainer import MakeTrainer, SharedParameters
 from shoal.node.web import WebServer
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.effects import Phase, Pledge
@@ -75,7 +77,7 @@ class Daemon:
     """One peer. `run` it once; `stop` from a signal handler or a test."""
 
     def __init__(
-        self, config: NodeConfig, identity: Identity, incarnation: int, make_trainer: MakeTrainer = TrainerProcess
+        self, config: NodeConfig, identity: Identity, incarnation: int, make_trainer: MakeTrainer | None = None
     ) -> None:
         self.config = config
         self._make_trainer = make_trainer
@@ -245,12 +247,15 @@ class Daemon:
                 gave_up=self._trainer_gave_up,
                 spawn=self._spawn,
                 resumed=lambda text: self.reporter.happen(HappeningKind.TRAINER, text, Severity.WARNING),
+                waits=partial(self.reporter.happen, HappeningKind.TRAINER),
+                left=lambda text: self.reporter.happen(HappeningKind.TRAINER, text, Severity.WARNING),
             ),
         )
         if self.config.node.role == TRAINER:
             assert self._memory is not None
-            checkpoints = self.config.data_path / "trainer"
-            self.compute.trainer = self._make_trainer(self._memory, self.config.trainer, self.compute.take, checkpoints)
+            make = self._make_trainer or choose_trainer(self.manifest)
+            folder = self.config.data_path / TRAINER_FOLDER
+            self.compute.trainer = make(self._memory, self.config.trainer, self.compute.take, folder)
 
     def _allocate(self, manifest: Manifest) -> tuple[Float32s, Float32s]:
         elements = manifest.layout.elements

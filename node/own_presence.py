@@ -22,7 +22,7 @@ from shoal.protocol.messages import ADDRESSES_MAX, Presence, SignedReady, sign_m
 from shoal.protocol.rounds import RoundCore
 
 # Who waits for a trainer that is only just starting, or hangs, waits for long.
-UNABLE = (TrainerState.STARTING, TrainerState.STALLED, TrainerState.STOPPED)
+UNABLE = (TrainerState.WAITING, TrainerState.STARTING, TrainerState.STALLED, TrainerState.STOPPED)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -491,6 +491,8 @@ class Reporter:
         refused = self.subjects.conduct.list_refused(time.monotonic())
         for peer, (refusal, left_s) in list(refused.items())[:REFUSED_SHOWN_MAX]:
             found.append(f"{self.name_of(peer)} misbehaved ({refusal}) and is refused for {left_s:.0f} s more")
+        if (next_step := self.subjects.compute.next_step) != "":
+            found.append(next_step)
         training = sum(one.trains for one in live.values()) + (self.subjects.config.node.role == TRAINER)
         needed = self.subjects.manifest.rounds.peers_min
         if training < needed:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shoal.protocol.errors import ConfigError
 
+DATA_DIR = "~/.local/share/shoal"  # where `shoal up` puts everything, and others look for it
 RUNNING_FILE = "running.json"
 
 

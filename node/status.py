@@ -34,6 +34,7 @@ FETCH_TIMEOUT_S = 5.0
 
 class TrainerState(StrEnum):
     NONE = "none"  # a bootstrap peer has none
+    WAITING = "waiting"  # for a script of the person's own, which attaches itself
     STARTING = "starting"
     RUNNING = "running"
     PAUSED = "paused"  # frozen for an exchange, or before the first state is there
@@ -348,7 +349,9 @@ def judge_readiness(status: Status) -> Verdict:
         reasons.append(f"it is {status.catch_up.rounds_behind} rounds behind and catches up")
     if now.voters_live < now.votes_needed:
         reasons.append(f"no quorum: {now.voters_live} of {now.voters} voters are live, {now.votes_needed} are needed")
-    if status.training.state in (TrainerState.STARTING, TrainerState.STALLED):
+    if status.training.state is TrainerState.WAITING:
+        reasons.append("no training script is attached")
+    elif status.training.state in (TrainerState.STARTING, TrainerState.STALLED):
         reasons.append(f"the trainer is {status.training.state}")
     return Verdict(reasons=tuple(reasons))
 

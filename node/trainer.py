@@ -25,6 +25,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from shoal.node.config import TrainerTable
+from shoal.node.silence_watch import SilenceWatch
 from shoal.node.training.messages import (
     BAD_INPUT,
     Begin,
@@ -71,13 +72,15 @@ INSTALL_TORCH = "install it: pip install 'shoal[train]'"
 
 class TrainerError(ShoalError):
     """The trainer could not be started; `failure` is TRAINER_CRASHED or TRAINER_STALLED. With `is_final`, it would fail
-    again the same way: a person must mend what `detail` says."""
+    again the same way: a person must mend what `detail` says. With `has_left` it was a script that is gone again: the
+    next one may be waited for."""
 
-    def __init__(self, failure: Failure, detail: str, *, is_final: bool = False) -> None:
+    def __init__(self, failure: Failure, detail: str, *, is_final: bool = False, has_left: bool = False) -> None:
         super().__init__(f"{failure}: {detail}")
         self.failure = failure
         self.detail = detail
         self.is_final = is_final
+        self.has_left = has_left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +93,21 @@ class TrainerExited:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerStalled:
-    """No report for so long, while there was work. The child is still there: `stop()` it, or wait on."""
+    """No report for so long, while there was work. The trainer is still there: `stop()` it. What may recover is waited
+    for: a script that does something else for a while."""
 
     silent_s: float
+    may_recover: bool = False
 
 
-TrainerEvent = Progress | Ready | Paused | Evaluated | Sampled | Failed | TrainerExited | TrainerStalled
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerLeft:
+    """An attached script has gone, in whatever way. That is no failure: another one may come."""
+
+    detail: str
+
+
+TrainerEvent = Progress | Ready | Paused | Evaluated | Sampled | Failed | TrainerExited | TrainerStalled | TrainerLeft
 
 
 class SharedParameters:
@@ -136,6 +148,11 @@ class Trainer(Protocol):
     @property
     def running(self) -> bool:
         """Whether commands have somebody to go to. After TrainerExited it is False."""
+        ...
+
+    async def wait(self, tell: Callable[[str], None]) -> None:
+        """Returns when there is somebody to start: at once for a child process. Where a person must do something for
+        that, `tell` is called with what it is. Raises TrainerError."""
         ...
 
     async def start(self, work: Work) -> Started:
@@ -202,6 +219,9 @@ class TrainerProcess:
     @property
     def pid(self) -> int | None:
         return self._child.process.pid if self._child else None
+
+    async def wait(self, tell: Callable[[str], None]) -> None:
+        """There is always a child to start."""
 
     async def start(self, work: Work) -> Started:
         assert not self.running, "one child at a time"
@@ -275,13 +295,10 @@ class _Child:
         self._stop_grace_s = stop_grace_s
         self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
         self.attached = True
+        self._watch = SilenceWatch(stall_timeout_s, self._report_silence)
         self._stall_timeout_s = stall_timeout_s
         self._on_event = on_event
         self._stopping = False
-        self._training = False
-        self._round = 0  # that it was last told to train for
-        self._asked = False
-        self._silence: asyncio.TimerHandle | None = None
         self._failure = ""
         self._is_final = False
         self._stderr = bytearray()
@@ -318,13 +335,7 @@ class _Child:
         return child
 
     async def send(self, command: Command) -> None:
-        if isinstance(command, Begin | Merge):
-            self._training = isinstance(command, Begin) or command.begin
-            self._round = command.round
-        elif isinstance(command, Evaluate | Sample):
-            self._asked = True
-        if self._silence is None:
-            self._await_report()
+        self._watch.told(command)
         self._write(command)
         with suppress(ConnectionError):
             await self._writer.drain()
@@ -348,7 +359,7 @@ class _Child:
             await self._read_reports()
             await self._end()
         self.attached = False
-        self._cancel_silence()
+        self._watch.cancel()
         self._writer.close()
         lines = tuple(self._stderr.decode(errors="replace").splitlines()[-STDERR_LINES_MAX:])
         if not self.started.done():
@@ -375,13 +386,7 @@ class _Child:
         if isinstance(report, Started):
             self.started.set_result(report)
             return
-        if isinstance(report, Ready):
-            self._training = report.trains_on
-        elif isinstance(report, Paused):
-            self._training = self._training and report.round != self._round  # it may have crossed what lets it go on
-        elif isinstance(report, Evaluated | Sampled | Failed):
-            self._asked = False
-        self._await_report()
+        self._watch.heard(report)
         if isinstance(report, Failed) and not self.started.done():
             self._failure = report.detail
             self._is_final = report.reason == BAD_INPUT
@@ -405,19 +410,7 @@ class _Child:
                 self.process.send_signal(number)
         await self.process.wait()
 
-    def _await_report(self) -> None:
-        self._cancel_silence()
-        if self._training or self._asked:
-            loop = asyncio.get_running_loop()
-            self._silence = loop.call_later(self._stall_timeout_s, self._report_silence)
-
-    def _cancel_silence(self) -> None:
-        if self._silence:
-            self._silence.cancel()
-        self._silence = None
-
     def _report_silence(self) -> None:
-        self._silence = None
         if not self._stopping:
             self._on_event(TrainerStalled(silent_s=self._stall_timeout_s))
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from shoal.node.training.data import ByteWindows
+from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.messages import FloatVector
-from shoal.node.training.strategy import STRATEGIES, Strategy, load_parameters
+from shoal.node.training.strategy import STRATEGIES, Strategy
 from shoal.node.training.tasks import Task, make_task
 from shoal.protocol.aggregators import WeightedPart, clip_factors, planned_weights
 from shoal.protocol.contribution import Contributor, Frozen

@@ -84,6 +84,9 @@ class StandIn:
             Ready(round=self._round, steps=steps, tokens=TOKENS * steps, loss_mean=0.0, batches_done=self._round)
         )
 
+    async def wait(self, tell: Callable[[str], None]) -> None:
+        """Always there."""
+
     async def start(self, work: Work) -> Started:
         np.subtract(self.base, draw_values(self._seed, self.base.size), out=self.local)
         self.running = True

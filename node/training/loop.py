@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from shoal.node.training.checkpoint import Checkpoint, CheckpointStore, Position, Tally
+from shoal.node.training.checkpoint import Checkpoint, CheckpointStore, Position
+from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.messages import (
     EVERYTHING,
     NO_TEXT,
@@ -41,7 +42,6 @@ from shoal.node.training.messages import (
     Freeze,
     Merge,
     Paused,
-    Progress,
     Ready,
     Report,
     Resumed,
@@ -52,12 +52,12 @@ from shoal.node.training.messages import (
     trim_detail,
 )
 from shoal.node.training.micro_batches import MicroBatches, is_out_of_memory, tell_next_step
-from shoal.node.training.strategy import STRATEGIES, load_parameters, load_tensors
+from shoal.node.training.round_work import PROGRESS_PERIOD_S, RoundWork
+from shoal.node.training.strategy import STRATEGIES, load_tensors
 from shoal.node.training.task_faults import TaskFault, blame
 from shoal.node.training.tasks import WritesText, make_task
 from shoal.protocol.errors import ConfigError, ManifestError
 
-PROGRESS_PERIOD_S = 0.5
 RESTARTS_MAX = 3
 FAULTS_IN_A_ROW_MAX = 5
 
@@ -88,7 +88,6 @@ class InnerLoop:
                 raise ManifestError("layout", f"is not that of the model of {self._kind}", fix)
         self._strategy = STRATEGIES[work.training.strategy](self._model, layout, work.training)
         self._evaluated: nn.Module | None = None
-        self._training = work.training
         self._micro_batches = MicroBatches(start.micro_batch, work.training.batch_size)
         self._base: FloatVector = memory[0]
         self._local: FloatVector = memory[1]
@@ -100,17 +99,15 @@ class InnerLoop:
         self._skipped = 0  # batches at which the task's code raised, since the start
         self._faults_in_a_row = 0
         self._fault_told_s = -math.inf
-        self._round = 0
-        self._frozen = False
-        self._work = _Tally()  # what `local` holds beyond the base
-        self._pace = _Tally()  # towards the next Ready
-        self._shown = _Tally()  # since the last Progress
-        self._ahead: _Tally | None = None  # since the hand-over, while training goes on after it
+        self._rounds = RoundWork(work.training, self._strategy.overlap_steps)
         self._resumes: Position | None = None  # until the first Begin or Merge
-        self._handed_over = False
-        self.training = False
         self._checkpoints = CheckpointStore(Path(start.checkpoints), work) if start.checkpoints else None
         self._resumed = Resumed() if self._checkpoints is None else self._resume(self._checkpoints)
+
+    @property
+    def training(self) -> bool:
+        """Whether there are steps to make; without, it waits for a command."""
+        return self._rounds.training
 
     def started(self) -> Started:
         """The first report."""
@@ -131,14 +128,14 @@ class InnerLoop:
                 position, self._resumes = self._resumes, None
                 if command.adopt:
                     self._strategy.adopt(self._base)
-                    self._ahead = None
-                self._begin(command.round, now_s, adopted=command.adopt)
+                    self._rounds.ahead = None
+                self._rounds.begin(command.round, now_s, adopted=command.adopt)
                 if position is not None and not command.adopt:
                     yield from self._go_on(position, now_s)
             case Merge():
                 self._merge(command, now_s)
             case Freeze():
-                self._frozen = self.training and not self._handed_over
+                self._rounds.freeze()
             case Evaluate():
                 yield self._evaluate()
             case Sample():
@@ -161,20 +158,17 @@ class InnerLoop:
         self._batches_done += 1
         if self._checkpoints is not None:
             self._checkpoints.journal.note(self._batches_done)
-        if not self._strategy.step(gathered, self._round):
+        if not self._strategy.step(gathered, self._rounds.round):
             yield self._go_back(f"the loss or its gradient at batch {self._batches_done - 1}", now_s)
             return
         loss = gathered.item()
-        for tally in (self._work, self._pace, self._shown, self._ahead):
-            if tally is not None:
-                tally.add(self._tokens_per_batch, loss)
-        if now_s - self._shown.since_s >= PROGRESS_PERIOD_S:
-            yield self._progress(loss, now_s)
-        if self._ahead is not None:
-            if self._ahead.steps >= self._strategy.overlap_steps:
-                self.training = False
-                yield Paused(round=self._round)
-        elif self._is_due(now_s):
+        self._rounds.count(self._tokens_per_batch, loss)
+        if (progress := self._rounds.tell_progress(loss, now_s)) is not None:
+            yield progress
+        if self._rounds.is_far_ahead():
+            self._rounds.training = False
+            yield Paused(round=self._rounds.round)
+        elif self._rounds.is_due(now_s):
             yield self._freeze(now_s)
 
     def _gather(self, index: int) -> Tensor:
@@ -204,7 +198,7 @@ class InnerLoop:
                 torch.cuda.empty_cache()
             size = self._micro_batches.size
             if not self._micro_batches.halve():
-                self.training = False
+                self._rounds.training = False
                 detail = trim_detail(f"not even one example of {what} fits into memory: {fix} ({problem})")
                 yield Failed(reason=OUT_OF_MEMORY, detail=detail, fatal=True)
                 return None
@@ -220,7 +214,7 @@ class InnerLoop:
         self._skipped += 1
         self._faults_in_a_row += 1
         fatal = self._faults_in_a_row > FAULTS_IN_A_ROW_MAX
-        self.training = not fatal
+        self._rounds.training = not fatal
         if fatal or now_s - self._fault_told_s >= PROGRESS_PERIOD_S:
             self._fault_told_s = now_s
             counted = f"{self._faults_in_a_row} in a row, {self._skipped} skipped since the start"
@@ -228,67 +222,43 @@ class InnerLoop:
             detail = trim_detail(f"the task's code at batch {self._batches_done - 1} ({counted}) raised {fault}")
             yield Failed(reason=TASK_FAILED, detail=detail, fatal=fatal)
 
-    def _begin(self, round: int, now_s: float, *, adopted: bool) -> None:
-        ahead, self._ahead = self._ahead, None
-        if adopted:
-            self._work = _Tally() if ahead is None else ahead
-        # A peer that was not ready when its round ended trains on towards its own Ready, however slow it is.
-        if ahead is not None:
-            self._pace = _Tally.of(ahead.read(now_s), now_s)
-            self._frozen = False
-        elif adopted or not self.training:
-            self._pace = _Tally(since_s=now_s)
-            self._shown = _Tally(since_s=now_s)
-            self._frozen = False
-        self._round = round
-        self._handed_over = False
-        self.training = True
-
     def _merge(self, merge: Merge, now_s: float) -> None:
         self._resumes = None
         if merge.adopt_all:
             self._strategy.adopt(self._base)
-            self._ahead = None
+            self._rounds.ahead = None
         else:
             self._strategy.merge(self._base, merge.included, merge.part_elements)
-        self._begin(merge.round, now_s, adopted=merge.adopt_all or any(merge.included))
-        self.training = merge.begin
-
-    def _is_due(self, now_s: float) -> bool:
-        steps, training = self._pace.steps, self._training
-        in_time = now_s - self._pace.since_s >= training.round_time_s and steps >= training.steps_min
-        return steps >= training.inner_steps or in_time or self._frozen
+        self._rounds.begin(merge.round, now_s, adopted=merge.adopt_all or any(merge.included))
+        self._rounds.training = merge.begin
 
     def _freeze(self, now_s: float) -> Report:
         if not self._strategy.export(self._local):
             return self._go_back("the local parameters", now_s)
-        self.training = self._strategy.overlap_steps > 0
-        self._handed_over = True
+        rounds = self._rounds
+        rounds.hand_over()
         self._restarts = 0
         self._readies += 1
         problem = self._try_save(now_s) if self._readies % self._save_every == 0 else ""
-        if self.training:
-            self._ahead = _Tally(since_s=now_s)
+        if rounds.training:
+            rounds.train_ahead(now_s)
         return Ready(
-            round=self._round,
-            steps=self._work.steps,
-            tokens=self._work.tokens,
-            loss_mean=self._pace.loss_sum / self._pace.steps,
+            round=rounds.round,
+            steps=rounds.local.steps,
+            tokens=rounds.local.tokens,
+            loss_mean=rounds.loss_mean,
             batches_done=self._batches_done,
             problem=problem,
-            trains_on=self.training,
+            trains_on=rounds.training,
         )
 
     def _go_back(self, what: str, now_s: float) -> Report:
         self._strategy.restart(self._base)
-        waits, self._ahead = self._ahead is not None, None
-        self._begin(self._round, now_s, adopted=True)
-        if waits:  # what was handed over before may be counted, and nothing else of this round
-            self._handed_over, self._ahead = True, _Tally(since_s=now_s)
+        self._rounds.start_over(now_s)
         self._restarts += 1
         fatal = self._restarts > RESTARTS_MAX
-        self.training = not fatal
-        return Failed(reason=NOT_FINITE, detail=f"not finite: {what}, in round {self._round}", fatal=fatal)
+        self._rounds.training = not fatal
+        return Failed(reason=NOT_FINITE, detail=f"not finite: {what}, in round {self._rounds.round}", fatal=fatal)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -325,8 +295,7 @@ class InnerLoop:
 
     def _go_on(self, position: Position, now_s: float) -> Iterator[Report]:
         """From where the checkpoint stood: what was handed over is handed over again."""
-        self._work = _Tally.of(position.local, now_s)
-        self._pace = _Tally.of(position.pace, now_s)
+        self._rounds.take(position.local, position.pace, now_s)
         if position.waits:
             yield self._freeze(now_s)
 
@@ -335,11 +304,11 @@ class InnerLoop:
         if self._checkpoints is None or self._saved_at == self._batches_done:
             return ""
         position = Position(
-            round=self._round,
+            round=self._rounds.round,
             batches_done=self._batches_done,
-            waits=self._handed_over,
-            local=self._work.read(now_s),
-            pace=self._pace.read(now_s),
+            waits=self._rounds.handed_over,
+            local=self._rounds.local.read(now_s),
+            pace=self._rounds.pace.read(now_s),
         )
         try:
             self._checkpoints.save(position, self._strategy.optimizer_tensors() | self._strategy.parameter_tensors())
@@ -351,17 +320,10 @@ class InnerLoop:
     def leave(self, now_s: float) -> None:
         """The last word before the process ends: what was trained since the last Ready is kept for the next start, but
         not what was trained beside an exchange: a restart has to hand over again what was handed over."""
-        if self.training and self._pace.steps and self._ahead is None:
+        if self.training and self._rounds.pace.steps and self._rounds.ahead is None:
             self._try_save(now_s)
 
     # -- what is told ----------------------------------------------------------------------------------------------
-
-    def _progress(self, loss: float, now_s: float) -> Report:
-        rate = self._shown.tokens / (now_s - self._shown.since_s)
-        self._shown = _Tally(since_s=now_s)
-        return Progress(
-            round=self._round, steps=self._work.steps, tokens=self._work.tokens, loss=loss, tokens_per_s=rate
-        )
 
     def _evaluate(self) -> Report:
         """Whatever goes wrong, the training goes on."""
@@ -375,8 +337,10 @@ class InnerLoop:
             problem = f"the base does not fit beside the training and is not evaluated: {error}"
         else:
             if not np.isfinite(loss):
-                return Failed(reason=NOT_FINITE, detail=f"not finite: the base of round {self._round}", fatal=False)
-            return Evaluated(round=self._round, loss_nats=loss, tokens=tokens)
+                return Failed(
+                    reason=NOT_FINITE, detail=f"not finite: the base of round {self._rounds.round}", fatal=False
+                )
+            return Evaluated(round=self._rounds.round, loss_nats=loss, tokens=tokens)
         self._evaluated = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -419,35 +383,6 @@ class InnerLoop:
     def _precision(self) -> torch.autocast:
         """bfloat16 products on a GPU, float32 on a CPU; the parameters are float32 on both."""
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda")
-
-
-class _Tally:
-    """Steps, tokens and losses since some moment."""
-
-    __slots__ = ("loss_sum", "since_s", "steps", "tokens")
-
-    def __init__(self, since_s: float = 0.0) -> None:
-        self.since_s = since_s
-        self.steps = 0
-        self.tokens = 0
-        self.loss_sum = 0.0
-
-    def add(self, tokens: int, loss: float) -> None:
-        self.steps += 1
-        self.tokens += tokens
-        self.loss_sum += loss
-
-    def read(self, now_s: float) -> Tally:
-        """As a value, for a checkpoint."""
-        age_s = max(0.0, now_s - self.since_s)
-        return Tally(steps=self.steps, tokens=self.tokens, loss_sum=self.loss_sum, age_s=age_s)
-
-    @classmethod
-    def of(cls, tally: Tally, now_s: float) -> "_Tally":
-        """As it was when it was read; the time in between does not count."""
-        made = cls(since_s=now_s - tally.age_s)
-        made.steps, made.tokens, made.loss_sum = tally.steps, tally.tokens, tally.loss_sum
-        return made
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""What a daemon and its trainer say to each other, over a socket pair; the tensors stand in memory that both map.
+"""What a daemon and its trainer say to each other, over a socket; the tensors stand in memory that both map.
 
 Frames are a big-endian u32 length and one canonical message. The memory is float32[2, D]: row 0 is `base`, the
 certified parameters, which the daemon alone writes; row 1 is `local`, the trainer's, which it writes before Ready and
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.protocol.errors import ProtocolError, Refusal
-from shoal.protocol.layout import Layout
+from shoal.protocol.layout import DIMENSIONS_MAX, ELEMENTS_MAX, NAME_BYTES_MAX, TENSORS_MAX, Layout
 from shoal.protocol.manifest import BATCH_SIZE_MAX, Task, Training
 from shoal.protocol.messages import PARTS_MAX, Peer
 from shoal.protocol.wire import DELTA_BYTES_MAX, U63, Bound, Bytes32, Choice, Schema
@@ -34,6 +34,7 @@ OUT_OF_MEMORY = "out_of_memory"
 NOT_FINITE = "not_finite"
 TASK_FAILED = "task_failed"
 NO_TEXT = "no_text"
+NO_EVALUATION = "no_evaluation"
 
 NOTHING = "nothing"
 OPTIMIZER = "optimizer"
@@ -208,11 +209,38 @@ class Sampled:
 class Failed:
     """With `fatal` the trainer exits after this. Without, it trains on: after NOT_FINITE from `base`, after
     OUT_OF_MEMORY from where it was, with fewer examples at a time or without having looked at the base, after
-    TASK_FAILED with the next batch, and after NO_TEXT nothing has changed."""
+    TASK_FAILED with the next batch, and after NO_TEXT and NO_EVALUATION nothing has changed."""
 
-    reason: Annotated[str, Choice((BAD_INPUT, OUT_OF_MEMORY, NOT_FINITE, TASK_FAILED, NO_TEXT))]
+    reason: Annotated[str, Choice((BAD_INPUT, OUT_OF_MEMORY, NOT_FINITE, TASK_FAILED, NO_TEXT, NO_EVALUATION))]
     detail: Detail
     fatal: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachedTensor:
+    """One parameter of a script's model; the name is for people."""
+
+    name: Annotated[str, Bound(1, NAME_BYTES_MAX)]
+    shape: Annotated[tuple[Annotated[int, Bound(1, ELEMENTS_MAX)], ...], Bound(0, DIMENSIONS_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attach:
+    """The first frame of a script that attaches itself, before Start: its parameters, in their order."""
+
+    process: U63
+    device: Annotated[str, Bound(1, 128)]
+    tensors: Annotated[tuple[AttachedTensor, ...], Bound(1, TENSORS_MAX)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """Answer to Attach in the place of Start: the pieces of an InputError. With `final` it would be the same again."""
+
+    field: Detail
+    problem: Detail
+    fix: Detail
+    final: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,11 +280,13 @@ SCHEMA = Schema(
         26: Paused,
         30: Described,
         31: Undescribed,
+        40: Attach,
+        41: Refused,
     }
 )
 
 
-def encode_frame(message: Command | Report | Described | Undescribed) -> bytes:
+def encode_frame(message: Command | Report | Described | Undescribed | Attach | Refused) -> bytes:
     """One frame: length and message."""
     body = SCHEMA.encode(message)
     assert len(body) <= FRAME_BYTES_MAX, "every message of this schema fits a frame"

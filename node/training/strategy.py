@@ -14,20 +14,19 @@ Invariants: a step whose loss or gradient is not finite changes no parameter and
 refused, leaves anything of its gradient for the next one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from shoal.node.training.local_parameters import LocalParameters
 from shoal.node.training.messages import FloatVector
 from shoal.node.training.optimizers import INNER_OPTIMIZERS
 from shoal.node.training.schedules import learning_rate
 from shoal.protocol.layout import Layout
 from shoal.protocol.manifest import DELAYED, DILOCO, OVERLAPPED, Training
-from shoal.protocol.quorum import has_member
 
 
 class Strategy(Protocol):
@@ -81,6 +80,7 @@ class DiLoCo:
     def __init__(self, model: nn.Module, layout: Layout, training: Training) -> None:
         self._model = model
         self._training = training
+        self._local = LocalParameters(model)
         self._parameters = list(model.parameters())
         assert [tuple(parameter.shape) for parameter in self._parameters] == [spec.shape for spec in layout.tensors]
         self._steps = torch.zeros((), dtype=torch.int64)
@@ -107,27 +107,18 @@ class DiLoCo:
         return finite
 
     def adopt(self, base: FloatVector) -> None:
-        load_parameters(self._model, base)
+        self._local.adopt(base)
 
     def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
-        for first, last in included_ranges(included, part_elements, base.size):
-            load_parameters(self._model, base, first, last)
+        self._local.merge(base, included, part_elements)
 
     def restart(self, base: FloatVector) -> None:
         self.adopt(base)
         for one in self.optimizer_tensors().values():
             one.zero_()
 
-    @torch.no_grad()
     def export(self, local: FloatVector) -> bool:
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
-            return False
-        first = 0
-        target = torch.from_numpy(local)
-        for parameter in self._parameters:
-            target[first : first + parameter.numel()].copy_(parameter.view(-1))
-            first += parameter.numel()
-        return True
+        return self._local.export(local)
 
     def parameter_tensors(self) -> dict[str, Tensor]:
         return {f"model.{name}": parameter.data for name, parameter in self._model.named_parameters()}
@@ -144,8 +135,7 @@ class Overlapped(DiLoCo):
         return self._training.overlap_steps
 
     def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
-        for first, last in included_ranges(included, part_elements, base.size):
-            load_parameters(self._model, base, first, last, kept=self._training.mixing)
+        self._local.merge(base, included, part_elements, kept=self._training.mixing)
 
 
 class Delayed(DiLoCo):
@@ -164,8 +154,10 @@ class Delayed(DiLoCo):
         self._handed_over = None
 
     def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
-        for first, last in included_ranges(included, part_elements, base.size):
-            load_parameters(self._model, base, first, last, instead_of=self._handed_over)
+        if self._handed_over is None:
+            self._local.merge(base, included, part_elements)
+        else:
+            self._local.rebase(base, self._handed_over, included, part_elements)
 
     def export(self, local: FloatVector) -> bool:
         exported = super().export(local)
@@ -179,35 +171,6 @@ STRATEGIES: Mapping[str, Callable[[nn.Module, Layout, Training], Strategy]] = Ma
 
 
 @torch.no_grad()
-def load_parameters(
-    model: nn.Module,
-    base: FloatVector,
-    first: int = 0,
-    last: int | None = None,
-    *,
-    kept: float = 0.0,
-    instead_of: FloatVector | None = None,
-) -> None:
-    """Copy base[first:last] to where these elements stand in the model, or mix it with what stands there, of which the
-    share `kept` stays, or keep what differs there from `instead_of`."""
-    source = torch.from_numpy(base)
-    replaced = None if instead_of is None else torch.from_numpy(instead_of)
-    end = base.size if last is None else last
-    offset = 0
-    for parameter in model.parameters():
-        low, high = max(first, offset), min(end, offset + parameter.numel())
-        if low < high:
-            target = parameter.view(-1)[low - offset : high - offset]
-            came = source[low:high].to(target.device)
-            if replaced is not None:
-                # The difference first: where nothing was done since, the base comes out to the bit.
-                target.sub_(replaced[low:high].to(target.device)).add_(came)
-            else:
-                target.copy_(torch.lerp(came, target, kept) if kept else came)  # lerp(a, b, 1) is not b to the bit
-        offset += parameter.numel()
-
-
-@torch.no_grad()
 def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> bool:
     """Copy by name; False, and nothing copied, where a name, a shape or a type is missing or another one."""
     for name, one in target.items():
@@ -217,12 +180,3 @@ def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> 
     for name, one in target.items():
         one.copy_(source[name])
     return True
-
-
-def included_ranges(included: bytes, part_elements: int, elements: int) -> Iterator[tuple[int, int]]:
-    """The longest runs (first element, one past the last) of the included parts of a vector."""
-    parts = range(-(-elements // part_elements))
-    for present, run in groupby(parts, key=lambda part: has_member(included, part)):
-        if present:
-            numbers = list(run)
-            yield numbers[0] * part_elements, min((numbers[-1] + 1) * part_elements, elements)

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from shoal.node.training.custom_task import CUSTOM, load_class, take_path
+from shoal.node.training.custom_task import ATTACHED, CUSTOM, load_builder, load_class, take_path
 from shoal.node.training.data import ByteWindows, read_corpus
 from shoal.node.training.digits import DIGITS, Digits
 from shoal.node.training.gpt_config import KIND, SAMPLE_TEMPERATURE, VOCABULARY, parse_options, read_gpt_config
 from shoal.node.training.messages import Described, Undescribed, Work, encode_frame, trim_detail
 from shoal.node.training.model import Gpt, tensor_specs
+from shoal.node.training.parameters import list_specs, start_uniform
 from shoal.node.training.task_faults import TaskFault, blame
 from shoal.protocol.errors import InputError, ManifestError
 from shoal.protocol.layout import Layout, make_layout
@@ -145,13 +146,18 @@ def make_task(choice: TaskChoice, allowed: Sequence[str] = ()) -> Task:
             task: Task = found(options)
             return task
     if choice.kind not in TASKS:
-        fix = f"use one of: {', '.join((*TASKS, CUSTOM))}"
+        fix = f"use one of: {', '.join((*TASKS, CUSTOM, ATTACHED))}"
         raise ManifestError("task.kind", f"{choice.kind!r} is no known task", fix)
     return TASKS[choice.kind](options)
 
 
 def describe(choice: TaskChoice, allowed: Sequence[str] = ()) -> Layout:
     """The layout that `shoal swarm create` puts into the manifest; raises as `make_task` does."""
+    if choice.kind == ATTACHED:
+        path, options = take_path(parse_options(choice.options))
+        build = load_builder(path, allowed)
+        with blame(path.partition(":")[0]):
+            return make_layout(list_specs(lambda: build(**options), start_uniform))
     task = make_task(choice, allowed)
     with blame(type(task).__module__):
         return task.layout()

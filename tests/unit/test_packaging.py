@@ -31,6 +31,7 @@ PEERS = {name: service for name, service in SERVICES.items() if "ROLE" in servic
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 INSTRUCTIONS = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", DOCKERFILE)).splitlines()
 FOLDERS = ("crdt", "dht", "node", "protocol")
+FACE = Path("node/face")  # installed as `shoal` itself
 
 
 def arguments_of(instruction: str) -> list[str]:
@@ -43,15 +44,16 @@ def arguments_of(instruction: str) -> list[str]:
 
 def test_every_folder_with_code_is_a_package_of_the_wheel() -> None:
     folders = {file.parent.relative_to(ROOT) for one in FOLDERS for file in (ROOT / one).rglob("*.py")}
-    packages = {".".join(("shoal", *folder.parts)) for folder in folders}
+    packages = {"shoal" if folder == FACE else ".".join(("shoal", *folder.parts)) for folder in folders}
     assert packages == set(PROJECT["tool"]["setuptools"]["packages"])
-    assert PROJECT["tool"]["setuptools"]["package-dir"] == {f"shoal.{one}": one for one in FOLDERS}
+    places = {"shoal": str(FACE), **{f"shoal.{one}": one for one in FOLDERS}}
+    assert PROJECT["tool"]["setuptools"]["package-dir"] == places
 
 
 def test_the_wheel_takes_every_file_that_the_code_reads() -> None:
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["*"]
     for package in PROJECT["tool"]["setuptools"]["packages"]:
-        folder = ROOT.joinpath(*package.split(".")[1:])
+        folder = ROOT / FACE if package == "shoal" else ROOT.joinpath(*package.split(".")[1:])
         assert (folder / "py.typed").is_file(), package
         for file in (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts):
             owner = next(one for one in (file.parent, *file.parents) if (one / "__init__.py").exists())

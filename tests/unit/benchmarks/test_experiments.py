@@ -19,8 +19,8 @@ from benchmarks.experiments.report import draw_plot, format_table
 from benchmarks.experiments.swarm import Diverged, HeldOut, Swarm, Synchronous
 from benchmarks.experiments.texts import PACKAGE, PACKAGES, TEXTS
 from shoal.node.training.data import ByteWindows, Corpus, read_corpus
+from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.optimizers import ADAM_BETAS
-from shoal.node.training.strategy import load_parameters
 from shoal.node.training.tasks import make_task
 from shoal.protocol.contribution import NonFiniteContribution
 from shoal.protocol.errors import ConfigError, ManifestError

@@ -68,6 +68,9 @@ class FakeTrainer:
     def running(self) -> bool:
         return self._work is not None
 
+    async def wait(self, tell: Callable[[str], None]) -> None:
+        """Always there."""
+
     async def start(self, work: Work) -> Started:
         assert not self.running, "one child at a time"
         self._work = work

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from shoal.node.training.digits import Images, read_images
+from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.loop import InnerLoop
 from shoal.node.training.messages import NO_TEXT, Begin, Evaluate, Evaluated, Failed, Ready, Sample
-from shoal.node.training.strategy import load_parameters
 from shoal.node.training.tasks import describe, make_task
 from shoal.protocol.errors import ManifestError
 from shoal.protocol.layout import initialise

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from shoal.node.training.local_parameters import included_ranges
 from shoal.node.training.optimizers import ADAM_BETAS
-from shoal.node.training.strategy import DiLoCo, included_ranges
+from shoal.node.training.strategy import DiLoCo
 from shoal.protocol.layout import Layout, TensorSpec, make_layout
 from shoal.protocol.manifest import Training
 from shoal.protocol.quorum import make_bitmap

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from shoal.node.training.gpt_config import VOCABULARY, GptConfig
+from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.model import Gpt
-from shoal.node.training.strategy import DiLoCo, load_parameters
+from shoal.node.training.strategy import DiLoCo
 from shoal.node.training.tasks import describe, make_task
 from shoal.protocol.errors import ManifestError
 from shoal.protocol.layout import initialise

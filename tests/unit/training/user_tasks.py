@@ -1,7 +1,8 @@
-"""Tasks that are not of this repository: the example of docs/tasks.md, and one whose code fails as its options say."""
+"""Tasks that are not of this repository: the examples of docs/tasks.md, and one whose code fails as its options say."""
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from shoal.protocol.manifest import Task
 from tests.unit.training.tiny import OPTIONS
 
 DOCS = Path(__file__).parents[3] / "docs/tasks.md"
-EXAMPLE = DOCS.read_text().partition("```python\n")[2].partition("```")[0]
+EXAMPLE, LOOP_EXAMPLE = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
 SINE = "sine_task:Sine"
+SINE_LOOP = "sine_loop:build"
 SINE_TASK = Task(kind="custom", options=json.dumps({"path": SINE, "width": 16}))
 
 FRAGILE = "fragile_task.model:Fragile"

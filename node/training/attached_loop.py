@@ -1,0 +1,302 @@
+"""The inner loop of a script of one's own: what its steps and the daemon's commands change. No socket, no clock.
+
+The script computes the steps; `step` is told of each, `handle` obeys the daemon, and both return the reports to send.
+The daemon may go and come back: `lose` says that it is gone, `start` that one is there; in between the script trains.
+
+What a reconnection may count follows from two numbers: the batches done here, and those that the daemon's disk knows to
+be in contributions. What was handed over and is known there is handed over again to the bit, or was counted and is
+merged now; what was handed over and is not known was never offered, and counts as not handed over. Where the disk
+knows of more than was made here another script has contributed meanwhile, and the base is adopted.
+
+Invariants: no step is in two contributions that can both be counted; Ready is reported once a round and only with
+finite parameters in `local`; a script that cannot be trained ends after RESTARTS_MAX times in a row at the base; the
+script's optimizer loses its state with values that are not finite, and never otherwise.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shoal.node.training.checkpoint import Tally, identify_work
+from shoal.node.training.local_parameters import LocalParameters
+from shoal.node.training.messages import (
+    EVERYTHING,
+    NO_EVALUATION,
+    NO_TEXT,
+    NOT_FINITE,
+    OPTIMIZER,
+    OUT_OF_MEMORY,
+    Begin,
+    Command,
+    Evaluate,
+    Evaluated,
+    Failed,
+    FloatVector,
+    Freeze,
+    Merge,
+    Paused,
+    Ready,
+    Report,
+    Resumed,
+    Sample,
+    Started,
+    Work,
+    trim_detail,
+)
+from shoal.node.training.micro_batches import is_out_of_memory
+from shoal.node.training.round_work import RoundWork
+from shoal.protocol.errors import ConfigError
+from shoal.protocol.manifest import OVERLAPPED, Training
+
+RESTARTS_MAX = 3
+TOKENS_MAX = 2**40  # of one step
+
+Evaluation = Callable[[nn.Module], tuple[float, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandedOver:
+    """What the last Ready was about. `local` is the memory that it was written to; nobody changes it until the next."""
+
+    local: FloatVector
+    batches_done: int
+    tally: Tally
+    loss_mean: float
+
+
+class AttachedLoop:
+    """One script's. `optimizer` is the one that trains `model`."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, evaluate: Evaluation | None = None) -> None:
+        self._parameters = LocalParameters(model)
+        self._optimizer = optimizer
+        self._evaluation = evaluate
+        self._identity = b""  # of the work; another one is another swarm, or another life of this one
+        self._base: FloatVector = np.zeros(0, np.float32)
+        self._local: FloatVector = self._base
+        self._rounds: RoundWork | None = None
+        self._kept = 0.0  # the share of its own parameters that a merge keeps
+        self._handed: HandedOver | None = None
+        self._hands_again = False
+        self._anchored = False  # the parameters are a base and the work made since
+        self._batches_done = 0
+        self._restarts = 0
+        self._replaced = False
+        self._attached = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is nothing to do but wait for a command."""
+        return self._attached and not self._work.training
+
+    @property
+    def round(self) -> int:
+        """That it trains for; 0 before the first Begin."""
+        return 0 if self._rounds is None else self._rounds.round
+
+    @property
+    def _work(self) -> RoundWork:
+        assert self._rounds is not None, "started"
+        return self._rounds
+
+    def take_replaced(self) -> bool:
+        """Whether the parameters were replaced since this was asked last."""
+        replaced, self._replaced = self._replaced, False
+        return replaced
+
+    # -- the daemon comes and goes -------------------------------------------------------------------------------------
+
+    def start(self, work: Work, memory: NDArray[np.float32], device: str) -> Started:
+        """A daemon is there. `memory` is float32[2, D]: base and local."""
+        before, self._identity = self._identity, identify_work(work)
+        self._base, self._local = memory[0], memory[1]
+        self._attached = True
+        same = self._rounds is not None and before == self._identity and self._anchored
+        resumed = self._resume(work.batches_done) if same else Resumed(batches_done=work.batches_done)
+        if resumed.extent != EVERYTHING:
+            self._forget(work.training, work.batches_done)
+        return Started(device=device, elements=self._base.size, train_bytes=0, held_out_bytes=0, resumed=resumed)
+
+    def _resume(self, contributed: int) -> Resumed:
+        """Of the batches done here the daemon's disk knows `contributed` to be in contributions."""
+        rounds, handed = self._work, self._handed
+        if contributed > (self._batches_done if handed is None else handed.batches_done):
+            return Resumed(extent=OPTIMIZER, batches_done=contributed)  # another script was here
+        if handed is not None and contributed < handed.batches_done:
+            self._handed = handed = None  # it was never offered
+            rounds.handed_over, rounds.ahead = False, None
+        self._hands_again = handed is not None
+        tally = rounds.local if handed is None else handed.tally
+        return Resumed(
+            extent=EVERYTHING,
+            round=rounds.round,
+            batches_done=self._batches_done if handed is None else handed.batches_done,
+            steps=tally.steps,
+            tokens=tally.tokens,
+            waits=handed is not None,
+        )
+
+    def _forget(self, training: Training, batches_done: int) -> None:
+        overlapped = training.strategy == OVERLAPPED
+        self._rounds = RoundWork(training, training.overlap_steps if overlapped else 0)
+        self._kept = training.mixing if overlapped else 0.0
+        self._handed, self._hands_again, self._anchored = None, False, False
+        self._batches_done = batches_done
+
+    def lose(self, now_s: float) -> None:
+        """The daemon is gone."""
+        self._attached = False
+        rounds, handed = self._work, self._handed
+        if handed is not None:  # the memory is the daemon's, which may give it to another script
+            self._handed = replace(handed, local=handed.local.copy())
+        if rounds.handed_over and rounds.ahead is None:
+            rounds.train_ahead(now_s)
+        rounds.training = True
+
+    # -- commands ------------------------------------------------------------------------------------------------------
+
+    def handle(self, command: Command, now_s: float) -> Iterator[Report]:
+        """Obey; Start and Stop are the caller's."""
+        match command:
+            case Begin():
+                yield from self._begin(command, now_s)
+            case Merge():
+                self._merge(command, now_s)
+            case Freeze():
+                self._work.freeze()
+            case Evaluate():
+                yield self._evaluate()
+            case Sample():
+                yield Failed(reason=NO_TEXT, detail="an attached script writes no text", fatal=False)
+            case _:
+                raise AssertionError(f"{type(command).__name__} is the caller's")
+
+    def _begin(self, command: Begin, now_s: float) -> Iterator[Report]:
+        rounds, handed = self._work, self._handed
+        again, self._hands_again = self._hands_again, False
+        if command.adopt:
+            self._adopt()
+        elif again and handed is not None:
+            rounds.round = command.round
+            rounds.training = rounds.overlap_steps > 0 and not rounds.is_far_ahead()
+            self._local[:] = handed.local
+            self._handed = replace(handed, local=self._local)
+            yield self._tell_ready()
+            return
+        self._handed = None
+        rounds.begin(command.round, now_s, adopted=command.adopt)
+
+    def _merge(self, merge: Merge, now_s: float) -> None:
+        rounds, handed, ahead = self._work, self._handed, self._work.ahead
+        if merge.adopt_all:
+            self._adopt()
+        elif handed is not None and ahead is not None and ahead.steps > rounds.overlap_steps:
+            # The daemon was away: the steps made meanwhile may be many, and go on top of the base that has the others.
+            self._parameters.rebase(self._base, handed.local, merge.included, merge.part_elements)
+        else:
+            self._parameters.merge(self._base, merge.included, merge.part_elements, kept=self._kept)
+        adopted = merge.adopt_all or any(merge.included)
+        self._replaced |= adopted
+        self._handed, self._hands_again = None, False
+        rounds.begin(merge.round, now_s, adopted=adopted)
+        rounds.training = merge.begin
+
+    def _adopt(self) -> None:
+        self._parameters.adopt(self._base)
+        self._work.ahead = None
+        self._anchored = self._replaced = True
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def step(self, loss: float, tokens: int, now_s: float) -> Iterator[Report]:
+        """The script has made an inner step, of this loss and over so many tokens."""
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= TOKENS_MAX:
+            fix = f"give step() the number of tokens or examples of the batch, 1 to {TOKENS_MAX}"
+            raise ConfigError("tokens", f"is {tokens!r}", fix)
+        rounds = self._work
+        self._batches_done += 1
+        if not math.isfinite(loss):
+            yield self._go_back(f"the loss at batch {self._batches_done - 1}", now_s)
+            return
+        rounds.count(tokens, loss)
+        if not self._attached:
+            return
+        if (progress := rounds.tell_progress(loss, now_s)) is not None:
+            yield progress
+        if rounds.is_far_ahead():
+            rounds.training = False
+            yield Paused(round=rounds.round)
+        elif rounds.is_due(now_s):
+            yield self._hand_over(now_s)
+
+    def _hand_over(self, now_s: float) -> Report:
+        rounds = self._work
+        if not self._parameters.export(self._local):
+            return self._go_back("the local parameters", now_s)
+        self._restarts = 0
+        self._handed = HandedOver(
+            local=self._local,
+            batches_done=self._batches_done,
+            tally=rounds.local.read(now_s),
+            loss_mean=rounds.loss_mean,
+        )
+        rounds.hand_over()
+        if rounds.training:
+            rounds.train_ahead(now_s)
+        return self._tell_ready()
+
+    def _tell_ready(self) -> Report:
+        rounds, handed = self._work, self._handed
+        assert handed is not None, "just set"
+        return Ready(
+            round=rounds.round,
+            steps=handed.tally.steps,
+            tokens=handed.tally.tokens,
+            loss_mean=handed.loss_mean,
+            batches_done=handed.batches_done,
+            trains_on=rounds.training,
+        )
+
+    def _go_back(self, what: str, now_s: float) -> Report:
+        rounds = self._work
+        self._parameters.adopt(self._base)
+        self._replaced = True
+        # A daemon that was killed may have left half of a new base: nothing that is made on it counts.
+        self._anchored = self._attached
+        self._optimizer.state.clear()  # moments that are not finite would spoil every further step
+        rounds.start_over(now_s)
+        self._restarts += 1
+        fatal = self._restarts > RESTARTS_MAX
+        return Failed(reason=NOT_FINITE, detail=f"not finite: {what}, in round {rounds.round}", fatal=fatal)
+
+    # -- the base ------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> Report:
+        """With the base in the script's model, which gets its own parameters back. What the script's function raises is
+        the script's to see."""
+        if self._evaluation is None:
+            detail = "the script gave attach() no `evaluate`, so this peer does not measure the base"
+            return Failed(reason=NO_EVALUATION, detail=detail, fatal=False)
+        own: list[Tensor] = []
+        model = self._parameters.model
+        try:
+            own = [one.detach().clone() for one in model.parameters()]
+            self._parameters.adopt(self._base)
+            with torch.no_grad():
+                loss, tokens = self._evaluation(model)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            detail = trim_detail(f"the base does not fit beside the training and is not evaluated: {error}")
+            return Failed(reason=OUT_OF_MEMORY, detail=detail, fatal=False)
+        finally:
+            for parameter, value in zip(model.parameters(), own, strict=False):  # none, where there was no memory
+                parameter.detach().copy_(value)
+        if not math.isfinite(loss):
+            return Failed(reason=NOT_FINITE, detail=f"not finite: the base of round {self.round}", fatal=False)
+        return Evaluated(round=self.round, loss_nats=float(loss), tokens=int(tokens))

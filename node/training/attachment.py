@@ -1,0 +1,347 @@
+"""`shoal.attach`: a training script of one's own takes part in the swarm of the daemon that runs on its machine.
+
+It joins a socket and an AttachedLoop. Everything happens within `step`, which the script calls after each step of its
+optimizer: no thread, no signal. Where what was handed over waits for its round `step` waits, too; without a daemon it
+returns at once, and tries to reconnect now and then.
+
+Invariants: at most one try to connect each RECONNECT_FIRST_S, and fewer the longer it fails; no try takes longer than
+HANDSHAKE_TIMEOUT_S; a command that a daemon sent before it died is not obeyed, because its base may be half written.
+"""
+
+import logging
+import mmap
+import os
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shoal.node.attach_socket import connect, find_socket
+from shoal.node.running import DATA_DIR, read_running
+from shoal.node.training.attached_loop import AttachedLoop, Evaluation
+from shoal.node.training.messages import (
+    Attach,
+    AttachedTensor,
+    Command,
+    Failed,
+    FrameReader,
+    Refused,
+    Report,
+    Start,
+    Stop,
+    encode_frame,
+)
+from shoal.protocol.errors import ConfigError, InputError, ProtocolError, ShoalError
+from shoal.protocol.layout import DIMENSIONS_MAX, NAME_BYTES_MAX, TENSORS_MAX
+
+HANDSHAKE_TIMEOUT_S = 10.0
+FIRST_BASE_TIMEOUT_S = 120.0
+RECONNECT_FIRST_S = 1.0
+RECONNECT_MAX_S = 30.0
+WAIT_POLL_S = 0.2
+RECEIVE_BYTES = 1 << 16
+
+log = logging.getLogger(__name__)
+
+
+class AttachError(ShoalError):
+    """The training cannot go on in the swarm, or no daemon has answered in time."""
+
+
+class Reconnection:
+    """When to look for the daemon again. The first try is due RECONNECT_FIRST_S after it was lost."""
+
+    def __init__(self) -> None:
+        self._pause_s = RECONNECT_FIRST_S
+        self._due_s = 0.0
+
+    def lost(self, now_s: float) -> None:
+        self._pause_s = RECONNECT_FIRST_S
+        self._due_s = now_s + self._pause_s
+
+    def failed(self, now_s: float) -> None:
+        """A try has failed; the next one waits twice as long, up to RECONNECT_MAX_S."""
+        self._pause_s = min(2 * self._pause_s, RECONNECT_MAX_S)
+        self._due_s = now_s + self._pause_s
+
+    def is_due(self, now_s: float) -> bool:
+        return now_s >= self._due_s
+
+
+class RefusedError(Exception):
+    """The daemon does not take this script."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(refused.problem)
+        self.error = ConfigError(refused.field, refused.problem, refused.fix)
+        self.final = refused.final
+
+
+class Line:
+    """A connection to the daemon, from Attach on. Whatever ends it is an OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = connect(path, HANDSHAKE_TIMEOUT_S)
+        self._frames = FrameReader()
+
+    def shake_hands(self, attach: Attach) -> tuple[Start, NDArray[np.float32]]:
+        """Start, and the memory that came with it. Raises RefusedError."""
+        descriptors: list[int] = []
+        try:
+            self._socket.sendall(encode_frame(attach))
+            messages: list[Any] = []
+            while not messages:
+                data, got, _, _ = socket.recv_fds(self._socket, RECEIVE_BYTES, 1)
+                descriptors += got
+                messages = self._read(data)
+            start = messages[0]
+            if isinstance(start, Refused):
+                raise RefusedError(start)
+            if not isinstance(start, Start) or len(messages) > 1 or len(descriptors) != 1:
+                raise ConnectionError("the daemon broke its protocol")
+            shared = mmap.mmap(descriptors[0], 0)
+        finally:
+            for one in descriptors:
+                os.close(one)
+        return start, np.frombuffer(shared, dtype=np.float32).reshape(2, -1)
+
+    def send(self, reports: Iterable[Report]) -> None:
+        self._socket.settimeout(HANDSHAKE_TIMEOUT_S)
+        for report in reports:
+            self._socket.sendall(encode_frame(report))
+
+    def receive(self, timeout_s: float | None) -> list[Command]:
+        """The commands that are here. With a timeout of 0 they are not waited for, with None for ever."""
+        self._socket.settimeout(timeout_s)
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return []
+        commands = self._read(data)
+        if commands and self._has_ended():
+            raise ConnectionError("the daemon is gone")
+        return commands
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _read(self, data: bytes) -> list[Any]:
+        if not data:
+            raise ConnectionError("the daemon is gone")
+        try:
+            return list(self._frames.feed(data))
+        except ProtocolError as error:
+            raise ConnectionError(f"the daemon broke its protocol: {error}") from error
+
+    def _has_ended(self) -> bool:
+        self._socket.settimeout(0)  # Python waits for the time-out, whatever the flags say
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+
+
+class Attachment:
+    """A script's place in the swarm; `attach` makes one. Use it as a context, or `close` it."""
+
+    def __init__(self, loop: AttachedLoop, path: Path, described: Attach) -> None:
+        self._loop = loop
+        self._path = path
+        self._described = described
+        self._line: Line | None = None
+        self._reconnection = Reconnection()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the daemon is there."""
+        return self._line is not None
+
+    @property
+    def round(self) -> int:
+        """The round that is trained for."""
+        return self._loop.round
+
+    def step(self, loss: Tensor | float, tokens: int = 1) -> bool:
+        """Say that the optimizer has made a step: its loss, a mean over so many tokens (or examples). True where the
+        parameters of the model have been replaced by the swarm's. Where this peer's work is handed over it returns when
+        the round is certified.
+
+        Raises AttachError where the training cannot go on: too many losses in a row that are not finite, or a daemon
+        that came back with another model."""
+        if self._closed:
+            raise AttachError("this script is detached: step() was called after close()")
+        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        reports = list(self._loop.step(value, tokens, time.monotonic()))
+        self._report(reports)
+        if reports and isinstance(last := reports[-1], Failed) and last.fatal:
+            self.close()
+            raise AttachError(f"{last.detail}; lower the learning rate, or clip the gradient")
+        if self._line is not None:
+            self._obey(0.0)
+        elif self._reconnection.is_due(time.monotonic()):
+            self._reconnect()
+        while self._line is not None and self._loop.waits:
+            self._obey(None)
+        return self._loop.take_replaced()
+
+    def close(self) -> None:
+        """Detach: the daemon goes on without this script, and waits for the next one."""
+        self._closed = True
+        if self._line is not None:
+            self._line.close()
+        self._line = None
+
+    # -- the daemon ----------------------------------------------------------------------------------------------------
+
+    def connect(self, timeout_s: float) -> None:
+        """Attach to the daemon, and wait so long for its first command, which says where to begin. Raises OSError and
+        RefusedError."""
+        line = Line(self._path)
+        with ExitStack() as undo:
+            undo.callback(line.close)
+            start, memory = line.shake_hands(self._described)
+            line.send([self._loop.start(start.work, memory, self._described.device)])
+            undo.pop_all()
+        self._line = line
+        self._obey(timeout_s)
+
+    def _reconnect(self) -> None:
+        try:
+            self.connect(HANDSHAKE_TIMEOUT_S)
+        except RefusedError as refused:
+            if refused.final:
+                self.close()
+                raise AttachError(str(refused.error)) from refused
+            self._reconnection.failed(time.monotonic())
+            log.warning("%s", refused.error)
+        except OSError as error:
+            self._reconnection.failed(time.monotonic())
+            log.debug("no daemon at %s: %s", self._path, error)
+        else:
+            if self._line is not None:
+                log.warning("attached again, in round %d", self.round)
+
+    def _obey(self, timeout_s: float | None) -> None:
+        """Take the commands that are here, or that come in so long."""
+        assert self._line is not None
+        try:
+            commands = self._line.receive(timeout_s)
+        except OSError as error:
+            self._lose(str(error))
+            return
+        for command in commands:
+            if isinstance(command, Stop):
+                self._lose("the daemon has hung up")
+                return
+            self._report(self._loop.handle(command, time.monotonic()))
+            if not self.attached:
+                return
+
+    def _report(self, reports: Iterable[Report]) -> None:
+        if self._line is None:
+            return
+        made = list(reports)  # before anything is caught: the script's own code may raise, too
+        try:
+            self._line.send(made)
+        except OSError as error:
+            self._lose(str(error))
+
+    def _lose(self, why: str) -> None:
+        assert self._line is not None
+        self._line.close()
+        self._line = None
+        now_s = time.monotonic()
+        self._loop.lose(now_s)
+        self._reconnection.lost(now_s)
+        log.warning("%s: training goes on without it, and it is looked for again", why)
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    home: str | Path | None = None,
+    evaluate: Evaluation | None = None,
+    wait_s: float = 0.0,
+) -> Attachment:
+    """Attach this script to the daemon of the data folder `home` (default: that of `shoal up`), whose swarm's task is
+    "attached". The parameters of `model` become the swarm's; call `step` of what comes back after each step of
+    `optimizer`.
+
+    `evaluate(model)` returns the mean loss of the base over held-out data and how many tokens these have; without it
+    this peer measures none. A daemon that is still starting is waited for `wait_s` seconds. Raises ConfigError for what
+    a person must mend, and AttachError."""
+    described = describe_model(model, optimizer)
+    folder = Path(DATA_DIR if home is None else home).expanduser().absolute()
+    loop = AttachedLoop(model, optimizer, evaluate)
+    attachment = Attachment(loop, find_socket(folder), described)
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            attachment.connect(FIRST_BASE_TIMEOUT_S)
+            break
+        except RefusedError as refused:
+            if refused.final or time.monotonic() >= deadline_s:
+                raise refused.error from None
+        except OSError as error:
+            if time.monotonic() >= deadline_s:
+                raise explain(folder, error) from error
+        time.sleep(WAIT_POLL_S)
+    if not attachment.attached or not attachment.round:
+        attachment.close()
+        raise AttachError(f"the daemon of {folder} has not said where to begin; see its log")
+    loop.take_replaced()
+    return attachment
+
+
+def explain(folder: Path, error: OSError) -> InputError:
+    """Why no daemon answers there, and what to do."""
+    try:
+        read_running(folder)
+    except ConfigError:
+        fix = f"start one: shoal up --data-dir {folder}; or name the data folder of another: attach(..., home=...)"
+        return ConfigError("home", f"no daemon runs on {folder}", fix)
+    problem = f"the daemon of {folder} takes no script ({error.strerror or error})"
+    fix = 'use a swarm whose task is of the kind "attached", or wait until the daemon has its manifest (wait_s=60)'
+    return ConfigError("home", problem, fix)
+
+
+def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attach:
+    """What the daemon is told of the model; raises ConfigError where it cannot take part."""
+    named = list(model.named_parameters())
+    if not 1 <= len(named) <= TENSORS_MAX:
+        raise ConfigError("model", f"has {len(named)} parameters", f"use one with 1 to {TENSORS_MAX}")
+    for name, one in named:
+        if one.dtype != torch.float32:
+            fix = "keep the parameters in float32; torch.autocast computes in a lower precision"
+            raise ConfigError("model", f"{name} is {one.dtype}", fix)
+        if not one.is_contiguous():
+            raise ConfigError("model", f"{name} is not contiguous", "store it in the order of its dimensions")
+        if one.dim() > DIMENSIONS_MAX or not one.numel():
+            raise ConfigError("model", f"{name} has the shape {tuple(one.shape)}", "use one that a manifest can name")
+    own = {id(one) for _, one in named}
+    if not any(id(one) in own for group in optimizer.param_groups for one in group["params"]):
+        raise ConfigError("optimizer", "trains none of the model's parameters", "make it from model.parameters()")
+    device = named[0][1].device
+    return Attach(
+        process=os.getpid(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        tensors=tuple(
+            AttachedTensor(name=name.encode()[:NAME_BYTES_MAX].decode(errors="ignore"), shape=tuple(one.shape))
+            for name, one in named
+        ),
+    )

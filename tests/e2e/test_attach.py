@@ -1,0 +1,98 @@
+"""Training scripts of people's own: real daemons, real scripts, and each of them killed and started again."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shoal.node.status import TrainerState
+from tests.e2e.swarm import MARK, Peer, Swarm, replace_task, run
+from tests.unit.training.user_tasks import LOOP_EXAMPLE, SINE_LOOP, importable, write_module
+
+TASK = f'kind = "attached"\npath = "{SINE_LOOP}"\nwidth = 16'
+
+
+class Script:
+    """One training script as a process."""
+
+    def __init__(self, peer: Peer, module: Path) -> None:
+        self.log_file = peer.folder / "script.log"
+        environment = os.environ | {MARK: str(peer.swarm.folder), "OMP_NUM_THREADS": "1"}
+        with self.log_file.open("ab") as log:
+            command = [sys.executable, "-P", str(module), str(peer.folder)]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Iterator[Path]:
+    with importable(tmp_path / "modules"):
+        yield write_module(tmp_path / "modules", "sine_loop", LOOP_EXAMPLE)
+
+
+def state_of(peer: Peer) -> TrainerState | None:
+    status = peer.status()
+    return None if status is None else status.training.state
+
+
+def lives(script: Script) -> bool:
+    assert script.process.poll() is None, script.log()
+    return True
+
+
+def test_scripts_and_daemons_come_and_go(tmp_path: Path, module: Path) -> None:
+    swarm = Swarm(tmp_path, founders=2, draft=replace_task(TASK), create_options=("--allow-task", SINE_LOOP))
+    scripts: list[Script] = []
+    try:
+        first = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest))
+        swarm.wait("the first daemon waits for a script", lambda: state_of(first) is TrainerState.WAITING)
+        status = first.status()
+        assert status is not None
+        second = swarm.add("peer2").start("join", status.uri)
+        swarm.wait("so does the second", lambda: state_of(second) is TrainerState.WAITING)
+        said = f"with shoal.attach(model, optimizer, home='{first.folder}') as swarm:"
+        assert said in first.log()
+        assert "shoal.attach(" in run("status", "--data-dir", str(first.folder)).stdout
+
+        scripts = [Script(first, module), Script(second, module)]
+        swarm.wait("three rounds", lambda: all(map(lives, scripts)) and min(first.round, second.round) >= 3)
+        for peer in (first, second):
+            assert "without this peer" not in peer.log()
+
+        second.kill()
+        at = first.round
+        second.start("up")
+        swarm.wait("the script finds the daemon that came back", lambda: second.contributes_after(at))
+        assert scripts[1].process.poll() is None
+        assert "attached again" in scripts[1].log()
+
+        scripts[0].kill()
+        swarm.wait("the daemon waits for the next script", lambda: state_of(first) is TrainerState.WAITING)
+        at = second.round
+        scripts.append(Script(first, module))
+        swarm.wait("it takes part", lambda: first.contributes_after(at))
+        swarm.wait("both stand at one round", lambda: first.round == second.round)
+        swarm.check_roots()
+        seen = first.status()
+        assert seen is not None and seen.training.loss_last is not None and seen.training.loss_last < 0.4
+        assert seen.training.restarts == 0, "a script that goes is no failure"
+
+        scripts[2].process.send_signal(signal.SIGINT)
+        assert scripts[2].process.wait(10) != 0
+        assert first.leave() == 0
+        assert second.leave() == 0
+        assert "Traceback" not in first.log() + second.log() + scripts[1].log()
+    finally:
+        for script in scripts:
+            script.kill()
+        swarm.end()
