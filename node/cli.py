@@ -357,6 +357,7 @@ def _run_create(options: argparse.Namespace) -> int:
     from shoal.node.identity_file import load_or_create_identity
     from shoal.node.trainer import describe_task
     from shoal.node.training.causal_lm_config import fill_in
+    from shoal.node.training.tokenizer import BYTES
     from shoal.protocol.identity import format_peer_id, parse_peer_id
     from shoal.protocol.manifest import (
         SwarmUri,
@@ -388,6 +389,8 @@ def _run_create(options: argparse.Namespace) -> int:
     out.write_bytes(signed)
     print(f"swarm      {draft.name}: {layout.elements:,} parameters, first voter {format_peer_id(peer.peer)}")
     print(f"manifest   {out}")
+    if filled.get("tokenizer", BYTES) != BYTES:
+        print(f"tokenizer  {filled['tokenizer']} (its members start with --tokenizer FILE: send them that file)")
     print(f"owner key  {folder / 'owner.key'} (keep it safe: it signs changes of the swarm)")
     print(f"URI        {SwarmUri(swarm=swarm, bootstraps=tuple(options.bootstrap))}")
     print(f"admission  {ADMISSION_TOLD[draft.admission.rule]}")

@@ -139,7 +139,7 @@ def fill_in(kind: str, options: Mapping[str, Any], folder: Path) -> dict[str, An
         try:
             raw = read_file(path / TOKENIZER_FILE if path.is_dir() else path)
         except ConfigError as error:
-            raise ManifestError("task.tokenizer", f"{path}: {error.problem}", error.fix) from error
+            raise ManifestError("task.tokenizer", error.problem, error.fix) from error
         filled["tokenizer"] = write_digest(blake3(raw).digest())
         if isinstance(filled.get("config"), dict) and "vocab_size" in filled["config"]:
             check_vocabulary(filled["config"]["vocab_size"], count_ids(raw))

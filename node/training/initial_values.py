@@ -45,14 +45,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         if tensor.numel() * tensor.element_size() < storage.nbytes():
             return
         self._kept.append(tensor)
-        self._starts[storage._cdata] = _follow(self.find(tensor), name, values)
+        self._starts[storage._cdata] = _read_start(name, values)
 
     def find(self, tensor: Tensor) -> Start:
         return self._starts.get(tensor.untyped_storage()._cdata, (_UNKNOWN, 0.0))
 
 
-def _follow(start: Start, name: str, values: list[float]) -> Start:
-    """How a tensor stands that stood so, after this was done to it."""
+def _read_start(name: str, values: list[float]) -> Start:
+    """How a tensor stands after this was done to it."""
     match name, values:
         case "zero_", _:
             return ZEROS, 0.0
@@ -64,15 +64,6 @@ def _follow(start: Start, name: str, values: list[float]) -> Start:
             return (UNIFORM, float(std)) if std else (ZEROS, 0.0)
         case "uniform_", [low, high] if low == -high:
             return UNIFORM, float(high) / math.sqrt(3.0)
-        # torch.nn.init.trunc_normal_: a uniform variable by the inverse of the error function, scaled and clamped.
-        case "erfinv_", _ if start[0] == UNIFORM:
-            return UNIFORM, math.sqrt(0.5)
-        case "mul_", [factor] if start[0] == UNIFORM:
-            return UNIFORM, start[1] * abs(float(factor))
-        case "add_", [0 | 0.0]:
-            return start
-        case "clamp_", [low, high] if start[0] == UNIFORM and low == -high:
-            return start
     return _UNKNOWN, 0.0
 
 

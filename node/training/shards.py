@@ -160,6 +160,8 @@ def write_shards(
     """Tokenize files and folders of text into a folder of shards, `00000.bin` and on, of about `tokens_max` tokens
     each; after every document stands the token `end`. `told` hears how far it is. Raises OSError, ConfigError; then the
     shards that are whole stay."""
+    if any(out.resolve().is_relative_to(text.resolve()) for text in texts):
+        raise ConfigError("--out", f"{out} is inside of the text", "give a folder elsewhere")
     out.mkdir(parents=True, exist_ok=True)
     if taken := next(iter(sorted(out.glob(f"*{SHARD_SUFFIX}"))), None):
         raise ConfigError("--out", f"{out} has {taken.name} already", "give a new folder")
@@ -183,7 +185,14 @@ def write_shards(
 
 
 def _encode(texts: Sequence[Path], files: TextFiles, tokenizer: Tokenizer, end: int | None) -> Iterator[list[int]]:
-    pieces = (piece for text in texts for file in list_files(text) for piece in files.pieces(file))
+    pieces = (piece for text in texts for file in _list_texts(text) for piece in files.pieces(file))
     while group := list(islice(pieces, PIECES_AT_A_TIME)):
         for ids, (_, is_end) in zip(tokenizer.encode([text for text, _ in group]), group, strict=True):
             yield [*ids, end] if is_end and end is not None else list(ids)
+
+
+def _list_texts(text: Path) -> Iterator[Path]:
+    for file in list_files(text):
+        if is_shard(file):
+            raise ConfigError("TEXT", f"{file} holds tokens", "give the text itself")
+        yield file

@@ -101,7 +101,10 @@ def read_file(path: Path) -> bytes:
         raise ConfigError(FIELD, problem, "give the path of a tokenizer.json") from error
     if len(raw) > FILE_BYTES_MAX:
         raise ConfigError(FIELD, f"{path} is larger than {FILE_BYTES_MAX} bytes", "give the path of a tokenizer.json")
-    count_ids(raw)  # whether it is one at all
+    try:
+        count_ids(raw)  # whether it is one at all
+    except ConfigError as error:
+        raise ConfigError(FIELD, f"{path} {error.problem}", error.fix) from error
     return raw
 
 

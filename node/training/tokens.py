@@ -212,9 +212,10 @@ def _tokenize(text: NDArray[np.uint8], tokenizer: Tokenizer) -> tuple[Ids, int]:
     replaced = 0
     for first in range(0, text.size, PIECE_BYTES * PIECES_AT_A_TIME):
         group = text[first : first + PIECE_BYTES * PIECES_AT_A_TIME]
-        pieces = [
-            decoder.decode(group[start : start + PIECE_BYTES].tobytes()) for start in range(0, group.size, PIECE_BYTES)
-        ]
+        raw = [group[start : start + PIECE_BYTES].tobytes() for start in range(0, group.size, PIECE_BYTES)]
+        pieces = [decoder.decode(one) for one in raw]
+        if first + group.size == text.size:
+            pieces.append(decoder.decode(b"", final=True))
         replaced += sum(piece.count("\ufffd") for piece in pieces)
         found += [np.array(ids, dtype=kind) for ids in tokenizer.encode(pieces)]
     return np.concatenate(found), replaced
