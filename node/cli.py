@@ -211,6 +211,7 @@ def _add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     export.add_argument("--format", choices=("safetensors", "hf"), default="safetensors")
     export.add_argument("--round", type=int, help="an older round that this peer retains; default: the newest")
     export.add_argument("--data-dir", type=Path)
+    export.add_argument("--tokenizer", type=Path, help="the swarm's tokenizer.json, to go into the folder")
     export.set_defaults(run=_run_export)
 
     checkout = commands.add_parser("checkout", help="rebuild a retained round from its snapshot and certified updates")
@@ -218,6 +219,14 @@ def _add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     checkout.add_argument("--out", type=Path, help="a folder; default: checkout-ROUND")
     checkout.add_argument("--data-dir", type=Path, help="of a peer that runs or not")
     checkout.set_defaults(run=_run_checkout)
+
+    tokenize = commands.add_parser("tokenize", help="make shards of tokens from text, to train on as trainer.text")
+    tokenize.add_argument("text", type=Path, nargs="+", metavar="TEXT", help="a file or folder: text, .jsonl, .parquet")
+    tokenize.add_argument("--tokenizer", type=Path, help="the swarm's tokenizer.json; without it a token is a byte")
+    tokenize.add_argument("--out", type=Path, required=True, help="a new folder for the shards")
+    tokenize.add_argument("--end", metavar="TOKEN", help='comes after every document, such as "<|endoftext|>"')
+    tokenize.add_argument("--shard-tokens", type=int, metavar="N", help="a shard ends with so many; default 2^27")
+    tokenize.set_defaults(run=_run_tokenize)
 
     verify = commands.add_parser("verify", help="compute certified rounds anew from their parts and say what holds")
     chosen = verify.add_mutually_exclusive_group(required=True)
@@ -347,6 +356,8 @@ ADMISSION_TOLD = {
 def _run_create(options: argparse.Namespace) -> int:
     from shoal.node.identity_file import load_or_create_identity
     from shoal.node.trainer import describe_task
+    from shoal.node.training.causal_lm_config import fill_in
+    from shoal.node.training.tokenizer import BYTES
     from shoal.protocol.identity import format_peer_id, parse_peer_id
     from shoal.protocol.manifest import (
         SwarmUri,
@@ -355,6 +366,7 @@ def _run_create(options: argparse.Namespace) -> int:
         read_manifest_untrusted,
         sign_manifest,
         size_parts,
+        task_kind,
         task_options,
     )
 
@@ -362,7 +374,8 @@ def _run_create(options: argparse.Namespace) -> int:
         text = options.draft.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(options.draft), f"cannot be read: {error}", "give the path of a draft") from error
-    task = json.dumps(task_options(text), sort_keys=True, separators=(",", ":"))
+    filled = fill_in(task_kind(text), task_options(text), options.draft.parent)
+    task = json.dumps(filled, sort_keys=True, separators=(",", ":"))
     draft = parse_draft(text, task)
     layout = asyncio.run(describe_task(draft.task, options.allow_task))
     draft = size_parts(draft, text, layout.elements)
@@ -376,6 +389,8 @@ def _run_create(options: argparse.Namespace) -> int:
     out.write_bytes(signed)
     print(f"swarm      {draft.name}: {layout.elements:,} parameters, first voter {format_peer_id(peer.peer)}")
     print(f"manifest   {out}")
+    if filled.get("tokenizer", BYTES) != BYTES:
+        print(f"tokenizer  {filled['tokenizer']} (its members start with --tokenizer FILE: send them that file)")
     print(f"owner key  {folder / 'owner.key'} (keep it safe: it signs changes of the swarm)")
     print(f"URI        {SwarmUri(swarm=swarm, bootstraps=tuple(options.bootstrap))}")
     print(f"admission  {ADMISSION_TOLD[draft.admission.rule]}")
@@ -477,12 +492,30 @@ def _run_export(options: argparse.Namespace) -> int:
 
     folder = _data_dir(options.data_dir)
     model = read_certified_model(folder) if options.round is None else read_retained_model(folder, options.round)
-    write = write_hf_folder if options.format == "hf" else write_model
-    write(model, options.out)
+    if options.format == "hf":
+        write_hf_folder(model, options.out, options.tokenizer)
+    else:
+        write_model(model, options.out)
     if model.is_snapshot:
         print("the peer is running: this is its newest snapshot; --round takes a later round")
     print(f"{options.out}: {model.params.size:,} parameters at round {model.round}")
     print(f"state root {model.state_root.hex()}")
+    return 0
+
+
+def _run_tokenize(options: argparse.Namespace) -> int:
+    from shoal.node.terminal import show_progress
+    from shoal.node.training.shards import SHARD_TOKENS, tokenize_files
+    from shoal.node.training.tokenizer import write_digest
+
+    with show_progress("tokenized") as told:
+        written, digest = tokenize_files(
+            options.text, options.out, options.tokenizer, options.end, options.shard_tokens or SHARD_TOKENS, told
+        )
+    if written.notice:
+        print(written.notice)
+    print(f"{options.out}: {written.tokens:,} tokens in {len(written.paths)} shards, tokenizer {write_digest(digest)}")
+    print(f"train on   shoal up --text {options.out} …")
     return 0
 
 

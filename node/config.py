@@ -154,6 +154,8 @@ class TrainerTable:
     """How far the trainer stands back: at 0 it competes with the daemon and with the person at this machine."""
     text: OptionalPath = None
     """A file or folder to train on; without it, the source of the running Python."""
+    tokenizer: OptionalPath = None
+    """The tokenizer.json of the swarm, where it trains on tokens: the manifest has the digest, not the file."""
     micro_batch: Annotated[int, Bound(0, BATCH_SIZE_MAX)] = 0
     """Examples of a batch that are computed at a time; 0 is all of them. What does not fit into memory is halved."""
     allow_tasks: Annotated[tuple[str, ...], Bound(0, TASKS_ALLOWED_MAX)] = ()
@@ -236,11 +238,12 @@ FLAGS: Mapping[str, str] = {
     "device": "trainer.device",
     "threads": "trainer.threads",
     "text": "trainer.text",
+    "tokenizer": "trainer.tokenizer",
     "allow-task": "trainer.allow_tasks",
     "log-level": "log.level",
     "log-format": "log.format",
 }
-_PATHS = (("node", "data_dir"), ("node", "manifest"), ("trainer", "text"))
+_PATHS = (("node", "data_dir"), ("node", "manifest"), ("trainer", "text"), ("trainer", "tokenizer"))
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str]) -> NodeConfig:
@@ -352,6 +355,8 @@ def _find_node_faults(config: NodeConfig) -> Iterator[Fault]:
         yield "node", "manifest", f"{node.manifest} is no file", "make one with `shoal swarm create`, or mend the path"
     if config.trainer.text is not None and not Path(config.trainer.text).exists():
         yield "trainer", "text", f"{config.trainer.text} does not exist", "give a text file, or a folder of them"
+    if config.trainer.tokenizer is not None and not Path(config.trainer.tokenizer).is_file():
+        yield "trainer", "tokenizer", f"{config.trainer.tokenizer} is no file", "give the swarm's tokenizer.json"
     for path in config.trainer.allow_tasks:
         if not is_task_path(path):
             yield "trainer", "allow_tasks", f"{path!r} names no class", f'write it as "{PATH_FORM}", in ASCII'

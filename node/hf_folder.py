@@ -5,6 +5,9 @@ without gains, also on the embedding and, after the rotation, on queries and key
 way; ReLU squared; untied head; no biases. Only the joint projection of queries, keys and values is cut in three. A
 token is a byte and its id is the byte's value.
 
+A `causal_lm` is such a model already: its config and its tensors go along as they are, and the tokenizer's file where
+it is given.
+
 Neither torch nor transformers is imported: the files are plain data.
 """
 
@@ -15,9 +18,11 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from safetensors.numpy import save_file
 
 from shoal.node.export import CertifiedModel, describe_model, split_tensors
+from shoal.node.training.causal_lm_config import CAUSAL_LM, CONFIG_FILE, TOKENIZER_FILE, read_causal_lm
 from shoal.node.training.gpt_config import (
     KIND,
     MLP_RATIO,
@@ -28,6 +33,7 @@ from shoal.node.training.gpt_config import (
     parse_options,
     read_gpt_config,
 )
+from shoal.node.training.tokenizer import ByteTokenizer, read_file, write_digest
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.errors import ConfigError
 
@@ -115,41 +121,77 @@ def describe_tokenizer() -> dict[str, Any]:
     }
 
 
-def _write_gpt(model: CertifiedModel, out: Path) -> None:
+def _write_gpt(model: CertifiedModel, out: Path, tokenizer: bytes | None) -> None:
+    if tokenizer is not None:
+        raise ConfigError("--tokenizer", f"is given, and a token of {KIND} is a byte", "leave it out")
     config = read_gpt_config(parse_options(model.manifest.task.options))
     tensors = map_gpt_tensors(config, split_tensors(model.manifest.layout, model.params))
     assert sum(one.size for one in tensors.values()) == model.params.size, "every parameter goes along, once"
-    temporary = out / (WEIGHTS_FILE + _TEMPORARY)
-    save_file({name: np.ascontiguousarray(one) for name, one in tensors.items()}, temporary, describe_model(model))
-    temporary.replace(out / WEIGHTS_FILE)
+    _write_weights(model, tensors, out)
     _write_json(out / "config.json", describe_gpt(config))
     generation = {"do_sample": True, "temperature": SAMPLE_TEMPERATURE, "transformers_version": TRANSFORMERS_MIN}
     _write_json(out / "generation_config.json", generation)
-    _write_json(out / "tokenizer.json", describe_tokenizer())
-    tokenizer = {
+    _write_byte_tokenizer(out, config.context)
+
+
+def _write_causal_lm(model: CertifiedModel, out: Path, tokenizer: bytes | None) -> None:
+    options = read_causal_lm(parse_options(model.manifest.task.options))
+    if tokenizer is not None and blake3(tokenizer).digest() != options.tokenizer:
+        problem = f"is another one than the swarm's, {write_digest(options.tokenizer)}"
+        raise ConfigError("--tokenizer", problem, "give the file that its members train with")
+    # Of tensors that the model ties, the layout has the first one alone; so have files that transformers writes.
+    _write_weights(model, split_tensors(model.manifest.layout, model.params), out)
+    _write_json(out / CONFIG_FILE, {**options.config, "dtype": "float32"})
+    if options.tokenizer == ByteTokenizer.digest:
+        _write_byte_tokenizer(out, options.context)
+    elif tokenizer is not None:
+        _write_bytes(out / TOKENIZER_FILE, tokenizer)
+        _write_json(out / "tokenizer_config.json", _describe_tokenizer_use(options.context))
+
+
+def _write_weights(model: CertifiedModel, tensors: Mapping[str, Float32s], out: Path) -> None:
+    temporary = out / (WEIGHTS_FILE + _TEMPORARY)
+    save_file({name: np.ascontiguousarray(one) for name, one in tensors.items()}, temporary, describe_model(model))
+    temporary.replace(out / WEIGHTS_FILE)
+
+
+def _write_byte_tokenizer(out: Path, context: int) -> None:
+    _write_json(out / TOKENIZER_FILE, describe_tokenizer())
+    _write_json(out / "tokenizer_config.json", _describe_tokenizer_use(context))
+
+
+def _describe_tokenizer_use(context: int) -> dict[str, Any]:
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.context,
+        "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(out / "tokenizer_config.json", tokenizer)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write_bytes(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + _TEMPORARY)
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 
-FOLDERS: Mapping[str, Callable[[CertifiedModel, Path], None]] = MappingProxyType({KIND: _write_gpt})
+FOLDERS: Mapping[str, Callable[[CertifiedModel, Path, bytes | None], None]] = MappingProxyType(
+    {KIND: _write_gpt, CAUSAL_LM: _write_causal_lm}
+)
 
 
-def write_hf_folder(model: CertifiedModel, out: Path) -> None:
-    """Write the folder; raises ConfigError where transformers knows no such model, OSError."""
+def write_hf_folder(model: CertifiedModel, out: Path, tokenizer: Path | None = None) -> None:
+    """Write the folder, with the swarm's tokenizer where its file is given; raises ConfigError where transformers knows
+    no such model or the tokenizer is another one, OSError."""
     kind = model.manifest.task.kind
     if kind not in FOLDERS:
         fix = f"use --format safetensors; a folder is written for: {', '.join(FOLDERS)}"
         raise ConfigError("--format", f"transformers has no architecture for the task {kind!r}", fix)
     if out.exists() and not out.is_dir():
         raise ConfigError("--out", f"{out} is a file", "give a folder")
+    raw = None if tokenizer is None else read_file(tokenizer)
     out.mkdir(parents=True, exist_ok=True)
-    FOLDERS[kind](model, out)
+    FOLDERS[kind](model, out, raw)

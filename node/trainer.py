@@ -61,6 +61,7 @@ STOP_GRACE_S = 2.0
 # On top, for the last checkpoint: three float32 vectors, at the rate of a slow disk.
 CHECKPOINT_BYTES_PER_S = 100e6
 TERMINATE_GRACE_S = 2.0
+CACHE_FOLDER = "tokens"  # in the trainer's own folder
 RECEIVE_BYTES = 1 << 16
 STDERR_BYTES_MAX = 1 << 13
 STDERR_LINES_MAX = 40
@@ -239,6 +240,8 @@ class TrainerProcess:
             checkpoint_every=max(1, settings.checkpoint_every),
             micro_batch=settings.micro_batch,
             allow_tasks=settings.allow_tasks,
+            tokenizer=settings.tokenizer,
+            cache=str(self._checkpoints / CACHE_FOLDER) if self._checkpoints else None,
         )
         await child.send(start)
         try:

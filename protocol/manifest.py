@@ -236,12 +236,22 @@ def parse_draft(text: str, options: str) -> Draft:
     return read_table(Draft, document, "", text, ManifestError)
 
 
+def task_kind(text: str) -> str:
+    """Which task a draft names; raises ManifestError as `task_options` does."""
+    kind: str = _read_task(text)["kind"]
+    return kind
+
+
 def task_options(text: str) -> dict[str, Any]:
     """Everything in [task] but its kind: what the task itself validates."""
+    return {key: value for key, value in _read_task(text).items() if key != "kind"}
+
+
+def _read_task(text: str) -> dict[str, Any]:
     task = parse_toml(text, ManifestError).get("task", {})
     if not isinstance(task, dict) or not isinstance(task.get("kind"), str):
         raise ManifestError("task.kind", "is missing", 'add [task] with kind = "byte_gpt"')
-    return {key: value for key, value in task.items() if key != "kind"}
+    return task
 
 
 def size_parts(draft: Draft, text: str, elements: int) -> Draft:

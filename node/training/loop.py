@@ -55,7 +55,7 @@ from shoal.node.training.micro_batches import MicroBatches, is_out_of_memory, te
 from shoal.node.training.round_work import PROGRESS_PERIOD_S, RoundWork
 from shoal.node.training.strategy import STRATEGIES, load_tensors
 from shoal.node.training.task_faults import TaskFault, blame
-from shoal.node.training.tasks import WritesText, make_task
+from shoal.node.training.tasks import TakesFiles, WritesText, make_task
 from shoal.protocol.errors import ConfigError, ManifestError
 
 RESTARTS_MAX = 3
@@ -78,6 +78,9 @@ class InnerLoop:
             if layout.digest != work.layout_digest or memory.shape[1] != layout.elements:
                 fix = "run the version of shoal, and of the task's code, that made the manifest"
                 raise ManifestError("layout", f"is not what {self._kind} makes of task.options", fix)
+            if isinstance(self._task, TakesFiles):
+                cache = Path(start.cache) if start.cache else None
+                self._task.take_files(Path(start.tokenizer) if start.tokenizer else None, cache)
             self._batches = self._task.open_data(Path(start.text) if start.text else None, work)
             self._tokens_per_batch = self._batches.tokens_per_batch
             self._train_bytes, self._held_out_bytes = self._batches.train_bytes, self._batches.held_out_bytes

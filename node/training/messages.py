@@ -65,7 +65,8 @@ class Start:
     their number to torch. An inner step begins `step_period_s` after the one before at the soonest. `checkpoints` is
     the folder of the trainer's own checkpoints, written at every so many Readys; without one it has none. A batch is
     computed `micro_batch` examples at a time, 0 means all of them, and fewer where so many do not fit into memory. Of
-    the tasks that come by import path those in `allow_tasks` are run."""
+    the tasks that come by import path those in `allow_tasks` are run. `tokenizer` is a file, `cache` a folder of the
+    trainer's own for what it can make again."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
@@ -76,6 +77,8 @@ class Start:
     checkpoint_every: Annotated[int, Bound(1, 1000)] = 1
     micro_batch: Annotated[int, Bound(0, BATCH_SIZE_MAX)] = 0
     allow_tasks: Annotated[tuple[str, ...], Bound(0, TASKS_ALLOWED_MAX)] = ()
+    tokenizer: Annotated[str | None, Bound(1, 4096)] = None
+    cache: Annotated[str | None, Bound(1, 4096)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

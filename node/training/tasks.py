@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shoal.node.training.causal_lm import CausalLm
+from shoal.node.training.causal_lm_config import CAUSAL_LM
 from shoal.node.training.custom_task import ATTACHED, CUSTOM, load_builder, load_class, take_path
 from shoal.node.training.data import ByteWindows, read_corpus
 from shoal.node.training.digits import DIGITS, Digits
@@ -87,7 +89,17 @@ class WritesText(Protocol):
     """A task whose model continues a text."""
 
     def sample(self, model: nn.Module, prompt: bytes, size_bytes: int) -> bytes:
-        """`size_bytes` bytes that continue the prompt; the same bytes for the same parameters on the same device."""
+        """Bytes that continue the prompt, at most `size_bytes`; the same for the same parameters on the same device."""
+        ...
+
+
+@runtime_checkable
+class TakesFiles(Protocol):
+    """A task that needs more of this machine than its text."""
+
+    def take_files(self, tokenizer: Path | None, cache: Path | None) -> None:
+        """Comes before `open_data`: what `trainer.tokenizer` names, and a folder of the trainer's own for what can be
+        made again. Neither has to exist."""
         ...
 
 
@@ -132,7 +144,9 @@ class ByteGpt:
         return bytes(text[first:])
 
 
-TASKS: Mapping[str, Callable[[Mapping[str, Any]], Task]] = MappingProxyType({KIND: ByteGpt, DIGITS: Digits})
+TASKS: Mapping[str, Callable[[Mapping[str, Any]], Task]] = MappingProxyType(
+    {KIND: ByteGpt, DIGITS: Digits, CAUSAL_LM: CausalLm}
+)
 
 
 def make_task(choice: TaskChoice, allowed: Sequence[str] = ()) -> Task:

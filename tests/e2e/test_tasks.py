@@ -1,13 +1,17 @@
-"""Swarms that train something else than text: images, and the user's own code where the volunteer allows it."""
+"""Swarms that train something else than bytes: images, the user's own code where the volunteer allows it, and language
+models of transformers on tokens."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from shoal.node.status import HeldOut
 from tests.e2e.swarm import Peer, Swarm, replace_task, run
+from tests.unit.training.lm_samples import END, LLAMA, write_parquet, write_tokenizer
 from tests.unit.training.user_tasks import EXAMPLE, SINE, importable, write_module
 
 ALLOW = ("--allow-task", SINE)
@@ -78,3 +82,43 @@ def test_the_users_own_task_is_trained_by_those_who_allow_it(tmp_path: Path) -> 
         third.start("join", uri_of(first), *ALLOW)
         at = first.round
         swarm.wait("now it contributes", lambda: third.contributes_after(at))
+
+
+def test_a_swarm_trains_a_causal_language_model_on_tokens(tmp_path: Path) -> None:
+    """One peer has its text as Parquet, the other as shards; a third one has another tokenizer."""
+    transformers = pytest.importorskip("transformers", reason="an extra")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
+    texts = [file.read_text() for file in sorted(Path(json.__file__).parent.glob("*.py"))]
+    parquet = write_parquet(tmp_path / "texts.parquet", {"text": texts * 4})
+    shards = tmp_path / "shards"
+    made = run("tokenize", str(parquet), "--tokenizer", str(tokenizer), "--out", str(shards), "--end", END)
+    assert made.returncode == 0, made.stderr
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": True}))
+    task = f'kind = "causal_lm"\ncontext = 32\nconfig = "{tmp_path}/config.json"\ntokenizer = "{tokenizer}"'
+    swarm = Swarm(tmp_path, founders=2, draft=replace_task(task))
+    try:
+        first, second, third = (swarm.add(f"peer{number}") for number in (1, 2, 3))
+        other = write_tokenizer(tmp_path / "other.json", ["t h"])
+        for peer, text, file in ((first, parquet, tokenizer), (second, shards, tokenizer), (third, parquet, other)):
+            peer.options += ["--text", str(text), "--tokenizer", str(file)]
+        first.start("up", "--manifest", str(swarm.manifest))
+        swarm.wait("the first peer answers", lambda: first.status() is not None)
+        second.start("join", uri_of(first))
+        swarm.wait("three rounds", lambda: min(first.round, second.round) >= 3)
+        third.start("join", uri_of(first))
+        digest = f"blake3:{blake3(tokenizer.read_bytes()).hexdigest()}"
+        swarm.wait("the status tells which tokenizer is wanted", lambda: digest in error_of(third))
+        for peer in (first, second):
+            assert peer.contributes_after(0)
+            assert peer.leave() == 0
+        swarm.check_roots()
+        assert "Traceback" not in first.log() + second.log() + third.log()
+        out = tmp_path / "out"
+        words = ("--out", str(out), "--format", "hf", "--tokenizer", str(tokenizer))
+        exported = run("export", "--data-dir", str(first.folder), *words)
+        assert exported.returncode == 0, exported.stderr
+        model = transformers.AutoModelForCausalLM.from_pretrained(out)
+        ids = transformers.AutoTokenizer.from_pretrained(out)("import json", return_tensors="pt")["input_ids"]
+        assert model(ids, labels=ids).loss.item() < 6.0, "that of guessing is ln 300 = 5.7"
+    finally:
+        swarm.end()
