@@ -219,6 +219,7 @@ class TrainerProcess:
             checkpoint_every=max(1, settings.checkpoint_every),
             micro_batch=settings.micro_batch,
             allow_tasks=settings.allow_tasks,
+            checkpoint_activations=settings.checkpoint_activations,
         )
         await child.send(start)
         try:

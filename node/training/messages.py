@@ -64,7 +64,8 @@ class Start:
     their number to torch. An inner step begins `step_period_s` after the one before at the soonest. `checkpoints` is
     the folder of the trainer's own checkpoints, written at every so many Readys; without one it has none. A batch is
     computed `micro_batch` examples at a time, 0 means all of them, and fewer where so many do not fit into memory. Of
-    the tasks that come by import path those in `allow_tasks` are run."""
+    the tasks that come by import path those in `allow_tasks` are run. With `checkpoint_activations` the backward pass
+    computes the model's blocks a second time instead of keeping what is in them."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
@@ -75,6 +76,7 @@ class Start:
     checkpoint_every: Annotated[int, Bound(1, 1000)] = 1
     micro_batch: Annotated[int, Bound(0, BATCH_SIZE_MAX)] = 0
     allow_tasks: Annotated[tuple[str, ...], Bound(0, TASKS_ALLOWED_MAX)] = ()
+    checkpoint_activations: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
