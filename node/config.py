@@ -158,6 +158,9 @@ class TrainerTable:
     """The tokenizer.json of the swarm, where it trains on tokens: the manifest has the digest, not the file."""
     micro_batch: Annotated[int, Bound(0, BATCH_SIZE_MAX)] = 0
     """Examples of a batch that are computed at a time; 0 is all of them. What does not fit into memory is halved."""
+    checkpoint_activations: bool = False
+    """Of byte_gpt: compute each block again in the backward pass instead of keeping what is in it. Less memory, more
+    time, the same steps."""
     allow_tasks: Annotated[tuple[str, ...], Bound(0, TASKS_ALLOWED_MAX)] = ()
     """Import paths of tasks that may run here ("package.module:Class"), beside those built in. Each is somebody's code,
     with the rights of this process: look at it first."""

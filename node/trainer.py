@@ -242,6 +242,7 @@ class TrainerProcess:
             allow_tasks=settings.allow_tasks,
             tokenizer=settings.tokenizer,
             cache=str(self._checkpoints / CACHE_FOLDER) if self._checkpoints else None,
+            checkpoint_activations=settings.checkpoint_activations,
         )
         await child.send(start)
         try:

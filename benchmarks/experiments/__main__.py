@@ -2,8 +2,9 @@
 
     python -m benchmarks.experiments NAME [--rounds N] [--seeds N …] [--only ARM …] [--json FILE] [--plot FILE]
 
-NAME is one of diloco, codecs, dropped, joining, shards, outer. docs/experiments.md says what each of them runs. The
-table goes to standard output, the log is written after every run, so that one that is stopped leaves what it has.
+NAME is one of diloco, codecs, dropped, joining, shards, outer, overlapped, inner, speeds, churn. docs/experiments.md
+says what each of them runs. The table goes to standard output, the log is written after every run, so that one that is
+stopped leaves what it has.
 """
 
 import argparse
@@ -12,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.experiments.arms import Run, run_arm
 from benchmarks.experiments.catalogue import EXPERIMENTS, make_arms
-from benchmarks.experiments.report import draw_plot, format_table, write_log
+from benchmarks.experiments.report import write_log
 from shoal.protocol.errors import ConfigError
 
 ROUNDS = 24
@@ -25,30 +25,31 @@ PLOT_SUFFIXES = (".svg", ".png")
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=EXPERIMENTS, help=", ".join(EXPERIMENTS))
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of 16 inner steps (default {ROUNDS})")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help=f"of 16 inner steps, or of 600 s in churn (default {ROUNDS})"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="one run each (default: 0 and 1)")
     parser.add_argument("--only", nargs="+", default=(), metavar="ARM", help="these arms, by their names in the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every point of every run there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses there, as .svg or .png")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there, as .svg or .png")
     options = parser.parse_args(arguments)
     # Products this small are slower on several threads, and their sums then depend on how many there are.
     torch.set_num_threads(1)
     try:
         arms = make_arms(options.name, options.rounds, tuple(options.only))
         _check(options)
-        runs: list[Run] = []
+        experiment, runs = EXPERIMENTS[options.name], []
         for seed in options.seeds:
             for arm in arms:
-                runs.append(run_arm(arm, seed))
-                last = runs[-1].points[-1]
-                told = runs[-1].problem or f"{last.loss:.4f} nats a byte"
-                print(f"{arm.name}, seed {seed}: {told} ({runs[-1].wall_s:.0f} s)", file=sys.stderr, flush=True)
+                run = experiment.run(arm, seed)
+                runs.append(run)
+                print(f"{arm.name}, seed {seed}: {run.told} ({run.wall_s:.0f} s)", file=sys.stderr, flush=True)
                 if options.json is not None:
                     write_log(options.json, options.name, arms, runs)
     except ConfigError as error:
         parser.error(str(error))
-    print(format_table(arms, runs))
-    if options.plot is not None and not draw_plot(options.plot, EXPERIMENTS[options.name].question, arms, runs):
+    print(experiment.format(arms, runs))
+    if options.plot is not None and not experiment.draw(options.plot, experiment.question, arms, runs):
         print("no plot: matplotlib is missing (the extra `plot`)", file=sys.stderr)
 
 

@@ -1,11 +1,12 @@
-"""An arm of an experiment as data, and how one is run: a manifest's draft, who takes part in which round, what is lost.
+"""An arm of an experiment as data, and how one is run: a manifest's draft, who takes part in which round, what is lost,
+or how fast each worker is.
 
 Invariant: an arm and a seed give the same losses on the same machine: parameters, batches and losses are drawn from the
 seed alone.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.experiments.swarm import Diverged, HeldOut, Swarm, Synchronous, worker_peer
 from benchmarks.experiments.texts import LIBRARY, TEXTS
+from benchmarks.experiments.timetable import keep_time
 from shoal.node.training.data import ByteWindows, Corpus
 from shoal.node.training.gpt_config import parse_options, read_gpt_config
 from shoal.node.training.messages import FloatVector
@@ -28,7 +30,10 @@ POINTS = 8  # of each run's curve, beside its beginning
 class Arm:
     """`workers` says how many take part in each round: the first so many. Of their contributions the share
     `lost_share` gets lost, drawn anew in every round. A `synchronous` arm is one model on the union of the workers'
-    batches, and its rounds are only where it may be looked at. `texts` is a key of TEXTS."""
+    batches, and its rounds are only where it may be looked at. `texts` is a key of TEXTS.
+
+    With `speeds`, in steps per simulated second, there are so many workers, and who is in which round with how many
+    steps is what the round protocol makes of them in `until_s` seconds; `workers` says then only how many there are."""
 
     name: str
     draft: Draft
@@ -36,15 +41,19 @@ class Arm:
     synchronous: bool = False
     lost_share: float = 0.0
     texts: str = LIBRARY
+    speeds: tuple[float, ...] = ()
+    until_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """The held-out loss of the base after so many tokens of all workers together, and so many steps of each."""
+    """The held-out loss of the base after so many tokens of all workers together, and so many steps of each (with
+    speeds: of the fastest). `time_s` is simulated, and 0 where nobody keeps time."""
 
     steps: int
     tokens: int
     loss: float
+    time_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +66,12 @@ class Run:
     points: tuple[Point, ...]
     problem: str
     wall_s: float
+    rounds: int = 0  # certified ones; of a synchronous arm those after which it was looked at
+
+    @property
+    def told(self) -> str:
+        """What came of it, in a few words."""
+        return self.problem or f"{self.points[-1].loss:.4f} nats a byte"
 
 
 def run_arm(arm: Arm, seed: int) -> Run:
@@ -69,8 +84,11 @@ def run_arm(arm: Arm, seed: int) -> Run:
     evaluate = HeldOut(manifest, held_out_windows(corpora[0], context)).loss
     points: list[Point] = []
     problem = ""
+    rounds = 0
+    train = _train_in_time if arm.speeds else _train
     try:
-        _train(arm, manifest, batches, evaluate, points)
+        for rounds, point in train(arm, manifest, batches, evaluate):  # noqa: B007
+            points.append(point)
     except (Diverged, NonFiniteContribution) as error:
         problem = str(error)
     contributed = 0 if arm.synchronous else sum(manifest.contribution_bytes(part) for part in range(manifest.parts))
@@ -81,6 +99,7 @@ def run_arm(arm: Arm, seed: int) -> Run:
         points=tuple(points),
         problem=problem,
         wall_s=round(time.monotonic() - began_s, 1),
+        rounds=rounds,
     )
 
 
@@ -114,23 +133,38 @@ def held_out_windows(corpus: Corpus, context: int) -> NDArray[np.int64]:
 
 
 def _train(
-    arm: Arm,
-    manifest: Manifest,
-    batches: Sequence[ByteWindows],
-    evaluate: Callable[[FloatVector], float],
-    points: list[Point],
-) -> None:
+    arm: Arm, manifest: Manifest, batches: Sequence[ByteWindows], evaluate: Callable[[FloatVector], float]
+) -> Iterator[tuple[int, Point]]:
+    """POINTS points of the curve beside its beginning, each with the number of the round."""
     trained = Synchronous(manifest, batches) if arm.synchronous else Swarm(manifest, batches)
     entropy = np.random.default_rng(manifest.seed)
     inner_steps, rounds = manifest.training.inner_steps, len(arm.workers)
-    points.append(Point(steps=0, tokens=0, loss=evaluate(trained.base)))
+    yield 0, Point(steps=0, tokens=0, loss=evaluate(trained.base))
     tokens = 0
-    for number, count in enumerate(arm.workers):
+    for number, count in enumerate(arm.workers, start=1):
         if isinstance(trained, Swarm):
             draws = entropy.random(count)
             trained.run_round(range(count), frozenset(np.flatnonzero(draws < arm.lost_share).tolist()))
         else:
             trained.run_round()
         tokens += count * inner_steps * batches[0].tokens_per_batch
-        if (number + 1) * POINTS // rounds > number * POINTS // rounds:
-            points.append(Point(steps=(number + 1) * inner_steps, tokens=tokens, loss=evaluate(trained.base)))
+        if number * POINTS // rounds > (number - 1) * POINTS // rounds:
+            yield number, Point(steps=number * inner_steps, tokens=tokens, loss=evaluate(trained.base))
+
+
+def _train_in_time(
+    arm: Arm, manifest: Manifest, batches: Sequence[ByteWindows], evaluate: Callable[[FloatVector], float]
+) -> Iterator[tuple[int, Point]]:
+    """A point after every round, so that it can be told when a loss was reached. What a worker trains while rounds go
+    by without it is trained here when it is in one: its parameters do not change in between."""
+    swarm = Swarm(manifest, batches)
+    for worker in swarm.workers:
+        worker.join(swarm.base)  # all of them are there from the beginning, even if not in the first round
+    yield 0, Point(steps=0, tokens=0, loss=evaluate(swarm.base))
+    tokens, steps = 0, [0] * len(arm.speeds)
+    for number, timed in enumerate(keep_time(arm.draft, arm.speeds, arm.until_s), start=1):
+        swarm.run_round(sorted(timed.steps), steps=timed.steps)
+        for one, count in timed.steps.items():
+            steps[one] += count
+            tokens += count * batches[0].tokens_per_batch
+        yield number, Point(steps=max(steps), tokens=tokens, loss=evaluate(swarm.base), time_s=timed.at_s)

@@ -1,23 +1,32 @@
 """The experiments: what each asks, and its arms. The first arm of each is what the others are compared with.
 
 All share one model, one inner optimizer and one number of inner steps a worker, so that arms with equal workers see
-equal tokens. Nothing is tuned for an arm but what its name says.
+equal tokens; in `speeds` they have equal simulated time instead. Nothing is tuned for an arm but what its name says.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from benchmarks.experiments.arms import Arm
+from benchmarks.experiments import churn
+from benchmarks.experiments.arms import Arm, run_arm
+from benchmarks.experiments.report import draw_churn, draw_plot, format_churn, format_table, format_times
 from benchmarks.experiments.texts import MIXED, PACKAGE
 from shoal.protocol.errors import ConfigError
-from shoal.protocol.manifest import Draft, Outer, Rounds, Task, Training
+from shoal.protocol.manifest import INNER_OPTIMIZERS, OVERLAPPED, Draft, Outer, Rounds, Task, Training
 
 WORKERS = 8
 INNER_STEPS = 16
 # What the number of rounds is a multiple of: rounds of 64 steps, and schedules of eight stages, come out even.
 ROUNDS_UNIT = 8
+# For three optimizers at three rates each there is time for half of the workers.
+WORKERS_INNER = 4
+RATES_INNER = (6e-3, 12e-3, 24e-3)  # the draft's own first
+SPEEDS = (1.0, 1.0, 2.0, 2.0, 4.0, 4.0)  # steps a second
+PATIENT_S = 60.0  # longer than the slowest of them takes
 
 # 99 k parameters in seven parts.
 DRAFT = Draft(
@@ -31,13 +40,17 @@ DRAFT = Draft(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """`make` gives the arms for a number of rounds of INNER_STEPS steps."""
+    """`make` gives the arms for a number of rounds of INNER_STEPS steps; `run` takes one of them and a seed, and the
+    other two show what came of all."""
 
     question: str
-    make: Callable[[int], tuple[Arm, ...]]
+    make: Callable[[int], tuple[Any, ...]]
+    run: Callable[[Any, int], Any] = run_arm
+    format: Callable[[Sequence[Any], Sequence[Any]], str] = format_table
+    draw: Callable[[Path, str, Sequence[Any], Sequence[Any]], bool] = draw_plot
 
 
-def make_arms(name: str, rounds: int, only: tuple[str, ...] = ()) -> tuple[Arm, ...]:
+def make_arms(name: str, rounds: int, only: tuple[str, ...] = ()) -> tuple[Any, ...]:
     """The arms of an experiment, or those named by `only`; raises ConfigError."""
     if rounds < ROUNDS_UNIT or rounds % ROUNDS_UNIT:
         raise ConfigError("--rounds", f"is {rounds}", f"use a multiple of {ROUNDS_UNIT}")
@@ -75,6 +88,8 @@ def _make_codecs(rounds: int) -> tuple[Arm, ...]:
         arms.append(Arm(name=name, draft=draft, workers=everybody))
         forgetful = replace(draft, rounds=replace(draft.rounds, residual_kept=0.0))
         arms.append(Arm(name=f"{name}, no feedback", draft=forgetful, workers=everybody))
+    sparse = replace(draft, rounds=replace(draft.rounds, residual_kept=0.95))  # of the last setting, SparseLoCo's
+    arms.append(Arm(name="topk2, outer sgd 1.0, 0.95 kept", draft=sparse, workers=everybody))
     arms.append(Arm(name="fp32, outer sgd 1.0", draft=replace(DRAFT, outer=plain), workers=everybody))
     return tuple(arms)
 
@@ -129,8 +144,73 @@ def _make_outer(rounds: int) -> tuple[Arm, ...]:
     )
 
 
+def _make_overlapped(rounds: int) -> tuple[Arm, ...]:
+    everybody = (WORKERS,) * rounds
+    arms = [Arm(name="diloco", draft=DRAFT, workers=everybody)]
+    # A manifest has no mixing of 1: with that nobody would ever take anything of the base.
+    for steps, mixing in ((1, 0.0), (1, 0.5), (4, 0.0), (4, 0.5), (4, 0.99), (8, 0.0), (8, 0.5)):
+        training = replace(DRAFT.training, strategy=OVERLAPPED, overlap_steps=steps, mixing=mixing)
+        name = f"{steps} overlapped, mixing {mixing}"
+        arms.append(Arm(name=name, draft=replace(DRAFT, training=training), workers=everybody))
+    return tuple(arms)
+
+
+def _make_inner(rounds: int) -> tuple[Arm, ...]:
+    return tuple(
+        Arm(
+            name=f"{optimizer} {rate:g}, H = {steps}",
+            draft=_with_training(inner_steps=steps, inner_optimizer=optimizer, learning_rate=rate),
+            workers=(WORKERS_INNER,) * (rounds * INNER_STEPS // steps),
+        )
+        for steps in (16, 64)
+        for optimizer in INNER_OPTIMIZERS
+        for rate in RATES_INNER
+    )
+
+
+def _make_speeds(rounds: int) -> tuple[Arm, ...]:
+    """In the time in which the slowest makes so many rounds of INNER_STEPS steps."""
+    settings = (
+        (f"{INNER_STEPS} steps, all are waited for", {}, PATIENT_S),
+        (f"{INNER_STEPS} steps, grace 2 s", {}, 2.0),
+        # The fastest make at most 64 steps in 16 s, so that the number never ends a round.
+        ("8 s", {"inner_steps": 1000, "round_time_s": 8.0}, 2.0),
+        ("16 s", {"inner_steps": 1000, "round_time_s": 16.0}, 2.0),
+    )
+    return tuple(
+        Arm(
+            name=name,
+            draft=replace(_with_training(**training), rounds=replace(DRAFT.rounds, grace_s=grace_s)),
+            workers=(len(SPEEDS),),
+            speeds=SPEEDS,
+            until_s=rounds * INNER_STEPS / min(SPEEDS),
+        )
+        for name, training, grace_s in settings
+    )
+
+
+def _make_churn(rounds: int) -> tuple[churn.ChurnArm, ...]:
+    draft = _with_training(inner_steps=1000, round_time_s=churn.ROUND_S)
+    sides = (
+        ("swarm", None),
+        ("synchronous, loses nothing", 0.0),
+        ("synchronous, checkpoint every round", churn.ROUND_S),
+        ("synchronous, every 4 rounds", 4 * churn.ROUND_S),
+    )
+    calm = churn.ChurnArm(name="swarm, nobody dies", draft=draft, rounds=rounds, mtbf_rounds=None)
+    return calm, *(
+        replace(calm, name=f"{name}, {mtbf} rounds", mtbf_rounds=mtbf, checkpoint_s=checkpoint_s)
+        for mtbf in (32, 16, 8, 4, 2)
+        for name, checkpoint_s in sides
+    )
+
+
 def _with_steps(inner_steps: int) -> Draft:
-    return replace(DRAFT, training=replace(DRAFT.training, inner_steps=inner_steps))
+    return _with_training(inner_steps=inner_steps)
+
+
+def _with_training(**training: Any) -> Draft:
+    return replace(DRAFT, training=replace(DRAFT.training, **training))
 
 
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
@@ -151,5 +231,21 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
             question="A package of the library for each worker, against all of them for all", make=_make_shards
         ),
         "outer": Experiment(question="Learning rate and momentum of the outer step", make=_make_outer),
+        "overlapped": Experiment(
+            question="Training beside the exchange (arXiv 2501.18512, one fragment)", make=_make_overlapped
+        ),
+        "inner": Experiment(question="Inner optimizers, each at the same three learning rates", make=_make_inner),
+        "speeds": Experiment(
+            question="Workers of speeds 1:2:4 in simulated time: rounds by steps and rounds by time",
+            make=_make_speeds,
+            format=format_times,
+        ),
+        "churn": Experiment(
+            question="Workers that die and come back, in simulated time",
+            make=_make_churn,
+            run=churn.run_churn,
+            format=format_churn,
+            draw=draw_churn,
+        ),
     }
 )

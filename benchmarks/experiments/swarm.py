@@ -3,13 +3,13 @@
 Training is node/training's (tasks, strategies, batches); the pseudo-gradient, its codec and its residual are the
 Contributor's, the update is the Reduction's, the base is the Replica's. What is left out is who agrees on a round and
 how bytes travel: every round is certified with exactly the contributions that the caller did not lose. Rounds are made
-of steps, never of time.
+of steps: of the manifest's, or, where somebody else kept the time (timetable.py), of as many as the caller says.
 
 Invariants: the base changes by certified updates alone; a worker that a round leaves out keeps its parameters and its
 residual, and its next contribution is anchored at the base of then; the same manifest and batches give the same bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from shoal.node.training.strategy import STRATEGIES, Strategy
 from shoal.node.training.tasks import Task, make_task
 from shoal.protocol.aggregators import WeightedPart, clip_factors, planned_weights
 from shoal.protocol.contribution import Contributor, Frozen
-from shoal.protocol.errors import ManifestError, ShoalError
+from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import initialise
-from shoal.protocol.manifest import DILOCO, Manifest
+from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Member, PartResult, Result
 from shoal.protocol.quorum import make_bitmap
 from shoal.protocol.replica import Replica, make_reduction
@@ -50,21 +50,44 @@ class Worker:
         self._joined = False
         self.contributor = Contributor(manifest)
         self.local: FloatVector = np.empty(manifest.layout.elements, np.float32)  # as it was frozen last
-        self.steps = self.tokens = 0
+        self.steps = 0  # those in what is handed over next
+        self._ahead = 0  # steps since the last hand-over, beside its exchange
+        self._begun = 0  # of them those that count towards the next one
 
-    def train(self, base: FloatVector, number: int) -> None:
-        """The inner steps of this round, from `base` where it is the first one here; raises Diverged."""
+    @property
+    def tokens(self) -> int:
+        """Those of `steps`."""
+        return self.steps * self._batches.tokens_per_batch
+
+    def join(self, base: FloatVector) -> None:
+        """Begin at this base, unless it has begun."""
         if not self._joined:
             self._strategy.adopt(base)
             self._joined = True
-        for _ in range(self._manifest.training.inner_steps):
-            batch = torch.from_numpy(self._batches.batch(self._batches_done))
-            _step(self._task, self._model, self._strategy, batch, number)
-            self._batches_done += 1
+
+    def train(self, base: FloatVector, number: int, steps: int | None = None) -> None:
+        """The inner steps of this round, those of the manifest or `steps`, from `base` where it is the first one here.
+        What was trained beside the last exchange counts among them. Raises Diverged."""
+        self.join(base)
+        wanted = self._manifest.training.inner_steps if steps is None else steps
+        for _ in range(wanted - self._begun):
+            self._step(number)
             self.steps += 1
-            self.tokens += self._batches.tokens_per_batch
+        self._begun = 0
         if not self._strategy.export(self.local):
             raise Diverged("the local parameters are not finite")
+
+    def train_on(self, number: int) -> None:
+        """What the strategy trains after it has handed over, until the new base comes; raises Diverged."""
+        for _ in range(self._strategy.overlap_steps):
+            self._step(number)
+            self._ahead += 1
+        self._begun = self._ahead
+
+    def _step(self, number: int) -> None:
+        batch = torch.from_numpy(self._batches.batch(self._batches_done))
+        _step(self._task, self._model, self._strategy, batch, number)
+        self._batches_done += 1
 
     def merge(self, base: FloatVector, included: tuple[int, ...]) -> None:
         """A round is certified with these parts of this worker's contribution: none, where it was left out."""
@@ -73,13 +96,14 @@ class Worker:
         if self._missed > self._manifest.training.missed_rounds_max:
             self.contributor.clear()
             self._strategy.adopt(base)
-            self._missed = 0
+            self._missed = self.steps = self._begun = 0
         elif included:
             bitmap = make_bitmap(frozenset(included), self._manifest.parts)
             self._strategy.merge(base, bitmap, rounds.part_elements)
+            self.steps = self._ahead
         else:
-            return
-        self.steps = self.tokens = 0
+            self.steps += self._ahead
+        self._ahead = 0
 
     def parameters(self) -> FloatVector:
         """A copy of the local parameters as they are now, float32[D]."""
@@ -92,10 +116,8 @@ class Swarm:
     """All workers and the one base that each of them would hold."""
 
     def __init__(self, manifest: Manifest, batches: Sequence[ByteWindows]) -> None:
-        """One worker for each of `batches`. Raises ManifestError for a strategy that trains beside an exchange."""
-        if manifest.training.strategy != DILOCO:
-            problem = f"is {manifest.training.strategy}, but an exchange takes no time here"
-            raise ManifestError("training.strategy", problem, f"use {DILOCO}")
+        """One worker for each of `batches`. A strategy that trains beside an exchange has the new base after just as
+        many steps as it may train meanwhile."""
         self._manifest = manifest
         self._reduction = make_reduction(manifest)
         elements = manifest.layout.elements
@@ -108,18 +130,22 @@ class Swarm:
         """The certified parameters, float32[D]; they change with every round."""
         return self._replica.params
 
-    def run_round(self, present: Sequence[int], lost: frozenset[int] = frozenset()) -> None:
-        """Every present worker trains; the contributions of those in `lost` do not arrive. Where nothing arrives, no
-        round is certified and everybody trains on. Who is away misses the round like one whose contribution is lost.
-        Raises Diverged, or NonFiniteContribution."""
+    def run_round(
+        self, present: Sequence[int], lost: frozenset[int] = frozenset(), steps: Mapping[int, int] | None = None
+    ) -> None:
+        """Every present worker trains, as many steps as `steps` or the manifest says; the contributions of those in
+        `lost` do not arrive. Where nothing arrives, no round is certified and everybody trains on. Who is away misses
+        the round like one whose contribution is lost. Raises Diverged, or NonFiniteContribution."""
         number = self._replica.round + 1
         for one in present:
-            self.workers[one].train(self.base, number)
+            self.workers[one].train(self.base, number, None if steps is None else steps[one])
         arrived = frozenset(index for index, one in enumerate(present) if one not in lost)
         if not arrived:
             return
         frozen = [self.workers[one].contributor.freeze(number, self.base, self.workers[one].local) for one in present]
         result, blobs = self._reduce(number, present, frozen, arrived)
+        for one in present:
+            self.workers[one].train_on(number)
         self._root = self._replica.apply(result, blobs)
         if not np.isfinite(self.base).all():
             raise Diverged(f"the base of round {number} is not finite")

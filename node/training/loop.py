@@ -52,6 +52,7 @@ from shoal.node.training.messages import (
     trim_detail,
 )
 from shoal.node.training.micro_batches import MicroBatches, is_out_of_memory, tell_next_step
+from shoal.node.training.model import Gpt
 from shoal.node.training.round_work import PROGRESS_PERIOD_S, RoundWork
 from shoal.node.training.strategy import STRATEGIES, load_tensors
 from shoal.node.training.task_faults import TaskFault, blame
@@ -89,6 +90,8 @@ class InnerLoop:
             if [tuple(one.shape) for one in self._model.parameters()] != [spec.shape for spec in layout.tensors]:
                 fix = "list the parameters of build_model() in their order: list_specs does"
                 raise ManifestError("layout", f"is not that of the model of {self._kind}", fix)
+        if start.checkpoint_activations:
+            _checkpoint_activations(self._model, self._kind)
         self._strategy = STRATEGIES[work.training.strategy](self._model, layout, work.training)
         self._evaluated: nn.Module | None = None
         self._micro_batches = MicroBatches(start.micro_batch, work.training.batch_size)
@@ -386,6 +389,14 @@ class InnerLoop:
     def _precision(self) -> torch.autocast:
         """bfloat16 products on a GPU, float32 on a CPU; the parameters are float32 on both."""
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda")
+
+
+def _checkpoint_activations(model: nn.Module, kind: str) -> None:
+    """Raises ConfigError for a model that does not know how."""
+    if not isinstance(model, Gpt):
+        fix = "take it out of the configuration, or make trainer.micro_batch smaller"
+        raise ConfigError("trainer.checkpoint_activations", f"is for byte_gpt, and the swarm trains {kind}", fix)
+    model.recomputes_blocks = True
 
 
 def choose_device(wanted: str) -> torch.device:

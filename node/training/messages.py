@@ -66,7 +66,8 @@ class Start:
     the folder of the trainer's own checkpoints, written at every so many Readys; without one it has none. A batch is
     computed `micro_batch` examples at a time, 0 means all of them, and fewer where so many do not fit into memory. Of
     the tasks that come by import path those in `allow_tasks` are run. `tokenizer` is a file, `cache` a folder of the
-    trainer's own for what it can make again."""
+    trainer's own for what it can make again. With `checkpoint_activations` the backward pass computes the model's
+    blocks a second time instead of keeping what is in them."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
@@ -79,6 +80,7 @@ class Start:
     allow_tasks: Annotated[tuple[str, ...], Bound(0, TASKS_ALLOWED_MAX)] = ()
     tokenizer: Annotated[str | None, Bound(1, 4096)] = None
     cache: Annotated[str | None, Bound(1, 4096)] = None
+    checkpoint_activations: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

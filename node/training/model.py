@@ -14,6 +14,7 @@ Shapes: B sequences, T positions, C width, N heads, D = C / N head width.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from shoal.node.training.gpt_config import MLP_RATIO, ROTARY_PERIOD, VOCABULARY, GptConfig
 from shoal.node.training.parameters import Shape, list_specs, start_uniform
@@ -21,11 +22,14 @@ from shoal.protocol.layout import UNIFORM, ZEROS, TensorSpec
 
 
 class Gpt(nn.Module):
-    """Logits of the next byte. The parameters hold nothing until loaded; `tensor_specs` says how they start."""
+    """Logits of the next byte. The parameters hold nothing until loaded; `tensor_specs` says how they start. With
+    `recomputes_blocks` the backward pass computes each block once more from its input, and nothing else of it is kept
+    until then."""
 
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
         self.config = config
+        self.recomputes_blocks = False
         self.embedding = Embedding(VOCABULARY, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Linear(config.width, VOCABULARY)
@@ -35,7 +39,11 @@ class Gpt(nn.Module):
         rotary = rotary_table(inputs.shape[1], self.config.width // self.config.heads, inputs.device)
         x = norm(self.embedding(inputs))  # (B, T, C)
         for block in self.blocks:
-            x = block(x, rotary)
+            if self.recomputes_blocks and torch.is_grad_enabled():
+                # A block draws no random numbers, so that no state of a generator need be kept.
+                x = recompute(block, x, rotary, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rotary)
         logits: Tensor = self.head(norm(x))  # (B, T, 256)
         return logits
 

@@ -46,6 +46,7 @@ class Cluster:
     fragments: int = 1
     on_the_wire: bool = False  # every message is encoded and decoded on its way, which takes its time
     reroot_after_s: float | None = None  # 0: by the owner only; None: quorums come back, and a second log is a failure
+    grace_s: float = RULES["grace_s"]
 
     @property
     def may_part(self) -> bool:
@@ -111,7 +112,7 @@ def make_world_manifest(cluster: Cluster, owner: Identity, founders: tuple[Ident
     known = {field.name for field in fields(Rounds)}
     drawn = {"peers_min": cluster.peers_min, "quorum": cluster.quorum, "voters_max": cluster.voters_max}
     drawn |= {"codec": cluster.codec, "update_codec": cluster.update_codec, "part_elements": cluster.part_elements}
-    drawn["fragments"] = cluster.fragments
+    drawn |= {"fragments": cluster.fragments, "grace_s": cluster.grace_s}
     if cluster.reroot_after_s is not None:
         drawn["reroot_after_s"] = cluster.reroot_after_s
     rules = {name: value for name, value in (RULES | drawn).items() if name in known}

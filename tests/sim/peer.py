@@ -63,7 +63,7 @@ from tests.sim.machine import SimMachine
 from tests.sim.oracle import find_span
 from tests.sim.parting import ask_where_parted, restore
 from tests.sim.trace import describe
-from tests.sim.training import end_training, merge, train
+from tests.sim.training import STEPS, end_training, merge, train
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -83,6 +83,7 @@ class SimPeer(SimMachine):
         self.gone = False  # for good
         self.leaving = False
         self.training_s = self.rng.uniform(0.5, 3.0)
+        self.training_steps = STEPS
 
     # -- life ----------------------------------------------------------------------------------------------------
 

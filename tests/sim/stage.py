@@ -100,9 +100,9 @@ def is_vote(record: VoteRecord) -> bool:
 class Stage(World):
     """`peers` found the swarm and are there from the start; `newcomers` may join."""
 
-    def __init__(self, peers: int, newcomers: int = 0, parts: int = 4) -> None:
+    def __init__(self, peers: int, newcomers: int = 0, parts: int = 4, grace_s: float = RULES["grace_s"]) -> None:
         elements = parts * int(RULES["part_elements"]) - 100
-        cluster = Cluster(founders=peers, first=peers, everybody=peers + newcomers, elements=elements)
+        cluster = Cluster(founders=peers, first=peers, everybody=peers + newcomers, elements=elements, grace_s=grace_s)
         super().__init__(SEED, faults=(), cluster=cluster)
         self.network._delay_s = lambda rng, now: DELAY_S  # type: ignore[method-assign]
         self.deeds: list[Deed] = []
@@ -309,7 +309,7 @@ class Stage(World):
 
     def run_for(self, seconds: float) -> None:
         end = self.now + seconds
-        self.run_until(lambda: not self._heap or self._heap[0][0] > end)
+        self.run_until(lambda: not self._heap or self._heap[0][0] > end, max(LIMIT_S, 2 * seconds))
         self.now = end
 
     def describe_cast(self) -> str:

@@ -1,7 +1,8 @@
 """A simulated peer's trainer, and what the daemon does with it (node/compute.py): when it begins, when it is ready, and
 what becomes of its work when a round is certified.
 
-Time stands for steps: whoever ends its training early has done less.
+Time stands for steps: whoever ends its training early has done less. How many steps a whole training is may differ from
+peer to peer (`SimPeer.training_steps`), as where rounds end by time.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from tests.sim.peer import SimPeer
 
 MISSED_ROUNDS_MAX = 8
-STEPS = 40  # of a training that is not cut short
+STEPS = 40  # of a training that is not cut short, unless said otherwise
 
 
 def train(peer: "SimPeer", *, in_step: bool = False) -> None:
@@ -37,7 +38,7 @@ def end_training(peer: "SimPeer", number: int) -> None:
 def _end_training(peer: "SimPeer") -> None:
     """After the step that is under way."""
     if peer.ended_round == peer.replica.round + 1 and not peer.in_step and not peer.waiting:
-        peer.later(peer.trains_s[1] / STEPS, _become_ready, peer, peer.training)
+        peer.later(peer.trains_s[1] / peer.training_steps, _become_ready, peer, peer.training)
 
 
 def _become_ready(peer: "SimPeer", training: int) -> None:
@@ -47,7 +48,8 @@ def _become_ready(peer: "SimPeer", training: int) -> None:
     began_s, duration_s = peer.trains_s
     noise = np.random.default_rng(peer.rng.getrandbits(63)).standard_normal(peer.local.size, dtype=np.float32)
     peer.local = peer.local - noise * np.float32(0.01)
-    peer.steps += max(1, min(STEPS, round(STEPS * (peer.clock() - began_s) / duration_s)))
+    whole = peer.training_steps
+    peer.steps += max(1, min(whole, round(whole * (peer.clock() - began_s) / duration_s)))
     peer.waiting = True
     peer.offer()
 

@@ -233,19 +233,19 @@ worker.main(sys.argv[1:])
     run(test())
 
 
-def test_a_child_is_told_how_many_examples_to_take_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_is_told_how_to_save_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import socket, sys
 from shoal.node.training.messages import FrameReader
 received = socket.socket(fileno=int(sys.argv[1])).recv(1 << 16)
 (start,) = FrameReader().feed(received)
-sys.exit(f"at a time: {start.micro_batch}")
+sys.exit(f"at a time: {start.micro_batch}, again: {start.checkpoint_activations}")
 """
     monkeypatch.setattr(module, "_python_command", lambda _: (sys.executable, "-c", code))
 
     async def test() -> None:
-        async with make_trainer(replace(SETTINGS, micro_batch=3)) as (trainer, _):
-            with pytest.raises(TrainerError, match="at a time: 3"):
+        async with make_trainer(replace(SETTINGS, micro_batch=3, checkpoint_activations=True)) as (trainer, _):
+            with pytest.raises(TrainerError, match="at a time: 3, again: True"):
                 await trainer.start(make_work())
 
     run(test())
