@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from shoal.node.training.model import Gpt
-from shoal.node.training.strategy import load_parameters
+from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.tasks import describe, make_task
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Task

@@ -82,7 +82,7 @@ def test_training_beside_an_exchange_is_what_the_trainers_loop_makes_of_it(lost:
         merge = Merge(round=number + 1, included=included, part_elements=1 << 14, adopt_all=False, begin=True)
         list(loop.handle(merge, 0.0))
         np.testing.assert_array_equal(swarm.workers[0].parameters(), _local(loop))
-        assert swarm.workers[0].steps == loop._work.steps
+        assert swarm.workers[0].steps == loop._rounds.local.steps
         assert ready.steps == (8 if number - 1 in lost else 4)
 
 

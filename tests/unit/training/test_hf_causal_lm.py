@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from shoal.node.export import CertifiedModel
 from shoal.node.hf_folder import write_hf_folder
-from shoal.node.training.strategy import load_parameters
+from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.tasks import describe, make_task
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.manifest import make_manifest
