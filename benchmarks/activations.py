@@ -15,8 +15,8 @@ import time
 import numpy as np
 import torch
 
-from shoal.node.training.model import Gpt
 from shoal.node.training.local_parameters import load_parameters
+from shoal.node.training.model import Gpt
 from shoal.node.training.tasks import describe, make_task
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Task

@@ -62,7 +62,7 @@ class Run:
 
     arm: str
     seed: int
-    contribution_bytes: int  # of one worker and round; 0 where none is exchanged
+    contribution_bytes: int  # of one worker and round, the largest there is; 0 where none is exchanged
     points: tuple[Point, ...]
     problem: str
     wall_s: float
@@ -91,7 +91,8 @@ def run_arm(arm: Arm, seed: int) -> Run:
             points.append(point)
     except (Diverged, NonFiniteContribution) as error:
         problem = str(error)
-    contributed = 0 if arm.synchronous else sum(manifest.contribution_bytes(part) for part in range(manifest.parts))
+    # No round has more parts than the first.
+    contributed = 0 if arm.synchronous else sum(map(manifest.contribution_bytes, manifest.list_parts(1)))
     return Run(
         arm=arm.name,
         seed=seed,

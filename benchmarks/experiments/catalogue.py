@@ -16,7 +16,7 @@ from benchmarks.experiments.arms import Arm, run_arm
 from benchmarks.experiments.report import draw_churn, draw_plot, format_churn, format_table, format_times
 from benchmarks.experiments.texts import MIXED, PACKAGE
 from shoal.protocol.errors import ConfigError
-from shoal.protocol.manifest import INNER_OPTIMIZERS, OVERLAPPED, Draft, Outer, Rounds, Task, Training
+from shoal.protocol.manifest import DELAYED, INNER_OPTIMIZERS, OVERLAPPED, Draft, Outer, Rounds, Task, Training
 
 WORKERS = 8
 INNER_STEPS = 16
@@ -155,6 +155,31 @@ def _make_overlapped(rounds: int) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
+def _make_streaming(rounds: int) -> tuple[Arm, ...]:
+    """Each parameter is exchanged every INNER_STEPS steps, by fragments that take turns."""
+    arms = [Arm(name="diloco, whole", draft=DRAFT, workers=(WORKERS,) * rounds)]
+    for fragments, overlap_steps in ((2, 0), (4, 0), (4, 1), (4, 3)):
+        changes = {"strategy": OVERLAPPED, "overlap_steps": overlap_steps, "mixing": 0.5} if overlap_steps else {}
+        draft = replace(
+            _with_training(inner_steps=INNER_STEPS // fragments, **changes),
+            rounds=replace(DRAFT.rounds, fragments=fragments),
+        )
+        name = f"{fragments} fragments" + (f", {overlap_steps} overlapped" if overlap_steps else "")
+        arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * (rounds * fragments)))
+    return tuple(arms)
+
+
+def _make_delayed(rounds: int) -> tuple[Arm, ...]:
+    """What is done beside an exchange stays; the outer step as it is and smaller ones."""
+    arms = [Arm(name="diloco", draft=DRAFT, workers=(WORKERS,) * rounds)]
+    for overlap_steps, rate, momentum in ((4, 0.7, 0.8), (15, 0.7, 0.8), (15, 0.5, 0.5), (15, 0.3, 0.5)):
+        training = replace(DRAFT.training, strategy=DELAYED, overlap_steps=overlap_steps)
+        draft = replace(DRAFT, training=training, outer=Outer(learning_rate=rate, momentum=momentum))
+        name = f"{overlap_steps} steps late, outer {rate}/{momentum}"
+        arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * rounds))
+    return tuple(arms)
+
+
 def _make_inner(rounds: int) -> tuple[Arm, ...]:
     return tuple(
         Arm(
@@ -233,6 +258,14 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         "outer": Experiment(question="Learning rate and momentum of the outer step", make=_make_outer),
         "overlapped": Experiment(
             question="Training beside the exchange (arXiv 2501.18512, one fragment)", make=_make_overlapped
+        ),
+        "streaming": Experiment(
+            question="Fragments that take turns (arXiv 2501.18512), each parameter as often as in DiLoCo",
+            make=_make_streaming,
+        ),
+        "delayed": Experiment(
+            question="Work beside the exchange that stays (DiLoCoX, arXiv 2506.21263), against DiLoCo",
+            make=_make_delayed,
         ),
         "inner": Experiment(question="Inner optimizers, each at the same three learning rates", make=_make_inner),
         "speeds": Experiment(

@@ -90,7 +90,8 @@ class Worker:
         self._batches_done += 1
 
     def merge(self, base: FloatVector, included: tuple[int, ...]) -> None:
-        """A round is certified with these parts of this worker's contribution: none, where it was left out."""
+        """A round is certified with this worker's contribution in these parts of the vector: none, where it was left
+        out."""
         rounds = self._manifest.rounds
         self._missed = 0 if included else self._missed + 1
         if self._missed > self._manifest.training.missed_rounds_max:
@@ -149,11 +150,11 @@ class Swarm:
         self._root = self._replica.apply(result, blobs)
         if not np.isfinite(self.base).all():
             raise Diverged(f"the base of round {number} is not finite")
-        places = {one: index for index, one in enumerate(present)}
+        places, parts = {one: index for index, one in enumerate(present)}, self._manifest.list_parts(number)
         for one, worker in enumerate(self.workers):
             index = places.get(one)
             included = () if index is None else worker.contributor.settle(frozen[index], result, index)
-            worker.merge(self.base, included)
+            worker.merge(self.base, tuple(parts[place] for place in included))
 
     def _reduce(
         self, number: int, present: Sequence[int], frozen: Sequence[Frozen], arrived: frozenset[int]
@@ -163,11 +164,11 @@ class Swarm:
         weights = planned_weights((one.tokens for one in workers), (one.steps for one in workers))
         factors = clip_factors(one.norm for one in frozen)
         updates = []
-        for part in range(self._manifest.parts):
+        for place, part in enumerate(self._manifest.list_parts(number)):
             first, end = self._manifest.part_range(part)
             parts = [
                 WeightedPart(
-                    encoded=frozen[index].encoded[part],
+                    encoded=frozen[index].encoded[place],
                     weight=float(weights[index]),
                     clip_factor=float(factors[index]),
                 )

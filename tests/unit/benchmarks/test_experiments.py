@@ -96,6 +96,18 @@ def test_one_worker_whose_updates_are_taken_whole_is_plain_training() -> None:
     np.testing.assert_allclose(swarm.base, expected, atol=2e-6)
 
 
+def test_fragments_of_one_workers_updates_are_plain_training_as_of_their_last_turn() -> None:
+    swarm = make_swarm(1, replace(DRAFT, rounds=replace(DRAFT.rounds, part_elements=1 << 12, fragments=3)))
+    manifest, batches = make_manifest(1), make_batches(make_manifest(1), 1)
+    for _ in range(4):
+        swarm.run_round([0])
+    np.testing.assert_allclose(swarm.workers[0].parameters(), train_plainly(manifest, batches, 4 * STEPS), atol=2e-6)
+    turns = (np.arange(swarm.base.size) // (1 << 12)) % 3
+    for turn, rounds in ((0, 4), (1, 2), (2, 3)):
+        expected = train_plainly(manifest, batches, rounds * STEPS)
+        np.testing.assert_allclose(swarm.base[turns == turn], expected[turns == turn], atol=2e-6)
+
+
 def test_the_synchronous_baseline_is_plain_training_on_the_union_of_the_batches() -> None:
     manifest = make_manifest(3)
     baseline = Synchronous(manifest, make_batches(manifest, 3))
@@ -245,7 +257,9 @@ def test_arms_have_names_of_their_own_and_manifests_that_fit(name: str) -> None:
             assert len(TEXTS) == 3 and arm.texts in TEXTS
 
 
-@pytest.mark.parametrize("name", ["diloco", "codecs", "dropped", "shards", "outer", "overlapped", "inner"])
+@pytest.mark.parametrize(
+    "name", ["diloco", "codecs", "dropped", "shards", "outer", "overlapped", "streaming", "delayed", "inner"]
+)
 def test_arms_see_equal_tokens_but_for_the_one_of_equal_steps(name: str) -> None:
     steps = {arm.name: sum(arm.workers) * arm.draft.training.inner_steps for arm in make_arms(name, 16)}
     fewer = steps.pop("one worker, equal steps", None)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from shoal.node.training.gpt_config import parse_options, read_gpt_config
+from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.loop import InnerLoop
 from shoal.node.training.messages import Begin, Ready
 from shoal.node.training.model import Gpt
-from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.tasks import describe, make_task
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.layout import initialise

@@ -14,9 +14,9 @@ from blake3 import blake3
 from torch import nn
 
 from shoal.node.training.initial_values import list_starts
+from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.loop import InnerLoop
 from shoal.node.training.messages import Begin, Evaluate, Evaluated, Ready, Sample, Sampled, Start
-from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.tasks import describe, make_task
 from shoal.protocol.errors import InputError, ManifestError
 from shoal.protocol.layout import ONES, UNIFORM, ZEROS, initialise
