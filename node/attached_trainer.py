@@ -59,6 +59,7 @@ from shoal.protocol.manifest import Manifest
 
 HANDSHAKES_MAX = 4
 HANDSHAKE_TIMEOUT_S = 10.0
+ACCEPT_PAUSE_S = 1.0
 BUFFER_BYTES_MAX = 1 << 20
 RECEIVE_BYTES = 1 << 16
 DIFFERENCES_TOLD_MAX = 3
@@ -187,7 +188,12 @@ class AttachedTrainer:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(listener)
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptor left, or a peer that was gone again
+                log.warning("a script could not connect: %s", error.strerror or error)
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
             if len(self._handshakes) >= HANDSHAKES_MAX:
                 connection.close()
                 continue

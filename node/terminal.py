@@ -184,7 +184,7 @@ def describe_status(status: Status) -> list[str]:
     ]
     for title, verdict in (("unhealthy", judge_health(status)), ("not ready", judge_readiness(status))):
         lines += [f"{title}: {clean_text(reason, REASON_CHARS_MAX)}" for reason in verdict.reasons]
-    lines += [f"warning: {clean_text(warning)}" for warning in status.warnings]
+    lines += [f"warning: {clean_text(warning, REASON_CHARS_MAX)}" for warning in status.warnings]
     return [*lines, *(f"{title}: {text}" for title, text in _failure_rows(status))]
 
 
@@ -209,7 +209,7 @@ def render_status(status: Status) -> "RenderableType":
         Text(f"! {clean_text(reason, REASON_CHARS_MAX)}", "red") for reason in health.reasons
     ]
     notices += [Text(f"! {clean_text(one)}", "yellow") for one in readiness.reasons if one not in health.reasons]
-    notices += [Text(f"! {clean_text(warning)}", "yellow") for warning in status.warnings]
+    notices += [Text(f"! {clean_text(warning, REASON_CHARS_MAX)}", "yellow") for warning in status.warnings]
     happened = _happening_lines(status.happenings)
     return Group(
         title,

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -130,6 +130,8 @@ class Line:
         return commands
 
     def close(self) -> None:
+        with suppress(OSError):  # for the copies that forked workers of a data loader hold
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _read(self, data: bytes) -> list[Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+import shoal
 from shoal.dht.addresses import parse_peer_address
 from shoal.node.config import CONTROL_PORT, FLAGS, TENSOR_PORT, WEB_PORT, NodeConfig, load_config
 from shoal.node.identity_file import load_identity
@@ -61,6 +62,15 @@ def test_the_wheel_takes_every_file_that_the_code_reads() -> None:
             # A folder's README is for people who read the repository.
             assert file.suffix in (".py", ".md") or any(fnmatch(name, pattern) for pattern in patterns), file
     assert {file.name for file in STATIC.iterdir()} >= {"index.html", "page.css", "page.js"}
+
+
+def test_importing_shoal_loads_nothing_until_it_is_asked_for() -> None:
+    code = "import sys, shoal; print(sorted(shoal.__all__), 'torch' in sys.modules, 'shoal.node' in sys.modules)"
+    told = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert told.stdout.strip() == "['Attachment', 'attach'] False False"
+    assert shoal.attach.__module__ == "shoal.node.training.attachment"
+    with pytest.raises(AttributeError, match="module 'shoal' has no attribute 'detach'"):
+        _ = shoal.detach
 
 
 def test_what_the_metadata_names_is_there() -> None:

@@ -47,6 +47,8 @@ async def test_a_peer_whose_trainer_was_given_up_does_not_train(tmp_path: Path) 
         assert not peer.presence.describe().trains, "nobody waits until it is started again"
         peer.compute.phase = TrainerState.STARTING
         assert not peer.presence.describe().trains
+        peer.compute.phase = TrainerState.WAITING
+        assert not peer.presence.describe().trains, "nobody waits until a person runs a script"
         peer.compute.phase = TrainerState.PAUSED
         assert peer.presence.describe().trains, "what it has done waits for its round"
 

@@ -128,6 +128,7 @@ def test_a_peer_in_the_middle_of_a_run_is_healthy_and_ready(status: Status) -> N
         (lambda s: replace(s, catch_up=replace(s.catch_up, rounds_behind=2)), True, "2 rounds behind"),
         (lambda s: replace(s, round=replace(s.round, voters_live=1)), True, "no quorum: 1 of 3 voters are live, 2 are"),
         (lambda s: replace(s, training=replace(s.training, state=TrainerState.STALLED)), True, "trainer is stalled"),
+        (lambda s: replace(s, training=replace(s.training, state=TrainerState.WAITING)), True, "no training script is"),
     ],
 )
 def test_whoever_is_not_ready_says_why(status: Status, change: Change, healthy: bool, reason: str) -> None:

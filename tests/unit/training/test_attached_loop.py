@@ -36,6 +36,7 @@ from shoal.protocol.errors import ConfigError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import OVERLAPPED, Task, Training
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ELEMENTS = 6
 TRAINING = Training(inner_steps=3, steps_min=1, round_time_s=60.0)
 WORK = Work(task=Task(kind="attached"), training=TRAINING, layout_digest=bytes(32), seed=1, peer=PeerId(b"p" * 32))
@@ -45,8 +46,8 @@ BOTH = Merge(round=2, included=b"\x03", part_elements=4, adopt_all=False, begin=
 class Rig:
     """A loop, its model, and the memory of the daemon that it is attached to."""
 
-    def __init__(self, training: Training = TRAINING, evaluate: Evaluation | None = None) -> None:
-        self.model = nn.Linear(2, 2)
+    def __init__(self, training: Training = TRAINING, evaluate: Evaluation | None = None, device: str = "cpu") -> None:
+        self.model = nn.Linear(2, 2, device=device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.loop = AttachedLoop(self.model, self.optimizer, evaluate)
         self.work = replace(WORK, training=training)
@@ -75,7 +76,7 @@ class Rig:
 
     @property
     def parameters(self) -> FloatVector:
-        flat: FloatVector = torch.cat([one.detach().view(-1) for one in self.model.parameters()]).numpy()
+        flat: FloatVector = torch.cat([one.detach().view(-1) for one in self.model.parameters()]).cpu().numpy()
         return flat
 
 
@@ -143,8 +144,9 @@ def test_what_was_not_handed_over_goes_on_where_it_stood_when_the_daemon_is_back
     assert (rig.memory[1] == 3.0).all()
 
 
-def test_what_may_still_be_counted_is_handed_over_again_to_the_bit() -> None:
-    rig = Rig()
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_may_still_be_counted_is_handed_over_again_to_the_bit(device: str) -> None:
+    rig = Rig(device=device)
     rig.train(3)
     rig.loop.lose(0.0)
     assert not rig.loop.waits
@@ -252,14 +254,15 @@ def test_tokens_are_a_positive_whole_number(tokens: int) -> None:
         list(rig.loop.step(0.5, tokens, 0.0))
 
 
-def test_the_base_is_measured_in_the_scripts_model_which_gets_its_own_back() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_base_is_measured_in_the_scripts_model_which_gets_its_own_back(device: str) -> None:
     seen: list[float] = []
 
     def measure(model: nn.Module) -> tuple[float, int]:
         seen.extend(model.weight.flatten().tolist())
         return 0.75, 12
 
-    rig = Rig(evaluate=measure)
+    rig = Rig(evaluate=measure, device=device)
     rig.train(2)
     assert rig.tell(Evaluate()) == [Evaluated(round=1, loss_nats=0.75, tokens=12)]
     assert seen == [1.0] * 4 and (rig.parameters == 1.5).all() and rig.parameters.size == ELEMENTS

@@ -1,5 +1,6 @@
 """The user's own task: which code is run and which never, what its class must have, and the docs' example."""
 
+import json
 import re
 import sys
 import tomllib
@@ -17,8 +18,9 @@ from shoal.node.training.task_faults import TaskFault
 from shoal.node.training.tasks import describe
 from shoal.protocol.errors import ConfigError, ManifestError
 from shoal.protocol.layout import initialise
+from shoal.protocol.manifest import Task
 from tests.unit.training.tiny import SEED, TRAINING, make_start, make_work
-from tests.unit.training.user_tasks import EXAMPLE, SINE, SINE_TASK, importable, write_module
+from tests.unit.training.user_tasks import EXAMPLE, LOOP_EXAMPLE, SINE, SINE_LOOP, SINE_TASK, importable, write_module
 
 
 @pytest.fixture
@@ -157,3 +159,23 @@ def test_code_that_fails_as_it_is_imported_is_told_with_its_line(folder: Path, s
 def test_the_docs_name_each_method_that_is_needed() -> None:
     text = (Path(__file__).parents[3] / "docs/tasks.md").read_text()
     assert all(f"`{name}(" in text for name in NEEDED)
+
+
+# -- the model of an attached script -----------------------------------------------------------------------------------
+
+
+def attached(path: str, **options: object) -> Task:
+    return Task(kind="attached", options=json.dumps({"path": path, **options}))
+
+
+def test_the_function_that_an_attached_task_names_makes_the_layout(tmp_path: Path) -> None:
+    with importable(tmp_path):
+        write_module(tmp_path, "sine_loop", LOOP_EXAMPLE)
+        layout = describe(attached(SINE_LOOP, width=16), [SINE_LOOP])
+        assert [spec.shape for spec in layout.tensors] == [(16, 1), (16,), (1, 16), (1,)]
+        with pytest.raises(ConfigError, match=f"does not allow {SINE_LOOP}"):
+            describe(attached(SINE_LOOP, width=16))
+        with pytest.raises(TaskFault, match="unexpected keyword argument 'depth'"):
+            describe(attached(SINE_LOOP, depth=1), [SINE_LOOP])
+        with pytest.raises(ManifestError, match="sine_loop has no function bild"):
+            describe(attached("sine_loop:bild"), ["sine_loop:bild"])
