@@ -13,7 +13,7 @@ from shoal.protocol.manifest import Task
 from tests.unit.training.tiny import OPTIONS
 
 DOCS = Path(__file__).parents[3] / "docs/tasks.md"
-EXAMPLE = DOCS.read_text().partition("```python\n")[2].partition("```")[0]
+EXAMPLE = DOCS.read_text().partition("This is a whole task:\n\n```python\n")[2].partition("```")[0]
 SINE = "sine_task:Sine"
 SINE_TASK = Task(kind="custom", options=json.dumps({"path": SINE, "width": 16}))
 
