@@ -133,7 +133,7 @@ def open_tokens(
         else:
             train, held_out, notice = _open_text(text, tokenizer, cache)
     except OSError as error:
-        problem = f"{text} cannot be read: {error.strerror or error}"
+        problem = f"{text or 'the library of Python'} cannot be read: {error.strerror or error}"
         raise ConfigError(FIELD, problem, "name a readable path") from error
     return TokenWindows(train, held_out, context=context, vocabulary=vocabulary, work=work, notice=notice)
 
