@@ -148,7 +148,7 @@ def _read_blocks(path: Path | None, bytes_max: int, files: TextFiles) -> Iterato
             for number, first in enumerate(range(0, len(text), BLOCK_BYTES)):
                 yield hash_block(name, number), text[first : first + BLOCK_BYTES]
     except OSError as error:
-        problem = f"{path} cannot be read: {error.strerror or error}"
+        problem = f"{path or 'the library of Python'} cannot be read: {error.strerror or error}"
         raise ConfigError(FIELD, problem, "name a readable path") from error
 
 

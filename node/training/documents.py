@@ -127,10 +127,13 @@ def _cut(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
     rest = ""
     for text in texts:
         rest += text
-        while len(rest) > PIECE_CHARACTERS:
-            end = rest.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS
-            yield rest[:end], False
-            rest = rest[end:]
+        first = 0
+        while len(rest) - first > PIECE_CHARACTERS:
+            last = first + PIECE_CHARACTERS
+            end = rest.rfind("\n", first, last) + 1 or last
+            yield rest[first:end], False
+            first = end
+        rest = rest[first:]
     yield rest, True
 
 

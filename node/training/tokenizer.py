@@ -79,7 +79,7 @@ class FileTokenizer:
         self.size = count_ids(raw)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [one.ids for one in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+        return [one.ids for one in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> bytes:
         text: str = self._inner.decode(list(ids), skip_special_tokens=False)

@@ -38,7 +38,7 @@ SHARDS_MAX = 512  # each is an open file of the process
 BLOCK_TOKENS = 1 << 14
 HELD_OUT_TOKENS_MIN = 1 << 11
 HELD_OUT_TOKENS_MAX = 1 << 22
-TEXT_BYTES_MAX = 1 << 26  # that are tokenized at a start, which has two minutes; shards have no such bound
+TEXT_BYTES_MAX = 1 << 24  # that are tokenized at a start, which has two minutes: some 10 s of a core
 PIECE_BYTES = 1 << 16
 PIECES_AT_A_TIME = 64
 
@@ -133,7 +133,7 @@ def open_tokens(
         else:
             train, held_out, notice = _open_text(text, tokenizer, cache)
     except OSError as error:
-        problem = f"{text} cannot be read: {error.strerror or error}"
+        problem = f"{text or 'the library of Python'} cannot be read: {error.strerror or error}"
         raise ConfigError(FIELD, problem, "name a readable path") from error
     return TokenWindows(train, held_out, context=context, vocabulary=vocabulary, work=work, notice=notice)
 

@@ -14,7 +14,9 @@ from shoal.protocol.manifest import Task
 from tests.unit.training.tiny import OPTIONS
 
 DOCS = Path(__file__).parents[3] / "docs/tasks.md"
-EXAMPLE, LOOP_EXAMPLE = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+(EXAMPLE,) = (block for block in BLOCKS if "class Sine" in block)
+(LOOP_EXAMPLE,) = (block for block in BLOCKS if "shoal.attach" in block)
 SINE = "sine_task:Sine"
 SINE_LOOP = "sine_loop:build"
 SINE_TASK = Task(kind="custom", options=json.dumps({"path": SINE, "width": 16}))
