@@ -51,7 +51,7 @@ from shoal.node.training.messages import (
 from shoal.node.training.micro_batches import is_out_of_memory
 from shoal.node.training.round_work import RoundWork
 from shoal.protocol.errors import ConfigError
-from shoal.protocol.manifest import OVERLAPPED, Training
+from shoal.protocol.manifest import DELAYED, OVERLAPPED, Training
 
 RESTARTS_MAX = 3
 TOKENS_MAX = 2**40  # of one step
@@ -81,6 +81,7 @@ class AttachedLoop:
         self._local: FloatVector = self._base
         self._rounds: RoundWork | None = None
         self._kept = 0.0  # the share of its own parameters that a merge keeps
+        self._is_delayed = False  # whether all that was done since the hand-over stays
         self._handed: HandedOver | None = None
         self._hands_again = False
         self._anchored = False  # the parameters are a base and the work made since
@@ -142,9 +143,9 @@ class AttachedLoop:
         )
 
     def _forget(self, training: Training, batches_done: int) -> None:
-        overlapped = training.strategy == OVERLAPPED
-        self._rounds = RoundWork(training, training.overlap_steps if overlapped else 0)
-        self._kept = training.mixing if overlapped else 0.0
+        self._rounds = RoundWork(training, training.overlap_steps)
+        self._kept = training.mixing if training.strategy == OVERLAPPED else 0.0
+        self._is_delayed = training.strategy == DELAYED
         self._handed, self._hands_again, self._anchored = None, False, False
         self._batches_done = batches_done
 
@@ -195,8 +196,8 @@ class AttachedLoop:
         rounds, handed, ahead = self._work, self._handed, self._work.ahead
         if merge.adopt_all:
             self._adopt()
-        elif handed is not None and ahead is not None and ahead.steps > rounds.overlap_steps:
-            # The daemon was away: the steps made meanwhile may be many, and go on top of the base that has the others.
+        elif handed is not None and ahead is not None and (self._is_delayed or ahead.steps > rounds.overlap_steps):
+            # Or the daemon was away: the steps made meanwhile may be many, and go on top of the base with the others.
             self._parameters.rebase(self._base, handed.local, merge.included, merge.part_elements)
         else:
             self._parameters.merge(self._base, merge.included, merge.part_elements, kept=self._kept)

@@ -34,7 +34,7 @@ from shoal.node.training.messages import (
 )
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.identity import PeerId
-from shoal.protocol.manifest import OVERLAPPED, Task, Training
+from shoal.protocol.manifest import DELAYED, OVERLAPPED, Task, Training
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ELEMENTS = 6
@@ -129,6 +129,15 @@ def test_overlapped_it_trains_on_beside_the_exchange_and_mixes_the_base() -> Non
     rig.tell(BOTH)
     assert (rig.parameters == (2.25 + 3.25) / 2).all()
     assert ready_of(rig.train()).steps == 3, "the two beside the exchange count towards the next one"
+
+
+def test_delayed_it_keeps_what_it_does_beside_the_exchange_upon_the_base() -> None:
+    rig = Rig(replace(TRAINING, strategy=DELAYED, overlap_steps=2, mixing=0.5))
+    rig.train(4)
+    rig.memory[0] = 3.25
+    rig.tell(BOTH)
+    assert (rig.parameters == 3.5).all()
+    assert ready_of(rig.train(2)).steps == 3
 
 
 def test_what_was_not_handed_over_goes_on_where_it_stood_when_the_daemon_is_back() -> None:
