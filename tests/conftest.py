@@ -1,12 +1,23 @@
 """What holds for every test."""
 
 import signal
+import sys
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 # How fast an example runs is the machine's affair: benchmarks measure, tests do not.
 settings.register_profile("shoal", deadline=None)
 settings.load_profile("shoal")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _real_signatures() -> Iterator[None]:
+    """What the simulator puts in the place of signatures goes with the module that used it."""
+    yield
+    if (stand_ins := sys.modules.get("tests.sim.signatures")) is not None:
+        stand_ins.uninstall()
 
 
 def pytest_configure() -> None:

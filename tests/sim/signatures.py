@@ -144,12 +144,24 @@ _STAND_INS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 def install() -> None:
     """Put the stand-ins wherever the cores and the simulator call the originals. For keys that are no SimIdentity's
-    the originals are called, so other tests of the same process do not notice."""
+    the originals are called."""
     if messages.__dict__["encode_record"] is encode_once:
         return
     messages.__dict__["encode_record"] = encode_once  # for digest_record; no other function there gets one value twice
+    _exchange(_STAND_INS)
+
+
+def uninstall() -> None:
+    """Put the originals back: what else is tested in this process finds the production code."""
+    if messages.__dict__["encode_record"] is not encode_once:
+        return
+    messages.__dict__["encode_record"] = encode_record
+    _exchange({attribute: (stand_in, original) for attribute, (original, stand_in) in _STAND_INS.items()})
+
+
+def _exchange(functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith(("shoal.protocol.", "tests.sim.")) and module.__dict__ is not globals():
-            for attribute, (original, stand_in) in _STAND_INS.items():
-                if module.__dict__.get(attribute) is original:
-                    setattr(module, attribute, stand_in)
+            for attribute, (there, wanted) in functions.items():
+                if module.__dict__.get(attribute) is there:
+                    setattr(module, attribute, wanted)
