@@ -8,6 +8,8 @@ TYPES := build/types/shoal
 PACKAGES := protocol crdt dht node
 SHOAL := $(BIN)/shoal
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+# Swarms of processes at a time: they mostly wait, but each wants a core now and then.
+SWARMS ?= $(if $(filter 1,$(JOBS)),1,2)
 
 .PHONY: demo test lint check sim sim-long chaos natlab interop fuzz setup bench clean
 
@@ -16,7 +18,7 @@ demo: setup  ## the main job: a local swarm that trains, loses a peer and gains 
 
 test: setup  ## unit, property, simulation and end-to-end tests
 	$(BIN)/python -m pytest -n $(JOBS) tests/unit tests/properties tests/sim
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest -n $(SWARMS) tests/e2e
 
 lint: setup  ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff format --check .
