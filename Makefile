@@ -18,7 +18,8 @@ demo: setup  ## the main job: a local swarm that trains, loses a peer and gains 
 
 test: setup  ## unit, property, simulation and end-to-end tests
 	$(BIN)/python -m pytest -n $(JOBS) tests/unit tests/properties tests/sim
-	$(BIN)/python -m pytest -n $(SWARMS) tests/e2e
+	$(BIN)/python -m pytest -n $(SWARMS) -m "not alone" tests/e2e
+	$(BIN)/python -m pytest -m alone tests/e2e
 
 lint: setup  ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff format --check .

@@ -17,6 +17,8 @@ from shoal.node.status import Status
 from tests.e2e.shaping_proxy import HOST, Line, ShapedNetwork
 from tests.e2e.swarm import Peer, Swarm
 
+pytestmark = pytest.mark.alone
+
 ROUNDS = 5
 BYTES_PER_ROUND_MIN = 0.2e6
 # 0.2 M parameters: over such a line a contribution and the results take seconds, over the others nothing.

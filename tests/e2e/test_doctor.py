@@ -11,6 +11,8 @@ import pytest
 
 from tests.e2e.swarm import Swarm, run
 
+pytestmark = pytest.mark.alone
+
 Rows = dict[str, list[dict[str, str]]]
 
 

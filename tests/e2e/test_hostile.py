@@ -9,6 +9,8 @@ from shoal.node.doctor_machine import list_listeners
 from tests.e2e.hostile_clients import KINDS, open_flood
 from tests.e2e.swarm import Peer, Swarm
 
+pytestmark = pytest.mark.alone
+
 CLIENTS = 120
 
 
