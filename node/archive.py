@@ -93,7 +93,7 @@ class Archive:
         """A round's parts by digest. Raises ArchiveError naming the first that is missing or damaged; `start` is where
         the rebuilding began."""
         encoded = {}
-        for part, one in zip(self.manifest.list_parts(result.round), result.parts, strict=False):
+        for part, one in self.manifest.match_parts(result):
             raw = self.read_part(one.digest)
             if raw is None:
                 gone = f"part {part} of round {result.round} is not on this disk"
@@ -106,8 +106,7 @@ class Archive:
     def _check_updates(self, start: int, number: int) -> None:
         """Raise ArchiveError where a part of the updates in between is not on this disk: before anything is read."""
         for between in range(start + 1, number + 1):
-            result = self.certificate(between).result
-            for part, one in zip(self.manifest.list_parts(between), result.parts, strict=False):
+            for part, one in self.manifest.match_parts(self.certificate(between).result):
                 if not blob_path(self._blobs, one.digest).exists():
                     gone = f"part {part} of round {between} is not on this disk"
                     raise ArchiveError(f"{gone}, and the newest snapshot before it is of round {start}")

@@ -178,7 +178,7 @@ class _Auditor:
         codec = CODECS[result.codec]
         gone = []
         manifest = self._archive.manifest
-        for part, one in zip(manifest.list_parts(result.round), result.parts, strict=False):
+        for part, one in manifest.match_parts(result):
             raw = self._archive.read_part(one.digest)
             first, end = manifest.part_range(part)
             if raw is None:

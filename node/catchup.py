@@ -90,7 +90,7 @@ class CatchUp:
         self._ports = ports
         self._apply_s: float | None = None
         self._install_s: float | None = None
-        self._update_bytes = sum(map(manifest.update_bytes, manifest.list_parts(1)))  # no round has more
+        self._update_bytes = sum(map(manifest.update_bytes, manifest.list_parts(1)))
         self.donors = Donors(
             swarm,
             manifest.authority(swarm),

@@ -451,7 +451,7 @@ def describe_model(manifest: Manifest | None) -> ModelSeen | None:
     return ModelSeen(
         name=manifest.name,
         parameters=manifest.layout.elements,
-        contribution_bytes=sum(map(manifest.contribution_bytes, manifest.list_parts(1))),  # no round has more
+        contribution_bytes=sum(map(manifest.contribution_bytes, manifest.list_parts(1))),
         exchange_timeout_s=manifest.rounds.exchange_timeout_s,
     )
 

@@ -340,10 +340,9 @@ class SwarmVisit:
         if not isinstance(answer, CertificatesAnswer) or not answer.certificates:
             return []
         result = answer.certificates[0].result
-        parts = manifest.list_parts(result.round)
-        if len(parts) != len(result.parts):
+        if len(result.parts) != len(manifest.list_parts(result.round)):
             return []
-        return [(one.digest, manifest.update_bytes(part)) for part, one in zip(parts, result.parts, strict=True)]
+        return [(one.digest, manifest.update_bytes(part)) for part, one in manifest.match_parts(result)]
 
 
 class _VisitorSink:

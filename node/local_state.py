@@ -389,8 +389,7 @@ class LocalState:
             await asyncio.to_thread(self._find_updates)
 
     def _sizes(self, result: Result) -> Sizes:
-        parts = self._manifest.list_parts(result.round)
-        return {one.digest: self._manifest.update_bytes(part) for part, one in zip(parts, result.parts, strict=False)}
+        return {one.digest: self._manifest.update_bytes(part) for part, one in self._manifest.match_parts(result)}
 
     def _sweep(self) -> None:
         """Remove what the limits make unnecessary."""

@@ -118,15 +118,14 @@ class Replay:
         self._ahead_bytes += nbytes
         self._ahead_rounds += 1
         result = certificate.result
-        digests = [part.digest for part in result.parts]
-        held = await asyncio.to_thread(self._find_held, digests)
+        held = await asyncio.to_thread(self._find_held, [one.digest for one in result.parts])
         pieces = []
-        for part, digest in zip(self._manifest.list_parts(result.round), digests, strict=False):
-            if digest in held:
-                transfer.note_held(digest)
-            elif not transfer.plan.is_here(digest):
-                self._parts[digest] = part
-                pieces.append(Piece(digest=digest, nbytes=self._manifest.update_bytes(part), round=result.round))
+        for part, one in self._manifest.match_parts(result):
+            if one.digest in held:
+                transfer.note_held(one.digest)
+            elif not transfer.plan.is_here(one.digest):
+                self._parts[one.digest] = part
+                pieces.append(Piece(digest=one.digest, nbytes=self._manifest.update_bytes(part), round=result.round))
         transfer.add(pieces)
 
     def _leave_behind(self, certificate: Certificate) -> None:
@@ -150,8 +149,7 @@ class Replay:
         self._state.stores.blobs.write(digest, raw, fetched=True)
 
     def _update_bytes(self, certificate: Certificate) -> int:
-        result = certificate.result
-        return sum(map(self._manifest.update_bytes, self._manifest.list_parts(result.round))) if result.parts else 0
+        return sum(self._manifest.update_bytes(part) for part, _ in self._manifest.match_parts(certificate.result))
 
     # -- apply -------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ The founders are the voters of round 1.
 Invariant: the canonical bytes of a manifest hash to the swarm id; what shapes the global state stands nowhere else.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 from urllib.parse import parse_qs, quote, urlsplit
@@ -18,7 +19,7 @@ from shoal.protocol.codecs import CODECS, UPDATE_CODECS
 from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriError
 from shoal.protocol.identity import Identity, PeerId, verify_signature
 from shoal.protocol.layout import Layout
-from shoal.protocol.messages import PARTS_MAX, ROSTER_MAX, VOTERS_MAX, Peer
+from shoal.protocol.messages import PARTS_MAX, ROSTER_MAX, VOTERS_MAX, PartResult, Peer, Result
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
 from shoal.protocol.quorum import Authority, Head, QuorumRule, list_parts
 from shoal.protocol.state import STATE_ELEMENTS_MAX
@@ -167,8 +168,13 @@ class Manifest:
         return parts
 
     def list_parts(self, round_number: int) -> range:
-        """The parts that a round exchanges, by their place in its plan and its result: those of one fragment."""
+        """The parts that a round exchanges, by their place in its plan and its result: those of one fragment. No round
+        has more of them than the first."""
         return list_parts(self.parts, self.rounds.fragments, round_number)
+
+    def match_parts(self, result: Result) -> Iterator[tuple[int, PartResult]]:
+        """The parts of the vector, each with what the result says of it; none where it changes the voters alone."""
+        return zip(self.list_parts(result.round), result.parts, strict=False)
 
     def part_range(self, part: int) -> tuple[int, int]:
         """First element and one past the last of a part of the flat vector."""

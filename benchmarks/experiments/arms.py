@@ -91,7 +91,6 @@ def run_arm(arm: Arm, seed: int) -> Run:
             points.append(point)
     except (Diverged, NonFiniteContribution) as error:
         problem = str(error)
-    # No round has more parts than the first.
     contributed = 0 if arm.synchronous else sum(map(manifest.contribution_bytes, manifest.list_parts(1)))
     return Run(
         arm=arm.name,
