@@ -356,7 +356,7 @@ ADMISSION_TOLD = {
 def _run_create(options: argparse.Namespace) -> int:
     from shoal.node.identity_file import load_or_create_identity
     from shoal.node.trainer import describe_task
-    from shoal.node.training.causal_lm_config import fill_in
+    from shoal.node.training.causal_lm_config import CAUSAL_LM, fill_in
     from shoal.node.training.tokenizer import BYTES
     from shoal.protocol.identity import format_peer_id, parse_peer_id
     from shoal.protocol.manifest import (
@@ -389,7 +389,7 @@ def _run_create(options: argparse.Namespace) -> int:
     out.write_bytes(signed)
     print(f"swarm      {draft.name}: {layout.elements:,} parameters, first voter {format_peer_id(peer.peer)}")
     print(f"manifest   {out}")
-    if filled.get("tokenizer", BYTES) != BYTES:
+    if draft.task.kind == CAUSAL_LM and filled.get("tokenizer", BYTES) != BYTES:
         print(f"tokenizer  {filled['tokenizer']} (its members start with --tokenizer FILE: send them that file)")
     print(f"owner key  {folder / 'owner.key'} (keep it safe: it signs changes of the swarm)")
     print(f"URI        {SwarmUri(swarm=swarm, bootstraps=tuple(options.bootstrap))}")
@@ -490,6 +490,8 @@ def _run_export(options: argparse.Namespace) -> int:
     from shoal.node.export import read_certified_model, read_retained_model, write_model
     from shoal.node.hf_folder import write_hf_folder
 
+    if options.format != "hf" and options.tokenizer is not None:
+        raise ConfigError("--tokenizer", "goes into a folder for transformers", "add --format hf")
     folder = _data_dir(options.data_dir)
     model = read_certified_model(folder) if options.round is None else read_retained_model(folder, options.round)
     if options.format == "hf":
@@ -509,9 +511,8 @@ def _run_tokenize(options: argparse.Namespace) -> int:
     from shoal.node.training.tokenizer import write_digest
 
     with show_progress("tokenized") as told:
-        written, digest = tokenize_files(
-            options.text, options.out, options.tokenizer, options.end, options.shard_tokens or SHARD_TOKENS, told
-        )
+        size = SHARD_TOKENS if options.shard_tokens is None else options.shard_tokens
+        written, digest = tokenize_files(options.text, options.out, options.tokenizer, options.end, size, told)
     if written.notice:
         print(written.notice)
     print(f"{options.out}: {written.tokens:,} tokens in {len(written.paths)} shards, tokenizer {write_digest(digest)}")

@@ -192,6 +192,6 @@ def write_hf_folder(model: CertifiedModel, out: Path, tokenizer: Path | None = N
         raise ConfigError("--format", f"transformers has no architecture for the task {kind!r}", fix)
     if out.exists() and not out.is_dir():
         raise ConfigError("--out", f"{out} is a file", "give a folder")
-    raw = None if tokenizer is None else read_file(tokenizer)
+    raw = None if tokenizer is None else read_file(tokenizer)[0]
     out.mkdir(parents=True, exist_ok=True)
     FOLDERS[kind](model, out, raw)

@@ -28,7 +28,7 @@ from shoal.protocol.errors import ManifestError
 from shoal.protocol.layout import Layout, make_layout
 
 # Read by the libraries when they are imported.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TELEMETRY": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 class CausalLm:
@@ -52,6 +52,10 @@ class CausalLm:
         with _tell_config():
             rest = {key: value for key, value in self._options.config.items() if key != "model_type"}
             config = self._library.AutoConfig.for_model(name, **rest)
+            text = config.get_text_config()
+        if text is not config:
+            fix = f"use {text.model_type}, with the options that stand in its text_config"
+            raise ManifestError("task.config.model_type", f"{name[:64]!r} is a model of more than text", fix)
         check_vocabulary(getattr(config, "vocab_size", None), 1)
         check_context(getattr(config, "max_position_embeddings", None), self._options.context)
         return config

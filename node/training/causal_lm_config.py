@@ -19,7 +19,6 @@ from shoal.node.training.tokenizer import (
     BYTE_IDS,
     BYTES,
     ByteTokenizer,
-    count_ids,
     parse_digest,
     read_file,
     write_digest,
@@ -137,12 +136,12 @@ def fill_in(kind: str, options: Mapping[str, Any], folder: Path) -> dict[str, An
     if isinstance(tokenizer, str) and parse_digest(tokenizer) is None:
         path = folder / Path(tokenizer).expanduser()
         try:
-            raw = read_file(path / TOKENIZER_FILE if path.is_dir() else path)
+            raw, ids = read_file(path / TOKENIZER_FILE if path.is_dir() else path)
         except ConfigError as error:
             raise ManifestError("task.tokenizer", error.problem, error.fix) from error
         filled["tokenizer"] = write_digest(blake3(raw).digest())
-        if isinstance(filled.get("config"), dict) and "vocab_size" in filled["config"]:
-            check_vocabulary(filled["config"]["vocab_size"], count_ids(raw))
+        if isinstance(filled.get("config"), dict):
+            check_vocabulary(filled["config"].get("vocab_size"), ids)
     return filled
 
 
@@ -156,7 +155,11 @@ def _load_config(config: Any, folder: Path) -> Any:
         what = str(path)
         try:
             with path.open("rb") as file:
-                text = file.read(CONFIG_BYTES_MAX + 1).decode()
+                raw = file.read(CONFIG_BYTES_MAX + 1)
+            if len(raw) > CONFIG_BYTES_MAX:
+                problem = f"{path} is larger than {CONFIG_BYTES_MAX} bytes"
+                raise ManifestError("task.config", problem, f"give a {CONFIG_FILE}")
+            text = raw.decode()
         except OSError as error:
             fix = f"give the path of a {CONFIG_FILE}, or of the folder that has it"
             raise ManifestError("task.config", f"{path} cannot be read: {error.strerror or error}", fix) from error

@@ -8,7 +8,7 @@ store; what is trained on is in memory, so that files may change or go while it 
 """
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -52,16 +52,21 @@ def read_corpus(path: Path | None, bytes_max: int = CORPUS_BYTES_MAX) -> Corpus:
     total = sum(len(block) for _, block in blocks)
     if total < CORPUS_BYTES_MIN:
         raise ConfigError(FIELD, f"{path} has {total} bytes of text", f"give at least {CORPUS_BYTES_MIN}")
-    order = sorted(range(len(blocks)), key=lambda index: blocks[index][0])
-    sums = accumulate(len(blocks[index][1]) for index in order)
     wanted = max(HELD_OUT_BYTES_MIN, int(total * HELD_OUT_SHARE))
-    count = 1 + next(position for position, reached in enumerate(sums) if reached >= wanted)
-    held_out = frozenset(order[:count])
+    held_out = choose_held_out([(key, len(block)) for key, block in blocks], wanted)
     return Corpus(
         train=_join(block for index, (_, block) in enumerate(blocks) if index not in held_out),
         held_out=_join(block for index, (_, block) in enumerate(blocks) if index in held_out),
         notice=files.notice,
     )
+
+
+def choose_held_out(blocks: Sequence[tuple[bytes, int]], wanted: int) -> frozenset[int]:
+    """Which of the blocks (hash, size) are held out: in the order of the hash, until they make up `wanted`."""
+    order = sorted(range(len(blocks)), key=lambda index: blocks[index][0])
+    sums = accumulate(blocks[index][1] for index in order)
+    last = next((place for place, reached in enumerate(sums) if reached >= wanted), len(order) - 1)
+    return frozenset(order[: last + 1])
 
 
 class Draws:

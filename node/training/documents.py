@@ -10,7 +10,7 @@ large a file is.
 import codecs
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,11 @@ class TextFiles:
         if file.suffix in _ROW_NAMES:
             texts = _Texts(file)
             for text in texts:
-                yield from _cut(iter((text,)))
+                yield from cut(iter((text,)))
             self._settle(file, texts)
         else:
-            yield from _cut(_decode(file))
+            with file.open("rb") as source:
+                yield from cut(decode(iter(lambda: source.read(PIECE_CHARACTERS), b"")))
 
     def _settle(self, file: Path, texts: "_Texts") -> None:
         """Count what was read of a table. Raises ConfigError where more than half of the rows have no text: that is
@@ -114,15 +115,15 @@ def name_file(file: Path, root: Path) -> bytes:
     return file.relative_to(root).as_posix().encode() if file != root else file.name.encode()
 
 
-def _decode(file: Path) -> Iterator[str]:
+def decode(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The text of a document's bytes; what is not UTF-8 becomes U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    with file.open("rb") as source:
-        while raw := source.read(PIECE_CHARACTERS):
-            yield decoder.decode(raw)
+    for raw in chunks:
+        yield decoder.decode(raw)
     yield decoder.decode(b"", final=True)
 
 
-def _cut(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
+def cut(texts: Iterator[str]) -> Iterator[tuple[str, bool]]:
     """One document, cut behind line breaks where it has any: a tokenizer makes other tokens of half a word."""
     rest = ""
     for text in texts:

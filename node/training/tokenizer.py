@@ -61,7 +61,7 @@ class FileTokenizer:
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError naming the file."""
-        raw = read_file(path)
+        raw, self.size = read_file(path)
         try:
             library: Any = import_module("tokenizers")
         except ModuleNotFoundError as error:
@@ -76,7 +76,6 @@ class FileTokenizer:
         self._inner.no_padding()
         self._inner.no_truncation()
         self.digest: bytes = blake3(raw).digest()
-        self.size = count_ids(raw)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [one.ids for one in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -91,8 +90,8 @@ class FileTokenizer:
         return found
 
 
-def read_file(path: Path) -> bytes:
-    """A tokenizer's file; raises ConfigError."""
+def read_file(path: Path) -> tuple[bytes, int]:
+    """A tokenizer's file, and one more than the largest id in it; raises ConfigError."""
     try:
         with path.open("rb") as file:
             raw = file.read(FILE_BYTES_MAX + 1)
@@ -102,10 +101,9 @@ def read_file(path: Path) -> bytes:
     if len(raw) > FILE_BYTES_MAX:
         raise ConfigError(FIELD, f"{path} is larger than {FILE_BYTES_MAX} bytes", "give the path of a tokenizer.json")
     try:
-        count_ids(raw)  # whether it is one at all
+        return raw, count_ids(raw)
     except ConfigError as error:
         raise ConfigError(FIELD, f"{path} {error.problem}", error.fix) from error
-    return raw
 
 
 def count_ids(raw: bytes) -> int:

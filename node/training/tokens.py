@@ -7,10 +7,9 @@ Invariants: those of data.py, but that shards are read where they lie: who remov
 while it is trained on ends the trainer. Every id that leaves this module is below the model's vocabulary.
 """
 
-import codecs
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,21 @@ from shoal.node.training.data import (
     HELD_OUT_SHARE,
     Corpus,
     Draws,
+    choose_held_out,
     hash_block,
     list_text_files,
     read_corpus,
 )
-from shoal.node.training.documents import FIELD, list_files, name_file
+from shoal.node.training.documents import FIELD, PIECE_CHARACTERS, cut, decode, list_files, name_file
 from shoal.node.training.messages import Work
-from shoal.node.training.shards import SHARD_SUFFIX, Shard, ShardWriter, choose_type, open_shard
+from shoal.node.training.shards import (
+    PIECES_AT_A_TIME,
+    SHARD_SUFFIX,
+    Shard,
+    ShardWriter,
+    choose_type,
+    open_shard,
+)
 from shoal.node.training.tokenizer import Tokenizer, write_digest
 from shoal.protocol.errors import ConfigError
 
@@ -38,11 +45,9 @@ SHARDS_MAX = 512  # each is an open file of the process
 BLOCK_TOKENS = 1 << 14
 HELD_OUT_TOKENS_MIN = 1 << 11
 HELD_OUT_TOKENS_MAX = 1 << 22
-TEXT_BYTES_MAX = 1 << 24  # that are tokenized at a start, which has two minutes: some 10 s of a core
-PIECE_BYTES = 1 << 16
-PIECES_AT_A_TIME = 64
+TEXT_BYTES_MAX = 1 << 24  # that are tokenized at a start, which has two minutes
 
-_CACHE_VERSION = b"1"
+_CACHE_VERSION = b"2"
 _PARTS = (".train" + SHARD_SUFFIX, ".held_out" + SHARD_SUFFIX)
 _NOTICE = ".notice"
 
@@ -156,10 +161,7 @@ def split_shards(shards: Sequence[tuple[Shard, bytes]]) -> tuple[TokenRuns, Toke
             blocks.append((hash_block(name, block), (number, first, min(first + BLOCK_TOKENS, count))))
     total = sum(len(shard.tokens) for shard, _ in shards)
     wanted = max(HELD_OUT_TOKENS_MIN, min(HELD_OUT_TOKENS_MAX, int(total * HELD_OUT_SHARE)))
-    order = sorted(range(len(blocks)), key=lambda index: blocks[index][0])
-    sums = accumulate(blocks[index][1][2] - blocks[index][1][1] for index in order)
-    count = 1 + next((place for place, reached in enumerate(sums) if reached >= wanted), len(order) - 1)
-    held_out = frozenset(order[:count])
+    held_out = choose_held_out([(key, last - first) for key, (_, first, last) in blocks], wanted)
     arrays = [(str(shard.path), shard.tokens) for shard, _ in shards]
     train = [run for index, (_, run) in enumerate(blocks) if index not in held_out]
     return TokenRuns(arrays, train), TokenRuns(arrays, [blocks[index][1] for index in sorted(held_out)])
@@ -197,7 +199,7 @@ def _list_notices(corpus: Corpus, replaced: int) -> Iterator[str]:
         yield f"{FIELD}: the first {TEXT_BYTES_MAX >> 20} MiB are used; `shoal tokenize` makes shards of all"
     # Where blocks part, a character of several bytes becomes four marks at most.
     if replaced > 4 * (total // BLOCK_BYTES + 1):
-        yield f"{FIELD}: {replaced} places are not UTF-8, and are read as U+FFFD"
+        yield f"{FIELD}: {replaced} places are U+FFFD, as which what is not UTF-8 is read"
 
 
 def _make_runs(text: Path | None, ids: Ids) -> TokenRuns:
@@ -205,19 +207,15 @@ def _make_runs(text: Path | None, ids: Ids) -> TokenRuns:
 
 
 def _tokenize(text: NDArray[np.uint8], tokenizer: Tokenizer) -> tuple[Ids, int]:
-    """The ids, and how many places are not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    """The ids, and how many places are U+FFFD."""
     kind = choose_type(tokenizer.size)
     found: list[Ids] = []
     replaced = 0
-    for first in range(0, text.size, PIECE_BYTES * PIECES_AT_A_TIME):
-        group = text[first : first + PIECE_BYTES * PIECES_AT_A_TIME]
-        raw = [group[start : start + PIECE_BYTES].tobytes() for start in range(0, group.size, PIECE_BYTES)]
-        pieces = [decoder.decode(one) for one in raw]
-        if first + group.size == text.size:
-            pieces.append(decoder.decode(b"", final=True))
-        replaced += sum(piece.count("\ufffd") for piece in pieces)
-        found += [np.array(ids, dtype=kind) for ids in tokenizer.encode(pieces)]
+    chunks = (text[first : first + PIECE_CHARACTERS].tobytes() for first in range(0, text.size, PIECE_CHARACTERS))
+    pieces = (piece for piece, _ in cut(decode(chunks)))
+    while group := list(islice(pieces, PIECES_AT_A_TIME)):
+        replaced += sum(piece.count("\ufffd") for piece in group)
+        found += [np.array(ids, dtype=kind) for ids in tokenizer.encode(group)]
     return np.concatenate(found), replaced
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from shoal.protocol.layout import ONES, UNIFORM, ZEROS, initialise
 from shoal.protocol.manifest import Task
 from tests.unit.training.lm_samples import GPT2, LLAMA, make_lm_task, write_tokenizer
 from tests.unit.training.tiny import SEED, TEXT, TRAINING, make_work
+
+DOCS = (Path(__file__).parents[3] / "docs/tasks.md").read_text(encoding="utf-8")
+DESCRIBED = DOCS.partition("small models of these types were described: ")[2].partition(".")[0]
 
 pytest.importorskip("transformers", reason="an extra")
 TIED = {**LLAMA, "tie_word_embeddings": True}
@@ -102,6 +106,12 @@ def test_it_learns_the_tokens_of_a_tokenizer(tmp_path: Path) -> None:
     assert isinstance(sampled, Sampled) and 0 < len(sampled.text) <= 30
 
 
+@pytest.mark.parametrize("name", re.findall(r"[a-z0-9_]+", DESCRIBED))
+def test_the_types_that_the_docs_name_are_described(name: str) -> None:
+    layout = describe(make_lm_task({**LLAMA, "model_type": name, "pad_token_id": 0}))
+    assert layout.elements < 20_000_000, "the sizes are those of the config, as far as the type calls them so"
+
+
 @pytest.mark.parametrize(
     ("change", "field", "word"),
     [
@@ -110,6 +120,9 @@ def test_it_learns_the_tokens_of_a_tokenizer(tmp_path: Path) -> None:
         ({"hidden_size": 33}, "task.config", "hidden size"),
         ({"hidden_size": "wide"}, "task.config", "hidden_size"),
         ({"model_type": "mamba"}, "task.config", "A_log"),
+        ({"model_type": "qwen3_next"}, "task.config", ""),
+        ({"model_type": "rwkv"}, "task.config", ""),
+        ({"model_type": "gemma3"}, "task.config.model_type", "more than text"),
     ],
 )
 def test_a_config_that_makes_no_model_is_refused(change: dict[str, Any], field: str, word: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from shoal.node.training.causal_lm_config import clean_config, fill_in, read_causal_lm
+from shoal.node.training.causal_lm_config import CONFIG_BYTES_MAX, clean_config, fill_in, read_causal_lm
 from shoal.protocol.errors import ManifestError
 from tests.unit.training.lm_samples import LLAMA, MERGES, write_tokenizer
 
@@ -89,6 +89,9 @@ def test_of_a_tokenizer_the_digest_goes_into_the_manifest(tmp_path: Path) -> Non
     with pytest.raises(ManifestError) as caught:
         fill_in("causal_lm", {"config": {**LLAMA, "vocab_size": 257}, "tokenizer": "tokenizer.json"}, tmp_path)
     assert caught.value.field == "task.config.vocab_size" and f"use {256 + len(MERGES) + 1}" in caught.value.fix
+    with pytest.raises(ManifestError) as caught:  # the library's default may be too few
+        fill_in("causal_lm", {"config": {"model_type": "llama"}, "tokenizer": "tokenizer.json"}, tmp_path)
+    assert caught.value.field == "task.config.vocab_size"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,7 @@ def test_of_a_tokenizer_the_digest_goes_into_the_manifest(tmp_path: Path) -> Non
         ({"config": "bad.json"}, "task.config"),
         ({"config": "binary.json"}, "task.config"),
         ({"config": "{"}, "task.config"),
+        ({"config": "large.json"}, "task.config"),
         ({"config": LLAMA, "tokenizer": "absent.json"}, "task.tokenizer"),
         ({"config": LLAMA, "tokenizer": "bad.json"}, "task.tokenizer"),
     ],
@@ -105,6 +109,7 @@ def test_of_a_tokenizer_the_digest_goes_into_the_manifest(tmp_path: Path) -> Non
 def test_files_that_cannot_be_used_are_refused_by_name(tmp_path: Path, options: dict[str, Any], field: str) -> None:
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "large.json").write_text(json.dumps({**LLAMA, "note": "x" * CONFIG_BYTES_MAX}))
     with pytest.raises(ManifestError) as caught:
         fill_in("causal_lm", options, tmp_path)
     assert caught.value.field == field

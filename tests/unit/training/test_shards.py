@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.node.training import shards
 from shoal.node.training.data import read_corpus
 from shoal.node.training.shards import (
     PIECES_AT_A_TIME,
@@ -143,4 +142,3 @@ def test_a_task_of_bytes_does_not_take_tokens_for_text(tmp_path: Path) -> None:
     assert "a.bin holds tokens" in caught.value.problem
     (tmp_path / "a.bin").write_bytes(b"no shard" * 20_000)
     assert read_corpus(tmp_path).train.size > 100_000
-    assert shards.SHARD_TOKENS <= shards.SHARD_TOKENS_MAX

@@ -222,7 +222,7 @@ def test_what_is_left_out_of_text_is_told_now_and_after_a_restart(
     monkeypatch.undo()
     for _ in range(2):
         notice = open_text(text, tokenizer, tmp_path / "cache").notice
-        assert "1 of 2 lines of JSON" in notice and "1000 places are not UTF-8" in notice
+        assert "1 of 2 lines of JSON" in notice and "1000 places are U+FFFD" in notice
 
 
 def test_too_little_text_is_refused_by_name(tmp_path: Path, tokenizer: FileTokenizer) -> None:
