@@ -102,10 +102,6 @@ class AttachedTrainer:
         self._script: _Script | None = None
 
     @property
-    def base(self) -> FloatVector:
-        return self._memory.base
-
-    @property
     def local(self) -> FloatVector:
         return self._memory.local
 

@@ -141,9 +141,6 @@ class Trainer(Protocol):
     Events arrive at the callback that the implementation was made with, on the daemon's loop, in order."""
 
     @property
-    def base(self) -> FloatVector: ...
-
-    @property
     def local(self) -> FloatVector: ...
 
     @property

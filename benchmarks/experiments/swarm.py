@@ -79,7 +79,7 @@ class Worker:
 
     def train_on(self, number: int) -> None:
         """What the strategy trains after it has handed over, until the new base comes; raises Diverged."""
-        for _ in range(self._strategy.overlap_steps):
+        for _ in range(self._manifest.training.overlap_steps):
             self._step(number)
             self._ahead += 1
         self._begun = self._ahead

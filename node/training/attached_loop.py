@@ -9,8 +9,8 @@ merged now; what was handed over and is not known was never offered, and counts 
 knows of more than was made here another script has contributed meanwhile, and the base is adopted.
 
 Invariants: no step is in two contributions that can both be counted; Ready is reported once a round and only with
-finite parameters in `local`; a script that cannot be trained ends after RESTARTS_MAX times in a row at the base; the
-script's optimizer loses its state with values that are not finite, and never otherwise.
+finite parameters in `local`; the script's optimizer loses its state with values that are not finite, and never
+otherwise.
 """
 
 import math
@@ -53,7 +53,6 @@ from shoal.node.training.round_work import RoundWork
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.manifest import DELAYED, OVERLAPPED, Training
 
-RESTARTS_MAX = 3
 TOKENS_MAX = 2**40  # of one step
 
 Evaluation = Callable[[nn.Module], tuple[float, int]]
@@ -61,9 +60,11 @@ Evaluation = Callable[[nn.Module], tuple[float, int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandedOver:
-    """What the last Ready was about. `local` is the memory that it was written to; nobody changes it until the next."""
+    """What the last Ready was about. `local` is the memory that it was written to; nobody changes it until the next.
+    `since` is what the steps made after it stand upon: the same, or the base that the parameters went back to."""
 
     local: FloatVector
+    since: FloatVector
     batches_done: int
     tally: Tally
     loss_mean: float
@@ -80,13 +81,10 @@ class AttachedLoop:
         self._base: FloatVector = np.zeros(0, np.float32)
         self._local: FloatVector = self._base
         self._rounds: RoundWork | None = None
-        self._kept = 0.0  # the share of its own parameters that a merge keeps
-        self._is_delayed = False  # whether all that was done since the hand-over stays
         self._handed: HandedOver | None = None
         self._hands_again = False
         self._anchored = False  # the parameters are a base and the work made since
         self._batches_done = 0
-        self._restarts = 0
         self._replaced = False
         self._attached = False
 
@@ -143,9 +141,7 @@ class AttachedLoop:
         )
 
     def _forget(self, training: Training, batches_done: int) -> None:
-        self._rounds = RoundWork(training, training.overlap_steps)
-        self._kept = training.mixing if training.strategy == OVERLAPPED else 0.0
-        self._is_delayed = training.strategy == DELAYED
+        self._rounds = RoundWork(training)
         self._handed, self._hands_again, self._anchored = None, False, False
         self._batches_done = batches_done
 
@@ -154,7 +150,8 @@ class AttachedLoop:
         self._attached = False
         rounds, handed = self._work, self._handed
         if handed is not None:  # the memory is the daemon's, which may give it to another script
-            self._handed = replace(handed, local=handed.local.copy())
+            local = handed.local.copy()
+            self._handed = replace(handed, local=local, since=local if handed.since is handed.local else handed.since)
         if rounds.handed_over and rounds.ahead is None:
             rounds.train_ahead(now_s)
         rounds.training = True
@@ -186,7 +183,8 @@ class AttachedLoop:
             rounds.round = command.round
             rounds.training = rounds.overlap_steps > 0 and not rounds.is_far_ahead()
             self._local[:] = handed.local
-            self._handed = replace(handed, local=self._local)
+            since = self._local if handed.since is handed.local else handed.since
+            self._handed = replace(handed, local=self._local, since=since)
             yield self._tell_ready()
             return
         self._handed = None
@@ -194,13 +192,16 @@ class AttachedLoop:
 
     def _merge(self, merge: Merge, now_s: float) -> None:
         rounds, handed, ahead = self._work, self._handed, self._work.ahead
+        rules = rounds.rules
+        keeps_all = ahead is not None and (rules.strategy == DELAYED or ahead.steps > rounds.overlap_steps)
         if merge.adopt_all:
             self._adopt()
-        elif handed is not None and ahead is not None and (self._is_delayed or ahead.steps > rounds.overlap_steps):
+        elif handed is not None and keeps_all:
             # Or the daemon was away: the steps made meanwhile may be many, and go on top of the base with the others.
-            self._parameters.rebase(self._base, handed.local, merge.included, merge.part_elements)
+            self._parameters.rebase(self._base, handed.since, merge.included, merge.part_elements)
         else:
-            self._parameters.merge(self._base, merge.included, merge.part_elements, kept=self._kept)
+            kept = rules.mixing if rules.strategy == OVERLAPPED else 0.0
+            self._parameters.merge(self._base, merge.included, merge.part_elements, kept=kept)
         adopted = merge.adopt_all or any(merge.included)
         self._replaced |= adopted
         self._handed, self._hands_again = None, False
@@ -239,9 +240,9 @@ class AttachedLoop:
         rounds = self._work
         if not self._parameters.export(self._local):
             return self._go_back("the local parameters", now_s)
-        self._restarts = 0
         self._handed = HandedOver(
             local=self._local,
+            since=self._local,
             batches_done=self._batches_done,
             tally=rounds.local.read(now_s),
             loss_mean=rounds.loss_mean,
@@ -270,9 +271,9 @@ class AttachedLoop:
         # A daemon that was killed may have left half of a new base: nothing that is made on it counts.
         self._anchored = self._attached
         self._optimizer.state.clear()  # moments that are not finite would spoil every further step
-        rounds.start_over(now_s)
-        self._restarts += 1
-        fatal = self._restarts > RESTARTS_MAX
+        if self._handed is not None:
+            self._handed = replace(self._handed, since=self._base.copy())
+        fatal = not rounds.start_over(now_s)
         return Failed(reason=NOT_FINITE, detail=f"not finite: {what}, in round {rounds.round}", fatal=fatal)
 
     # -- the base ------------------------------------------------------------------------------------------------------

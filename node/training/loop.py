@@ -59,7 +59,6 @@ from shoal.node.training.task_faults import TaskFault, blame
 from shoal.node.training.tasks import TakesFiles, WritesText, make_task
 from shoal.protocol.errors import ConfigError, ManifestError
 
-RESTARTS_MAX = 3
 FAULTS_IN_A_ROW_MAX = 5
 
 T = TypeVar("T")
@@ -101,11 +100,10 @@ class InnerLoop:
         self._saved_at = -1  # batches done at the newest checkpoint
         self._save_every = start.checkpoint_every
         self._readies = 0
-        self._restarts = 0
         self._skipped = 0  # batches at which the task's code raised, since the start
         self._faults_in_a_row = 0
         self._fault_told_s = -math.inf
-        self._rounds = RoundWork(work.training, self._strategy.overlap_steps)
+        self._rounds = RoundWork(work.training)
         self._resumes: Position | None = None  # until the first Begin or Merge
         self._checkpoints = CheckpointStore(Path(start.checkpoints), work) if start.checkpoints else None
         self._resumed = Resumed() if self._checkpoints is None else self._resume(self._checkpoints)
@@ -243,7 +241,6 @@ class InnerLoop:
             return self._go_back("the local parameters", now_s)
         rounds = self._rounds
         rounds.hand_over()
-        self._restarts = 0
         self._readies += 1
         problem = self._try_save(now_s) if self._readies % self._save_every == 0 else ""
         if rounds.training:
@@ -260,10 +257,7 @@ class InnerLoop:
 
     def _go_back(self, what: str, now_s: float) -> Report:
         self._strategy.restart(self._base)
-        self._rounds.start_over(now_s)
-        self._restarts += 1
-        fatal = self._restarts > RESTARTS_MAX
-        self._rounds.training = not fatal
+        fatal = not self._rounds.start_over(now_s)
         return Failed(reason=NOT_FINITE, detail=f"not finite: {what}, in round {self._rounds.round}", fatal=fatal)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------

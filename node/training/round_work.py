@@ -4,7 +4,8 @@ The built-in inner loop and a script of one's own (attached_loop) differ in who 
 common. No tensor, no socket, no clock. `training` is False while there is nothing to do but wait for a command.
 
 Invariant: work is in one of three places, and moves in this order: in the local parameters, handed over, or beside
-what was handed over (`ahead`). When a base with the handed-over work in it is adopted, only `ahead` is left.
+what was handed over (`ahead`). When a base with the handed-over work in it is adopted, only `ahead` is left. After
+RESTARTS_MAX times in a row at the base it is over.
 """
 
 from shoal.node.training.checkpoint import Tally
@@ -12,6 +13,7 @@ from shoal.node.training.messages import Progress
 from shoal.protocol.manifest import Training
 
 PROGRESS_PERIOD_S = 0.5
+RESTARTS_MAX = 3
 
 
 class RunningTally:
@@ -46,9 +48,9 @@ class RunningTally:
 class RoundWork:
     """One trainer's. `overlap_steps` is how far it trains on beside an exchange."""
 
-    def __init__(self, training: Training, overlap_steps: int) -> None:
-        self._rules = training
-        self.overlap_steps = overlap_steps
+    def __init__(self, training: Training) -> None:
+        self.rules = training
+        self.overlap_steps = training.overlap_steps
         self.round = 0
         self.training = False
         self.handed_over = False
@@ -57,6 +59,7 @@ class RoundWork:
         self.ahead: RunningTally | None = None  # since the hand-over, while training goes on after it
         self._shown = RunningTally()  # since the last Progress
         self._frozen = False
+        self._restarts = 0  # since the last hand-over
 
     def begin(self, round: int, now_s: float, *, adopted: bool) -> None:
         """Train for this round; with `adopted` what was handed over is in the base now."""
@@ -75,12 +78,15 @@ class RoundWork:
         self.handed_over = False
         self.training = True
 
-    def start_over(self, now_s: float) -> None:
-        """The local parameters are the base again, and nothing of the work is left."""
+    def start_over(self, now_s: float) -> bool:
+        """The local parameters are the base again, and nothing of the work is left; False: that happened too often."""
         waits, self.ahead = self.ahead is not None, None
         self.begin(self.round, now_s, adopted=True)
         if waits:  # what was handed over before may be counted, and nothing else of this round
             self.handed_over, self.ahead = True, RunningTally(since_s=now_s)
+        self._restarts += 1
+        self.training = self._restarts <= RESTARTS_MAX
+        return self.training
 
     def take(self, local: Tally, pace: Tally, now_s: float) -> None:
         """Stand where a checkpoint stood."""
@@ -100,7 +106,7 @@ class RoundWork:
         """Whether the local parameters are to be handed over."""
         if self.ahead is not None:
             return False
-        steps, rules = self.pace.steps, self._rules
+        steps, rules = self.pace.steps, self.rules
         in_time = now_s - self.pace.since_s >= rules.round_time_s and steps >= rules.steps_min
         return steps >= rules.inner_steps or in_time or self._frozen
 
@@ -112,6 +118,7 @@ class RoundWork:
         """The local parameters are handed over."""
         self.training = self.overlap_steps > 0
         self.handed_over = True
+        self._restarts = 0
 
     def train_ahead(self, now_s: float) -> None:
         """From here on steps are made beside what was handed over."""

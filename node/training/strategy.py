@@ -32,11 +32,6 @@ from shoal.protocol.manifest import DELAYED, DILOCO, OVERLAPPED, Training
 class Strategy(Protocol):
     """Owns the model's parameters and the inner optimizer. `base` and `local` are float32[D] in the layout's order."""
 
-    @property
-    def overlap_steps(self) -> int:
-        """How many steps it trains on after it has handed its parameters over, before the new base is there."""
-        ...
-
     def gather(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, a scalar, to what the next step goes down. After an error some of it may be
         there, until `drop`."""
@@ -87,10 +82,6 @@ class DiLoCo:
         named = tuple(zip(layout.tensors, self._parameters, strict=True))
         self._optimizer = INNER_OPTIMIZERS[training.inner_optimizer](named, training)
 
-    @property
-    def overlap_steps(self) -> int:
-        return 0
-
     def gather(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it so
 
@@ -130,10 +121,6 @@ class DiLoCo:
 class Overlapped(DiLoCo):
     """theta = alpha * theta + (1 - alpha) * base for the parts that include this peer; alpha: `training.mixing`."""
 
-    @property
-    def overlap_steps(self) -> int:
-        return self._training.overlap_steps
-
     def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
         self._local.merge(base, included, part_elements, kept=self._training.mixing)
 
@@ -145,10 +132,6 @@ class Delayed(DiLoCo):
         super().__init__(model, layout, training)
         self._handed_over: FloatVector | None = None  # None: nothing was done since it was handed over
 
-    @property
-    def overlap_steps(self) -> int:
-        return self._training.overlap_steps
-
     def adopt(self, base: FloatVector) -> None:
         super().adopt(base)
         self._handed_over = None
@@ -158,6 +141,13 @@ class Delayed(DiLoCo):
             self._local.merge(base, included, part_elements)
         else:
             self._local.rebase(base, self._handed_over, included, part_elements)
+
+    def restart(self, base: FloatVector) -> None:
+        handed = self._handed_over is not None
+        super().restart(base)
+        # What was handed over is in the parameters no more, but may come with the next base: from here on what counts
+        # is made upon this one, whose memory the daemon will write the next one to.
+        self._handed_over = base.copy() if handed else None
 
     def export(self, local: FloatVector) -> bool:
         exported = super().export(local)

@@ -1,5 +1,6 @@
 """A script's own loop: when it hands over, what a new base leaves, and what counts when a daemon went and came back."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from shoal.node.training.attached_loop import RESTARTS_MAX, AttachedLoop, Evaluation
+from shoal.node.training.attached_loop import AttachedLoop, Evaluation
 from shoal.node.training.messages import (
     EVERYTHING,
     NO_EVALUATION,
@@ -32,6 +33,7 @@ from shoal.node.training.messages import (
     Sample,
     Work,
 )
+from shoal.node.training.round_work import RESTARTS_MAX
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import DELAYED, OVERLAPPED, Task, Training
@@ -137,6 +139,18 @@ def test_delayed_it_keeps_what_it_does_beside_the_exchange_upon_the_base() -> No
     rig.memory[0] = 3.25
     rig.tell(BOTH)
     assert (rig.parameters == 3.5).all()
+    assert ready_of(rig.train(2)).steps == 3
+
+
+def test_delayed_a_way_back_to_the_base_beside_the_exchange_loses_nothing_made_after_it() -> None:
+    rig = Rig(replace(TRAINING, strategy=DELAYED, overlap_steps=2))
+    rig.train(3)
+    assert [type(report) for report in rig.train(1, math.nan)] == [Failed]
+    assert (rig.parameters == 1.0).all()
+    rig.train()
+    rig.memory[0] = 3.25
+    rig.tell(BOTH)
+    assert (rig.parameters == 3.5).all(), "the base and the one step made since"
     assert ready_of(rig.train(2)).steps == 3
 
 

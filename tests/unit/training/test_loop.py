@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.node.training.loop import PROGRESS_PERIOD_S, RESTARTS_MAX, InnerLoop, choose_device
+from shoal.node.training.loop import PROGRESS_PERIOD_S, InnerLoop, choose_device
 from shoal.node.training.messages import (
     NOT_FINITE,
     Begin,
@@ -23,6 +23,7 @@ from shoal.node.training.messages import (
     Sample,
     Sampled,
 )
+from shoal.node.training.round_work import RESTARTS_MAX
 from shoal.protocol.errors import ConfigError, ManifestError
 from shoal.protocol.manifest import LINEAR
 from tests.unit.training.tiny import OPTIONS, PEER, TRAINING, layout, make_loop, make_memory, make_start, make_work

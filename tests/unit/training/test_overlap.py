@@ -50,6 +50,11 @@ def one_ready(reports: list[Report]) -> Ready:
     return ready
 
 
+def flatten(loop: InnerLoop) -> Vector:
+    """The local parameters as they are now."""
+    return torch.cat([one.detach().view(-1) for one in loop._model.parameters()]).numpy()
+
+
 def train_plainly(base_2: Vector, training: Training) -> list[Vector]:
     """Both contributions of a peer, by a loop that knows nothing of rounds."""
     task, work = make_task(TASK), make_work(training)
@@ -148,6 +153,20 @@ def test_a_loss_that_is_not_finite_beside_an_exchange_makes_no_second_contributi
     assert np.array_equal(memory[1], handed_over)
     list(loop.handle(MERGE, 0.0))
     assert one_ready(run(loop, 2)).steps == 4
+
+
+def test_a_way_back_to_the_base_beside_an_exchange_loses_nothing_made_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, memory = begin(training=WAITING)
+    run(loop, 4)
+    with monkeypatch.context() as context:
+        context.setattr(loop._task, "loss", lambda model, batch: model(batch[:, :-1]).sum() * float("nan"))
+        run(loop, 1)
+    run(loop, 1)
+    before, base = flatten(loop), memory[0].copy()
+    assert not np.array_equal(before, base)
+    memory[0] += 0.125
+    list(loop.handle(MERGE, 0.0))
+    assert np.array_equal(flatten(loop), (before - base) + memory[0])
 
 
 def test_where_nothing_was_done_since_the_base_takes_the_place_to_the_bit() -> None:
