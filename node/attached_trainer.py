@@ -107,7 +107,7 @@ class AttachedTrainer:
 
     @property
     def running(self) -> bool:
-        return self._script is not None and self._script.attached
+        return self._script is not None and self._script.started.done() and self._script.attached
 
     async def wait(self, tell: Callable[[str], None]) -> None:
         if self._listener is None:
@@ -122,7 +122,7 @@ class AttachedTrainer:
         await self._arrived.wait()
 
     async def start(self, work: Work) -> Started:
-        assert not self.running, "one script at a time"
+        assert self._script is None or not self._script.attached, "one script at a time"
         candidate, self._candidate = self._candidate, None
         self._arrived.clear()
         if candidate is None:
@@ -255,15 +255,13 @@ def choose_trainer(manifest: Manifest) -> MakeTrainer:
 class _Script:
     """One attached script, from Start to its end."""
 
-    _reader: asyncio.StreamReader
-    _writer: asyncio.StreamWriter
-    _attendance: asyncio.Task[None]
-
     def __init__(self, candidate: _Candidate, stall_timeout_s: float, on_event: Callable[[TrainerEvent], None]) -> None:
         self.process = candidate.attach.process
         self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
         self.attached = True
         self._connection = candidate.connection
+        self._writer: asyncio.StreamWriter | None = None  # until Start is sent
+        self._attendance: asyncio.Task[None] | None = None
         self._frames = candidate.frames
         self._watch = SilenceWatch(stall_timeout_s, self._report_silence)
         self._stall_timeout_s = stall_timeout_s
@@ -276,11 +274,11 @@ class _Script:
         frame = encode_frame(start)
         sent = socket.send_fds(self._connection, [frame], [descriptor])
         await asyncio.get_running_loop().sock_sendall(self._connection, frame[sent:])
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._connection)
-        self._attendance = asyncio.create_task(self._attend(), name=f"script {self.process}")
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._connection)
+        self._attendance = asyncio.create_task(self._attend(reader, self._writer), name=f"script {self.process}")
 
     def send(self, command: Command) -> None:
-        if not self.attached or self._writer.is_closing():
+        if not self.attached or self._writer is None or self._writer.is_closing():
             return
         self._watch.told(command)
         self._writer.write(encode_frame(command))
@@ -291,7 +289,7 @@ class _Script:
     async def stop(self) -> None:
         """Hang up. A script that lives looks for the daemon again."""
         self._stopping = True
-        if not hasattr(self, "_attendance"):
+        if self._writer is None or self._attendance is None:
             self._connection.close()
             return
         if not self._writer.is_closing():
@@ -299,26 +297,26 @@ class _Script:
             self._writer.close()
         self._attendance.cancel()
         await asyncio.gather(self._attendance, return_exceptions=True)
-        self._end()
+        self._end(self._writer)
 
-    async def _attend(self) -> None:
+    async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Read until the script closes its end, and say so."""
         with suppress(OSError):
-            while data := await self._reader.read(RECEIVE_BYTES):
+            while data := await reader.read(RECEIVE_BYTES):
                 try:
                     for report in self._frames.feed(data):
                         self._receive(report)
                 except ProtocolError as error:
                     self._last_words = f"it broke its protocol: {error}"
                     break
-        self._end()
+        self._end(writer)
 
-    def _end(self) -> None:
+    def _end(self, writer: asyncio.StreamWriter) -> None:
         if not self.attached:
             return
         self.attached = False
         self._watch.cancel()
-        self._writer.close()
+        writer.close()
         detail = f"the script (process {self.process}) has gone"
         detail += f": {self._last_words}" if self._last_words else ""
         if not self.started.done():

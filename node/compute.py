@@ -85,6 +85,7 @@ class Compute:
         self._ready: Ready | None = None  # what the trainer last handed over, until it is told to go on
         self._missed = 0
         self._in_step = False
+        self._jumped = False  # the state, while no trainer was there that could be told
         self._ended_round = 0  # for the others, training for this round is over
         self._counted_tokens = 0
         self._counted_steps = 0
@@ -163,7 +164,11 @@ class Compute:
 
     async def _resume(self, resumed: Resumed) -> None:
         """Let it train for the round after the head, from where its checkpoint stood, if it has one of use."""
-        self._tell(resumed)
+        jumped, self._jumped = self._jumped, False
+        if jumped:
+            log.info("another base came while no trainer was there: training goes on from it")
+        else:
+            self._tell(resumed)
         self.phase = TrainerState.RUNNING
         self._ready = None
         self._missed = 0
@@ -171,7 +176,8 @@ class Compute:
         self._counted_tokens, self._counted_steps = resumed.tokens, resumed.steps
         self._steps_resumed = resumed.steps
         number, settled = self._state.head.round + 1, self._state.settled
-        if resumed.extent != EVERYTHING:
+        if resumed.extent != EVERYTHING or jumped:
+            self._counted_tokens = self._counted_steps = 0
             await self.trainer.begin(number, adopt=True)
         elif resumed.waits and settled is not None and settled.batches_done == resumed.batches_done:
             # What it had handed over was counted while it was away.
@@ -408,3 +414,5 @@ class Compute:
         if self.trainer.running:
             self.phase = TrainerState.RUNNING
             await self.trainer.begin(self._state.head.round + 1, adopt=True)
+        else:
+            self._jumped = True

@@ -4,8 +4,9 @@ It joins a socket and an AttachedLoop. Everything happens within `step`, which t
 optimizer: no thread, no signal. Where what was handed over waits for its round `step` waits, too; without a daemon it
 returns at once, and tries to reconnect now and then.
 
-Invariants: at most one try to connect each RECONNECT_FIRST_S, and fewer the longer it fails; no try takes longer than
-HANDSHAKE_TIMEOUT_S; a command that a daemon sent before it died is not obeyed, because its base may be half written.
+Invariants: at most one try to connect each RECONNECT_FIRST_S, and fewer the longer it fails; no wait within a try takes
+longer than HANDSHAKE_TIMEOUT_S; a command that a daemon sent before it died is not obeyed, because its base may be half
+written.
 """
 
 import logging
@@ -56,14 +57,17 @@ class AttachError(ShoalError):
 
 
 class Reconnection:
-    """When to look for the daemon again. The first try is due RECONNECT_FIRST_S after it was lost."""
+    """When to look for the daemon again. The first try is due RECONNECT_FIRST_S after it was lost. One that is lost
+    again before it has said where to begin was not found: that try has failed."""
 
     def __init__(self) -> None:
         self._pause_s = RECONNECT_FIRST_S
         self._due_s = 0.0
 
-    def lost(self, now_s: float) -> None:
+    def found(self) -> None:
         self._pause_s = RECONNECT_FIRST_S
+
+    def lost(self, now_s: float) -> None:
         self._due_s = now_s + self._pause_s
 
     def failed(self, now_s: float) -> None:
@@ -234,8 +238,11 @@ class Attachment:
             self._reconnection.failed(time.monotonic())
             log.debug("no daemon at %s: %s", self._path, error)
         else:
-            if self._line is not None:
-                log.warning("attached again, in round %d", self.round)
+            if self._line is None:
+                self._reconnection.failed(time.monotonic())
+                return
+            self._reconnection.found()
+            log.warning("attached again, in round %d", self.round)
 
     def _obey(self, timeout_s: float | None) -> None:
         """Take the commands that are here, or that come in so long."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import resource
+import socket
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 import shoal
+from shoal.node import attached_trainer as daemon_side
 from shoal.node.attach_socket import ADDRESS_BYTES_MAX, connect, find_socket
 from shoal.node.attached_trainer import (
     BUFFER_BYTES_MAX,
@@ -215,6 +218,40 @@ async def test_connections_that_say_nothing_are_bounded(tmp_path: Path) -> None:
             one.close()
 
 
+async def test_a_connection_that_says_nothing_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon_side, "HANDSHAKE_TIMEOUT_S", 0.01)
+    async with open_rig(tmp_path):
+        silent = await asyncio.to_thread(connect, find_socket(tmp_path), 5.0)
+        assert await asyncio.to_thread(silent.recv, 1) == b""
+        silent.close()
+
+
+async def test_scripts_are_taken_again_once_there_are_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(daemon_side, "ACCEPT_PAUSE_S", 0.01)
+    async with open_rig(tmp_path) as rig:
+        coming = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, hard))
+        taken: list[int] = []
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    taken.append(os.dup(coming.fileno()))
+            coming.connect(os.fspath(find_socket(tmp_path)))
+            await wait_until(lambda: "a script could not connect: Too many open files" in caplog.text)
+        finally:
+            for one in taken:
+                os.close(one)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        coming.close()
+        served = asyncio.create_task(rig.serve())
+        script, _ = await rig.attach()
+        await served
+        script.close()
+
+
 async def test_a_script_that_does_not_read_is_hung_up_on_and_blocks_nobody(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         served = asyncio.create_task(rig.serve())
@@ -228,6 +265,49 @@ async def test_a_script_that_does_not_read_is_hung_up_on_and_blocks_nobody(tmp_p
             detail=f"the script (process {os.getpid()}) has gone: it does not read what it is told"
         )
         script.close()
+
+
+async def test_what_a_daemon_said_before_it_died_is_not_obeyed(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        served = asyncio.create_task(rig.serve())
+        script, model = await rig.attach()
+        await served
+        rig.memory.base[:] = 9.0
+        await rig.trainer.merge(ALL)
+        await rig.trainer.stop()
+        assert not await asyncio.to_thread(script.step, 0.5)
+        assert not script.attached and (model.weight == 1.0).all(), "the base may be half written"
+        script.close()
+
+
+async def test_a_descriptor_that_a_forked_worker_holds_keeps_no_line_open(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        served = asyncio.create_task(rig.serve())
+        script, _ = await rig.attach()
+        await served
+        assert script._line is not None
+        held = os.dup(script._line._socket.fileno())
+        script.close()
+        await wait_until(lambda: not rig.trainer.running)
+        os.close(held)
+
+
+async def test_what_is_said_while_a_script_is_started_is_not_sent_to_it(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        line = await asyncio.to_thread(script_side.Line, find_socket(tmp_path))
+        described = script_side.describe_model(model := build(), torch.optim.SGD(model.parameters()))
+        shaken = asyncio.create_task(asyncio.to_thread(line.shake_hands, described))
+        await rig.trainer.wait(rig.told.append)
+        starting = asyncio.create_task(rig.trainer.start(WORK))
+        await asyncio.sleep(0)
+        assert not rig.trainer.running
+        await rig.trainer.begin(1, adopt=True)
+        start, _ = await shaken
+        assert start.work == WORK
+        await rig.trainer.begin(2, adopt=True)
+        line.close()
+        with pytest.raises(TrainerError, match="has gone"):
+            await starting
 
 
 async def test_a_script_that_is_silent_may_recover(tmp_path: Path) -> None:
@@ -316,6 +396,9 @@ def test_a_daemon_is_looked_for_less_and_less_often_and_never_given_up() -> None
         again.failed(now_s)
     assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
     assert (pauses[0], pauses[-1]) == (RECONNECT_FIRST_S, RECONNECT_MAX_S)
+    again.lost(now_s)
+    assert not again.is_due(now_s + 29.0), "it was not found in between"
+    again.found()
     again.lost(now_s)
     assert not again.is_due(now_s + 0.9) and again.is_due(now_s + 1.0)
 

@@ -95,6 +95,17 @@ async def test_what_was_counted_while_it_was_away_is_merged(tmp_path: Path) -> N
         assert trainer.begun == [] and said == []
 
 
+async def test_a_base_that_came_before_the_trainer_was_there_is_adopted_once(tmp_path: Path) -> None:
+    async with returning(tmp_path, WAITING) as (peer, trainer, _):
+        settle(peer, settled_in((0, 2), peer))
+        await peer.compute.adopt_base()
+        await peer.compute.start()
+        assert (trainer.begun, trainer.merges) == ([(1, True)], [])
+        assert (peer.compute.steps, peer.compute._counted_steps) == (0, 0)
+        await peer.compute._begin_anew()
+        assert len(trainer.merges) == 1
+
+
 async def test_what_was_counted_of_a_fragment_is_merged_where_it_stands(tmp_path: Path) -> None:
     async with returning(tmp_path, WAITING, fragments=2) as (peer, trainer, _):
         settle(peer, replace(settled_in((0,), peer), round=2))  # the one part of round 2 is the second of three
