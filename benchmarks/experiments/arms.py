@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.experiments.islands import MIXES, Islands, Models
 from benchmarks.experiments.swarm import Diverged, HeldOut, Swarm, Synchronous, worker_peer
 from benchmarks.experiments.texts import LIBRARY, TEXTS
 from benchmarks.experiments.timetable import keep_time
@@ -33,7 +34,10 @@ class Arm:
     batches, and its rounds are only where it may be looked at. `texts` is a key of TEXTS.
 
     With `speeds`, in steps per simulated second, there are so many workers, and who is in which round with how many
-    steps is what the round protocol makes of them in `until_s` seconds; `workers` says then only how many there are."""
+    steps is what the round protocol makes of them in `until_s` seconds; `workers` says then only how many there are.
+
+    With `mix`, a key of MIXES, nobody shares a base, and the loss is what `measure`, of MEASURES, makes of all
+    models."""
 
     name: str
     draft: Draft
@@ -43,6 +47,8 @@ class Arm:
     texts: str = LIBRARY
     speeds: tuple[float, ...] = ()
     until_s: float = 0.0
+    mix: str = ""
+    measure: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,17 +87,24 @@ def run_arm(arm: Arm, seed: int) -> Run:
     corpora = TEXTS[arm.texts](max(arm.workers))
     batches = open_batches(manifest, corpora)
     context = batches[0].held_out().shape[1] - 1
-    evaluate = HeldOut(manifest, held_out_windows(corpora[0], context)).loss
+    windows = held_out_windows(corpora[0], context)
     points: list[Point] = []
     problem = ""
     rounds = 0
-    train = _train_in_time if arm.speeds else _train
+    if arm.mix:
+        trained = _train_apart(arm, manifest, batches, Models(manifest, windows))
+    else:
+        train = _train_in_time if arm.speeds else _train
+        trained = train(arm, manifest, batches, HeldOut(manifest, windows).loss)
     try:
-        for rounds, point in train(arm, manifest, batches, evaluate):  # noqa: B007
+        for rounds, point in trained:  # noqa: B007
             points.append(point)
     except (Diverged, NonFiniteContribution) as error:
         problem = str(error)
-    contributed = 0 if arm.synchronous else sum(map(manifest.contribution_bytes, manifest.list_parts(1)))
+    if arm.mix:
+        contributed = MIXES[arm.mix].vectors * 4 * manifest.layout.elements
+    else:
+        contributed = 0 if arm.synchronous else sum(map(manifest.contribution_bytes, manifest.list_parts(1)))
     return Run(
         arm=arm.name,
         seed=seed,
@@ -150,6 +163,20 @@ def _train(
         tokens += count * inner_steps * batches[0].tokens_per_batch
         if number * POINTS // rounds > (number - 1) * POINTS // rounds:
             yield number, Point(steps=number * inner_steps, tokens=tokens, loss=evaluate(trained.base))
+
+
+def _train_apart(
+    arm: Arm, manifest: Manifest, batches: Sequence[ByteWindows], models: Models
+) -> Iterator[tuple[int, Point]]:
+    """As `_train`, of workers that share no base; all of them are in every round."""
+    islands, rounds, tokens = Islands(manifest, batches, arm.mix), len(arm.workers), 0
+    inner_steps = manifest.training.inner_steps
+    yield 0, Point(steps=0, tokens=0, loss=models.loss(islands.bases, arm.measure))
+    for number in range(1, rounds + 1):
+        islands.run_round()
+        tokens += len(batches) * inner_steps * batches[0].tokens_per_batch
+        if number * POINTS // rounds > (number - 1) * POINTS // rounds:
+            yield number, Point(steps=number * inner_steps, tokens=tokens, loss=models.loss(islands.bases, arm.measure))
 
 
 def _train_in_time(

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.experiments import churn
 from benchmarks.experiments.arms import Arm, run_arm
+from benchmarks.experiments.islands import APART, AVERAGED, EACH, ENSEMBLE, MEAN, NOLOCO, POSTERIOR
 from benchmarks.experiments.report import draw_churn, draw_plot, format_churn, format_table, format_times
 from benchmarks.experiments.texts import MIXED, PACKAGE
 from shoal.protocol.errors import ConfigError
@@ -214,6 +215,27 @@ def _make_speeds(rounds: int) -> tuple[Arm, ...]:
     )
 
 
+def _make_gossip(rounds: int) -> tuple[Arm, ...]:
+    """Pairs that mix, and nobody who does; each worker's model by itself, and the mean of all of them."""
+    swarm = Arm(name="diloco", draft=DRAFT, workers=(WORKERS,) * rounds)
+    settings = ((NOLOCO, EACH), (NOLOCO, MEAN), (AVERAGED, EACH), (AVERAGED, MEAN), (APART, EACH))
+    return swarm, *(replace(swarm, name=f"{mix}, {measure}", mix=mix, measure=measure) for mix, measure in settings)
+
+
+def _make_experts(rounds: int) -> tuple[Arm, ...]:
+    """A package each, and everybody apart: what the models are worth alone, as one and together."""
+    swarm = Arm(name="diloco, a package each", draft=DRAFT, workers=(WORKERS,) * rounds, texts=PACKAGE)
+    apart = tuple(
+        replace(swarm, name=f"apart, {measure}", mix=APART, measure=measure)
+        for measure in (EACH, MEAN, ENSEMBLE, POSTERIOR)
+    )
+    mixed = tuple(
+        replace(swarm, name=f"apart, all packages, {measure}", mix=APART, measure=measure, texts=MIXED)
+        for measure in (EACH, ENSEMBLE)
+    )
+    return swarm, *apart, *mixed
+
+
 def _make_churn(rounds: int) -> tuple[churn.ChurnArm, ...]:
     draft = _with_training(inner_steps=1000, round_time_s=churn.ROUND_S)
     sides = (
@@ -266,6 +288,13 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         "delayed": Experiment(
             question="Work beside the exchange that stays (DiLoCoX, arXiv 2506.21263), against DiLoCo",
             make=_make_delayed,
+        ),
+        "gossip": Experiment(
+            question="Pairs that mix their parameters (NoLoCo, arXiv 2506.10911), against rounds", make=_make_gossip
+        ),
+        "experts": Experiment(
+            question="Models that are trained apart on a package each (arXiv 2208.03306), against rounds",
+            make=_make_experts,
         ),
         "inner": Experiment(question="Inner optimizers, each at the same three learning rates", make=_make_inner),
         "speeds": Experiment(

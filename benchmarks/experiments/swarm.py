@@ -43,7 +43,7 @@ class Worker:
     def __init__(self, manifest: Manifest, batches: ByteWindows) -> None:
         self._manifest = manifest
         self._task = make_task(manifest.task)
-        self._model, self._strategy = _build(self._task, manifest)
+        self._model, self._strategy = build_trained(self._task, manifest)
         self._batches = batches
         self._batches_done = 0
         self._missed = 0
@@ -86,7 +86,7 @@ class Worker:
 
     def _step(self, number: int) -> None:
         batch = torch.from_numpy(self._batches.batch(self._batches_done))
-        _step(self._task, self._model, self._strategy, batch, number)
+        step_trained(self._task, self._model, self._strategy, batch, number)
         self._batches_done += 1
 
     def merge(self, base: FloatVector, included: tuple[int, ...]) -> None:
@@ -205,7 +205,7 @@ class Synchronous:
 
     def __init__(self, manifest: Manifest, batches: Sequence[ByteWindows]) -> None:
         self._task = make_task(manifest.task)
-        self._model, self._strategy = _build(self._task, manifest)
+        self._model, self._strategy = build_trained(self._task, manifest)
         self._batches = batches
         self._steps = self._rounds = 0
         self._inner_steps = manifest.training.inner_steps
@@ -217,7 +217,7 @@ class Synchronous:
         self._rounds += 1
         for _ in range(self._inner_steps):
             union = np.concatenate([one.batch(self._steps) for one in self._batches])
-            _step(self._task, self._model, self._strategy, torch.from_numpy(union), self._rounds)
+            step_trained(self._task, self._model, self._strategy, torch.from_numpy(union), self._rounds)
             self._steps += 1
         if not self._strategy.export(self.base):
             raise Diverged("the parameters are not finite")
@@ -252,12 +252,14 @@ def worker_peer(number: int) -> PeerId:
     return PeerId(number.to_bytes(32, "big"))
 
 
-def _build(task: Task, manifest: Manifest) -> tuple[nn.Module, Strategy]:
+def build_trained(task: Task, manifest: Manifest) -> tuple[nn.Module, Strategy]:
+    """A model and the strategy that trains it."""
     model = task.build_model()
     return model, STRATEGIES[manifest.training.strategy](model, manifest.layout, manifest.training)
 
 
-def _step(task: Task, model: nn.Module, strategy: Strategy, batch: torch.Tensor, number: int) -> None:
+def step_trained(task: Task, model: nn.Module, strategy: Strategy, batch: torch.Tensor, number: int) -> None:
+    """One inner step in round `number`; raises Diverged."""
     loss = task.loss(model, batch)
     strategy.gather(loss)
     if not strategy.step(loss.detach(), number):

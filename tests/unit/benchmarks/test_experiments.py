@@ -258,7 +258,20 @@ def test_arms_have_names_of_their_own_and_manifests_that_fit(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["diloco", "codecs", "dropped", "shards", "outer", "overlapped", "streaming", "delayed", "inner"]
+    "name",
+    [
+        "diloco",
+        "codecs",
+        "dropped",
+        "shards",
+        "outer",
+        "overlapped",
+        "streaming",
+        "delayed",
+        "inner",
+        "gossip",
+        "experts",
+    ],
 )
 def test_arms_see_equal_tokens_but_for_the_one_of_equal_steps(name: str) -> None:
     steps = {arm.name: sum(arm.workers) * arm.draft.training.inner_steps for arm in make_arms(name, 16)}
