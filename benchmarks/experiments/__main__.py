@@ -2,8 +2,8 @@
 
     python -m benchmarks.experiments NAME [--rounds N] [--seeds N …] [--only ARM …] [--json FILE] [--plot FILE]
 
-docs/experiments.md says what there is of NAME, and what each of them runs. The table goes to standard output, the log is
-written after every run, so that one that is stopped leaves what it has.
+docs/experiments.md says what there is of NAME, and what each of them runs. The table goes to standard output, the log
+is written after every run, so that one that is stopped leaves what it has.
 """
 
 import argparse
