@@ -228,6 +228,12 @@ def _add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     tokenize.add_argument("--shard-tokens", type=int, metavar="N", help="a shard ends with so many; default 2^27")
     tokenize.set_defaults(run=_run_tokenize)
 
+    from shoal.node.evaluate import add_evaluate_arguments
+
+    evaluate = commands.add_parser("evaluate", help="measure exported models on a text, each and together, as experts")
+    add_evaluate_arguments(evaluate)
+    evaluate.set_defaults(run=_run_evaluate)
+
     verify = commands.add_parser("verify", help="compute certified rounds anew from their parts and say what holds")
     chosen = verify.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--round", type=int, action="append", default=[], help="may be given again")
@@ -518,6 +524,12 @@ def _run_tokenize(options: argparse.Namespace) -> int:
     print(f"{options.out}: {written.tokens:,} tokens in {len(written.paths)} shards, tokenizer {write_digest(digest)}")
     print(f"train on   shoal up --text {options.out} …")
     return 0
+
+
+def _run_evaluate(options: argparse.Namespace) -> int:
+    from shoal.node.evaluate import run_evaluate
+
+    return run_evaluate(options, print)
 
 
 def _run_checkout(options: argparse.Namespace) -> int:

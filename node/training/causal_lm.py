@@ -72,11 +72,26 @@ class CausalLm:
             )
         return model
 
+    @property
+    def context(self) -> int:
+        return self._options.context
+
+    @property
+    def tokens(self) -> tuple[bytes, int]:
+        return self._options.tokenizer, self._config.vocab_size
+
+    def open_tokenizer(self, path: Path | None) -> Tokenizer:
+        return open_tokenizer(self._options.tokenizer, path)
+
+    def logits(self, model: nn.Module, ids: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits
+        return logits
+
     def take_files(self, tokenizer: Path | None, cache: Path | None) -> None:
         self._tokenizer_path, self._cache = tokenizer, cache
 
     def open_data(self, text: Path | None, work: Work) -> TokenWindows:
-        self._tokenizer = open_tokenizer(self._options.tokenizer, self._tokenizer_path)
+        self._tokenizer = self.open_tokenizer(self._tokenizer_path)
         return open_tokens(
             text,
             self._tokenizer,
@@ -88,7 +103,7 @@ class CausalLm:
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         inputs, targets = batch[:, :-1], batch[:, 1:]  # each (B, T)
-        logits = _compute_logits(model, inputs).float()  # (B, T, V)
+        logits = self.logits(model, inputs).float()  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
@@ -99,17 +114,12 @@ class CausalLm:
         first = len(ids)
         for _ in range(size_bytes):  # most tokens are a byte or more
             window = torch.tensor([ids[-self._options.context :]], device=device)  # (1, T)
-            logits = _compute_logits(model, window)[0, -1, : self._tokenizer.size].float().cpu()
+            logits = self.logits(model, window)[0, -1, : self._tokenizer.size].float().cpu()
             chances = torch.softmax(logits / SAMPLE_TEMPERATURE, dim=-1)
             ids.append(int(torch.multinomial(chances, 1, generator=generator)))
             if len(ids) - first >= size_bytes // 16 and len(self._tokenizer.decode(ids[first:])) >= size_bytes:
                 break
         return self._tokenizer.decode(ids[first:])[:size_bytes]
-
-
-def _compute_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits
-    return logits
 
 
 @contextmanager

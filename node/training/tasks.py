@@ -29,6 +29,7 @@ from shoal.node.training.messages import Described, Undescribed, Work, encode_fr
 from shoal.node.training.model import Gpt, tensor_specs
 from shoal.node.training.parameters import list_specs, start_uniform
 from shoal.node.training.task_faults import TaskFault, blame
+from shoal.node.training.tokenizer import ByteTokenizer, Tokenizer
 from shoal.protocol.errors import InputError, ManifestError
 from shoal.protocol.layout import Layout, make_layout
 from shoal.protocol.manifest import Task as TaskChoice
@@ -94,6 +95,33 @@ class WritesText(Protocol):
 
 
 @runtime_checkable
+class PredictsTokens(Protocol):
+    """A language model: what an export of it can be asked (mixture.py)."""
+
+    @property
+    def context(self) -> int:
+        """How many tokens a window predicts at most."""
+        ...
+
+    @property
+    def tokens(self) -> tuple[bytes, int]:
+        """What a token is: the tokenizer's digest, and how many the model knows."""
+        ...
+
+    def layout(self) -> Layout: ...
+
+    def build_model(self) -> nn.Module: ...
+
+    def open_tokenizer(self, path: Path | None) -> Tokenizer:
+        """The swarm's, from the file that this machine has of it. Raises ConfigError."""
+        ...
+
+    def logits(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """Of the next token at each place: int64 (B, T) to (B, T, V)."""
+        ...
+
+
+@runtime_checkable
 class TakesFiles(Protocol):
     """A task that needs more of this machine than its text."""
 
@@ -115,6 +143,21 @@ class ByteGpt:
     def build_model(self) -> nn.Module:
         return Gpt(self._config)
 
+    @property
+    def context(self) -> int:
+        return self._config.context
+
+    @property
+    def tokens(self) -> tuple[bytes, int]:
+        return ByteTokenizer.digest, VOCABULARY
+
+    def open_tokenizer(self, path: Path | None) -> Tokenizer:
+        return ByteTokenizer()
+
+    def logits(self, model: nn.Module, ids: Tensor) -> Tensor:
+        logits: Tensor = model(ids)
+        return logits
+
     def open_data(self, text: Path | None, work: Work) -> Batches:
         return ByteWindows(
             read_corpus(text),
@@ -126,7 +169,7 @@ class ByteGpt:
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         inputs, targets = batch[:, :-1], batch[:, 1:]  # each (B, T)
-        logits = model(inputs).float().view(-1, VOCABULARY)  # (B * T, 256)
+        logits = self.logits(model, inputs).float().view(-1, VOCABULARY)  # (B * T, 256)
         return F.cross_entropy(logits, targets.reshape(-1))
 
     @torch.no_grad()
