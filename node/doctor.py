@@ -88,6 +88,7 @@ from shoal.node.peer_book_file import PEER_BOOK_FILE, load_peer_book
 from shoal.node.reachability import ReachState, judge_mapping
 from shoal.node.running import RUNNING_FILE, read_running
 from shoal.node.status import Status, fetch_status
+from shoal.node.training.custom_task import ATTACHED
 from shoal.protocol.errors import ConfigError, InputError, ShoalError
 from shoal.protocol.identity import SEED_BYTES, Identity, PeerId, format_peer_id, parse_peer_id
 from shoal.protocol.manifest import Manifest, parse_uri, read_manifest_untrusted
@@ -453,6 +454,7 @@ def describe_model(manifest: Manifest | None) -> ModelSeen | None:
         parameters=manifest.layout.elements,
         contribution_bytes=sum(map(manifest.contribution_bytes, manifest.list_parts(1))),
         exchange_timeout_s=manifest.rounds.exchange_timeout_s,
+        attached=manifest.task.kind == ATTACHED,
     )
 
 

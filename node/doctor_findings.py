@@ -204,6 +204,7 @@ class ModelSeen:
     parameters: int
     contribution_bytes: int
     exchange_timeout_s: float
+    attached: bool = False  # trained by a script of one's own
 
 
 def judge_disk(seen: DiskSeen, config: NodeConfig, model: ModelSeen | None) -> Finding:
@@ -263,6 +264,8 @@ class TorchSeen:
 def judge_torch(seen: TorchSeen | Unknown, config: NodeConfig, model: ModelSeen | None) -> Finding:
     if config.node.role != TRAINER:
         return ok(Check.TRAINER, f"not needed: node.role is {config.node.role}")
+    if model is not None and model.attached:
+        return ok(Check.TRAINER, f"not needed: {model.name} is trained by scripts, which bring their own")
     if isinstance(seen, Unknown):
         return not_checked(Check.TRAINER, seen)
     if seen.fault:

@@ -89,6 +89,9 @@ def test_what_the_manifest_says_of_a_machine() -> None:
     assert model is not None
     assert model.parameters == manifest.layout.elements
     assert model.parameters <= model.contribution_bytes < 2 * model.parameters + 4096
+    assert not model.attached
+    scripts = describe_model(replace(manifest, task=replace(manifest.task, kind="attached")))
+    assert scripts is not None and scripts.attached
     short = describe_model(make_samples(codec="ternary", update_codec="fp32").manifest)
     assert short is not None and short.contribution_bytes < model.parameters / 2
 

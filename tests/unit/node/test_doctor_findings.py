@@ -251,6 +251,12 @@ def test_who_trains_nothing_needs_no_torch() -> None:
     expect(judge_torch(NO_TORCH, bootstrap, None), Check.TRAINER, Verdict.OK, "not needed")
 
 
+def test_a_swarm_of_scripts_needs_no_torch_in_the_daemons_python() -> None:
+    expect(
+        judge_torch(NO_TORCH, CONFIG, replace(MODEL, attached=True)), Check.TRAINER, Verdict.OK, "m is trained by scr"
+    )
+
+
 # -- versions --------------------------------------------------------------------------------------------------------
 
 
