@@ -1,13 +1,14 @@
 """Rounds between peers whose lines are slow and far: how much of the line an exchange uses.
 
     python -m benchmarks.shaped_lines [--peers 2] [--mib 64] [--codec int8] [--mbit 100] [--rtt-ms 20] [--loss 0]
-                                      [--rounds 5] [--folder DIR] [--json FILE]
+                                      [--slow-mbit RATE] [--rounds 5] [--folder DIR] [--json FILE]
 
 Every peer is a process in a network namespace of its own, at the end of a line of so many Mbit/s in each direction; a
 packet from one peer to another and its answer take the round-trip time. Needs what tests/natlab needs. The least time
 is that of the payload bytes which a line must carry one way, at its whole rate. Headers of TCP, IP and Ethernet take
 4.4 % of it and acknowledgements some 2 %, so that 94 % is the most that can be reached. A line holds half a second
-of bytes before it drops packets.
+of bytes before it drops packets. With --slow-mbit the last peer's line is of that rate; what it must carry at least is
+then its contribution one way and the update the other, since such a peer need own no parts.
 """
 
 import argparse
@@ -32,19 +33,23 @@ SEGMENTED_MBIT_MAX = 100  # faster lines carry some dozens of packets at once, o
 LINES_PER_WAY = 4  # to the other peer and back again: two lines each
 
 
-def run_case(options: AllreduceOptions, line: Impairment) -> dict[str, Any]:
-    """The rounds, and what share of their time the lines would have needed at least."""
+def run_case(options: AllreduceOptions, line: Impairment, slow: Impairment | None = None) -> dict[str, Any]:
+    """The rounds, and what share of their time the lines would have needed at least; `slow` is that of the last."""
     with ExitStack() as stack:
         lab = stack.enter_context(Lab())
-        hosts = [lab.add_host(f"peer{number}", line) for number in range(options.peers)]
+        lines = [line] * (options.peers - 1) + [slow or line]
+        hosts = [lab.add_host(f"peer{number}", one) for number, one in enumerate(lines)]
         places = [Place(host=host.address, prefix=tuple(host.space.prefix)) for host in hosts]
         result = run_allreduce(options, lambda text: None, places)
-    encoded_bytes = sum(CODECS[name].encoded_bytes(options.elements) for name in (options.codec, options.codec_out))
+    encoded = [CODECS[name].encoded_bytes(options.elements) for name in (options.codec, options.codec_out)]
     # A peer sends the parts that others own, and those that it owns to all others.
-    least_s = (options.peers - 1) / options.peers * encoded_bytes / line.bytes_per_s
+    least_s = (options.peers - 1) / options.peers * sum(encoded) / line.bytes_per_s
+    if slow is not None:
+        least_s = max(least_s, *(one / slow.bytes_per_s for one in encoded))
     return {
         **result.to_json(),
         "line": asdict(line),
+        "slow": asdict(slow) if slow is not None else None,
         "least_s": least_s,
         "share_of_exchange": least_s / result.median.exchange_s,
         "share_of_round": least_s / result.median.step_s,
@@ -60,6 +65,7 @@ def main() -> int:
     parser.add_argument("--mbit", type=float, default=100.0)
     parser.add_argument("--rtt-ms", type=float, default=20.0)
     parser.add_argument("--loss", type=float, default=0.0, help="share of the packets, on every line and way")
+    parser.add_argument("--slow-mbit", type=float, help="the rate of the last peer's line")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--part-elements", type=int, default=PART_ELEMENTS)
     parser.add_argument("--folder", type=Path)
@@ -78,17 +84,22 @@ def main() -> int:
         part_elements=options.part_elements,
         folder=options.folder,
     )
-    line = Impairment(
-        delay_s=options.rtt_ms / 1000 / LINES_PER_WAY,
-        loss=options.loss,
-        bytes_per_s=options.mbit * BYTES_PER_MBIT,
-        segmented=options.loss > 0 or options.mbit <= SEGMENTED_MBIT_MAX,
+    line, slow = (
+        rate_mbit
+        and Impairment(
+            delay_s=options.rtt_ms / 1000 / LINES_PER_WAY,
+            loss=options.loss,
+            bytes_per_s=rate_mbit * BYTES_PER_MBIT,
+            segmented=options.loss > 0 or rate_mbit <= SEGMENTED_MBIT_MAX,
+        )
+        for rate_mbit in (options.mbit, options.slow_mbit)
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the peers end with this process
-    figures = run_case(wanted, line)
+    figures = run_case(wanted, line, slow)
     median = figures["median"]
     print(
-        f"{options.peers} peers, {options.mib:g} MiB, {options.codec}, {options.mbit:g} Mbit/s, {options.rtt_ms:g} ms, "
+        f"{options.peers} peers, {options.mib:g} MiB, {options.codec}, {options.mbit:g} Mbit/s"
+        f"{f', the last one {options.slow_mbit:g}' if slow else ''}, {options.rtt_ms:g} ms, "
         f"{options.loss:.1%} lost: round {median['step_s']:.2f} s, exchange {median['exchange_s']:.2f} s, "
         f"least {figures['least_s']:.2f} s: {figures['share_of_exchange']:.0%} of the exchange, "
         f"{figures['share_of_round']:.0%} of the round; loop p99 {figures['lag_p99_ms']:.0f} ms"

@@ -127,6 +127,12 @@ class Rounds:
         """The codec of updates."""
         return self.codec if self.update_codec is None else self.update_codec
 
+    @property
+    def update_ratio(self) -> float:
+        """The size of an encoded update by that of a contribution."""
+        update, contribution = (CODECS[name].encoded_bytes(self.part_elements) for name in (self.codec_out, self.codec))
+        return update / contribution
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:

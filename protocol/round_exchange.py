@@ -40,6 +40,7 @@ from shoal.protocol.proposer import (
 from shoal.protocol.quorum import check_base, check_bitmap, make_bitmap
 from shoal.protocol.round_ballot import RoundBallot
 from shoal.protocol.round_state import Offer
+from shoal.protocol.shares import balance_uploads
 
 
 class RoundExchange(RoundBallot):
@@ -52,14 +53,8 @@ class RoundExchange(RoundBallot):
         known = frozenset({self._me, *self.head.voters, *self._contributed})
         newcomers_max = max(self._rules.newcomers_max, self._rules.peers_min - len(known.intersection(ready)))
         chosen = choose_roster(ready, known, self.head, newcomers_max)
-        plan = make_plan(
-            self.head,
-            self.attempt,
-            self._rules.codec,
-            {peer: ready[peer] for peer in chosen},
-            self._parts,
-            {peer: self._share(peer) for peer in chosen},
-        )
+        taken = {peer: ready[peer] for peer in chosen}
+        plan = make_plan(self.head, self.attempt, self._rules.codec, taken, self._parts, self._list_shares(taken))
         if plan is None:
             return
         self._mark_led()
@@ -76,10 +71,15 @@ class RoundExchange(RoundBallot):
             self._lead.open.file(part, owner, now)
         self._announce_plan(plan, now)
 
-    def _share(self, peer: PeerId) -> float:
-        """Of the parts; a peer cannot measure itself, so for its own share it takes what the others gave it last."""
-        speed = self._given_share if peer == self._me else self._owner_pace.speed(peer)
-        return self._shares.share(peer) * speed
+    def _list_shares(self, roster: Mapping[PeerId, SignedReady]) -> dict[PeerId, float]:
+        """Of the parts, by what is known of lines and owners. A peer cannot measure itself, so that its own share is
+        what the others gave it last."""
+        uploads = {peer: self._sender_pace.speed(peer) for peer, one in roster.items() if one.ready.owns}
+        shares = balance_uploads(uploads, len(roster), self._update_ratio)
+        for peer in shares:
+            speed = self._given_share if peer == self._me else self._owner_pace.speed(peer)
+            shares[peer] *= self._shares.share(peer) * speed
+        return shares
 
     def _announce_plan(self, plan: Plan, now: float) -> None:
         assert self._lead is not None

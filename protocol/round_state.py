@@ -99,6 +99,7 @@ class RoundState:
         self._sender_pace = PartPace()
         self._owner_pace = PartPace()
         self._shares = Shares()
+        self._update_ratio = self._rules.update_ratio
         self._given_share = 1.0  # of an even one, by the last proposer
         self._contributed: dict[PeerId, None] = {}  # who is no newcomer, the latest last
         self._log: dict[int, bytes] = {}  # digests of the last rounds, to notice a log that parts from this one

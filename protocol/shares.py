@@ -3,6 +3,8 @@
 A miss is a round in which a live owner was too slow and a part of its was given to another. Every member sees that in
 the plan's revisions, and every proposer plans by what it saw itself; members only check that owners can be owners.
 
+A slow line is given less from the beginning, so that the slow and the fast have sent everything at about the same time.
+
 Invariants: a peer without a share still contributes; it gets another chance after PROBATION_ROUNDS; as long as anybody
 can own parts, somebody does; memory is bounded by PEERS_MAX.
 """
@@ -50,6 +52,24 @@ class Shares:
     def _forget(self, peer: PeerId) -> None:
         del self._misses[peer]
         self._stopped_at.pop(peer, None)
+
+
+def balance_uploads(speeds: Mapping[PeerId, float], members: int, update_ratio: float) -> dict[PeerId, float]:
+    """Each owner's share beside an even one, 1, so that all owners have sent everything at the same time.
+
+    `speeds` are the owners' upload rates beside one another, above 0, `members` how many contribute, `update_ratio` the
+    size of an encoded update by that of a contribution. With the share s of the parts an owner sends (1 - s) of its
+    contribution and, to everybody else, s of the update; who has sent its contribution last of all owns nothing."""
+    growth = (members - 1) * update_ratio - 1.0  # of what an owner sends, in contributions, from no part to all
+    if growth <= 0.0 or len(set(speeds.values())) < 2:
+        return dict.fromkeys(speeds, 1.0)
+    fastest_first = sorted(speeds, key=lambda peer: (-speeds[peer], peer))
+    count, rate = len(fastest_first), sum(speeds.values())
+    while speeds[fastest_first[count - 1]] * (growth + count) < rate:  # over before the others with nothing to own
+        count -= 1
+        rate -= speeds[fastest_first[count]]
+    end = (growth + count) / rate
+    return {peer: max(0.0, (end * speeds[peer] - 1.0) / growth) * len(speeds) for peer in speeds}
 
 
 def assign_parts(order: tuple[PeerId, ...], shares: Mapping[PeerId, float], parts: int) -> tuple[PeerId, ...]:

@@ -254,6 +254,20 @@ def test_an_owner_that_misses_again_and_again_owns_less_and_then_nothing_and_sti
     assert set(counts[:-1]) <= {1, 2} and counts[-1] == 2, "when it leads it gives itself what the other gave it last"
 
 
+def test_who_is_slow_at_sending_owns_less_from_its_first_part_on_and_still_contributes() -> None:
+    table = sit_down(4)
+    victim = table.seats[2]
+    for seat in table.seats:
+        for other in table.seats:
+            seat.core._sender_pace.note_part(other.peer, 5.0 if other is victim else 0.1)
+    for number in range(1, 6):
+        lead, plan = play(table, number)
+        assert lead is victim or owned(plan, victim) == set()
+        assert all(victim.number in members_of(table.result(number), part) for part in range(PARTS))
+        for seat in table.seats:  # the parts of this table take no time
+            seat.core._sender_pace.note_part(victim.peer, 5.0)
+
+
 def test_a_proposer_gives_itself_what_another_proposer_gave_it() -> None:
     table = sit_down(4)
     victim = table.seats[2]

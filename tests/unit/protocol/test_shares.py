@@ -3,7 +3,7 @@
 import pytest
 
 from shoal.protocol import shares as module
-from shoal.protocol.shares import PROBATION_ROUNDS, SMALL_SHARE, Shares, assign_parts
+from shoal.protocol.shares import PROBATION_ROUNDS, SMALL_SHARE, Shares, assign_parts, balance_uploads
 from tests.unit.protocol.samples import PEERS
 
 A, B, C, D = PEERS[:4]
@@ -96,3 +96,45 @@ def test_whoever_has_no_share_owns_nothing_while_others_can() -> None:
     assert set(assign_parts((A, B, C), {B: 0.0}, 20)) == {A, C}
     assert set(assign_parts((A, B, C), dict.fromkeys((A, B, C), 0.0), 20)) == {A, B, C}, "somebody has to"
     assert assign_parts((A,), {A: 0.0}, 2) == (A, A)
+
+
+# -- lines of different rates ------------------------------------------------------------------------------------------
+
+
+def upload_ends(
+    speeds: dict[bytes, float], shares: dict[bytes, float], members: int, ratio: float
+) -> dict[bytes, float]:
+    """When each owner has sent what it sends, by counting that: a contribution takes 1 at speed 1."""
+    own = {peer: share / len(speeds) for peer, share in shares.items()}
+    return {peer: ((1 - own[peer]) + own[peer] * (members - 1) * ratio) / speeds[peer] for peer in speeds}
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 36.0], ids=["smaller updates", "the same codec", "sparse"])
+@pytest.mark.parametrize("rates", [(1, 1, 1, 0.6), (1, 1, 0.5, 0.5), (1, 0.9, 0.3, 0.05), (2, 1, 1, 1, 1, 0.5)])
+def test_owners_have_sent_everything_at_one_time_or_own_nothing(rates: tuple[float, ...], ratio: float) -> None:
+    speeds = dict(zip(PEERS, rates, strict=False))
+    for members in (len(rates), len(rates) + 2):  # some may not own parts
+        shares = balance_uploads(speeds, members, ratio)
+        assert sum(shares.values()) == pytest.approx(len(rates))
+        ends = upload_ends(speeds, shares, members, ratio)
+        working = [ends[peer] for peer in speeds if shares[peer] > 0]
+        assert working == pytest.approx([working[0]] * len(working))
+        assert all(end >= working[0] for peer, end in ends.items() if shares[peer] == 0)
+        even = upload_ends(speeds, dict.fromkeys(speeds, 1.0), members, ratio)
+        assert max(ends.values()) <= max(even.values()) + 1e-9
+
+
+@pytest.mark.parametrize(("members", "ratio"), [(2, 1.0), (2, 0.5), (4, 0.25)])
+def test_where_owning_parts_costs_no_upload_all_have_the_same(members: int, ratio: float) -> None:
+    assert balance_uploads({A: 1.0, B: 0.05}, members, ratio) == {A: 1.0, B: 1.0}
+
+
+def test_equal_lines_have_equal_shares_to_the_bit_and_nobody_has_none() -> None:
+    assert balance_uploads(dict.fromkeys(PEERS[:3], 0.3), 3, 1.0) == dict.fromkeys(PEERS[:3], 1.0)
+    assert balance_uploads({}, 3, 1.0) == {}
+    assert balance_uploads({A: 0.05}, 3, 1.0) == {A: 1.0}
+
+
+def test_a_line_a_fifth_as_fast_owns_nothing_among_three_fast_ones() -> None:
+    shares = balance_uploads({A: 1.0, B: 1.0, C: 1.0, D: 0.2}, 4, 1.0)
+    assert shares == pytest.approx({A: 4 / 3, B: 4 / 3, C: 4 / 3, D: 0.0})
