@@ -19,11 +19,12 @@ from tests.e2e.swarm import Swarm, run
         (("status", "--web-port", "1"), "shoal up"),
         (("export", "--out", "x", "--data-dir", "/nonexistent"), "/nonexistent"),
         (("export", "--out", "x", "--tokenizer", "t.json"), "--format hf"),
+        (("evaluate", "/nonexistent", "--text", __file__), "/nonexistent"),
         (("tokenize", __file__, "--out", "/nonexistent/x", "--shard-tokens", "0"), "--shard-tokens"),
     ],
 )
 def test_bad_arguments(arguments: tuple[str, ...], wanted: str, tmp_path: Path) -> None:
-    folder = () if arguments[0] in ("status", "export", "tokenize") else ("--data-dir", str(tmp_path))
+    folder = () if arguments[0] in ("status", "export", "evaluate", "tokenize") else ("--data-dir", str(tmp_path))
     done = run(*arguments, *folder)
     assert done.returncode == 1
     assert wanted in done.stderr and "Fix:" in done.stderr and "Traceback" not in done.stderr
