@@ -62,9 +62,9 @@ def test_swarm_survives_kill_restart_join_and_leave(swarm: Swarm) -> None:
     out = swarm.folder / "model.safetensors"
     done = run("export", "--out", str(out), "--data-dir", str(first.folder))
     assert done.returncode == 0 and out.stat().st_size > 4 * models[0].params.size
-    done = run("evaluate", str(out), "--text", __file__, "--windows", "8", "--json")
+    done = run("evaluate", str(out), "--text", str(swarm.folder / "text.py"), "--windows", "8", "--json")
     (measured,) = json.loads(done.stdout)["models"]
-    assert measured["model"] == str(out) and 0 < measured["loss_nats"] < 100
+    assert measured["loss_nats"] < 2.0, "it has learned this text"
     for peer in swarm.peers:
         assert "Traceback" not in peer.log(), peer.log()
 
