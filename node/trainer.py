@@ -243,6 +243,7 @@ class TrainerProcess:
             tokenizer=settings.tokenizer,
             cache=str(self._checkpoints / CACHE_FOLDER) if self._checkpoints else None,
             checkpoint_activations=settings.checkpoint_activations,
+            weights=settings.weights,
         )
         await child.send(start)
         try:

@@ -103,6 +103,16 @@ class TakesFiles(Protocol):
         ...
 
 
+@runtime_checkable
+class TakesWeights(Protocol):
+    """A task whose model stands on trained weights that this machine has."""
+
+    def take_weights(self, folder: Path | None, device: torch.device) -> None:
+        """Comes after `layout` and before `build_model`: what `trainer.weights` names, and where models will be. Raises
+        ConfigError where the task needs other weights."""
+        ...
+
+
 class ByteGpt:
     """Next-byte prediction on any text. Options: the fields of GptConfig."""
 
