@@ -357,7 +357,7 @@ ADMISSION_TOLD = {
 def _run_create(options: argparse.Namespace) -> int:
     from shoal.node.identity_file import load_or_create_identity
     from shoal.node.trainer import describe_task
-    from shoal.node.training.causal_lm_config import CAUSAL_LM, fill_in
+    from shoal.node.training.causal_lm_config import CAUSAL_LM, fill_in, find_weights
     from shoal.node.training.tokenizer import BYTES
     from shoal.protocol.identity import format_peer_id, parse_peer_id
     from shoal.protocol.manifest import (
@@ -378,7 +378,8 @@ def _run_create(options: argparse.Namespace) -> int:
     filled = fill_in(task_kind(text), task_options(text), options.draft.parent)
     task = json.dumps(filled, sort_keys=True, separators=(",", ":"))
     draft = parse_draft(text, task)
-    layout = asyncio.run(describe_task(draft.task, options.allow_task))
+    weights = find_weights(draft.task.kind, task_options(text), options.draft.parent)
+    layout = asyncio.run(describe_task(draft.task, options.allow_task, weights))
     draft = size_parts(draft, text, layout.elements)
     folder = _data_dir(options.data_dir)
     owner = load_or_create_identity(folder / "owner.key")

@@ -27,7 +27,7 @@ from shoal.node.training.gpt_config import SAMPLE_TEMPERATURE
 from shoal.node.training.initial_values import list_starts
 from shoal.node.training.lora import adapt, find_layers, freeze, start_adapter
 from shoal.node.training.messages import Work
-from shoal.node.training.parameters import list_specs
+from shoal.node.training.parameters import Shape, list_specs
 from shoal.node.training.task_faults import TaskFault, blame
 from shoal.node.training.tokenizer import INSTALL_HF, ByteTokenizer, Tokenizer, open_tokenizer, write_digest
 from shoal.node.training.tokens import TokenWindows, open_tokens
@@ -113,15 +113,23 @@ class CausalLm:
         fix = f"get the folder with the weights {text} from whoever made the swarm and name it in trainer.weights"
         if folder is None:
             raise ConfigError(FIELD, "is missing: this swarm starts from trained weights", fix)
-        files = WeightsFolder(folder)
-        with _tell_config(), _parameters_without_memory():
-            shapes = [(name, tuple(one.shape)) for name, one in self._build_inner().named_parameters()]
+        files, shapes = WeightsFolder(folder), self._list_shapes()
         names = {name: found for name, _ in shapes if (found := files.find(name)) is not None}
         digest, loaded = files.load(frozenset(names.values()))
         if digest != wanted:
             raise ConfigError(FIELD, f"{folder} is {write_digest(digest)}, and the swarm starts from {text}", fix)
         files.match(shapes)
         self._frozen = {name: torch.from_numpy(loaded.pop(found)).to(device) for name, found in names.items()}
+
+    def check_weights(self, folder: Path) -> None:
+        try:
+            WeightsFolder(folder).match(self._list_shapes())
+        except ConfigError as error:
+            raise ManifestError("task.weights", error.problem, error.fix) from error
+
+    def _list_shapes(self) -> list[tuple[str, Shape]]:
+        with _tell_config(), _parameters_without_memory():
+            return [(name, tuple(one.shape)) for name, one in self._build_inner().named_parameters()]
 
     def take_files(self, tokenizer: Path | None, cache: Path | None) -> None:
         self._tokenizer_path, self._cache = tokenizer, cache

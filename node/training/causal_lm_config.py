@@ -188,9 +188,8 @@ def fill_in(kind: str, options: Mapping[str, Any], folder: Path) -> dict[str, An
     filled = dict(options)
     if kind != CAUSAL_LM:
         return filled
-    weights = filled.get("weights")
-    if isinstance(weights, str) and parse_digest(weights) is None:
-        path = folder / Path(weights).expanduser()
+    path = find_weights(kind, options, folder)
+    if path is not None:
         filled.setdefault("config", str(path.absolute()))
         try:
             filled["weights"] = write_digest(WeightsFolder(path).load(())[0])
@@ -209,6 +208,13 @@ def fill_in(kind: str, options: Mapping[str, Any], folder: Path) -> dict[str, An
         if isinstance(filled.get("config"), dict):
             check_vocabulary(filled["config"].get("vocab_size"), ids)
     return filled
+
+
+def find_weights(kind: str, options: Mapping[str, Any], folder: Path) -> Path | None:
+    """The folder that a draft's task starts from, where it names one and not a digest."""
+    weights = options.get("weights") if kind == CAUSAL_LM else None
+    named = isinstance(weights, str) and parse_digest(weights) is None
+    return folder / Path(str(weights)).expanduser() if named else None
 
 
 def _load_config(config: Any, folder: Path) -> Any:

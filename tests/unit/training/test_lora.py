@@ -239,6 +239,15 @@ def test_weights_of_another_shape_than_the_config_says_are_refused(tmp_path: Pat
         assert caught.value.field == "trainer.weights" and word in caught.value.problem
 
 
+def test_where_the_manifest_is_made_the_files_are_compared_with_the_model(tmp_path: Path) -> None:
+    digest = write_weights(tmp_path, LLAMA)
+    for options in (LORA, {}):
+        assert describe(make_lm_task(LLAMA, weights=digest, **options), (), tmp_path).elements
+        with pytest.raises(ManifestError) as caught:
+            describe(make_lm_task({**LLAMA, "vocab_size": 301}, weights=digest, **options), (), tmp_path)
+        assert caught.value.field == "task.weights" and "[300, 32]" in caught.value.problem
+
+
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
