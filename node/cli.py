@@ -207,11 +207,12 @@ def _add_invite_command(swarm: "argparse._SubParsersAction[argparse.ArgumentPars
 def _add_model_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """What reads a peer's folder and changes nothing."""
     export = commands.add_parser("export", help="write the certified model: safetensors, or a folder for transformers")
-    export.add_argument("--out", type=Path, required=True, help="a file; with --format hf a folder")
-    export.add_argument("--format", choices=("safetensors", "hf"), default="safetensors")
+    export.add_argument("--out", type=Path, required=True, help="a file; with --format hf or peft a folder")
+    export.add_argument("--format", choices=("safetensors", "hf", "peft"), default="safetensors")
     export.add_argument("--round", type=int, help="an older round that this peer retains; default: the newest")
     export.add_argument("--data-dir", type=Path)
     export.add_argument("--tokenizer", type=Path, help="the swarm's tokenizer.json, to go into the folder")
+    export.add_argument("--weights", type=Path, help="the folder of the trained weights that the swarm started from")
     export.set_defaults(run=_run_export)
 
     checkout = commands.add_parser("checkout", help="rebuild a retained round from its snapshot and certified updates")
@@ -362,7 +363,7 @@ ADMISSION_TOLD = {
 def _run_create(options: argparse.Namespace) -> int:
     from shoal.node.identity_file import load_or_create_identity
     from shoal.node.trainer import describe_task
-    from shoal.node.training.causal_lm_config import CAUSAL_LM, fill_in
+    from shoal.node.training.causal_lm_config import CAUSAL_LM, fill_in, find_weights
     from shoal.node.training.tokenizer import BYTES
     from shoal.protocol.identity import format_peer_id, parse_peer_id
     from shoal.protocol.manifest import (
@@ -383,7 +384,8 @@ def _run_create(options: argparse.Namespace) -> int:
     filled = fill_in(task_kind(text), task_options(text), options.draft.parent)
     task = json.dumps(filled, sort_keys=True, separators=(",", ":"))
     draft = parse_draft(text, task)
-    layout = asyncio.run(describe_task(draft.task, options.allow_task))
+    weights = find_weights(draft.task.kind, task_options(text), options.draft.parent)
+    layout = asyncio.run(describe_task(draft.task, options.allow_task, weights))
     draft = size_parts(draft, text, layout.elements)
     folder = _data_dir(options.data_dir)
     owner = load_or_create_identity(folder / "owner.key")
@@ -397,6 +399,8 @@ def _run_create(options: argparse.Namespace) -> int:
     print(f"manifest   {out}")
     if draft.task.kind == CAUSAL_LM and filled.get("tokenizer", BYTES) != BYTES:
         print(f"tokenizer  {filled['tokenizer']} (its members start with --tokenizer FILE: send them that file)")
+    if draft.task.kind == CAUSAL_LM and "weights" in filled:
+        print(f"weights    {filled['weights']} (its members start with --weights FOLDER: send them that folder)")
     print(f"owner key  {folder / 'owner.key'} (keep it safe: it signs changes of the swarm)")
     print(f"URI        {SwarmUri(swarm=swarm, bootstraps=tuple(options.bootstrap))}")
     print(f"admission  {ADMISSION_TOLD[draft.admission.rule]}")
@@ -493,15 +497,19 @@ def _run_identity(options: argparse.Namespace) -> int:
 
 
 def _run_export(options: argparse.Namespace) -> int:
+    from shoal.node.adapters import write_peft_folder
     from shoal.node.export import read_certified_model, read_retained_model, write_model
     from shoal.node.hf_folder import write_hf_folder
 
-    if options.format != "hf" and options.tokenizer is not None:
-        raise ConfigError("--tokenizer", "goes into a folder for transformers", "add --format hf")
+    for flag in ("tokenizer", "weights") if options.format != "hf" else ():
+        if getattr(options, flag) is not None:
+            raise ConfigError(f"--{flag}", "goes into a folder for transformers", "add --format hf")
     folder = _data_dir(options.data_dir)
     model = read_certified_model(folder) if options.round is None else read_retained_model(folder, options.round)
     if options.format == "hf":
-        write_hf_folder(model, options.out, options.tokenizer)
+        write_hf_folder(model, options.out, options.tokenizer, options.weights)
+    elif options.format == "peft":
+        write_peft_folder(model, options.out)
     else:
         write_model(model, options.out)
     if model.is_snapshot:

@@ -156,6 +156,8 @@ class TrainerTable:
     """A file or folder to train on; without it, the source of the running Python."""
     tokenizer: OptionalPath = None
     """The tokenizer.json of the swarm, where it trains on tokens: the manifest has the digest, not the file."""
+    weights: OptionalPath = None
+    """The folder with the weights that the swarm starts from, where it does: the manifest has the digest."""
     micro_batch: Annotated[int, Bound(0, BATCH_SIZE_MAX)] = 0
     """Examples of a batch that are computed at a time; 0 is all of them. What does not fit into memory is halved."""
     checkpoint_activations: bool = False
@@ -242,11 +244,18 @@ FLAGS: Mapping[str, str] = {
     "threads": "trainer.threads",
     "text": "trainer.text",
     "tokenizer": "trainer.tokenizer",
+    "weights": "trainer.weights",
     "allow-task": "trainer.allow_tasks",
     "log-level": "log.level",
     "log-format": "log.format",
 }
-_PATHS = (("node", "data_dir"), ("node", "manifest"), ("trainer", "text"), ("trainer", "tokenizer"))
+_PATHS = (
+    ("node", "data_dir"),
+    ("node", "manifest"),
+    ("trainer", "text"),
+    ("trainer", "tokenizer"),
+    ("trainer", "weights"),
+)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, str]) -> NodeConfig:
@@ -360,6 +369,8 @@ def _find_node_faults(config: NodeConfig) -> Iterator[Fault]:
         yield "trainer", "text", f"{config.trainer.text} does not exist", "give a text file, or a folder of them"
     if config.trainer.tokenizer is not None and not Path(config.trainer.tokenizer).is_file():
         yield "trainer", "tokenizer", f"{config.trainer.tokenizer} is no file", "give the swarm's tokenizer.json"
+    if config.trainer.weights is not None and not Path(config.trainer.weights).is_dir():
+        yield "trainer", "weights", f"{config.trainer.weights} is no folder", "give that of the swarm's trained weights"
     for path in config.trainer.allow_tasks:
         if not is_task_path(path):
             yield "trainer", "allow_tasks", f"{path!r} names no class", f'write it as "{PATH_FORM}", in ASCII'

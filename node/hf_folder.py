@@ -6,7 +6,7 @@ way; ReLU squared; untied head; no biases. Only the joint projection of queries,
 token is a byte and its id is the byte's value.
 
 A `causal_lm` is such a model already: its config and its tensors go along as they are, and the tokenizer's file where
-it is given.
+it is given. Where the swarm started from trained weights, these and what was learned are merged (node/adapters.py).
 
 Neither torch nor transformers is imported: the files are plain data.
 """
@@ -21,6 +21,7 @@ import numpy as np
 from blake3 import blake3
 from safetensors.numpy import save_file
 
+from shoal.node.adapters import merge_weights
 from shoal.node.export import CertifiedModel, describe_model, split_tensors
 from shoal.node.training.causal_lm_config import CAUSAL_LM, CONFIG_FILE, TOKENIZER_FILE, read_causal_lm
 from shoal.node.training.gpt_config import (
@@ -121,9 +122,10 @@ def describe_tokenizer() -> dict[str, Any]:
     }
 
 
-def _write_gpt(model: CertifiedModel, out: Path, tokenizer: bytes | None) -> None:
+def _write_gpt(model: CertifiedModel, out: Path, tokenizer: bytes | None, weights: Path | None) -> None:
     if tokenizer is not None:
         raise ConfigError("--tokenizer", f"is given, and a token of {KIND} is a byte", "leave it out")
+    _refuse_weights(weights)
     config = read_gpt_config(parse_options(model.manifest.task.options))
     tensors = map_gpt_tensors(config, split_tensors(model.manifest.layout, model.params))
     assert sum(one.size for one in tensors.values()) == model.params.size, "every parameter goes along, once"
@@ -134,19 +136,29 @@ def _write_gpt(model: CertifiedModel, out: Path, tokenizer: bytes | None) -> Non
     _write_byte_tokenizer(out, config.context)
 
 
-def _write_causal_lm(model: CertifiedModel, out: Path, tokenizer: bytes | None) -> None:
+def _write_causal_lm(model: CertifiedModel, out: Path, tokenizer: bytes | None, weights: Path | None) -> None:
     options = read_causal_lm(parse_options(model.manifest.task.options))
     if tokenizer is not None and blake3(tokenizer).digest() != options.tokenizer:
         problem = f"is another one than the swarm's, {write_digest(options.tokenizer)}"
         raise ConfigError("--tokenizer", problem, "give the file that its members train with")
-    # Of tensors that the model ties, the layout has the first one alone; so have files that transformers writes.
-    _write_weights(model, split_tensors(model.manifest.layout, model.params), out)
+    if options.weights is None:
+        _refuse_weights(weights)
+        # Of tensors that the model ties, the layout has the first one alone; so have files that transformers writes.
+        tensors = split_tensors(model.manifest.layout, model.params)
+    else:
+        tensors = merge_weights(model, options, weights)
+    _write_weights(model, tensors, out)
     _write_json(out / CONFIG_FILE, {**options.config, "dtype": "float32"})
     if options.tokenizer == ByteTokenizer.digest:
         _write_byte_tokenizer(out, options.context)
     elif tokenizer is not None:
         _write_bytes(out / TOKENIZER_FILE, tokenizer)
         _write_json(out / "tokenizer_config.json", _describe_tokenizer_use(options.context))
+
+
+def _refuse_weights(weights: Path | None) -> None:
+    if weights is not None:
+        raise ConfigError("--weights", "is given, and this swarm starts from none", "leave it out")
 
 
 def _write_weights(model: CertifiedModel, tensors: Mapping[str, Float32s], out: Path) -> None:
@@ -178,14 +190,16 @@ def _write_bytes(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-FOLDERS: Mapping[str, Callable[[CertifiedModel, Path, bytes | None], None]] = MappingProxyType(
+FOLDERS: Mapping[str, Callable[[CertifiedModel, Path, bytes | None, Path | None], None]] = MappingProxyType(
     {KIND: _write_gpt, CAUSAL_LM: _write_causal_lm}
 )
 
 
-def write_hf_folder(model: CertifiedModel, out: Path, tokenizer: Path | None = None) -> None:
-    """Write the folder, with the swarm's tokenizer where its file is given; raises ConfigError where transformers knows
-    no such model or the tokenizer is another one, OSError."""
+def write_hf_folder(
+    model: CertifiedModel, out: Path, tokenizer: Path | None = None, weights: Path | None = None
+) -> None:
+    """Write the folder, with the swarm's tokenizer where its file is given; `weights` is the folder of those that the
+    swarm started from. Raises ConfigError where transformers knows no such model or a file is another one, OSError."""
     kind = model.manifest.task.kind
     if kind not in FOLDERS:
         fix = f"use --format safetensors; a folder is written for: {', '.join(FOLDERS)}"
@@ -194,4 +208,4 @@ def write_hf_folder(model: CertifiedModel, out: Path, tokenizer: Path | None = N
         raise ConfigError("--out", f"{out} is a file", "give a folder")
     raw = None if tokenizer is None else read_file(tokenizer)[0]
     out.mkdir(parents=True, exist_ok=True)
-    FOLDERS[kind](model, out, raw)
+    FOLDERS[kind](model, out, raw, weights)

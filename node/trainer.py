@@ -240,6 +240,7 @@ class TrainerProcess:
             tokenizer=settings.tokenizer,
             cache=str(self._checkpoints / CACHE_FOLDER) if self._checkpoints else None,
             checkpoint_activations=settings.checkpoint_activations,
+            weights=settings.weights,
         )
         await child.send(start)
         try:
@@ -416,11 +417,12 @@ class _Child:
             self._on_event(TrainerStalled(silent_s=self._stall_timeout_s))
 
 
-async def describe_task(task: Task, allowed: Sequence[str] = ()) -> Layout:
+async def describe_task(task: Task, allowed: Sequence[str] = (), weights: Path | None = None) -> Layout:
     """The layout of a task, for its manifest, from a child process that has torch. A task by import path is run where
-    `allowed` has the path. Raises ManifestError where the options are wrong, and TrainerError where the child fails."""
+    `allowed` has the path; the folder `weights`, where there is one, is compared with the model. Raises ManifestError
+    where the options are wrong, and TrainerError where the child fails."""
     _require_torch()
-    command = (*_python_command("shoal.node.training.tasks"), task.kind, task.options, *allowed)
+    command = (*_python_command("shoal.node.training.tasks"), task.kind, task.options, str(weights or ""), *allowed)
     process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
     try:
         async with asyncio.timeout(DESCRIBE_TIMEOUT_S):

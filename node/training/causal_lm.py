@@ -1,9 +1,12 @@
 """Causal language models of Hugging Face transformers, built from the config in the manifest (an extra: `hf`).
 
-No weights and no code are loaded from anywhere: the class is one of the library's own, and its parameters are the
-swarm's. transformers takes seconds to import, so that it is, here alone, and only when a model is built.
+No code is loaded from anywhere: the class is one of the library's own, and its parameters are the swarm's. Where the
+manifest names trained weights, these are read from this machine's folder and stand still: the swarm's parameters are
+adapters on top (lora.py), or what the whole model has moved away from them (displaced.py). transformers takes seconds
+to import, so that it is, here alone, and only when a model is built.
 
-Invariant: a config from a manifest starts no download and runs no code but that of the installed library.
+Invariants: a config from a manifest starts no download and runs no code but that of the installed library; trained
+weights are in memory once, whatever the number of models.
 """
 
 import os
@@ -16,15 +19,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from shoal.node.training.causal_lm_config import CAUSAL_LM, check_context, check_vocabulary, read_causal_lm
+from shoal.node.training.displaced import Displaced, start_displacement
 from shoal.node.training.gpt_config import SAMPLE_TEMPERATURE
 from shoal.node.training.initial_values import list_starts
+from shoal.node.training.lora import adapt, find_layers, freeze, start_adapter
 from shoal.node.training.messages import Work
+from shoal.node.training.parameters import Shape, list_specs
 from shoal.node.training.task_faults import TaskFault, blame
-from shoal.node.training.tokenizer import INSTALL_HF, ByteTokenizer, Tokenizer, open_tokenizer
+from shoal.node.training.tokenizer import INSTALL_HF, ByteTokenizer, Tokenizer, open_tokenizer, write_digest
 from shoal.node.training.tokens import TokenWindows, open_tokens
-from shoal.protocol.errors import ManifestError
+from shoal.node.training.weights import FIELD, WeightsFolder
+from shoal.protocol.errors import ConfigError, ManifestError
 from shoal.protocol.layout import Layout, make_layout
 
 # Read by the libraries when they are imported.
@@ -32,7 +40,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 class CausalLm:
-    """Next-token prediction. Options: `config`, `context` and `tokenizer` (causal_lm_config.py)."""
+    """Next-token prediction. Options: `config`, `context`, `tokenizer`, `weights`, `lora_…` (causal_lm_config.py)."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = read_causal_lm(options)
@@ -41,6 +49,7 @@ class CausalLm:
         self._tokenizer_path: Path | None = None
         self._cache: Path | None = None
         self._tokenizer: Tokenizer = ByteTokenizer()
+        self._frozen: dict[str, Tensor] = {}  # the trained weights by parameter, for all models that are built
 
     def _read_config(self) -> Any:
         name = self._options.model_type
@@ -62,15 +71,65 @@ class CausalLm:
 
     def layout(self) -> Layout:
         with _tell_config():
-            return make_layout(list_starts(self.build_model, lambda model: model.initialize_weights()))
+            if self._options.weights is None:
+                return make_layout(list_starts(self._build_inner, lambda model: model.initialize_weights()))
+            if self._options.lora is None:
+                return make_layout(list_specs(self._build_inner, start_displacement))
+            return make_layout(list_specs(self._build_adapted, start_adapter))
 
     def build_model(self) -> nn.Module:
         with _tell_config():
-            # Without a dtype it would be that of the config, and without this word remote code could be asked for.
-            model: nn.Module = self._library.AutoModelForCausalLM.from_config(
-                self._config, dtype=torch.float32, trust_remote_code=False
-            )
+            if self._options.weights is None:
+                return self._build_inner()
+            if self._options.lora is None:
+                return Displaced(self._build_inner(), self._frozen)
+            return self._build_adapted()
+
+    def _build_inner(self) -> nn.Module:
+        # Without a dtype it would be that of the config, and without this word remote code could be asked for.
+        model: nn.Module = self._library.AutoModelForCausalLM.from_config(
+            self._config, dtype=torch.float32, trust_remote_code=False
+        )
         return model
+
+    def _build_adapted(self) -> nn.Module:
+        """Of the frozen tensors nothing is allocated here; before `take_weights` they are shapes alone."""
+        lora = self._options.lora
+        assert lora is not None, "asked for where there are adapters"
+        with _parameters_without_memory():
+            model = self._build_inner()
+        transposed = self._options.is_transposed
+        kind = import_module("transformers.pytorch_utils").Conv1D if transposed else nn.Linear
+        layers = find_layers(model, kind, lora.targets)
+        freeze(model, self._frozen or {name: one.detach() for name, one in model.named_parameters()})
+        adapt(model, lora, layers, transposed=transposed)
+        return model
+
+    def take_weights(self, folder: Path | None, device: torch.device) -> None:
+        wanted = self._options.weights
+        if wanted is None:
+            return
+        text = write_digest(wanted)
+        fix = f"get the folder with the weights {text} from whoever made the swarm and name it in trainer.weights"
+        if folder is None:
+            raise ConfigError(FIELD, "is missing: this swarm starts from trained weights", fix)
+        files, shapes = WeightsFolder(folder), self._list_shapes()
+        names = {name: found for name, _ in shapes if (found := files.find(name)) is not None}
+        digest, loaded = files.load(frozenset(names.values()))
+        if digest != wanted:
+            raise ConfigError(FIELD, f"{folder} is {write_digest(digest)}, and the swarm starts from {text}", fix)
+        files.match(shapes)
+        self._frozen = {name: torch.from_numpy(loaded.pop(found)).to(device) for name, found in names.items()}
+
+    def check_weights(self, folder: Path) -> None:
+        try:
+            WeightsFolder(folder).match(self._list_shapes())
+        except ConfigError as error:
+            raise ManifestError("task.weights", error.problem, error.fix) from error
+
+    def _list_shapes(self) -> list[tuple[str, Shape]]:
+        with _tell_config(), _parameters_without_memory():
+            return [(name, tuple(one.shape)) for name, one in self._build_inner().named_parameters()]
 
     @property
     def context(self) -> int:
@@ -120,6 +179,23 @@ class CausalLm:
             if len(ids) - first >= size_bytes // 16 and len(self._tokenizer.decode(ids[first:])) >= size_bytes:
                 break
         return self._tokenizer.decode(ids[first:])[:size_bytes]
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Parameters that are made inside are shapes alone (torch's meta device); buffers, which files do not have, are
+    whole."""
+
+    def take_away(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:  # tied ones come twice and stay one
+            return parameter
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(take_away)  # type: ignore[arg-type]  # what it returns counts
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

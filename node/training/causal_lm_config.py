@@ -1,7 +1,8 @@
 """The options of the task `causal_lm`: read by the trainer, by `shoal swarm create` and by the export, without torch.
 
-In a draft `config` is a table, a JSON text or the path of a config.json, and `tokenizer` the path of a tokenizer.json.
-`fill_in` puts what the files say in their place, so that the manifest alone determines the model for everybody.
+In a draft `config` is a table, a JSON text or the path of a config.json, `tokenizer` the path of a tokenizer.json, and
+`weights` that of a folder with trained weights. `fill_in` puts what the files say, or their digest, in their place, so
+that the manifest alone determines the model for everybody.
 
 Invariant: of a config that comes from a manifest nothing is passed on that makes transformers look for code or files
 elsewhere.
@@ -23,6 +24,7 @@ from shoal.node.training.tokenizer import (
     read_file,
     write_digest,
 )
+from shoal.node.training.weights import WeightsFolder
 from shoal.protocol.errors import ConfigError, ManifestError
 from shoal.protocol.tables import read_table
 from shoal.protocol.wire import Bound
@@ -32,6 +34,10 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_BYTES_MAX = 1 << 20
 LAYERS_MAX = 1024  # more make more tensors than a layout has
+RANK_MAX = 1024
+TARGETS_MAX = 64
+# The types whose linear layers hold the transpose of the matrix of a torch Linear (transformers' Conv1D).
+TRANSPOSED_TYPES = frozenset({"gpt2", "openai-gpt"})
 
 # What names code or files elsewhere, or what transformers writes about itself. Names that begin with "_" go, too.
 _LEFT_OUT = frozenset(
@@ -45,21 +51,47 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 class _Options:
     context: Annotated[int, Bound(8, 65_536)] = 256
     tokenizer: Annotated[str, Bound(1, 4096)] = BYTES
+    weights: Annotated[str | None, Bound(1, 4096)] = None
+    lora_rank: Annotated[int, Bound(0, RANK_MAX)] = 0
+    lora_alpha: Annotated[float, Bound(0.001, 65_536)] = 16.0
+    lora_targets: Annotated[tuple[str, ...], Bound(0, TARGETS_MAX)] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """Adapters of rank r add alpha / r * B A to the layers whose names are, or end in, one of `targets`; without these
+    to all linear layers of the blocks."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CausalLmConfig:
     """`config` is what transformers builds the model from, `context` the tokens that a window predicts, `tokenizer` the
-    digest of the tokenizer's file."""
+    digest of the tokenizer's file, `weights` that of the weights that training starts from, if any. With `lora` these
+    stand still, and adapters are trained."""
 
     config: Mapping[str, Any]
     context: int
     tokenizer: bytes
+    weights: bytes | None = None
+    lora: Lora | None = None
 
     @property
     def model_type(self) -> str:
         name: str = self.config["model_type"]
         return name
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether its linear layers hold their matrices as (inputs, outputs)."""
+        return self.model_type in TRANSPOSED_TYPES
 
 
 def read_causal_lm(options: Mapping[str, Any]) -> CausalLmConfig:
@@ -75,7 +107,33 @@ def read_causal_lm(options: Mapping[str, Any]) -> CausalLmConfig:
         raise ManifestError("task.tokenizer", f"{read.tokenizer[:80]!r} is no digest", fix)
     config = clean_config(options["config"])
     _check_sizes(config, read.context, BYTE_IDS if digest == ByteTokenizer.digest else 1)
-    return CausalLmConfig(config=config, context=read.context, tokenizer=digest)
+    return CausalLmConfig(
+        config=config,
+        context=read.context,
+        tokenizer=digest,
+        weights=_read_weights(read.weights),
+        lora=_read_lora(read, rest),
+    )
+
+
+def _read_weights(text: str | None) -> bytes | None:
+    digest = None if text is None or text == BYTES else parse_digest(text)
+    if text is not None and digest is None:
+        fix = "make the manifest with `shoal swarm create`, which writes the digest of the weights"
+        raise ManifestError("task.weights", f"{text[:80]!r} is no digest", fix)
+    return digest
+
+
+def _read_lora(read: _Options, given: Mapping[str, Any]) -> Lora | None:
+    if read.lora_rank:
+        if read.weights is None:
+            fix = 'name the trained weights that the adapters are for, as in weights = "FOLDER"'
+            raise ManifestError("task.weights", "is missing, and task.lora_rank is there", fix)
+        return Lora(rank=read.lora_rank, alpha=read.lora_alpha, targets=read.lora_targets)
+    for name in ("lora_alpha", "lora_targets"):
+        if name in given:
+            raise ManifestError(f"task.{name}", "is there, and task.lora_rank is not", "add lora_rank = 16")
+    return None
 
 
 def clean_config(config: Any) -> dict[str, Any]:
@@ -130,6 +188,13 @@ def fill_in(kind: str, options: Mapping[str, Any], folder: Path) -> dict[str, An
     filled = dict(options)
     if kind != CAUSAL_LM:
         return filled
+    path = find_weights(kind, options, folder)
+    if path is not None:
+        filled.setdefault("config", str(path.absolute()))
+        try:
+            filled["weights"] = write_digest(WeightsFolder(path).load(())[0])
+        except ConfigError as error:
+            raise ManifestError("task.weights", error.problem, error.fix) from error
     if "config" in filled:
         filled["config"] = clean_config(_load_config(filled["config"], folder))
     tokenizer = filled.get("tokenizer", BYTES)
@@ -143,6 +208,13 @@ def fill_in(kind: str, options: Mapping[str, Any], folder: Path) -> dict[str, An
         if isinstance(filled.get("config"), dict):
             check_vocabulary(filled["config"].get("vocab_size"), ids)
     return filled
+
+
+def find_weights(kind: str, options: Mapping[str, Any], folder: Path) -> Path | None:
+    """The folder that a draft's task starts from, where it names one and not a digest."""
+    weights = options.get("weights") if kind == CAUSAL_LM else None
+    named = isinstance(weights, str) and parse_digest(weights) is None
+    return folder / Path(str(weights)).expanduser() if named else None
 
 
 def _load_config(config: Any, folder: Path) -> Any:

@@ -56,7 +56,7 @@ from shoal.node.training.model import Gpt
 from shoal.node.training.round_work import PROGRESS_PERIOD_S, RoundWork
 from shoal.node.training.strategy import STRATEGIES, load_tensors
 from shoal.node.training.task_faults import TaskFault, blame
-from shoal.node.training.tasks import TakesFiles, WritesText, make_task
+from shoal.node.training.tasks import TakesFiles, TakesWeights, WritesText, make_task
 from shoal.protocol.errors import ConfigError, ManifestError
 
 FAULTS_IN_A_ROW_MAX = 5
@@ -81,6 +81,8 @@ class InnerLoop:
             if isinstance(self._task, TakesFiles):
                 cache = Path(start.cache) if start.cache else None
                 self._task.take_files(Path(start.tokenizer) if start.tokenizer else None, cache)
+            if isinstance(self._task, TakesWeights):
+                self._task.take_weights(Path(start.weights) if start.weights else None, self._device)
             self._batches = self._task.open_data(Path(start.text) if start.text else None, work)
             self._tokens_per_batch = self._batches.tokens_per_batch
             self._train_bytes, self._held_out_bytes = self._batches.train_bytes, self._batches.held_out_bytes

@@ -65,9 +65,9 @@ class Start:
     their number to torch. An inner step begins `step_period_s` after the one before at the soonest. `checkpoints` is
     the folder of the trainer's own checkpoints, written at every so many Readys; without one it has none. A batch is
     computed `micro_batch` examples at a time, 0 means all of them, and fewer where so many do not fit into memory. Of
-    the tasks that come by import path those in `allow_tasks` are run. `tokenizer` is a file, `cache` a folder of the
-    trainer's own for what it can make again. With `checkpoint_activations` the backward pass computes the model's
-    blocks a second time instead of keeping what is in them."""
+    the tasks that come by import path those in `allow_tasks` are run. `tokenizer` is a file, `weights` a folder with
+    trained ones, `cache` a folder of the trainer's own for what it can make again. With `checkpoint_activations` the
+    backward pass computes the model's blocks a second time instead of keeping what is in them."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
@@ -81,6 +81,7 @@ class Start:
     tokenizer: Annotated[str | None, Bound(1, 4096)] = None
     cache: Annotated[str | None, Bound(1, 4096)] = None
     checkpoint_activations: bool = False
+    weights: Annotated[str | None, Bound(1, 4096)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,9 @@
 """What can be trained: the interface of a task, the table of those built in, and the way to the user's own.
 
 A task is chosen by the manifest (`kind` and `options`); it owns the model, its layout, the data and the loss, and knows
-nothing of peers and rounds. `python -m shoal.node.training.tasks KIND OPTIONS [PATH…]` writes the layout of a task to
-standard output, for a daemon that has no torch in its process; the PATHs are those of tasks that may be run.
+nothing of peers and rounds. `python -m shoal.node.training.tasks KIND OPTIONS WEIGHTS [PATH…]` writes the layout of a
+task to standard output, for a daemon that has no torch in its process; WEIGHTS is the folder that the task is to start
+from, or empty, the PATHs are those of tasks that may be run.
 
 Invariants: options are validated once, here, with errors that name the field; a task that is not built in comes from
 `load_class` alone, which asks whether it is allowed.
@@ -131,6 +132,20 @@ class TakesFiles(Protocol):
         ...
 
 
+@runtime_checkable
+class TakesWeights(Protocol):
+    """A task whose model stands on trained weights that this machine has."""
+
+    def take_weights(self, folder: Path | None, device: torch.device) -> None:
+        """Comes after `layout` and before `build_model`: what `trainer.weights` names, and where models will be. Raises
+        ConfigError where the task needs other weights."""
+        ...
+
+    def check_weights(self, folder: Path) -> None:
+        """Raises ManifestError where the tensors in this folder are not those of the model."""
+        ...
+
+
 class ByteGpt:
     """Next-byte prediction on any text. Options: the fields of GptConfig."""
 
@@ -208,8 +223,9 @@ def make_task(choice: TaskChoice, allowed: Sequence[str] = ()) -> Task:
     return TASKS[choice.kind](options)
 
 
-def describe(choice: TaskChoice, allowed: Sequence[str] = ()) -> Layout:
-    """The layout that `shoal swarm create` puts into the manifest; raises as `make_task` does."""
+def describe(choice: TaskChoice, allowed: Sequence[str] = (), weights: Path | None = None) -> Layout:
+    """The layout that `shoal swarm create` puts into the manifest, of a task that may start from `weights`; raises as
+    `make_task` does."""
     if choice.kind == ATTACHED:
         path, options = take_path(parse_options(choice.options))
         build = load_builder(path, allowed)
@@ -217,15 +233,19 @@ def describe(choice: TaskChoice, allowed: Sequence[str] = ()) -> Layout:
             return make_layout(list_specs(lambda: build(**options), start_uniform))
     task = make_task(choice, allowed)
     with blame(type(task).__module__):
-        return task.layout()
+        layout = task.layout()
+        if weights is not None and isinstance(task, TakesWeights):
+            task.check_weights(weights)
+        return layout
 
 
 def main(arguments: list[str]) -> None:
     """Write a Described or an Undescribed frame to standard output."""
-    kind, options, *allowed = arguments
+    kind, options, weights, *allowed = arguments
     answer: Described | Undescribed
     try:
-        answer = Described(layout=describe(TaskChoice(kind=kind, options=options), allowed))
+        choice = TaskChoice(kind=kind, options=options)
+        answer = Described(layout=describe(choice, allowed, Path(weights) if weights else None))
     except InputError as error:
         field, problem, fix = (trim_detail(text) for text in (error.field, error.problem, error.fix))
         answer = Undescribed(field=field, problem=problem, fix=fix)

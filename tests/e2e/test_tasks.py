@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from safetensors.numpy import load_file
 
 from shoal.node.status import HeldOut
 from tests.e2e.swarm import Peer, Swarm, replace_task, run
-from tests.unit.training.lm_samples import END, LLAMA, write_parquet, write_tokenizer
+from tests.unit.training.lm_samples import END, GPT2, LLAMA, write_parquet, write_tokenizer, write_weights
 from tests.unit.training.user_tasks import EXAMPLE, SINE, importable, write_module
 
 ALLOW = ("--allow-task", SINE)
@@ -122,3 +123,42 @@ def test_a_swarm_trains_a_causal_language_model_on_tokens(tmp_path: Path) -> Non
         assert model(ids, labels=ids).loss.item() < 6.0, "that of guessing is ln 300 = 5.7"
     finally:
         swarm.end()
+
+
+def test_a_swarm_trains_adapters_on_weights_that_each_member_has(tmp_path: Path) -> None:
+    """The draft names the folder alone; a third peer has other weights."""
+    torch, transformers = (pytest.importorskip(name, reason="an extra") for name in ("torch", "transformers"))
+    weights, other = tmp_path / "weights", tmp_path / "other"
+    digest = write_weights(weights, GPT2)
+    write_weights(other, {**GPT2, "n_layer": 1})
+    task = f'kind = "causal_lm"\ncontext = 32\nweights = "{weights}"\nlora_rank = 4'
+    swarm = Swarm(tmp_path, founders=2, draft=replace_task(task))
+    try:
+        first, second, third = (swarm.add(f"peer{number}") for number in (1, 2, 3))
+        for peer, folder in ((first, weights), (second, weights), (third, other)):
+            peer.options += ["--weights", str(folder)]
+        first.start("up", "--manifest", str(swarm.manifest))
+        swarm.wait("the first peer answers", lambda: first.status() is not None)
+        second.start("join", uri_of(first))
+        swarm.wait("three rounds", lambda: min(first.round, second.round) >= 3)
+        third.start("join", uri_of(first))
+        swarm.wait("the status tells which weights are wanted", lambda: digest in error_of(third))
+        for peer in (first, second):
+            assert peer.contributes_after(0)
+            assert peer.leave() == 0
+        swarm.check_roots()
+        assert "Traceback" not in first.log() + second.log() + third.log()
+        for name, words in (("merged", ("hf", "--weights", str(weights))), ("adapter", ("peft",))):
+            out = ("--data-dir", str(first.folder), "--out", str(tmp_path / name))
+            exported = run("export", *out, "--format", *words)
+            assert exported.returncode == 0, exported.stderr
+        refused = run("export", "--data-dir", str(first.folder), "--out", str(tmp_path / "no"), "--format", "hf")
+        assert refused.returncode != 0 and digest in refused.stderr
+    finally:
+        swarm.end()
+    models = [transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in (weights, tmp_path / "merged")]
+    ids = torch.tensor([list(Path(json.__file__).read_bytes()[:512])]).view(16, 32)
+    before, after = (model.eval()(ids, labels=ids).loss.item() for model in models)
+    assert after < before - 0.1, "it has learned"
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 16 and all(one.any() for one in adapter.values())

@@ -84,6 +84,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ('[node]\nname = "a\\u0007"\n', "node.name (line 2)", "cannot be shown"),
         ('[node]\nmanifest = "gone"\n', "node.manifest (line 2)", "is no file"),
         ('[trainer]\ntext = "gone"\n', "trainer.text (line 2)", "does not exist"),
+        ('[trainer]\nweights = "gone"\n', "trainer.weights (line 2)", "is no folder"),
         ('[trainer]\nallow_tasks = ["os"]\n', "trainer.allow_tasks (line 2)", "'os' names no class"),
         ('[trainer]\nallow_tasks = "a:B"\n', "trainer.allow_tasks (line 2)", "is not a list of strings"),
         ("[limits]\ndownload_mbit = 0.5\n", "limits.download_mbit (line 2)", "less than links can live with"),

@@ -41,6 +41,25 @@ def write_tokenizer(path: Path, merges: list[str] = MERGES) -> Path:
     return path
 
 
+def write_weights(folder: Path, config: dict[str, Any], dtype: str = "float32", **saved: Any) -> str:
+    """A folder as save_pretrained writes it, of a model in which no tensor is zeros or ones; returns the digest as it
+    stands in a manifest."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from shoal.node.training.tokenizer import write_digest
+    from shoal.node.training.weights import WeightsFolder
+
+    rest = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(11)
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **rest))
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **saved)
+    return write_digest(WeightsFolder(folder).load(())[0])
+
+
 def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
     import pyarrow
     import pyarrow.parquet

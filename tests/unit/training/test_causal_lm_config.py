@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from blake3 import blake3
+from safetensors.numpy import save_file
 
-from shoal.node.training.causal_lm_config import CONFIG_BYTES_MAX, clean_config, fill_in, read_causal_lm
+from shoal.node.training.causal_lm_config import CONFIG_BYTES_MAX, Lora, clean_config, fill_in, read_causal_lm
+from shoal.node.training.weights import WeightsFolder
 from shoal.protocol.errors import ManifestError
 from tests.unit.training.lm_samples import LLAMA, MERGES, write_tokenizer
 
@@ -16,6 +19,7 @@ ELSEWHERE = {
     "attn_implementation": "someone/kernel",
     "_attn_implementation": "a/b",
 }
+WEIGHTS = f"blake3:{'5' * 64}"
 
 
 def test_nothing_is_passed_on_that_makes_transformers_look_elsewhere() -> None:
@@ -50,6 +54,14 @@ def test_nothing_is_passed_on_that_makes_transformers_look_elsewhere() -> None:
         ({"config": LLAMA, "context": 32, "tokenizer": "tokenizer.json"}, "task.tokenizer"),
         ({"config": LLAMA, "context": 32, "tokenizer": 3}, "task.tokenizer"),
         ({"config": LLAMA, "context": 32, "width": 3}, "task.width"),
+        ({"config": LLAMA, "weights": "folder"}, "task.weights"),
+        ({"config": LLAMA, "weights": "bytes"}, "task.weights"),
+        ({"config": LLAMA, "lora_rank": 4}, "task.weights"),
+        ({"config": LLAMA, "weights": WEIGHTS, "lora_rank": 1025}, "task.lora_rank"),
+        ({"config": LLAMA, "weights": WEIGHTS, "lora_rank": 4, "lora_alpha": 0}, "task.lora_alpha"),
+        ({"config": LLAMA, "weights": WEIGHTS, "lora_rank": 4, "lora_targets": "q_proj"}, "task.lora_targets"),
+        ({"config": LLAMA, "weights": WEIGHTS, "lora_alpha": 8.0}, "task.lora_alpha"),
+        ({"config": LLAMA, "weights": WEIGHTS, "lora_targets": ["q_proj"]}, "task.lora_targets"),
     ],
 )
 def test_options_of_a_manifest_are_refused_by_name(options: dict[str, Any], field: str) -> None:
@@ -63,6 +75,13 @@ def test_options_of_a_manifest_are_refused_by_name(options: dict[str, Any], fiel
 def test_the_window_and_the_tokenizer_have_defaults() -> None:
     read = read_causal_lm({"config": {**LLAMA, "max_position_embeddings": 512}})
     assert (read.context, read.tokenizer) == (256, bytes(32))
+    assert (read.weights, read.lora) == (None, None)
+
+
+def test_adapters_have_defaults() -> None:
+    read = read_causal_lm({"config": LLAMA, "context": 32, "weights": WEIGHTS, "lora_rank": 4})
+    assert (read.weights, read.lora) == (b"U" * 32, Lora(rank=4, alpha=16.0, targets=()))
+    assert read.lora is not None and read.lora.scale == 4.0
 
 
 @pytest.mark.parametrize("how", ["table", "text", "file", "folder"])
@@ -94,6 +113,23 @@ def test_of_a_tokenizer_the_digest_goes_into_the_manifest(tmp_path: Path) -> Non
     assert caught.value.field == "task.config.vocab_size"
 
 
+def test_of_weights_the_digest_goes_into_the_manifest_and_the_config_comes_along(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"x": np.arange(3, dtype=np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **ELSEWHERE}))
+    digest = f"blake3:{WeightsFolder(folder).load(())[0].hex()}"
+    filled = fill_in("causal_lm", {"weights": "model", "lora_rank": 4}, tmp_path)
+    assert filled == {"weights": digest, "lora_rank": 4, "config": LLAMA}
+    assert fill_in("causal_lm", filled, Path("/")) == filled
+    own = {**LLAMA, "max_position_embeddings": 32}
+    assert fill_in("causal_lm", {"weights": "model", "config": own}, tmp_path)["config"] == own
+    (folder / "config.json").unlink()
+    with pytest.raises(ManifestError) as caught:
+        fill_in("causal_lm", {"weights": "model"}, tmp_path)
+    assert caught.value.field == "task.config" and str(folder / "config.json") in caught.value.problem
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
@@ -104,6 +140,8 @@ def test_of_a_tokenizer_the_digest_goes_into_the_manifest(tmp_path: Path) -> Non
         ({"config": "large.json"}, "task.config"),
         ({"config": LLAMA, "tokenizer": "absent.json"}, "task.tokenizer"),
         ({"config": LLAMA, "tokenizer": "bad.json"}, "task.tokenizer"),
+        ({"config": LLAMA, "weights": "absent.json"}, "task.weights"),
+        ({"config": LLAMA, "weights": "bad.json"}, "task.weights"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused_by_name(tmp_path: Path, options: dict[str, Any], field: str) -> None:
