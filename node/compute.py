@@ -25,6 +25,7 @@ from shoal.node.training.messages import (
     EVERYTHING,
     NO_EVALUATION,
     OPTIMIZER,
+    Compiling,
     Evaluated,
     Failed,
     Merge,
@@ -255,6 +256,8 @@ class Compute:
             case Paused():
                 if self._ready is not None:
                     self.phase = TrainerState.PAUSED
+            case Compiling():
+                log.info("trainer: torch.compile works on the task's loss: the first step takes minutes")
             case Evaluated():
                 self.held_out = event
                 found = f"{event.loss_nats:.4f} nats a token, perplexity {event.perplexity:.2f}"

@@ -30,6 +30,7 @@ from shoal.node.training.messages import (
     BAD_INPUT,
     Begin,
     Command,
+    Compiling,
     Described,
     Evaluate,
     Evaluated,
@@ -62,6 +63,9 @@ STOP_GRACE_S = 2.0
 CHECKPOINT_BYTES_PER_S = 100e6
 TERMINATE_GRACE_S = 2.0
 CACHE_FOLDER = "tokens"  # in the trainer's own folder
+RENDEZVOUS_FILE = "rendezvous"  # likewise
+# Of the patience with a step: the first process is to say which other one hangs before it is itself taken for hanging.
+RANK_TIMEOUT_SHARE = 0.8
 RECEIVE_BYTES = 1 << 16
 STDERR_BYTES_MAX = 1 << 13
 STDERR_LINES_MAX = 40
@@ -108,7 +112,9 @@ class TrainerLeft:
     detail: str
 
 
-TrainerEvent = Progress | Ready | Paused | Evaluated | Sampled | Failed | TrainerExited | TrainerStalled | TrainerLeft
+TrainerEvent = (
+    Progress | Ready | Paused | Compiling | Evaluated | Sampled | Failed | TrainerExited | TrainerStalled | TrainerLeft
+)
 
 
 class SharedParameters:
@@ -243,6 +249,10 @@ class TrainerProcess:
             tokenizer=settings.tokenizer,
             cache=str(self._checkpoints / CACHE_FOLDER) if self._checkpoints else None,
             checkpoint_activations=settings.checkpoint_activations,
+            processes=settings.processes,
+            rendezvous=str(self._checkpoints / RENDEZVOUS_FILE) if self._checkpoints else None,
+            rank_timeout_s=RANK_TIMEOUT_SHARE * settings.stall_timeout_s,
+            compile=settings.compile,
         )
         await child.send(start)
         try:
