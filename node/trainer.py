@@ -63,7 +63,8 @@ STOP_GRACE_S = 2.0
 CHECKPOINT_BYTES_PER_S = 100e6
 TERMINATE_GRACE_S = 2.0
 CACHE_FOLDER = "tokens"  # in the trainer's own folder
-RENDEZVOUS_FILE = "rendezvous"  # likewise
+COMPILED_FOLDER = "compiled"  # likewise
+RENDEZVOUS_FILE = "rendezvous"
 # Of the patience with a step: the first process is to say which other one hangs before it is itself taken for hanging.
 RANK_TIMEOUT_SHARE = 0.8
 RECEIVE_BYTES = 1 << 16
@@ -252,7 +253,7 @@ class TrainerProcess:
             processes=settings.processes,
             rendezvous=str(self._checkpoints / RENDEZVOUS_FILE) if self._checkpoints else None,
             rank_timeout_s=RANK_TIMEOUT_SHARE * settings.stall_timeout_s,
-            compile=settings.compile,
+            compiled=str(self._checkpoints / COMPILED_FOLDER) if self._checkpoints and settings.compile else None,
         )
         await child.send(start)
         try:

@@ -42,7 +42,7 @@ class Follower:
             model = self._task.build_model().to(self._device)
         if start.checkpoint_activations:
             recompute_blocks(model, start.work.task.kind)
-        self._pass = GradientPass(self._task, model, self._device, compiles=start.compile)
+        self._pass = GradientPass(self._task, model, self._device, compiles=start.compiled is not None)
         self._group = RankGroup(model)
 
     def join(self) -> None:

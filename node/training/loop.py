@@ -99,7 +99,7 @@ class InnerLoop:
                 raise ManifestError("layout", f"is not that of the model of {self._kind}", fix)
         if start.checkpoint_activations:
             recompute_blocks(self._model, self._kind)
-        self._pass = GradientPass(self._task, self._model, self._device, compiles=start.compile)
+        self._pass = GradientPass(self._task, self._model, self._device, compiles=start.compiled is not None)
         self._ranks = ranks
         if ranks is not None:
             ranks.join(self._model)  # before an optimizer takes its gradients
@@ -176,7 +176,8 @@ class InnerLoop:
             return
         self._faults_in_a_row = 0
         self._batches_done += 1
-        if problem := self._pass.take_problem() or (self._ranks.take_problem() if self._ranks is not None else ""):
+        others = "" if self._ranks is None else self._ranks.take_problem()
+        if problem := self._pass.take_problem() or others:  # where one compiler is missing, all are
             yield Failed(reason=COMPILE_FAILED, detail=problem, fatal=False)
         if self._checkpoints is not None:
             self._checkpoints.journal.note(self._batches_done)

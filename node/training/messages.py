@@ -84,7 +84,7 @@ class Start:
     trainer's own for what it can make again. With `checkpoint_activations` the backward pass computes the model's
     blocks a second time instead of keeping what is in them. Of more than one of the `processes`, 0 for one a GPU, each
     computes its part of a batch; they meet by a file at `rendezvous`, and one that does not answer for
-    `rank_timeout_s` ends them all. With `compile` the loss runs as torch.compile makes it."""
+    `rank_timeout_s` ends them all. With `compiled`, a folder for what torch.compile makes, the loss is compiled."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
@@ -101,7 +101,7 @@ class Start:
     processes: Annotated[int, Bound(0, PROCESSES_MAX)] = 1
     rendezvous: Annotated[str | None, Bound(1, 4096)] = None
     rank_timeout_s: Annotated[float, Bound(0.1, 86_400)] = 240.0
-    compile: bool = False
+    compiled: Annotated[str | None, Bound(1, 4096)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -215,7 +215,7 @@ class Ranks:
         return faults
 
     def _set_deadline(self, size: int) -> float:
-        compiling_s = COMPILE_TIMEOUT_S if self._start.compile and size not in self._sizes else 0.0
+        compiling_s = COMPILE_TIMEOUT_S if self._start.compiled and size not in self._sizes else 0.0
         return time.monotonic() + self._start.rank_timeout_s + compiling_s
 
 

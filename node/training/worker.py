@@ -16,10 +16,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from shoal.node.training.compiled import open_compiled
 from shoal.node.training.devices import choose_device, count_ranks
 from shoal.node.training.loop import InnerLoop
 from shoal.node.training.messages import (
@@ -102,6 +104,8 @@ def open_loop(
     with ExitStack() as undo:
         ranks: Ranks | None = None
         try:
+            if start.compiled is not None:
+                open_compiled(Path(start.compiled))
             count = count_ranks(start.processes, choose_device(start.device), start.work.training.batch_size)
             if count > 1:
                 # First, so that they import torch while this process opens the data.
