@@ -270,6 +270,8 @@ class Compute:
                 log.warning("trainer: %s: %s", event.reason, event.detail)
             case TrainerExited():
                 last = event.stderr_lines[-1] if event.stderr_lines else f"exit status {event.returncode}"
+                if self._last_words and event.stderr_lines:
+                    log.warning("trainer: the last line on its standard error is: %s", last)
                 last = self._last_words or last
                 self._ports.spawn(self._failed(Failure.TRAINER_CRASHED, last))
             case TrainerLeft():

@@ -373,6 +373,10 @@ class _Child:
             group.create_task(self._read_stderr())
             await self._read_reports()
             await self._end()
+            # What it started itself ends with it, but where the kernel knows no such signal and it is stopped. It would
+            # also hold the standard error open.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.attached = False
         self._watch.cancel()
         self._writer.close()

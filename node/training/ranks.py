@@ -58,7 +58,7 @@ class _Follower:
             return f"{self.name} has hung up"
         if code < 0:
             return f"{self.name} was killed by {signal.Signals(-code).name}"
-        return f"{self.name} ended with exit status {code}; its last words are in the log before this"
+        return f"{self.name} ended with exit status {code}"  # why is on the standard error that all share
 
 
 class Ranks:

@@ -115,6 +115,7 @@ def test_none_outlives_the_daemon(tmp_path: Path) -> None:
         assert parent.stdout is not None
         pids = [int(word) for word in parent.stdout.readline().split()]
         assert len(pids) == 2 and not any(is_gone(pid, 0.0) for pid in pids)
+        os.kill(pids[1], signal.SIGSTOP)  # it cannot end by itself
         parent.kill()
         assert all(is_gone(pid, PATIENCE_S) for pid in pids)
 
