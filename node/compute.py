@@ -25,6 +25,7 @@ from shoal.node.training.messages import (
     EVERYTHING,
     NO_EVALUATION,
     OPTIMIZER,
+    Compiling,
     Evaluated,
     Failed,
     Merge,
@@ -261,6 +262,8 @@ class Compute:
             case Paused():
                 if self._ready is not None:
                     self.phase = TrainerState.PAUSED
+            case Compiling():
+                log.info("trainer: torch.compile works on the task's loss: the first step takes minutes")
             case Evaluated():
                 self.held_out = event
                 found = f"{event.loss_nats:.4f} nats a token, perplexity {event.perplexity:.2f}"
@@ -273,6 +276,8 @@ class Compute:
                 log.warning("trainer: %s: %s", event.reason, event.detail)
             case TrainerExited():
                 last = event.stderr_lines[-1] if event.stderr_lines else f"exit status {event.returncode}"
+                if self._last_words and event.stderr_lines:
+                    log.warning("trainer: the last line on its standard error is: %s", last)
                 last = self._last_words or last
                 self._ports.spawn(self._failed(Failure.TRAINER_CRASHED, last))
             case TrainerLeft():

@@ -19,7 +19,7 @@ from shoal.dht.addresses import parse_address, parse_peer_address
 from shoal.node.rate_caps import CapSchedule, check_mbit, make_schedule, parse_hours
 from shoal.node.running import DATA_DIR
 from shoal.node.training.custom_task import PATH_FORM, is_task_path
-from shoal.node.training.messages import TASKS_ALLOWED_MAX
+from shoal.node.training.messages import PROCESSES_MAX, TASKS_ALLOWED_MAX
 from shoal.protocol.errors import ConfigError, InputError, UriError
 from shoal.protocol.manifest import BATCH_SIZE_MAX, BOOTSTRAPS_MAX, parse_uri
 from shoal.protocol.messages import ADDRESSES_MAX
@@ -149,7 +149,9 @@ class TrainerTable:
 
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))] = "auto"
     threads: Annotated[int, Bound(0, 1024)] = 0
-    """CPU threads of the inner steps; 0 leaves the choice to torch."""
+    """CPU threads of the inner steps, of all processes together; 0 leaves the choice to torch."""
+    processes: Annotated[int, Bound(0, PROCESSES_MAX)] = 1
+    """Processes that share each batch, one a GPU, or several on a CPU; 0 is one for each GPU that torch finds."""
     nice: Annotated[int, Bound(0, 19)] = 10
     """How far the trainer stands back: at 0 it competes with the daemon and with the person at this machine."""
     text: OptionalPath = None
@@ -166,6 +168,8 @@ class TrainerTable:
     allow_tasks: Annotated[tuple[str, ...], Bound(0, TASKS_ALLOWED_MAX)] = ()
     """Import paths of tasks that may run here ("package.module:Class"), beside those built in. Each is somebody's code,
     with the rights of this process: look at it first."""
+    compile: bool = False
+    """Compute the loss as torch.compile makes it. The first step then takes minutes, and a CPU needs a C++ compiler."""
     step_period_s: Annotated[float, Bound(0, 3600)] = 0.0
     """At least so long from one inner step to the next, for a machine that is to stay cool or quiet; 0 never rests."""
     checkpoint_every: Annotated[int, Bound(0, 1000)] = 1

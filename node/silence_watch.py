@@ -1,5 +1,7 @@
 """How long a trainer has reported nothing while there was something to do.
 
+A trainer that compiles is waited for as long as it says, and then as long as any other.
+
 Invariant: at most one timer runs, and none while nothing is asked of the trainer.
 """
 
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from shoal.node.training.messages import (
     Begin,
     Command,
+    Compiling,
     Evaluate,
     Evaluated,
     Failed,
@@ -50,7 +53,7 @@ class SilenceWatch:
             self._training = self._training and report.round != self._round  # it may have crossed what lets it go on
         elif isinstance(report, Evaluated | Sampled | Failed):
             self._asked = False
-        self._await_report()
+        self._await_report(report.timeout_s if isinstance(report, Compiling) else 0.0)
 
     def cancel(self) -> None:
         """The trainer is gone."""
@@ -58,10 +61,10 @@ class SilenceWatch:
             self._timer.cancel()
         self._timer = None
 
-    def _await_report(self) -> None:
+    def _await_report(self, more_s: float = 0.0) -> None:
         self.cancel()
         if self._training or self._asked:
-            self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._tell)
+            self._timer = asyncio.get_running_loop().call_later(self._timeout_s + more_s, self._tell)
 
     def _tell(self) -> None:
         self._timer = None

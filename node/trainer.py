@@ -30,6 +30,7 @@ from shoal.node.training.messages import (
     BAD_INPUT,
     Begin,
     Command,
+    Compiling,
     Described,
     Evaluate,
     Evaluated,
@@ -62,6 +63,10 @@ STOP_GRACE_S = 2.0
 CHECKPOINT_BYTES_PER_S = 100e6
 TERMINATE_GRACE_S = 2.0
 CACHE_FOLDER = "tokens"  # in the trainer's own folder
+COMPILED_FOLDER = "compiled"  # likewise
+RENDEZVOUS_FILE = "rendezvous"
+# Of the patience with a step: the first process is to say which other one hangs before it is itself taken for hanging.
+RANK_TIMEOUT_SHARE = 0.8
 RECEIVE_BYTES = 1 << 16
 STDERR_BYTES_MAX = 1 << 13
 STDERR_LINES_MAX = 40
@@ -108,7 +113,9 @@ class TrainerLeft:
     detail: str
 
 
-TrainerEvent = Progress | Ready | Paused | Evaluated | Sampled | Failed | TrainerExited | TrainerStalled | TrainerLeft
+TrainerEvent = (
+    Progress | Ready | Paused | Compiling | Evaluated | Sampled | Failed | TrainerExited | TrainerStalled | TrainerLeft
+)
 
 
 class SharedParameters:
@@ -241,6 +248,10 @@ class TrainerProcess:
             cache=str(self._checkpoints / CACHE_FOLDER) if self._checkpoints else None,
             checkpoint_activations=settings.checkpoint_activations,
             weights=settings.weights,
+            processes=settings.processes,
+            rendezvous=str(self._checkpoints / RENDEZVOUS_FILE) if self._checkpoints else None,
+            rank_timeout_s=RANK_TIMEOUT_SHARE * settings.stall_timeout_s,
+            compiled=str(self._checkpoints / COMPILED_FOLDER) if self._checkpoints and settings.compile else None,
         )
         await child.send(start)
         try:
@@ -360,6 +371,10 @@ class _Child:
             group.create_task(self._read_stderr())
             await self._read_reports()
             await self._end()
+            # What it started itself ends with it, but where the kernel knows no such signal and it is stopped. It would
+            # also hold the standard error open.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.attached = False
         self._watch.cancel()
         self._writer.close()

@@ -86,6 +86,7 @@ class AttachedLoop:
         self._anchored = False  # the parameters are a base and the work made since
         self._batches_done = 0
         self._replaced = False
+        self._cleared = False
         self._attached = False
 
     @property
@@ -107,6 +108,11 @@ class AttachedLoop:
         """Whether the parameters were replaced since this was asked last."""
         replaced, self._replaced = self._replaced, False
         return replaced
+
+    def take_cleared(self) -> bool:
+        """Whether the optimizer has lost its state since this was asked last."""
+        cleared, self._cleared = self._cleared, False
+        return cleared
 
     # -- the daemon comes and goes -------------------------------------------------------------------------------------
 
@@ -270,6 +276,7 @@ class AttachedLoop:
         self._replaced = True
         # A daemon that was killed may have left half of a new base: nothing that is made on it counts.
         self._anchored = self._attached
+        self._cleared = True
         self._optimizer.state.clear()  # moments that are not finite would spoil every further step
         if self._handed is not None:
             self._handed = replace(self._handed, since=self._base.copy())

@@ -12,10 +12,11 @@ written.
 import logging
 import mmap
 import os
+import select
 import socket
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from shoal.node.attach_socket import connect, find_socket
 from shoal.node.running import DATA_DIR, read_running
@@ -39,6 +41,7 @@ from shoal.node.training.messages import (
     Stop,
     encode_frame,
 )
+from shoal.node.training.script_ranks import HEARTBEAT_S, ScriptRanks, Word
 from shoal.protocol.errors import ConfigError, InputError, ProtocolError, ShoalError
 from shoal.protocol.layout import DIMENSIONS_MAX, NAME_BYTES_MAX, TENSORS_MAX
 
@@ -133,6 +136,10 @@ class Line:
             raise ConnectionError("the daemon is gone")
         return commands
 
+    def comes_within(self, timeout_s: float) -> bool:
+        """Whether there is something to receive, be it the end, within so long."""
+        return bool(select.select([self._socket], [], [], timeout_s)[0])
+
     def close(self) -> None:
         with suppress(OSError):  # for the copies that forked workers of a data loader hold
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -174,6 +181,9 @@ class Attachment:
     @property
     def attached(self) -> bool:
         """Whether the daemon is there."""
+        return self._is_connected()
+
+    def _is_connected(self) -> bool:
         return self._line is not None
 
     @property
@@ -188,9 +198,23 @@ class Attachment:
 
         Raises AttachError where the training cannot go on: too many losses in a row that are not finite, or a daemon
         that came back with another model."""
+        self._count(self._read(loss), tokens)
+        while self._waits:
+            self._obey(None)
+        return self._loop.take_replaced()
+
+    def _read(self, loss: Tensor | float) -> float:
         if self._closed:
             raise AttachError("this script is detached: step() was called after close()")
-        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether there is nothing to do before the daemon says more."""
+        return self._line is not None and self._loop.waits
+
+    def _count(self, value: float, tokens: int) -> None:
+        """A step was made; what the daemon has said until now is obeyed. Raises AttachError."""
         reports = list(self._loop.step(value, tokens, time.monotonic()))
         self._report(reports)
         if reports and isinstance(last := reports[-1], Failed) and last.fatal:
@@ -200,9 +224,6 @@ class Attachment:
             self._obey(0.0)
         elif self._reconnection.is_due(time.monotonic()):
             self._reconnect()
-        while self._line is not None and self._loop.waits:
-            self._obey(None)
-        return self._loop.take_replaced()
 
     def close(self) -> None:
         """Detach: the daemon goes on without this script, and waits for the next one."""
@@ -212,6 +233,25 @@ class Attachment:
         self._line = None
 
     # -- the daemon ----------------------------------------------------------------------------------------------------
+
+    def begin(self, folder: Path, wait_s: float) -> None:
+        """Attach to the daemon of this folder, which is waited for so long. Raises ConfigError and AttachError."""
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            try:
+                self.connect(FIRST_BASE_TIMEOUT_S)
+                break
+            except RefusedError as refused:
+                if refused.final or time.monotonic() >= deadline_s:
+                    raise refused.error from None
+            except OSError as error:
+                if time.monotonic() >= deadline_s:
+                    raise explain(folder, error) from error
+            time.sleep(WAIT_POLL_S)
+        if self._line is None or not self._loop.round:
+            self.close()
+            raise AttachError(f"the daemon of {folder} has not said where to begin; see its log")
+        self._loop.take_replaced()
 
     def connect(self, timeout_s: float) -> None:
         """Attach to the daemon, and wait so long for its first command, which says where to begin. Raises OSError and
@@ -242,7 +282,7 @@ class Attachment:
                 self._reconnection.failed(time.monotonic())
                 return
             self._reconnection.found()
-            log.warning("attached again, in round %d", self.round)
+            log.warning("attached again, in round %d", self._loop.round)
 
     def _obey(self, timeout_s: float | None) -> None:
         """Take the commands that are here, or that come in so long."""
@@ -257,7 +297,7 @@ class Attachment:
                 self._lose("the daemon has hung up")
                 return
             self._report(self._loop.handle(command, time.monotonic()))
-            if not self.attached:
+            if not self._is_connected():
                 return
 
     def _report(self, reports: Iterable[Report]) -> None:
@@ -279,6 +319,82 @@ class Attachment:
         log.warning("%s: training goes on without it, and it is looked for again", why)
 
 
+class RankAttachment(Attachment):
+    """That of one of several processes of a script, joined by torch.distributed. Rank 0 is attached, and the others do
+    what it says; `begin` and `step` are exchanges between all of them."""
+
+    def __init__(
+        self, loop: AttachedLoop, path: Path, described: Attach, ranks: ScriptRanks, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(loop, path, described)
+        self._ranks = ranks
+        self._optimizer = optimizer
+        self._word = Word()
+
+    @property
+    def attached(self) -> bool:
+        return self._word.attached
+
+    @property
+    def round(self) -> int:
+        return self._word.round
+
+    def begin(self, folder: Path, wait_s: float) -> None:
+        if self._ranks.is_first:
+            with self._telling():
+                super().begin(folder, wait_s)
+        else:
+            self._follow()
+        self._ranks.share_parameters()
+
+    def step(self, loss: Tensor | float, tokens: int = 1) -> bool:
+        """As of one process, but `loss` and `tokens` are those of this rank's part of the batch."""
+        value, counted = self._ranks.average(self._read(loss), tokens)
+        if self._ranks.is_first:
+            with self._telling():
+                self._count(value, counted)
+                while self._waits:
+                    self._ranks.say(Word(waits=True))
+                    self._rest(HEARTBEAT_S)
+        else:
+            self._follow()
+        if self._word.replaced:
+            self._ranks.share_parameters()
+        return self._word.replaced
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell the others at the end what has come of it: also of an error, because they wait for a word."""
+        self._word = Word(ended=True)
+        try:
+            yield
+            loop = self._loop
+            self._word = Word(
+                replaced=loop.take_replaced(),
+                cleared=loop.take_cleared(),
+                attached=self._is_connected(),
+                round=loop.round,
+            )
+        finally:
+            self._ranks.say(self._word)
+
+    def _follow(self) -> None:
+        self._word = self._ranks.hear()
+        while self._word.waits:
+            self._word = self._ranks.hear()
+        if self._word.ended:
+            self.close()
+            raise AttachError("rank 0 of this script takes no part in the swarm any more; what it says tells why")
+        if self._word.cleared:
+            self._optimizer.state.clear()
+
+    def _rest(self, timeout_s: float) -> None:
+        """Obey what comes within so long."""
+        assert self._line is not None, "it waits for a daemon that is there"
+        if self._line.comes_within(timeout_s):
+            self._obey(0.0)
+
+
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -292,29 +408,19 @@ def attach(
     `optimizer`.
 
     `evaluate(model)` returns the mean loss of the base over held-out data and how many tokens these have; without it
-    this peer measures none. A daemon that is still starting is waited for `wait_s` seconds. Raises ConfigError for what
-    a person must mend, and AttachError."""
-    described = describe_model(model, optimizer)
+    this peer measures none. A daemon that is still starting is waited for `wait_s` seconds. In a script of several
+    processes (torchrun, DistributedDataParallel) all of them call it. Raises ConfigError for what a person must mend,
+    and AttachError."""
+    whole: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    described = describe_model(whole, optimizer)
     folder = Path(DATA_DIR if home is None else home).expanduser().absolute()
-    loop = AttachedLoop(model, optimizer, evaluate)
-    attachment = Attachment(loop, find_socket(folder), described)
-    deadline_s = time.monotonic() + wait_s
-    while True:
-        try:
-            attachment.connect(FIRST_BASE_TIMEOUT_S)
-            break
-        except RefusedError as refused:
-            if refused.final or time.monotonic() >= deadline_s:
-                raise refused.error from None
-        except OSError as error:
-            if time.monotonic() >= deadline_s:
-                raise explain(folder, error) from error
-        time.sleep(WAIT_POLL_S)
-    if not attachment.attached or not attachment.round:
-        attachment.close()
-        raise AttachError(f"the daemon of {folder} has not said where to begin; see its log")
-    loop.take_replaced()
-    return attachment
+    loop, path = AttachedLoop(whole, optimizer, evaluate), find_socket(folder)
+    ranks = ScriptRanks.find(whole)
+    made = Attachment(loop, path, described)
+    if ranks is not None:
+        made = RankAttachment(loop, path, described, ranks, optimizer)
+    made.begin(folder, wait_s)
+    return made
 
 
 def explain(folder: Path, error: OSError) -> InputError:
@@ -335,6 +441,9 @@ def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attach
     if not 1 <= len(named) <= TENSORS_MAX:
         raise ConfigError("model", f"has {len(named)} parameters", f"use one with 1 to {TENSORS_MAX}")
     for name, one in named:
+        if hasattr(one, "device_mesh"):  # a DTensor, as FSDP2 makes them
+            fix = "use DistributedDataParallel, which keeps whole parameters in each process"
+            raise ConfigError("model", f"{name} is divided among processes", fix)
         if one.dtype != torch.float32:
             fix = "keep the parameters in float32; torch.autocast computes in a lower precision"
             raise ConfigError("model", f"{name} is {one.dtype}", fix)

@@ -24,17 +24,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shoal.node.training.activations import recompute_blocks
 from shoal.node.training.checkpoint import Checkpoint, CheckpointStore, Position
+from shoal.node.training.devices import choose_device, name_device
+from shoal.node.training.gradient_pass import GradientPass
 from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.messages import (
+    COMPILE_FAILED,
     EVERYTHING,
     NO_TEXT,
     NOT_FINITE,
     OPTIMIZER,
     OUT_OF_MEMORY,
+    RANK_LOST,
     TASK_FAILED,
     Begin,
     Command,
+    Compiling,
     Evaluate,
     Evaluated,
     Failed,
@@ -52,12 +58,12 @@ from shoal.node.training.messages import (
     trim_detail,
 )
 from shoal.node.training.micro_batches import MicroBatches, is_out_of_memory, tell_next_step
-from shoal.node.training.model import Gpt
+from shoal.node.training.ranks import RankLost, Ranks
 from shoal.node.training.round_work import PROGRESS_PERIOD_S, RoundWork
 from shoal.node.training.strategy import STRATEGIES, load_tensors
 from shoal.node.training.task_faults import TaskFault, blame
 from shoal.node.training.tasks import TakesFiles, TakesWeights, WritesText, make_task
-from shoal.protocol.errors import ConfigError, ManifestError
+from shoal.protocol.errors import ManifestError
 
 FAULTS_IN_A_ROW_MAX = 5
 
@@ -66,9 +72,10 @@ T = TypeVar("T")
 
 class InnerLoop:
     """One trainer. `memory` is float32[2, D]: base and local. Building it opens the data; raises InputError, and
-    TaskFault where the code of the task raises."""
+    TaskFault where the code of the task raises. `ranks` are the other processes, which it waits for; then it raises
+    what Ranks.join does, too."""
 
-    def __init__(self, start: Start, memory: NDArray[np.float32]) -> None:
+    def __init__(self, start: Start, memory: NDArray[np.float32], ranks: Ranks | None = None) -> None:
         work = start.work
         self._device = choose_device(start.device)
         self._task = make_task(work.task, start.allow_tasks)
@@ -92,10 +99,15 @@ class InnerLoop:
                 fix = "list the parameters of build_model() in their order: list_specs does"
                 raise ManifestError("layout", f"is not that of the model of {self._kind}", fix)
         if start.checkpoint_activations:
-            _checkpoint_activations(self._model, self._kind)
+            recompute_blocks(self._model, self._kind)
+        self._pass = GradientPass(self._task, self._model, self._device, compiles=start.compiled is not None)
+        self._ranks = ranks
+        if ranks is not None:
+            ranks.join(self._model)  # before an optimizer takes its gradients
         self._strategy = STRATEGIES[work.training.strategy](self._model, layout, work.training)
         self._evaluated: nn.Module | None = None
-        self._micro_batches = MicroBatches(start.micro_batch, work.training.batch_size)
+        most = -(-work.training.batch_size // (1 if ranks is None else ranks.count))  # examples of one process
+        self._micro_batches = MicroBatches(start.micro_batch, most)
         self._base: FloatVector = memory[0]
         self._local: FloatVector = memory[1]
         self._batches_done = work.batches_done
@@ -117,9 +129,8 @@ class InnerLoop:
 
     def started(self) -> Started:
         """The first report."""
-        on_gpu = self._device.type == "cuda"
         return Started(
-            device=torch.cuda.get_device_name(self._device) if on_gpu else "cpu",
+            device=name_device(self._device, 1 if self._ranks is None else self._ranks.count),
             elements=self._base.size,
             train_bytes=self._train_bytes,
             held_out_bytes=self._held_out_bytes,
@@ -158,10 +169,16 @@ class InnerLoop:
         except TaskFault as fault:
             self._batches_done += 1
             yield from self._skip(fault, now_s)
+        except RankLost as lost:
+            self._rounds.training = False
+            yield Failed(reason=RANK_LOST, detail=trim_detail(str(lost)), fatal=True)
         if gathered is None:
             return
         self._faults_in_a_row = 0
         self._batches_done += 1
+        others = "" if self._ranks is None else self._ranks.take_problem()
+        if problem := self._pass.take_problem() or others:  # where one compiler is missing, all are
+            yield Failed(reason=COMPILE_FAILED, detail=problem, fatal=False)
         if self._checkpoints is not None:
             self._checkpoints.journal.note(self._batches_done)
         if not self._strategy.step(gathered, self._rounds.round):
@@ -180,18 +197,18 @@ class InnerLoop:
     def _gather(self, index: int) -> Tensor:
         """The mean loss of a batch, a scalar; its gradient is with the strategy."""
         with self._task_code():  # the backward pass may come back to it
-            batch = torch.from_numpy(self._batches.batch(index))
-            total = torch.zeros((), device=self._device)
-            for piece, share in self._micro_batches.cut(batch):
-                with self._precision():
-                    loss = self._task.loss(self._model, piece.to(self._device)) * share
-                self._strategy.gather(loss)
-                total += loss.detach()
-            return total
+            batch, size = self._batches.batch(index), self._micro_batches.size
+
+            def run(examples: Tensor) -> Tensor:
+                return self._pass.run(examples, len(batch), size, self._strategy)
+
+            return run(torch.from_numpy(batch)) if self._ranks is None else self._ranks.gather(batch, size, run)
 
     def _fit(self, what: str, compute: Callable[[], T]) -> Generator[Report, None, T | None]:
         """What `compute` returns once its micro-batches fit into memory; None after a fatal report."""
         while True:
+            if self._pass.compiles_at(self._micro_batches.size):
+                yield Compiling()
             try:
                 return compute()
             except (RuntimeError, MemoryError) as error:
@@ -354,7 +371,7 @@ class InnerLoop:
         total, examples, size = 0.0, torch.from_numpy(self._batches.held_out()), self._micro_batches.size
         for first in range(0, len(examples), size):
             piece = examples[first : first + size].to(self._device)
-            with self._precision():
+            with self._pass.precision():
                 total += self._task.loss(model, piece).item() * len(piece)
         return total / len(examples), self._batches.held_out_tokens
 
@@ -364,7 +381,7 @@ class InnerLoop:
             detail = f"a model of the task {self._kind} writes no text, so it cannot continue one"
             return Failed(reason=NO_TEXT, detail=detail, fatal=False)
         try:
-            with self._task_code(), self._precision():
+            with self._task_code(), self._pass.precision():
                 text = bytes(task.sample(self._base_model(), command.prompt, command.size_bytes))
         except TaskFault as fault:
             detail = trim_detail(f"the task's code at a sample raised {fault}")
@@ -379,25 +396,6 @@ class InnerLoop:
         return self._evaluated
 
     def _task_code(self) -> AbstractContextManager[None]:
-        """Inside, what is raised is the task's fault, but for memory that is full, which is the machine's."""
-        return blame(type(self._task).__module__, is_out_of_memory)
-
-    def _precision(self) -> torch.autocast:
-        """bfloat16 products on a GPU, float32 on a CPU; the parameters are float32 on both."""
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda")
-
-
-def _checkpoint_activations(model: nn.Module, kind: str) -> None:
-    """Raises ConfigError for a model that does not know how."""
-    if not isinstance(model, Gpt):
-        fix = "take it out of the configuration, or make trainer.micro_batch smaller"
-        raise ConfigError("trainer.checkpoint_activations", f"is for byte_gpt, and the swarm trains {kind}", fix)
-    model.recomputes_blocks = True
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device of "auto", "cpu" or "cuda"; raises ConfigError where there is no such one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        fix = 'install a torch that finds the GPU, or set device = "auto"'
-        raise ConfigError("trainer.device", "is cuda, but torch finds no GPU", fix)
-    return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")
+        """Inside, what is raised is the task's fault, but for memory that is full, which is the machine's, and for
+        another rank."""
+        return blame(type(self._task).__module__, lambda error: is_out_of_memory(error) or isinstance(error, RankLost))

@@ -27,6 +27,9 @@ PROMPT_BYTES_MAX = 1024
 SAMPLE_BYTES_MAX = 1024
 DETAIL_BYTES_MAX = 1024
 TASKS_ALLOWED_MAX = 64
+PROCESSES_MAX = 64
+# torch.compile took 148 s for the smallest model on two cores: this is for a slow machine that has other work.
+COMPILE_TIMEOUT_S = 1800.0
 PERPLEXITY_LOSS_MAX = 700.0  # e to more is no float
 
 BAD_INPUT = "bad_input"
@@ -35,6 +38,18 @@ NOT_FINITE = "not_finite"
 TASK_FAILED = "task_failed"
 NO_TEXT = "no_text"
 NO_EVALUATION = "no_evaluation"
+RANK_LOST = "rank_lost"
+COMPILE_FAILED = "compile_failed"
+FAILURES = (
+    BAD_INPUT,
+    OUT_OF_MEMORY,
+    NOT_FINITE,
+    TASK_FAILED,
+    NO_TEXT,
+    NO_EVALUATION,
+    RANK_LOST,
+    COMPILE_FAILED,
+)
 
 NOTHING = "nothing"
 OPTIMIZER = "optimizer"
@@ -67,7 +82,10 @@ class Start:
     computed `micro_batch` examples at a time, 0 means all of them, and fewer where so many do not fit into memory. Of
     the tasks that come by import path those in `allow_tasks` are run. `tokenizer` is a file, `weights` a folder with
     trained ones, `cache` a folder of the trainer's own for what it can make again. With `checkpoint_activations` the
-    backward pass computes the model's blocks a second time instead of keeping what is in them."""
+    backward pass computes the model's blocks a second time instead of keeping what is in them. Of more than one of the
+    `processes`, 0 for one a GPU, each computes its part of a batch; they meet by a file at `rendezvous`, and one that
+    does not answer for `rank_timeout_s` ends them all. With `compiled`, a folder for what torch.compile makes, the loss
+    is compiled."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
@@ -82,6 +100,10 @@ class Start:
     cache: Annotated[str | None, Bound(1, 4096)] = None
     checkpoint_activations: bool = False
     weights: Annotated[str | None, Bound(1, 4096)] = None
+    processes: Annotated[int, Bound(0, PROCESSES_MAX)] = 1
+    rendezvous: Annotated[str | None, Bound(1, 4096)] = None
+    rank_timeout_s: Annotated[float, Bound(0.1, 86_400)] = 240.0
+    compiled: Annotated[str | None, Bound(1, 4096)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +214,13 @@ class Paused:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compiling:
+    """The step that begins now compiles the task's loss: the next report may take so long."""
+
+    timeout_s: float = COMPILE_TIMEOUT_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
     """The mean loss of `base` over the `tokens` held-out tokens, in nats a token: of byte_gpt that is a byte, of digits
     an image. `round` is the one that was last begun, so the base is that of the round before."""
@@ -215,9 +244,10 @@ class Sampled:
 class Failed:
     """With `fatal` the trainer exits after this. Without, it trains on: after NOT_FINITE from `base`, after
     OUT_OF_MEMORY from where it was, with fewer examples at a time or without having looked at the base, after
-    TASK_FAILED with the next batch, and after NO_TEXT and NO_EVALUATION nothing has changed."""
+    TASK_FAILED with the next batch, after COMPILE_FAILED without torch.compile, and after NO_TEXT and NO_EVALUATION
+    nothing has changed. RANK_LOST is always fatal."""
 
-    reason: Annotated[str, Choice((BAD_INPUT, OUT_OF_MEMORY, NOT_FINITE, TASK_FAILED, NO_TEXT, NO_EVALUATION))]
+    reason: Annotated[str, Choice(FAILURES)]
     detail: Detail
     fatal: bool
 
@@ -266,7 +296,7 @@ class Undescribed:
 
 
 Command = Start | Begin | Merge | Freeze | Evaluate | Sample | Stop
-Report = Started | Progress | Ready | Paused | Evaluated | Sampled | Failed
+Report = Started | Progress | Ready | Paused | Compiling | Evaluated | Sampled | Failed
 
 SCHEMA = Schema(
     {
@@ -284,6 +314,7 @@ SCHEMA = Schema(
         24: Sampled,
         25: Failed,
         26: Paused,
+        27: Compiling,
         30: Described,
         31: Undescribed,
         40: Attach,

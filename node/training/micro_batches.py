@@ -16,20 +16,21 @@ _MARKS = ("DefaultCPUAllocator", "_ALLOC_FAILED", "out of memory")
 
 
 class MicroBatches:
-    def __init__(self, wanted: int, batch_size: int) -> None:
-        """`wanted` examples at a time, or with 0 the whole batch."""
-        self.size = min(wanted, batch_size) if wanted else batch_size
-
-    def cut(self, batch: Tensor) -> Iterator[tuple[Tensor, float]]:
-        """The pieces of a batch (examples, …), and the share that each is of it."""
-        for first in range(0, len(batch), self.size):
-            piece = batch[first : first + self.size]
-            yield piece, len(piece) / len(batch)
+    def __init__(self, wanted: int, examples: int) -> None:
+        """`wanted` examples at a time, or with 0 all of them."""
+        self.size = min(wanted, examples) if wanted else examples
 
     def halve(self) -> bool:
         """Take half as many from now on; False where there is but one left."""
         whole, self.size = self.size, (self.size + 1) // 2
         return self.size < whole
+
+
+def cut(examples: Tensor, whole: int, size: int) -> Iterator[tuple[Tensor, float]]:
+    """The pieces of `examples` (count, …) of `size` each, and the share that each is of a batch of `whole` examples."""
+    for first in range(0, len(examples), size):
+        piece = examples[first : first + size]
+        yield piece, len(piece) / whole
 
 
 def is_out_of_memory(error: BaseException) -> bool:

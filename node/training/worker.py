@@ -6,24 +6,28 @@ Invariant: the process never outlives its daemon, not even in the middle of a st
 its half of the shared memory, its standard error and its own folder of checkpoints.
 """
 
-import ctypes
 import mmap
 import os
 import select
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from shoal.node.training.compiled import open_compiled
+from shoal.node.training.devices import choose_device, count_ranks
 from shoal.node.training.loop import InnerLoop
 from shoal.node.training.messages import (
     BAD_INPUT,
     OUT_OF_MEMORY,
+    RANK_LOST,
     TASK_FAILED,
     Command,
     Failed,
@@ -35,11 +39,12 @@ from shoal.node.training.messages import (
     trim_detail,
 )
 from shoal.node.training.micro_batches import is_out_of_memory, tell_next_step
+from shoal.node.training.parent_watch import end_with_parent
+from shoal.node.training.ranks import RankLost, Ranks
 from shoal.node.training.task_faults import TaskFault
 from shoal.protocol.errors import InputError
 
 RECEIVE_BYTES = 1 << 16
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Channel:
@@ -48,6 +53,7 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._reader = FrameReader()
+        self._sending = threading.Lock()  # one frame at a time: a rank's death is told by another thread
 
     def receive(self, *, wait: bool) -> list[Command]:
         """The commands that are here; with `wait`, at least some bytes are waited for."""
@@ -69,7 +75,8 @@ class Channel:
         """Send the reports; the process ends after a fatal one."""
         for report in reports:
             try:
-                self._connection.sendall(encode_frame(report))
+                with self._sending:
+                    self._connection.sendall(encode_frame(report))
             except ConnectionError:
                 raise SystemExit(0) from None
             if isinstance(report, Failed) and report.fatal:
@@ -83,18 +90,42 @@ def serve(channel: Channel, memory: np.ndarray[tuple[int, int], np.dtype[np.floa
         commands = channel.receive(wait=True)
     start = commands.pop(0)
     assert isinstance(start, Start), "the first frame is Start"
-    if start.threads:
-        torch.set_num_threads(start.threads)
-    try:
-        loop = InnerLoop(start, memory)
-    except InputError as error:
-        channel.send([Failed(reason=BAD_INPUT, detail=trim_detail(str(error)), fatal=True)])
-        return
-    except TaskFault as fault:
-        detail = trim_detail(f"the task's code raised {fault}")
-        channel.send([Failed(reason=TASK_FAILED, detail=detail, fatal=True)])
-        return
-    channel.send([loop.started()])
+    with open_loop(channel, start, memory) as loop:
+        channel.send([loop.started()])
+        train(channel, start, loop, commands)
+
+
+@contextmanager
+def open_loop(
+    channel: Channel, start: Start, memory: np.ndarray[tuple[int, int], np.dtype[np.float32]]
+) -> Iterator[InnerLoop]:
+    """The loop, and the other processes of this trainer as long as it lasts. What keeps it from beginning is reported,
+    and ends the process."""
+    with ExitStack() as undo:
+        ranks: Ranks | None = None
+        try:
+            if start.compiled is not None:
+                open_compiled(Path(start.compiled))
+            count = count_ranks(start.processes, choose_device(start.device), start.work.training.batch_size)
+            if count > 1:
+                # First, so that they import torch while this process opens the data.
+                ranks = Ranks(start, count, partial(end_with_rank, channel))
+                undo.callback(ranks.close)
+            if start.threads or count > 1:
+                torch.set_num_threads(max(1, (start.threads or torch.get_num_threads()) // count))
+            loop = InnerLoop(start, memory, ranks)
+        except InputError as error:
+            channel.send([Failed(reason=BAD_INPUT, detail=trim_detail(str(error)), fatal=True)])
+        except TaskFault as fault:
+            detail = trim_detail(f"the task's code raised {fault}")
+            channel.send([Failed(reason=TASK_FAILED, detail=detail, fatal=True)])
+        except RankLost as lost:
+            channel.send([Failed(reason=RANK_LOST, detail=trim_detail(str(lost)), fatal=True)])
+        yield loop
+
+
+def train(channel: Channel, start: Start, loop: InnerLoop, commands: list[Command]) -> None:
+    """Until Stop."""
     step_due_s = 0.0
     while True:
         for command in commands:
@@ -110,40 +141,36 @@ def serve(channel: Channel, memory: np.ndarray[tuple[int, int], np.dtype[np.floa
         commands = channel.receive(wait=not loop.training)
 
 
-def end_with_parent(connection: socket.socket) -> None:
-    """Arrange that this process dies when the other end of the socket does.
-
-    The kernel's parent-death signal needs no cooperation of a busy interpreter, but is Linux's alone and comes too late
-    for a parent that is already gone; the watching thread covers both."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_exit_on_hangup, args=(connection.fileno(),), daemon=True).start()
-
-
-def _exit_on_hangup(descriptor: int) -> None:
-    poll = select.poll()
-    poll.register(descriptor, 0)  # a hang-up is reported without being asked for
-    poll.poll()
-    os._exit(0)
+def end_with_rank(channel: Channel, detail: str) -> None:
+    """Another process of this trainer has died. This one may hang in an exchange with it, so it says so and ends from
+    outside of it."""
+    with suppress(SystemExit):
+        channel.send([Failed(reason=RANK_LOST, detail=trim_detail(detail), fatal=True)])
+    os._exit(1)
 
 
 def main(arguments: list[str]) -> None:
     """Exits with 0 after Stop or when the daemon is gone, with 1 after a fatal report."""
     connection = socket.socket(fileno=int(arguments[0]))
-    end_with_parent(connection)
+    end_with_parent(connection.fileno())
     descriptor = int(arguments[1])
     shared = mmap.mmap(descriptor, 0)
     os.close(descriptor)
+    channel, code = Channel(connection), 0
     try:
-        serve(Channel(connection), np.frombuffer(shared, dtype=np.float32).reshape(2, -1))
+        serve(channel, np.frombuffer(shared, dtype=np.float32).reshape(2, -1))
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
     except (RuntimeError, MemoryError) as error:
         # Not by the size of a batch, which the loop sees to: the parameters, the optimizer's state or a sample.
         if not is_out_of_memory(error):
             raise
         detail = trim_detail(f"the model does not fit into memory: {tell_next_step(error)} ({error})")
-        Channel(connection).send([Failed(reason=OUT_OF_MEMORY, detail=detail, fatal=True)])
+        with suppress(SystemExit):
+            channel.send([Failed(reason=OUT_OF_MEMORY, detail=detail, fatal=True)])
+        code = 1
     # Taking torch down in good order takes a second on a busy machine, and there is nothing to save.
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

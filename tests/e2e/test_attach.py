@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from shoal.node.status import TrainerState
 from tests.e2e.swarm import MARK, Peer, Swarm, replace_task, run
-from tests.unit.training.user_tasks import LOOP_EXAMPLE, SINE_LOOP, importable, write_module
+from tests.unit.training.user_tasks import LOOP_EXAMPLE, RANKS_EXAMPLE, SINE_LOOP, importable, write_module
 
 TASK = f'kind = "attached"\npath = "{SINE_LOOP}"\nwidth = 16'
 
@@ -19,11 +20,11 @@ TASK = f'kind = "attached"\npath = "{SINE_LOOP}"\nwidth = 16'
 class Script:
     """One training script as a process."""
 
-    def __init__(self, peer: Peer, module: Path) -> None:
+    def __init__(self, peer: Peer, module: Path, launcher: tuple[str, ...] = ()) -> None:
         self.log_file = peer.folder / "script.log"
         environment = os.environ | {MARK: str(peer.swarm.folder), "OMP_NUM_THREADS": "1"}
         with self.log_file.open("ab") as log:
-            command = [sys.executable, "-P", str(module), str(peer.folder)]
+            command = [sys.executable, "-P", *launcher, str(module), str(peer.folder)]
             self.process = subprocess.Popen(
                 command,
                 stdout=log,
@@ -31,14 +32,49 @@ class Script:
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 preexec_fn=heed_interrupts,
+                start_new_session=True,
             )
 
     def kill(self) -> None:
-        self.process.kill()
+        """With all its processes."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
 
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# What a reader need not see: the ranks compare themselves, one of them has a bad loss, and rank 0 is impatient.
+WATCHED = RANKS_EXAMPLE.replace(
+    "import shoal\n",
+    """import shoal
+from shoal.node.training import attachment
+
+attachment.HEARTBEAT_S = 0.01
+made = 0
+
+
+def compare(number):
+    own = torch.cat([one.detach().flatten() for one in model.parameters()])
+    first = own.clone()
+    distributed.broadcast(first, 0)
+    assert torch.equal(own, first), "the ranks differ"
+    if made == 50:
+        assert not optimizer.state, "moments that are not finite"
+    print(f"rank {distributed.get_rank()} has the base of round {number}", flush=True)
+""",
+).replace(
+    "swarm.step(loss, tokens=32)",
+    """made += 1
+            bad = made == 50 and distributed.get_rank() == 1
+            replaced = swarm.step(loss * float("nan") if bad else loss, tokens=32)
+            if replaced or made == 1:
+                compare(swarm.round)
+            assert replaced or made != 50, "a loss that is not finite counts wherever it is"
+            assert swarm.attached""",
+)
 
 
 def heed_interrupts() -> None:
@@ -109,3 +145,37 @@ def test_scripts_and_daemons_come_and_go(tmp_path: Path, module: Path) -> None:
         for script in scripts:
             script.kill()
         swarm.end()
+
+
+def test_the_processes_of_one_script_take_part_as_one(tmp_path: Path, module: Path) -> None:
+    ranks = write_module(module.parent, "sine_ranks", WATCHED)
+    swarm = Swarm(tmp_path, founders=2, draft=replace_task(TASK), create_options=("--allow-task", SINE_LOOP))
+    scripts: list[Script] = []
+    try:
+        first = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest))
+        swarm.wait("the first daemon waits for a script", lambda: state_of(first) is TrainerState.WAITING)
+        status = first.status()
+        assert status is not None
+        second = swarm.add("peer2").start("join", status.uri)
+        swarm.wait("so does the second", lambda: state_of(second) is TrainerState.WAITING)
+        scripts = [Script(first, module), Script(second, ranks, TORCHRUN)]
+        swarm.wait("four rounds", lambda: all(map(lives, scripts)) and min(first.round, second.round) >= 4)
+        swarm.wait("both ranks have the base", lambda: {"rank 0 has", "rank 1 has"} <= heads(scripts[1]))
+        swarm.wait("with the other peer", lambda: second.contributes_after(2))
+        swarm.check_roots()
+        seen = second.status()
+        assert seen is not None and seen.training.error.startswith("not finite: the loss at batch")
+        assert "without this peer" not in second.log()
+
+        scripts[1].process.terminate()
+        assert scripts[1].process.wait(40) != 0
+        swarm.wait("the daemon waits for the next script", lambda: state_of(second) is TrainerState.WAITING)
+        assert "Traceback" not in first.log() + second.log()
+    finally:
+        for script in scripts:
+            script.kill()
+        swarm.end()
+
+
+def heads(script: Script) -> set[str]:
+    return {line[: len("rank 0 has")] for line in script.log().splitlines()}

@@ -80,13 +80,13 @@ def run(test: Coroutine[None, None, None], loops: Loops = uvloop.new_event_loop)
 
 @contextlib.asynccontextmanager
 async def make_trainer(
-    settings: TrainerTable = SETTINGS, made: Layout | None = None
+    settings: TrainerTable = SETTINGS, made: Layout | None = None, folder: Path | None = None
 ) -> AsyncIterator[tuple[TrainerProcess, Events]]:
-    """Of the tiny task's layout, where no other is given."""
+    """Of the tiny task's layout, where no other is given, and with no folder of its own."""
     made = made or layout()
     memory, events = SharedParameters(made.elements), Events()
     memory.base[:] = initialise(made, SEED)
-    trainer = TrainerProcess(memory, settings, events)
+    trainer = TrainerProcess(memory, settings, events, folder)
     try:
         yield trainer, events
     finally:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.node.training.loop import PROGRESS_PERIOD_S, InnerLoop, choose_device
+from shoal.node.training.devices import choose_device
+from shoal.node.training.loop import PROGRESS_PERIOD_S, InnerLoop
 from shoal.node.training.messages import (
     NOT_FINITE,
     Begin,

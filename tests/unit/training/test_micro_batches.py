@@ -23,7 +23,7 @@ from shoal.node.training.messages import (
     Ready,
     Report,
 )
-from shoal.node.training.micro_batches import MicroBatches, is_out_of_memory, tell_next_step
+from shoal.node.training.micro_batches import MicroBatches, cut, is_out_of_memory, tell_next_step
 from tests.unit.training.tiny import TRAINING, make_memory, make_start
 
 BATCH = TRAINING.batch_size  # 8
@@ -54,7 +54,7 @@ def failures(reports: list[Report]) -> list[Failed]:
 @pytest.mark.parametrize(("wanted", "sizes"), [(0, [5]), (5, [5]), (9, [5]), (2, [2, 2, 1]), (1, [1] * 5)])
 def test_the_pieces_are_the_batch_and_their_shares_are_whole(wanted: int, sizes: list[int]) -> None:
     batch = torch.arange(10).view(5, 2)
-    pieces = list(MicroBatches(wanted, 5).cut(batch))
+    pieces = list(cut(batch, 5, MicroBatches(wanted, 5).size))
     assert [len(piece) for piece, _ in pieces] == sizes
     assert torch.equal(torch.cat([piece for piece, _ in pieces]), batch)
     assert [share for _, share in pieces] == [size / 5 for size in sizes]

@@ -16,7 +16,8 @@ from tests.unit.training.tiny import OPTIONS
 DOCS = Path(__file__).parents[3] / "docs/tasks.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
 (EXAMPLE,) = (block for block in BLOCKS if "class Sine" in block)
-(LOOP_EXAMPLE,) = (block for block in BLOCKS if "shoal.attach" in block)
+(LOOP_EXAMPLE,) = (block for block in BLOCKS if "shoal.attach" in block and "distributed" not in block)
+(RANKS_EXAMPLE,) = (block for block in BLOCKS if "shoal.attach" in block and "distributed" in block)
 SINE = "sine_task:Sine"
 SINE_LOOP = "sine_loop:build"
 SINE_TASK = Task(kind="custom", options=json.dumps({"path": SINE, "width": 16}))
