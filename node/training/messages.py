@@ -190,6 +190,11 @@ class Paused:
     round: U63
 
 
+def find_perplexity(loss_nats: float) -> float:
+    """e to the loss; infinite where that is no float."""
+    return math.exp(loss_nats) if loss_nats < PERPLEXITY_LOSS_MAX else math.inf
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
     """The mean loss of `base` over the `tokens` held-out tokens, in nats a token: of byte_gpt that is a byte, of digits
@@ -201,8 +206,7 @@ class Evaluated:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss; infinite where that is no float."""
-        return math.exp(self.loss_nats) if self.loss_nats < PERPLEXITY_LOSS_MAX else math.inf
+        return find_perplexity(self.loss_nats)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
