@@ -30,6 +30,7 @@ from shoal.node.training.messages import (
     BAD_INPUT,
     Begin,
     Command,
+    DatasetChoice,
     Described,
     Evaluate,
     Evaluated,
@@ -243,6 +244,7 @@ class TrainerProcess:
             tokenizer=settings.tokenizer,
             cache=str(self._checkpoints / CACHE_FOLDER) if self._checkpoints else None,
             checkpoint_activations=settings.checkpoint_activations,
+            dataset=_choose_dataset(settings),
         )
         await child.send(start)
         try:
@@ -443,6 +445,17 @@ async def describe_task(task: Task, allowed: Sequence[str] = ()) -> Layout:
         raise ManifestError(message.field, message.problem, message.fix)
     assert isinstance(message, Described), "one of the two answers"
     return message.layout
+
+
+def _choose_dataset(settings: TrainerTable) -> DatasetChoice | None:
+    if settings.dataset is None:
+        return None
+    return DatasetChoice(
+        path=settings.dataset,
+        config_name=settings.dataset_config,
+        split=settings.dataset_split,
+        column=settings.dataset_column,
+    )
 
 
 def _python_command(module: str) -> tuple[str, ...]:

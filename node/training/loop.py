@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shoal.node.training.checkpoint import Checkpoint, CheckpointStore, Position
+from shoal.node.training.datasets_library import choose_hub_access
 from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.messages import (
     EVERYTHING,
@@ -56,7 +57,7 @@ from shoal.node.training.model import Gpt
 from shoal.node.training.round_work import PROGRESS_PERIOD_S, RoundWork
 from shoal.node.training.strategy import STRATEGIES, load_tensors
 from shoal.node.training.task_faults import TaskFault, blame
-from shoal.node.training.tasks import TakesFiles, WritesText, make_task
+from shoal.node.training.tasks import Batches, ReadsDatasets, TakesFiles, WritesText, make_task
 from shoal.protocol.errors import ConfigError, ManifestError
 
 RESTARTS_MAX = 3
@@ -72,6 +73,7 @@ class InnerLoop:
     def __init__(self, start: Start, memory: NDArray[np.float32]) -> None:
         work = start.work
         self._device = choose_device(start.device)
+        choose_hub_access(start.dataset)
         self._task = make_task(work.task, start.allow_tasks)
         self._kind = work.task.kind
         with self._task_code():
@@ -82,7 +84,7 @@ class InnerLoop:
             if isinstance(self._task, TakesFiles):
                 cache = Path(start.cache) if start.cache else None
                 self._task.take_files(Path(start.tokenizer) if start.tokenizer else None, cache)
-            self._batches = self._task.open_data(Path(start.text) if start.text else None, work)
+            self._batches = self._open_data(start)
             self._tokens_per_batch = self._batches.tokens_per_batch
             self._train_bytes, self._held_out_bytes = self._batches.train_bytes, self._batches.held_out_bytes
             self._notice = trim_detail(self._batches.notice)
@@ -109,6 +111,15 @@ class InnerLoop:
         self._resumes: Position | None = None  # until the first Begin or Merge
         self._checkpoints = CheckpointStore(Path(start.checkpoints), work) if start.checkpoints else None
         self._resumed = Resumed() if self._checkpoints is None else self._resume(self._checkpoints)
+
+    def _open_data(self, start: Start) -> Batches:
+        if start.dataset is None:
+            return self._task.open_data(Path(start.text) if start.text else None, start.work)
+        if not isinstance(self._task, ReadsDatasets):
+            fix = "take it out of the configuration"
+            raise ConfigError("trainer.dataset", f"the task {self._kind} reads no data sets", fix)
+        folder = Path(start.checkpoints) if start.checkpoints else None
+        return self._task.open_dataset(start.dataset, start.work, folder)
 
     @property
     def training(self) -> bool:

@@ -60,14 +60,26 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetChoice:
+    """A Hugging Face data set on this machine or, by `hf://datasets/NAME`, on the hub: which of its configurations and
+    splits, and which column holds the texts."""
+
+    path: Annotated[str, Bound(1, 4096)]
+    config_name: Annotated[str | None, Bound(1, 256)] = None
+    split: Annotated[str, Bound(1, 256)] = "train"
+    column: Annotated[str, Bound(1, 256)] = "text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The first frame. `text` is a file or a folder, None means the source of the running Python; 0 `threads` leaves
-    their number to torch. An inner step begins `step_period_s` after the one before at the soonest. `checkpoints` is
-    the folder of the trainer's own checkpoints, written at every so many Readys; without one it has none. A batch is
-    computed `micro_batch` examples at a time, 0 means all of them, and fewer where so many do not fit into memory. Of
-    the tasks that come by import path those in `allow_tasks` are run. `tokenizer` is a file, `cache` a folder of the
-    trainer's own for what it can make again. With `checkpoint_activations` the backward pass computes the model's
-    blocks a second time instead of keeping what is in them."""
+    """The first frame. `text` is a file or a folder, None means the source of the running Python, where there is no
+    `dataset` in its place; 0 `threads` leaves their number to torch. An inner step begins `step_period_s` after the one
+    before at the soonest. `checkpoints` is the folder of the trainer's own checkpoints, written at every so many
+    Readys; without one it has none. A batch is computed `micro_batch` examples at a time, 0 means all of them, and
+    fewer where so many do not fit into memory. Of the tasks that come by import path those in `allow_tasks` are run.
+    `tokenizer` is a file, `cache` a folder of the trainer's own for what it can make again. With
+    `checkpoint_activations` the backward pass computes the model's blocks a second time instead of keeping what is in
+    them."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
@@ -81,6 +93,7 @@ class Start:
     tokenizer: Annotated[str | None, Bound(1, 4096)] = None
     cache: Annotated[str | None, Bound(1, 4096)] = None
     checkpoint_activations: bool = False
+    dataset: DatasetChoice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
