@@ -11,7 +11,7 @@ Invariant: memory is bounded by what the library reads at a time and by DOCUMENT
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,10 @@ class DatasetFiles:
         self._read = self._bad = 0  # rows, and those without a text
         self._columns: tuple[str, ...] = ()
         self._is_judged = False
+
+    def told(self) -> AbstractContextManager[None]:
+        """Inside, what the library raises is an error of the configuration."""
+        return _tell_choice(self._choice)
 
     def read(self, number: int, state: Mapping[str, Any] | None) -> "DocumentReader":
         """File `number` from a reader's state on, None is its beginning."""
@@ -157,9 +161,9 @@ def _tell_choice(choice: DatasetChoice) -> Iterator[None]:
             problem = f"the Hugging Face hub cannot be reached for {choice.path}: {cause}"
             fix = "look at this machine's way to huggingface.co, or download the data set and give its folder"
         elif is_on_hub(choice.path):
-            problem = f"{choice.path} cannot be opened: {fault}"
+            problem = f"{choice.path} cannot be read: {fault}"
             fix = "look at its page on the hub for its name, trainer.dataset_config and trainer.dataset_split"
         else:
-            problem = f"{choice.path} cannot be opened: {fault}"
+            problem = f"{choice.path} cannot be read: {fault}"
             fix = "give a .jsonl, .parquet, .csv, .arrow or text file, or a folder of them, and a split that it has"
         raise ConfigError(FIELD, problem[:900], fix) from fault

@@ -77,8 +77,9 @@ def choose_documents(files: DatasetFiles, wanted_min: int) -> HeldOut:
 
 
 def _read_all(files: DatasetFiles) -> Iterator[str]:
-    for number in range(files.count):
-        yield from files.read(number, None)
+    with files.told():
+        for number in range(files.count):
+            yield from files.read(number, None)
 
 
 class DocumentStream:

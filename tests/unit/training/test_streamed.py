@@ -8,23 +8,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from shoal.node.training import datasets_library, document_stream, streamed
 from shoal.node.training.datasets_library import INSTALL_DATASETS, ROWS_JUDGED, DatasetFiles, choose_hub_access
 from shoal.node.training.document_stream import CLASSES, DocumentStream, Place, choose_documents, hash_document
 from shoal.node.training.loop import InnerLoop
-from shoal.node.training.messages import Begin, DatasetChoice, Evaluate, Evaluated, Ready, Work
+from shoal.node.training.messages import Begin, DatasetChoice, Evaluate, Evaluated, Failed, Ready, Work
 from shoal.node.training.streamed import POSITION_FILE, StreamPosition, StreamWindows, open_stream
-from shoal.node.training.tasks import describe
+from shoal.node.training.tasks import ReadsDatasets, TakesFiles, describe, make_task
 from shoal.node.training.tokenizer import ByteTokenizer, FileTokenizer
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.identity import PeerId
+from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Task
-from tests.unit.training.lm_samples import write_parquet, write_tokenizer
+from tests.unit.training.lm_samples import GPT2, make_lm_task, write_parquet, write_tokenizer
 from tests.unit.training.tiny import TRAINING, make_memory, make_start, make_work
 
 CONTEXT = 32
@@ -173,8 +175,9 @@ def test_what_is_no_table_of_texts_is_refused(tmp_path: Path) -> None:
 
 def test_a_broken_or_missing_file_is_an_error_of_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
-    for name in ("a.parquet", "missing"):
-        with pytest.raises(ConfigError, match=r"trainer\.dataset: .* cannot be opened") as caught:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\nno JSON\n")
+    for name in ("a.parquet", "a.jsonl", "missing"):
+        with pytest.raises(ConfigError, match=r"trainer\.dataset: .* cannot be read") as caught:
             choose_documents(open_files(tmp_path / name), 100)
         assert "a folder of them" in caught.value.fix
 
@@ -470,6 +473,46 @@ def test_a_trainer_learns_from_a_stream_and_goes_on_where_it_was(folder: Path, t
     assert again.started().resumed.batches_done == TRAINING.inner_steps
     assert (again._batches.batch(TRAINING.inner_steps) == batch).all()
     assert isinstance(before, Evaluated) and before.tokens == loop._batches.held_out_tokens
+
+
+def test_a_causal_language_model_is_trained_on_the_tokens_of_a_stream(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="an extra")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
+    task = make_lm_task(GPT2, tokenizer=f"blake3:{blake3(tokenizer.read_bytes()).hexdigest()}")
+    layout = describe(task)
+    work = replace(make_work(), task=task, layout_digest=layout.digest)
+    dataset = DatasetChoice(path=str(folder))
+    start = replace(make_start(work, text=None), dataset=dataset, tokenizer=str(tokenizer))
+    memory = np.full((2, layout.elements), np.nan, dtype=np.float32)
+    memory[0] = initialise(layout, work.seed)
+    loop = InnerLoop(start, memory)
+    list(loop.handle(Begin(round=1, adopt=True), 0.0))
+    reports = [report for _ in range(TRAINING.inner_steps) for report in loop.step(0.0)]
+    assert isinstance(reports[-1], Ready) and reports[-1].loss_mean < 6.0
+    (measured,) = loop.handle(Evaluate(), 0.0)
+    assert isinstance(measured, Evaluated)
+    small = make_task(make_lm_task({**GPT2, "vocab_size": 260}, tokenizer=json.loads(task.options)["tokenizer"]))
+    assert isinstance(small, ReadsDatasets) and isinstance(small, TakesFiles)
+    small.take_files(tokenizer, None)
+    with pytest.raises(ConfigError, match="vocab_size"):
+        small.open_dataset(dataset, work, None)
+
+
+def test_a_hub_that_goes_away_costs_batches_and_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = InnerLoop(replace(make_start(text=None), dataset=DatasetChoice(path=str(folder))), make_memory())
+    list(loop.handle(Begin(round=1, adopt=True), 0.0))
+    with monkeypatch.context() as patched:
+        patched.setattr(DatasetFiles, "read", fail_to_connect)
+        reports = [report for second in range(2) for report in loop.step(float(second))]
+    assert [(type(one), one.fatal) for one in reports if isinstance(one, Failed)] == [(Failed, False)] * 2
+    assert "ConnectionError" in reports[0].detail and "hub is gone" in reports[0].detail
+    while loop.training:
+        reports += loop.step(9.0)
+    assert isinstance(reports[-1], Ready) and reports[-1].batches_done == TRAINING.inner_steps + 2
+
+
+def fail_to_connect(self: DatasetFiles, number: int, state: object) -> NoReturn:
+    raise ConnectionError("the hub is gone")
 
 
 def test_a_task_that_reads_no_data_sets_says_so(folder: Path) -> None:
