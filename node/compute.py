@@ -41,7 +41,7 @@ from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
-from shoal.protocol.quorum import choose_evaluator, list_contributors, list_members, make_bitmap
+from shoal.protocol.quorum import find_evaluator, list_members, make_bitmap
 from shoal.protocol.replica import rehearse
 
 RESTARTS_MAX = 5
@@ -62,6 +62,7 @@ class ComputePorts:
     resumed: Callable[[str], None] = log.warning  # what a restart has lost, in plain words
     waits: Callable[[str], None] = log.warning  # what a person must do so that there is a trainer
     left: Callable[[str], None] = log.warning  # an attached script has gone
+    measured: Callable[[Evaluated], None] = lambda event: None  # the held-out loss of a certified base
 
 
 class Compute:
@@ -268,6 +269,7 @@ class Compute:
                 self.held_out = event
                 found = f"{event.loss_nats:.4f} nats a token, perplexity {event.perplexity:.2f}"
                 log.info("held-out loss of round %d: %s", event.round - 1, found)
+                self._ports.measured(event)
             case Failed() if event.reason == NO_EVALUATION:
                 log.info("%s", event.detail)
             case Failed():
@@ -361,7 +363,7 @@ class Compute:
             self._counted_tokens = max(0, self._counted_tokens - ready.tokens)
             self._counted_steps = max(0, self._counted_steps - ready.steps)
         await self.trainer.merge(merge)
-        if included and self._is_evaluator(result):
+        if included and find_evaluator(result, self._manifest.training.evaluate_every) == self._me:
             await self.trainer.evaluate()
 
     def _make_merge(self, number: int, certified: int, included: tuple[int, ...], *, adopt_all: bool) -> Merge:
@@ -374,13 +376,6 @@ class Compute:
             adopt_all=adopt_all,
             begin=True,
         )
-
-    def _is_evaluator(self, result: Result) -> bool:
-        """Whether this peer measures the base that came of this round, of which it is a contributor."""
-        every = self._manifest.training.evaluate_every
-        if not every or result.round % every:
-            return False
-        return choose_evaluator(self._state.head.digest, list_contributors(result)) == self._me
 
     def end_training(self, number: int) -> None:
         """The others have ended their training for this round."""

@@ -19,6 +19,7 @@ from shoal.dht.addresses import parse_address, parse_peer_address
 from shoal.node.rate_caps import CapSchedule, check_mbit, make_schedule, parse_hours
 from shoal.node.running import DATA_DIR
 from shoal.node.training.custom_task import PATH_FORM, is_task_path
+from shoal.node.training.datasets_library import HUB, is_on_hub
 from shoal.node.training.messages import PROCESSES_MAX, TASKS_ALLOWED_MAX
 from shoal.protocol.errors import ConfigError, InputError, UriError
 from shoal.protocol.manifest import BATCH_SIZE_MAX, BOOTSTRAPS_MAX, parse_uri
@@ -156,6 +157,13 @@ class TrainerTable:
     """How far the trainer stands back: at 0 it competes with the daemon and with the person at this machine."""
     text: OptionalPath = None
     """A file or folder to train on; without it, the source of the running Python."""
+    dataset: OptionalPath = None
+    """In the place of `text`: a data set that is streamed, a file or folder, or "hf://datasets/NAME" of the hub."""
+    dataset_config: Annotated[str | None, Bound(1, 256)] = None
+    """Its configuration, where it has several."""
+    dataset_split: Annotated[str, Bound(1, 256)] = "train"
+    dataset_column: Annotated[str, Bound(1, 256)] = "text"
+    """The column that holds the texts."""
     tokenizer: OptionalPath = None
     """The tokenizer.json of the swarm, where it trains on tokens: the manifest has the digest, not the file."""
     weights: OptionalPath = None
@@ -247,6 +255,7 @@ FLAGS: Mapping[str, str] = {
     "device": "trainer.device",
     "threads": "trainer.threads",
     "text": "trainer.text",
+    "dataset": "trainer.dataset",
     "tokenizer": "trainer.tokenizer",
     "weights": "trainer.weights",
     "allow-task": "trainer.allow_tasks",
@@ -257,6 +266,7 @@ _PATHS = (
     ("node", "data_dir"),
     ("node", "manifest"),
     ("trainer", "text"),
+    ("trainer", "dataset"),
     ("trainer", "tokenizer"),
     ("trainer", "weights"),
 )
@@ -332,7 +342,7 @@ def _with_paths(config: NodeConfig, folder: Path) -> NodeConfig:
     for section, name in _PATHS:
         table = getattr(config, section)
         written = getattr(table, name)
-        if written is not None:
+        if written is not None and not is_on_hub(written):
             # normpath and not resolve: a link stays the name that the person gave.
             absolute = os.path.normpath(folder / Path(written).expanduser())
             config = dataclasses.replace(config, **{section: dataclasses.replace(table, **{name: absolute})})
@@ -371,6 +381,7 @@ def _find_node_faults(config: NodeConfig) -> Iterator[Fault]:
         yield "node", "manifest", f"{node.manifest} is no file", "make one with `shoal swarm create`, or mend the path"
     if config.trainer.text is not None and not Path(config.trainer.text).exists():
         yield "trainer", "text", f"{config.trainer.text} does not exist", "give a text file, or a folder of them"
+    yield from _find_dataset_faults(config.trainer)
     if config.trainer.tokenizer is not None and not Path(config.trainer.tokenizer).is_file():
         yield "trainer", "tokenizer", f"{config.trainer.tokenizer} is no file", "give the swarm's tokenizer.json"
     if config.trainer.weights is not None and not Path(config.trainer.weights).is_dir():
@@ -378,6 +389,17 @@ def _find_node_faults(config: NodeConfig) -> Iterator[Fault]:
     for path in config.trainer.allow_tasks:
         if not is_task_path(path):
             yield "trainer", "allow_tasks", f"{path!r} names no class", f'write it as "{PATH_FORM}", in ASCII'
+
+
+def _find_dataset_faults(trainer: TrainerTable) -> Iterator[Fault]:
+    if trainer.dataset is None:
+        if trainer.dataset_config is not None:
+            yield "trainer", "dataset_config", "is given, and trainer.dataset is not", "name the data set, too"
+    elif trainer.text is not None:
+        yield "trainer", "dataset", "is given, and so is trainer.text", "give one of the two"
+    elif not is_on_hub(trainer.dataset) and not Path(trainer.dataset).exists():
+        fix = f'give a file or a folder, or write a data set of the hub as "{HUB}NAME"'
+        yield "trainer", "dataset", f"{trainer.dataset} does not exist", fix
 
 
 def _find_address_faults(config: NodeConfig) -> Iterator[Fault]:

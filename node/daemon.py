@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from shoal.crdt.measurements import HeldOutLoss
 from shoal.node.answers import Answers
 from shoal.node.attach_socket import TRAINER_FOLDER
 from shoal.node.attached_trainer import choose_trainer
@@ -55,6 +56,7 @@ from shoal.node.surroundings import Surroundings
 from shoal.node.task_set import TaskSet
 from shoal.node.tensor_paths import TensorPaths, make_ports
 from shoal.node.trainer import MakeTrainer, SharedParameters
+from shoal.node.training.messages import Evaluated
 from shoal.node.web import WebServer
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.effects import Phase, Pledge
@@ -249,6 +251,7 @@ class Daemon:
                 resumed=lambda text: self.reporter.happen(HappeningKind.TRAINER, text, Severity.WARNING),
                 waits=partial(self.reporter.happen, HappeningKind.TRAINER),
                 left=lambda text: self.reporter.happen(HappeningKind.TRAINER, text, Severity.WARNING),
+                measured=lambda event: self._spawn(self._record_measured(event)),
             ),
         )
         if self.config.node.role == TRAINER:
@@ -555,6 +558,10 @@ class Daemon:
         voters = [voter for voter in certificate.result.voters if voter in live or voter == self.me]
         if voters and voters[0] == self.me:
             await self.ledger.write_certificate(certificate, live)
+
+    async def _record_measured(self, event: Evaluated) -> None:
+        held_out = HeldOutLoss(round=event.round - 1, loss_nats=event.loss_nats, tokens=event.tokens)
+        await self.ledger.write_measurement(held_out, list(self.membership.table.live()))
 
     async def _switch(self, pledge: Pledge) -> None:
         self.presence.ready = None

@@ -30,6 +30,7 @@ from shoal.crdt.eras import PERMANENT_ERA, choose_rounds_per_era, era_of_round, 
 from shoal.crdt.fold import LedgerState
 from shoal.crdt.kinds import Kind, RegisterBody, RoundBody
 from shoal.crdt.ledger import ChainForkedError, Draft, Ledger, LedgerRules
+from shoal.crdt.measurements import HeldOutLoss, Measurement, draft_measurement, is_sayable, list_measurements
 from shoal.crdt.own_chain import CLONE_MARK, SPREAD_S, OwnChain
 from shoal.crdt.reconciliation import answer
 from shoal.node.certified_log import CertifiedLog
@@ -100,6 +101,9 @@ class LedgerSync:
         self._live: Mapping[PeerId, Presence] = {}
         self._leased_era = 0
         self._gap = Gap()
+        self._evaluate_every = manifest.training.evaluate_every
+        self._unsaid: HeldOutLoss | None = None  # the newest own measurement, while it may not be written
+        self._listed: tuple[LedgerState, tuple[Measurement, ...]] | None = None
         self._mark_due = False
         self._fork_told = False
         self._incarnation: int | None = None
@@ -132,18 +136,39 @@ class LedgerSync:
         """The fold as of now."""
         return self.ledger.fold(_wall_ms())
 
+    def measurements(self) -> tuple[Measurement, ...]:
+        """What members have measured of the newest bases, the newest first."""
+        state = self.state()
+        if self._listed is None or self._listed[0] is not state:
+            self._listed = state, list_measurements(state, self._evaluate_every)
+        return self._listed[1]
+
     async def write_lease(self, value: bytes, peers: Sequence[PeerId]) -> None:
         """Say that this peer takes part, and under which conditions, unless it may not write (`held`)."""
-        await self._write(Draft(kind=Kind.LEASE, body=RegisterBody(value=value)), peers)
+        await self._write([Draft(kind=Kind.LEASE, body=RegisterBody(value=value))], peers)
+
+    async def write_measurement(self, held_out: HeldOutLoss, peers: Sequence[PeerId]) -> None:
+        """Say what this peer has measured. While it may not write (`held`), the newest one waits until it may."""
+        if not is_sayable(held_out):
+            log.warning("the held-out loss of round %d is not written into the ledger: out of range", held_out.round)
+            return
+        self._unsaid = held_out
+        if self.held is None:
+            await self._say_measured(peers)
+
+    async def _say_measured(self, peers: Sequence[PeerId]) -> None:
+        held_out, self._unsaid = self._unsaid, None
+        if held_out is not None:
+            await self._write(draft_measurement(self.state(), self._identity.peer, held_out), peers)
 
     async def write_certificate(self, certificate: Certificate, peers: Sequence[PeerId]) -> None:
         """Enter a certificate, unless the ledger knows of its result. What cannot be written now is made up for."""
         result = certificate.result
         if result.round > self.ledger.base.round and not self.ledger.follows(digest_record(result)):
             body = RoundBody(round=result.round, value=encode_record(certificate))
-            await self._write(Draft(kind=Kind.CERTIFICATE, body=body), peers)
+            await self._write([Draft(kind=Kind.CERTIFICATE, body=body)], peers)
 
-    async def _write(self, draft: Draft, peers: Sequence[PeerId], *, is_mark: bool = False) -> None:
+    async def _write(self, drafts: Sequence[Draft], peers: Sequence[PeerId], *, is_mark: bool = False) -> None:
         if self.own_chain.held is not None and not is_mark:
             return
         async with self._lock:
@@ -151,7 +176,7 @@ class LedgerSync:
             if not self._signed:
                 try:
                     async with self._quiet:
-                        self._signed.append(self.ledger.write([draft], _wall_ms()))
+                        self._signed.append(self.ledger.write(drafts, _wall_ms()))
                 except ChainForkedError as error:
                     if not self._fork_told:
                         log.error("%s: %s", Failure.CHAIN_FORKED, error)
@@ -318,10 +343,11 @@ class LedgerSync:
             if self._mark_due:
                 self._mark_due = False
                 mark = RegisterBody(value=CLONE_MARK + incarnation.to_bytes(8, "big"))
-                await self._write(Draft(kind=Kind.LEASE, body=mark), live, is_mark=True)
+                await self._write([Draft(kind=Kind.LEASE, body=mark)], live, is_mark=True)
             if self.held is None:
                 await self._renew_lease(incarnation, live)
                 await self._enter_missing(live)
+                await self._say_measured(live)
             period_s = PERIOD_S if self.held is not Failure.CHAIN_UNCONFIRMED else HELD_PERIOD_S
             await asyncio.sleep(max(0.0, begun_s + period_s - time.monotonic()))
 

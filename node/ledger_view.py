@@ -32,6 +32,7 @@ from shoal.crdt.kinds import (
     decode_body_untrusted,
 )
 from shoal.crdt.ledger import Ledger
+from shoal.crdt.measurements import HELD_OUT_TAG, decode_measurement_untrusted, list_measurements
 from shoal.node.certificate_source import (
     LEDGER_FILE,
     AskedCertificates,
@@ -262,7 +263,9 @@ def tell_ledger(view: LedgerView) -> Iterator[str]:
     if source.abstains:
         yield f"ABSTAINING    {Failure.VOTES_FORGOTTEN}: this peer does not vote; see docs/operations.md"
     for tag in state.tags:
-        yield f"tag           {tag.name} = {_show_bytes(tag.value)} (by {format_peer_id(tag.author)})"
+        if tag.name != HELD_OUT_TAG:
+            yield f"tag           {_show_text(tag.name)} = {_show_bytes(tag.value)} (by {format_peer_id(tag.author)})"
+    yield from _tell_measurements(view)
     for ban in state.verdicts.bans:
         yield f"ban           {format_peer_id(PeerId(ban.peer))}: {ban.reason or 'no reason given'}"
     for peer in sorted(state.verdicts.admitted):
@@ -278,8 +281,24 @@ def tell_ledger(view: LedgerView) -> Iterator[str]:
         yield f"{named:<54} {row.entries:>8,} {row.tokens:>14,} {row.rounds:>7,}  {told:<17} {kinds}"
 
 
+def _tell_measurements(view: LedgerView) -> Iterator[str]:
+    measured = list_measurements(view.state, view.source.manifest.training.evaluate_every)
+    for one in measured:
+        said = one.held_out
+        figure = f"round {said.round:,}: {said.loss_nats:.4f} nats a token over {said.tokens:,} tokens"
+        yield f"held out      {figure} (measured by {format_peer_id(one.author)})"
+    others = sum(tag.name == HELD_OUT_TAG for tag in view.state.tags) - len(measured)
+    if others:
+        yield f"held out      {others:,} more: older, or not by whom their round names"
+
+
 def _show_time(hlc: Hlc) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(wall_ms_of(hlc) / 1000))
+
+
+def _show_text(text: str) -> str:
+    """Others chose it, and it may hold what moves a terminal's cursor."""
+    return text if text.isprintable() else ascii(text)
 
 
 def _show_bytes(raw: bytes) -> str:
@@ -323,9 +342,9 @@ def _tell_body(entry: Entry) -> dict[str, object]:
         case RoundBody(round=number, value=value):
             return {"round": number, "bytes": len(value)}
         case TagBody(name=name, value=value, removes=removes):
-            return (
-                {"removes": [one.hex() for one in removes]} if removes else {"name": name, "value": _show_bytes(value)}
-            )
+            if removes:
+                return {"removes": [one.hex() for one in removes]}
+            return {"name": name, "value": _show_bytes(value)} | _tell_held_out(name, value)
         case VersionedBody(version=version, value=value):
             return {"version": version, "bytes": len(value)}
         case BanBody(peer=peer, reason=reason, removes=removes):
@@ -336,3 +355,13 @@ def _tell_body(entry: Entry) -> dict[str, object]:
             return {"peers": [format_peer_id(peer) for peer in peers]}
         case ReadmissionBody(author=author, era=era, stands=stands):
             return {"author": format_peer_id(author), "era": era, "stands": stands.hex()}
+
+
+def _tell_held_out(name: str, value: bytes) -> dict[str, object]:
+    if name != HELD_OUT_TAG:
+        return {}
+    try:
+        said = decode_measurement_untrusted(value)
+    except ProtocolError:
+        return {}
+    return {"round": said.round, "loss_nats": said.loss_nats, "tokens": said.tokens}

@@ -297,6 +297,10 @@ class Metrics:
         text = "Held-out loss of the certified base that this peer has last measured, nats a token; NaN before."
         self.held_out_loss = table.gauge("held_out_loss", text)
         self.held_out_loss.set(math.nan)
+        text = "Held-out loss of the newest certified base that a member has measured, by its word; NaN before."
+        self.swarm_held_out_loss = table.gauge("swarm_held_out_loss", text)
+        self.swarm_held_out_loss.set(math.nan)
+        self.swarm_held_out_round = table.gauge("swarm_held_out_round", "The round of that base; 0 before.")
         self.tokens = table.counter("tokens", "Tokens that this peer has trained on.")
         self.tokens_per_s = table.gauge("tokens_per_second", "How fast it trains now.")
         self.inner_steps = table.counter("inner_steps", "Inner steps that this peer has made.")

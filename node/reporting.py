@@ -36,15 +36,12 @@ from shoal.node.status import (
     ControlStatus,
     DiskStatus,
     FailureStatus,
-    HeldOut,
     LossHistory,
     PeerStatus,
     ReasonCount,
     RoundStatus,
     Status,
     TrafficStatus,
-    TrainerState,
-    TrainingStatus,
     Wait,
     clean_text,
     keep_peers,
@@ -52,7 +49,7 @@ from shoal.node.status import (
 from shoal.node.surroundings import Surroundings
 from shoal.node.tensor_paths import TensorPaths
 from shoal.node.traffic_report import describe_traffic, show_traffic
-from shoal.node.training.messages import DETAIL_BYTES_MAX
+from shoal.node.training_report import describe_measurements, describe_training, measure_tokens_per_s, show_training
 from shoal.node.web import WebSources
 from shoal.protocol.abstention import Abstention
 from shoal.protocol.effects import (
@@ -331,7 +328,8 @@ class Reporter:
             leaving=self.leaving,
             control_up=self.control_up,
             round=self._round_status(live),
-            training=self._training_status(),
+            training=describe_training(one.compute, self.losses, one.manifest.training.inner_steps),
+            measured=describe_measurements(one.ledger.measurements(), self.name_of),
             traffic=self._traffic_status(),
             line=one.line.status(),
             catch_up=CatchUpStatus(
@@ -387,31 +385,6 @@ class Reporter:
             state_root=head.state_root.hex(),
         )
 
-    def _training_status(self) -> TrainingStatus:
-        compute = self.subjects.compute
-        points, held_out = self.losses.points, compute.held_out
-        return TrainingStatus(
-            state=compute.phase,
-            device=compute.device,
-            restarts=compute.restarts,
-            error=clean_text(compute.error, DETAIL_BYTES_MAX),
-            steps=0 if compute.progress is None else compute.progress.steps,
-            steps_planned=self.subjects.manifest.training.inner_steps,
-            tokens=compute.tokens,
-            tokens_per_s=self._tokens_per_s(),
-            loss_first=points[0].loss if points else compute.loss,
-            loss_last=compute.loss,
-            loss_history=points,
-            held_out=None
-            if held_out is None
-            else HeldOut(round=held_out.round - 1, loss=held_out.loss_nats, perplexity=held_out.perplexity),
-        )
-
-    def _tokens_per_s(self) -> float:
-        compute = self.subjects.compute
-        running = compute.phase in (TrainerState.RUNNING, TrainerState.PAUSED)
-        return compute.progress.tokens_per_s if compute.progress and running else 0.0
-
     def _traffic_status(self) -> TrafficStatus:
         return describe_traffic(self.control_bytes, self.subjects.links, self.subjects.exchange)
 
@@ -444,7 +417,7 @@ class Reporter:
                 participating=me in view.roster,
                 voter=me in head.voters,
                 owner=one.paths.reach.reached,
-                tokens_per_s=self._tokens_per_s(),
+                tokens_per_s=measure_tokens_per_s(one.compute),
                 head_round=head.round,
                 address="",
                 path="",
@@ -553,15 +526,7 @@ class Reporter:
         metrics.voters_live.set(status.voters_live)
         metrics.clock_skew_s.set(self.clock_skew_s())
         metrics.peers_refused.set(len(one.conduct.list_refused(time.monotonic())))
-        compute = one.compute
-        if compute.loss is not None:
-            metrics.loss.set(compute.loss)
-        if compute.held_out is not None:
-            metrics.held_out_loss.set(compute.held_out.loss_nats)
-        metrics.tokens.count_to(compute.tokens)
-        metrics.inner_steps.count_to(compute.steps)
-        metrics.tokens_per_s.set(self._tokens_per_s())
-        metrics.trainer_running.set(compute.phase is TrainerState.RUNNING)
+        show_training(metrics, one.compute, one.ledger.measurements())
         show_traffic(metrics, self._traffic_status(), one.links, one.line.status())
         show_reachability(metrics, one.paths, one.links, self._control_status(), one.surroundings)
         metrics.rounds_behind.set(self._rounds_behind(live))

@@ -120,6 +120,19 @@ class HeldOut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a member says in the ledger that it has measured of the base of a round, over `tokens` tokens of its own
+    held-out data. Nobody can check the figure."""
+
+    round: int
+    loss: float | None
+    perplexity: float | None
+    tokens: int
+    peer: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStatus:
     """The trainer. `steps` of `steps_planned` are made in this round; tokens are counted since the daemon's start.
     `held_out` is what this peer has last measured of a certified base."""
@@ -257,7 +270,7 @@ class TensorRelayStatus:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """Everything that a person or a program asks a running daemon. `failures` are the newest of each kind, the newest
-    first."""
+    first; `measured` is what members have measured of the newest bases, the newest first."""
 
     version: str
     peer: str
@@ -273,6 +286,7 @@ class Status:
     control_up: bool
     round: RoundStatus
     training: TrainingStatus
+    measured: tuple[Measured, ...] = ()
     traffic: TrafficStatus
     line: LineStatus = LineStatus()
     catch_up: CatchUpStatus

@@ -19,6 +19,7 @@ from shoal.node.happenings import Happening, HappeningKind, Severity
 from shoal.node.reachability import ReachState
 from shoal.node.status import (
     LineStatus,
+    Measured,
     PeerStatus,
     Status,
     TrainingStatus,
@@ -181,6 +182,7 @@ def describe_status(status: Status) -> list[str]:
         describe_line(status.line),
         *([RELAY_WITHHELD] if status.line.relay_withheld else []),
         f"state root {now.state_root[:16] or 'none'}",
+        *(f"swarm's {describe_measured(one)}" for one in status.measured[:1]),
     ]
     for title, verdict in (("unhealthy", judge_health(status)), ("not ready", judge_readiness(status))):
         lines += [f"{title}: {clean_text(reason, REASON_CHARS_MAX)}" for reason in verdict.reasons]
@@ -195,6 +197,14 @@ def _held_out(training: TrainingStatus) -> str:
         return ""
     perplexity = "" if found.perplexity is None else f", perplexity {found.perplexity:.4g}"
     return f", held-out loss of round {found.round} {format_loss(found.loss)}{perplexity}"
+
+
+def describe_measured(one: Measured) -> str:
+    """What a member has measured, and which one."""
+    perplexity = "" if one.perplexity is None else f", perplexity {one.perplexity:.4g}"
+    author = clean_text(one.name) or one.peer[-8:]
+    figure = f"held-out loss of round {one.round} {format_loss(one.loss)}{perplexity}"
+    return f"{figure}, measured by {author} over {_plural(one.tokens, 'token')}"
 
 
 def render_status(status: Status) -> "RenderableType":
@@ -483,6 +493,7 @@ def _figures(status: Status) -> "Table":
     rows = [
         ("loss", f"{format_loss(training.loss_first)} → {format_loss(training.loss_last)}  {draw_curve(losses)}"),
         ("held out", _held_out(training).removeprefix(", ") or "not measured here yet"),
+        ("in the swarm", describe_measured(status.measured[0]) if status.measured else "nobody has measured yet"),
         ("trainer", trainer),
         ("speed", f"{format_count(training.tokens_per_s)} tokens/s, {format_count(training.tokens)} tokens trained"),
         ("rounds", f"{status.rounds_certified} certified; aborted attempts: {aborted}"),
@@ -502,7 +513,7 @@ def _figures(status: Status) -> "Table":
         ("state root", status.round.state_root[:16] or "none"),
         ("join", clean_text(status.uri, len(status.uri))),
     ]
-    rows[4:4] = _failure_rows(status)
+    rows[5:5] = _failure_rows(status)
     table = Table.grid(padding=(0, 2))
     for title, text in rows:
         table.add_row(Text(title, "dim"), Text(text, overflow="fold"))

@@ -31,6 +31,7 @@ from shoal.node.training.messages import (
     Begin,
     Command,
     Compiling,
+    DatasetChoice,
     Described,
     Evaluate,
     Evaluated,
@@ -252,6 +253,7 @@ class TrainerProcess:
             rendezvous=str(self._checkpoints / RENDEZVOUS_FILE) if self._checkpoints else None,
             rank_timeout_s=RANK_TIMEOUT_SHARE * settings.stall_timeout_s,
             compiled=str(self._checkpoints / COMPILED_FOLDER) if self._checkpoints and settings.compile else None,
+            dataset=_choose_dataset(settings),
         )
         await child.send(start)
         try:
@@ -457,6 +459,17 @@ async def describe_task(task: Task, allowed: Sequence[str] = (), weights: Path |
         raise ManifestError(message.field, message.problem, message.fix)
     assert isinstance(message, Described), "one of the two answers"
     return message.layout
+
+
+def _choose_dataset(settings: TrainerTable) -> DatasetChoice | None:
+    if settings.dataset is None:
+        return None
+    return DatasetChoice(
+        path=settings.dataset,
+        config_name=settings.dataset_config,
+        split=settings.dataset_split,
+        column=settings.dataset_column,
+    )
 
 
 def _python_command(module: str) -> tuple[str, ...]:

@@ -97,6 +97,14 @@ def choose_evaluator(head_digest: bytes, contributors: tuple[PeerId, ...]) -> Pe
     return min(contributors, key=lambda peer: blake3(b"evaluator" + head_digest + peer).digest())
 
 
+def find_evaluator(result: Result, evaluate_every: int) -> PeerId | None:
+    """Who measures the base that came of this round; None where nobody does."""
+    contributors = list_contributors(result)
+    if not evaluate_every or result.round % evaluate_every or not contributors:
+        return None
+    return choose_evaluator(digest_record(result), contributors)
+
+
 def owner_order(head_digest: bytes, part: int, owners: tuple[PeerId, ...]) -> tuple[PeerId, ...]:
     """Rendezvous order in which peers take over one part."""
     seed = head_digest + part.to_bytes(4, "big")

@@ -131,10 +131,18 @@ function describeCaps(line) {
   return `upload cap ${formatCap(line.upload_cap_mbit)}, download cap ${formatCap(line.download_cap_mbit)}${until}${relay}`;
 }
 
-function describeHeldOut(training) {
-  const found = training.held_out;
-  if (found === null) return "not measured here yet";
-  return `round ${whole.format(found.round)}, perplexity ${found.perplexity === null ? "no number" : found.perplexity.toPrecision(4)}`;
+const formatPerplexity = (perplexity) => (perplexity === null ? "no number" : perplexity.toPrecision(4));
+
+function describeHeldOut(found) {
+  const who = found.name ? `, measured by ${found.name}` : "";
+  return `round ${whole.format(found.round)}, perplexity ${formatPerplexity(found.perplexity)}${who}`;
+}
+
+function tileHeldOut(status) {
+  // The own one is the newer one while this peer may not write into the ledger.
+  const [swarms, own] = [status.measured[0] ?? null, status.training.held_out];
+  const found = own === null || (swarms !== null && swarms.round >= own.round) ? swarms : own;
+  return ["Held-out loss", formatLoss(found?.loss ?? null), found ? describeHeldOut(found) : "not measured yet"];
 }
 
 function showTiles(status) {
@@ -151,7 +159,7 @@ function showTiles(status) {
   const restarts = training.restarts ? `, ${count(training.restarts, "restart")}` : "";
   const tiles = [
     ["Loss", formatLoss(training.loss_last), training.loss_first === null ? "" : `began at ${formatLoss(training.loss_first)}`],
-    ["Held-out loss", formatLoss(training.held_out?.loss ?? null), describeHeldOut(training)],
+    tileHeldOut(status),
     ["Tokens per second", compact.format(training.tokens_per_s ?? 0), `${compact.format(training.tokens)} trained here`],
     ["Peers", `${alive}`, `${part} in this round, ${round.voters_live} of ${round.voters} voters live`],
     ["Saved against fp32", formatBytes(Math.max(0, saved)), ratio ? `contributions ${ratio} times smaller` : "no contribution yet"],
@@ -197,6 +205,25 @@ function showPeers(peers) {
     return row;
   });
   at("peers").replaceChildren(...rows);
+}
+
+function showMeasured(measured) {
+  const rows = measured.map((one) => {
+    const row = make("tr");
+    const who = make("td");
+    who.append(make("bdi", "", nameOf(one)));
+    who.title = one.peer;
+    row.append(
+      who,
+      make("td", "number", whole.format(one.round)),
+      make("td", "number", formatLoss(one.loss)),
+      make("td", "number", formatPerplexity(one.perplexity)),
+      make("td", "number wide", whole.format(one.tokens)),
+    );
+    return row;
+  });
+  at("measured").replaceChildren(...rows);
+  at("unmeasured").hidden = rows.length > 0;
 }
 
 function showHappenings(happenings) {
@@ -296,6 +323,7 @@ function showStatus(status) {
   showFailures(status.failures);
   showTiles(status);
   showPeers(status.peers);
+  showMeasured(status.measured);
   showHappenings(status.happenings);
   // The curve is drawn anew only when it changed, so that its cursor stays under the pointer.
   const history = JSON.stringify(status.training.loss_history);

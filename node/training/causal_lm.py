@@ -26,16 +26,18 @@ from shoal.node.training.displaced import Displaced, start_displacement
 from shoal.node.training.gpt_config import SAMPLE_TEMPERATURE
 from shoal.node.training.initial_values import list_starts
 from shoal.node.training.lora import adapt, find_layers, freeze, start_adapter
-from shoal.node.training.messages import Work
+from shoal.node.training.messages import DatasetChoice, Work
 from shoal.node.training.parameters import Shape, list_specs
+from shoal.node.training.streamed import StreamWindows, open_stream
 from shoal.node.training.task_faults import TaskFault, blame
 from shoal.node.training.tokenizer import INSTALL_HF, ByteTokenizer, Tokenizer, open_tokenizer, write_digest
-from shoal.node.training.tokens import TokenWindows, open_tokens
+from shoal.node.training.tokens import TokenWindows, check_size, open_tokens
 from shoal.node.training.weights import FIELD, WeightsFolder
 from shoal.protocol.errors import ConfigError, ManifestError
 from shoal.protocol.layout import Layout, make_layout
 
-# Read by the libraries when they are imported.
+# Read by the libraries when they are imported. A trainer has decided before (datasets_library.choose_hub_access), and
+# nothing here is ever asked of the hub either way.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -149,6 +151,11 @@ class CausalLm:
     def take_files(self, tokenizer: Path | None, cache: Path | None) -> None:
         self._tokenizer_path, self._cache = tokenizer, cache
 
+    def open_dataset(self, choice: DatasetChoice, work: Work, folder: Path | None) -> StreamWindows:
+        self._tokenizer = self.open_tokenizer(self._tokenizer_path)
+        check_size(self._tokenizer, self._config.vocab_size)
+        return open_stream(choice, self._tokenizer, context=self._options.context, work=work, folder=folder)
+
     def open_data(self, text: Path | None, work: Work) -> TokenWindows:
         self._tokenizer = self.open_tokenizer(self._tokenizer_path)
         return open_tokens(
@@ -212,7 +219,8 @@ def _tell_config() -> Iterator[None]:
 
 
 def _import_transformers() -> Any:
-    os.environ.update(OFFLINE)
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
     try:
         transformers: Any = import_module("transformers")
         import_module("transformers.models.auto.modeling_auto")

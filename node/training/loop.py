@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from shoal.node.training.activations import recompute_blocks
 from shoal.node.training.checkpoint import Checkpoint, CheckpointStore, Position
+from shoal.node.training.datasets_library import choose_hub_access
 from shoal.node.training.devices import choose_device, name_device
 from shoal.node.training.gradient_pass import GradientPass
 from shoal.node.training.local_parameters import load_parameters
@@ -62,8 +63,8 @@ from shoal.node.training.ranks import RankLost, Ranks
 from shoal.node.training.round_work import PROGRESS_PERIOD_S, RoundWork
 from shoal.node.training.strategy import STRATEGIES, load_tensors
 from shoal.node.training.task_faults import TaskFault, blame
-from shoal.node.training.tasks import TakesFiles, TakesWeights, WritesText, make_task
-from shoal.protocol.errors import ManifestError
+from shoal.node.training.tasks import Batches, ReadsDatasets, TakesFiles, TakesWeights, WritesText, make_task
+from shoal.protocol.errors import ConfigError, ManifestError
 
 FAULTS_IN_A_ROW_MAX = 5
 
@@ -78,6 +79,7 @@ class InnerLoop:
     def __init__(self, start: Start, memory: NDArray[np.float32], ranks: Ranks | None = None) -> None:
         work = start.work
         self._device = choose_device(start.device)
+        choose_hub_access(start.dataset)
         self._task = make_task(work.task, start.allow_tasks)
         self._kind = work.task.kind
         with self._task_code():
@@ -90,7 +92,7 @@ class InnerLoop:
                 self._task.take_files(Path(start.tokenizer) if start.tokenizer else None, cache)
             if isinstance(self._task, TakesWeights):
                 self._task.take_weights(Path(start.weights) if start.weights else None, self._device)
-            self._batches = self._task.open_data(Path(start.text) if start.text else None, work)
+            self._batches = self._open_data(start)
             self._tokens_per_batch = self._batches.tokens_per_batch
             self._train_bytes, self._held_out_bytes = self._batches.train_bytes, self._batches.held_out_bytes
             self._notice = trim_detail(self._batches.notice)
@@ -121,6 +123,15 @@ class InnerLoop:
         self._resumes: Position | None = None  # until the first Begin or Merge
         self._checkpoints = CheckpointStore(Path(start.checkpoints), work) if start.checkpoints else None
         self._resumed = Resumed() if self._checkpoints is None else self._resume(self._checkpoints)
+
+    def _open_data(self, start: Start) -> Batches:
+        if start.dataset is None:
+            return self._task.open_data(Path(start.text) if start.text else None, start.work)
+        if not isinstance(self._task, ReadsDatasets):
+            fix = "take it out of the configuration"
+            raise ConfigError("trainer.dataset", f"the task {self._kind} reads no data sets", fix)
+        folder = Path(start.checkpoints) if start.checkpoints else None
+        return self._task.open_dataset(start.dataset, start.work, folder)
 
     @property
     def training(self) -> bool:

@@ -75,17 +75,28 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetChoice:
+    """A Hugging Face data set on this machine or, by `hf://datasets/NAME`, on the hub: which of its configurations and
+    splits, and which column holds the texts."""
+
+    path: Annotated[str, Bound(1, 4096)]
+    config_name: Annotated[str | None, Bound(1, 256)] = None
+    split: Annotated[str, Bound(1, 256)] = "train"
+    column: Annotated[str, Bound(1, 256)] = "text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The first frame. `text` is a file or a folder, None means the source of the running Python; 0 `threads` leaves
-    their number to torch. An inner step begins `step_period_s` after the one before at the soonest. `checkpoints` is
-    the folder of the trainer's own checkpoints, written at every so many Readys; without one it has none. A batch is
-    computed `micro_batch` examples at a time, 0 means all of them, and fewer where so many do not fit into memory. Of
-    the tasks that come by import path those in `allow_tasks` are run. `tokenizer` is a file, `weights` a folder with
-    trained ones, `cache` a folder of the trainer's own for what it can make again. With `checkpoint_activations` the
-    backward pass computes the model's blocks a second time instead of keeping what is in them. Of more than one of the
-    `processes`, 0 for one a GPU, each computes its part of a batch; they meet by a file at `rendezvous`, and one that
-    does not answer for `rank_timeout_s` ends them all. With `compiled`, a folder for what torch.compile makes, the loss
-    is compiled."""
+    """The first frame. `text` is a file or a folder, None means the source of the running Python, where there is no
+    `dataset` in its place; 0 `threads` leaves their number to torch. An inner step begins `step_period_s` after the one
+    before at the soonest. `checkpoints` is the folder of the trainer's own checkpoints, written at every so many
+    Readys; without one it has none. A batch is computed `micro_batch` examples at a time, 0 means all of them, and
+    fewer where so many do not fit into memory. Of the tasks that come by import path those in `allow_tasks` are run.
+    `tokenizer` is a file, `weights` a folder with trained ones, `cache` a folder of the trainer's own for what it can
+    make again. With `checkpoint_activations` the backward pass computes the model's blocks a second time instead of
+    keeping what is in them. Of more than one of the `processes`, 0 for one a GPU, each computes its part of a batch;
+    they meet by a file at `rendezvous`, and one that does not answer for `rank_timeout_s` ends them all. With
+    `compiled`, a folder for what torch.compile makes, the loss is compiled."""
 
     work: Work
     device: Annotated[str, Choice(("auto", "cpu", "cuda"))]
@@ -104,6 +115,7 @@ class Start:
     rendezvous: Annotated[str | None, Bound(1, 4096)] = None
     rank_timeout_s: Annotated[float, Bound(0.1, 86_400)] = 240.0
     compiled: Annotated[str | None, Bound(1, 4096)] = None
+    dataset: DatasetChoice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +225,11 @@ class Paused:
     round: U63
 
 
+def find_perplexity(loss_nats: float) -> float:
+    """e to the loss; infinite where that is no float."""
+    return math.exp(loss_nats) if loss_nats < PERPLEXITY_LOSS_MAX else math.inf
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiling:
     """The step that begins now compiles the task's loss: the next report may take so long."""
@@ -231,8 +248,7 @@ class Evaluated:
 
     @property
     def perplexity(self) -> float:
-        """e to the loss; infinite where that is no float."""
-        return math.exp(self.loss_nats) if self.loss_nats < PERPLEXITY_LOSS_MAX else math.inf
+        return find_perplexity(self.loss_nats)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,11 +24,13 @@ from shoal.node.training.causal_lm import CausalLm
 from shoal.node.training.causal_lm_config import CAUSAL_LM
 from shoal.node.training.custom_task import ATTACHED, CUSTOM, load_builder, load_class, take_path
 from shoal.node.training.data import ByteWindows, read_corpus
+from shoal.node.training.datasets_library import choose_hub_access
 from shoal.node.training.digits import DIGITS, Digits
 from shoal.node.training.gpt_config import KIND, SAMPLE_TEMPERATURE, VOCABULARY, parse_options, read_gpt_config
-from shoal.node.training.messages import Described, Undescribed, Work, encode_frame, trim_detail
+from shoal.node.training.messages import DatasetChoice, Described, Undescribed, Work, encode_frame, trim_detail
 from shoal.node.training.model import Gpt, tensor_specs
 from shoal.node.training.parameters import list_specs, start_uniform
+from shoal.node.training.streamed import open_stream
 from shoal.node.training.task_faults import TaskFault, blame
 from shoal.node.training.tokenizer import ByteTokenizer, Tokenizer
 from shoal.protocol.errors import InputError, ManifestError
@@ -146,6 +148,16 @@ class TakesWeights(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsDatasets(Protocol):
+    """A task that trains on a Hugging Face data set where `trainer.dataset` names one."""
+
+    def open_dataset(self, choice: DatasetChoice, work: Work, folder: Path | None) -> Batches:
+        """Comes in the place of `open_data`. `folder` is the trainer's own, for the place in the data. Raises
+        InputError."""
+        ...
+
+
 class ByteGpt:
     """Next-byte prediction on any text. Options: the fields of GptConfig."""
 
@@ -181,6 +193,9 @@ class ByteGpt:
             seed=work.seed,
             peer=work.peer,
         )
+
+    def open_dataset(self, choice: DatasetChoice, work: Work, folder: Path | None) -> Batches:
+        return open_stream(choice, ByteTokenizer(), context=self._config.context, work=work, folder=folder)
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         inputs, targets = batch[:, :-1], batch[:, 1:]  # each (B, T)
@@ -242,6 +257,7 @@ def describe(choice: TaskChoice, allowed: Sequence[str] = (), weights: Path | No
 def main(arguments: list[str]) -> None:
     """Write a Described or an Undescribed frame to standard output."""
     kind, options, weights, *allowed = arguments
+    choose_hub_access(None)
     answer: Described | Undescribed
     try:
         choice = TaskChoice(kind=kind, options=options)

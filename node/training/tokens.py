@@ -124,9 +124,7 @@ def open_tokens(
 ) -> TokenWindows:
     """The tokens of `trainer.text`: those of its shards, where it is or has any, else those of its text, which is kept
     in the folder `cache`. Raises ConfigError naming the file."""
-    if tokenizer.size > vocabulary:
-        problem = f"has {tokenizer.size} ids, and the model's vocabulary is {vocabulary}"
-        raise ConfigError("trainer.tokenizer", problem, f"make the swarm with vocab_size = {tokenizer.size} or more")
+    check_size(tokenizer, vocabulary)
     try:
         files = [(file, name_file(file, text)) for file in list_files(text)] if text is not None else []
         shards = [(file, name) for file, name in files if file.suffix == SHARD_SUFFIX]
@@ -141,6 +139,13 @@ def open_tokens(
         problem = f"{text or 'the library of Python'} cannot be read: {error.strerror or error}"
         raise ConfigError(FIELD, problem, "name a readable path") from error
     return TokenWindows(train, held_out, context=context, vocabulary=vocabulary, work=work, notice=notice)
+
+
+def check_size(tokenizer: Tokenizer, vocabulary: int) -> None:
+    """Raises ConfigError where it has ids that the model does not know."""
+    if tokenizer.size > vocabulary:
+        problem = f"has {tokenizer.size} ids, and the model's vocabulary is {vocabulary}"
+        raise ConfigError("trainer.tokenizer", problem, f"make the swarm with vocab_size = {tokenizer.size} or more")
 
 
 def _open_own_shard(file: Path, tokenizer: Tokenizer) -> Shard:

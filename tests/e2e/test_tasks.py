@@ -162,3 +162,48 @@ def test_a_swarm_trains_adapters_on_weights_that_each_member_has(tmp_path: Path)
     assert after < before - 0.1, "it has learned"
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 16 and all(one.any() for one in adapter.values())
+
+
+def test_a_swarm_trains_on_a_streamed_data_set_and_a_restart_goes_on_in_it(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="an extra")
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        rows = (f"def add_{number}_{row}(first, second):\n    return first + second\n" * 4 for row in range(2000))
+        (data / f"{number}.jsonl").write_text("".join(json.dumps({"code": text}) + "\n" for text in rows))
+    config = tmp_path / "config.toml"
+    config.write_text(f'[trainer]\ndataset = "{data}"\ndataset_column = "code"\n')
+    swarm = Swarm(tmp_path, founders=2)
+    swarm.text = None
+    try:
+        first, second = swarm.add("peer1"), swarm.add("peer2")
+        first.start("up", "--manifest", str(swarm.manifest), "--config", str(config))
+        swarm.wait("the first peer answers", lambda: first.status() is not None)
+        second.start("join", uri_of(first), "--config", str(config))
+        swarm.wait("three rounds", lambda: min(first.round, second.round) >= 3)
+        second.kill()
+        at = first.round
+        second.start("up", "--config", str(config))
+        swarm.wait("it contributes again", lambda: second.contributes_after(at))
+        assert (second.folder / "trainer" / "stream.json").exists()
+        status = second.status()
+        assert status is not None and status.training.loss_last is not None and status.training.loss_last < 4.0
+        for peer in (first, second):
+            assert "may come again" not in peer.log() and "Traceback" not in peer.log()
+        swarm.check_roots()
+    finally:
+        swarm.end()
+
+
+def test_a_data_set_with_another_column_is_told_in_the_status(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="an extra")
+    data = tmp_path / "a.jsonl"
+    data.write_text(json.dumps({"content": "some text"}) + "\n")
+    swarm = Swarm(tmp_path, founders=1)
+    swarm.text = None
+    try:
+        peer = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest), "--dataset", str(data))
+        swarm.wait("its status says what to do", lambda: "trainer.dataset_column" in error_of(peer))
+        assert "the columns: content" in error_of(peer)
+    finally:
+        swarm.end()

@@ -29,6 +29,7 @@ from shoal.crdt.kinds import (
     encode_body,
 )
 from shoal.crdt.ledger import Draft, Ledger, LedgerRules
+from shoal.crdt.measurements import HeldOutLoss, decode_measurement_untrusted
 from shoal.crdt.reconciliation import answer, begin
 from shoal.crdt.sketch import SALT_BYTES
 from shoal.dht.addresses import parse_address_untrusted
@@ -379,6 +380,12 @@ PARSERS: tuple[Parser, ...] = (
         take=take_record(LedgerPage),
         samples=lambda: [encode_record(LedgerPage(base=b"", batches=tuple(list_batches()), last=9))],
         covers=("protocol.wire.decode_record_untrusted",),
+    ),
+    Parser(
+        name="measurement",
+        take=decode_measurement_untrusted,
+        samples=lambda: [encode_record(one) for one in draw(records(HeldOutLoss), 6)],
+        covers=("crdt.measurements.decode_measurement_untrusted",),
     ),
     Parser(name="batch", take=take_batch(), samples=list_batches, covers=("crdt.entries.decode_batch_untrusted",)),
     Parser(name="entry_body", take=take_body, samples=list_entry_bodies, covers=("crdt.kinds.decode_body_untrusted",)),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.crdt import entries, eras, evidence
+from shoal.crdt import entries, eras, evidence, measurements
 from shoal.crdt.certified import CREDIT_PEERS_MAX
 from shoal.crdt.kinds import (
     KIND_RULES,
@@ -54,8 +54,16 @@ def test_every_kind_stands_in_the_table(kind: Kind) -> None:
     assert f"| `{kind.value}` | {fields} | {rule.body_bytes_max} | {author} |" in TEXT
 
 
+def test_a_measurement_is_described_with_its_fields() -> None:
+    assert f"| HeldOutLoss | {describe(measurements.HeldOutLoss)} |" in TEXT
+
+
 def test_bounds_are_named() -> None:
     for bound in (
+        f"A tag with the name `{measurements.HELD_OUT_TAG}`",
+        f"at most {measurements.MEASUREMENT_BYTES_MAX} bytes",
+        f"the {measurements.TAGS_READ_MAX} tags of this name",
+        f"beyond its last {measurements.MEASUREMENTS_KEPT_MAX}",
         f"fewer than {entries.ENTRIES_PER_ERA_MAX:,} entries in an era",
         f"fewer than {entries.DECREES_MAX:,} in the permanent one",
         f"⌈{eras.ROUNDS_PER_ERA_MIN} / `rounds.snapshot_every`⌉",

@@ -14,6 +14,7 @@ from shoal.node.status import (
     FailureStatus,
     LineStatus,
     LossPoint,
+    Measured,
     PeerStatus,
     ReachStatus,
     ReasonCount,
@@ -108,6 +109,12 @@ def status() -> Status:
             loss_first=history[0][1],
             loss_last=history[-1][1],
             loss_history=tuple(LossPoint(round=number, loss=loss) for number, loss in history),
+        ),
+        measured=(
+            Measured(
+                round=124, loss=1.934, perplexity=6.917, tokens=32_768, peer=PEERS[1], name=f"otter ({PEERS[1][-8:]})"
+            ),
+            Measured(round=120, loss=1.951, perplexity=None, tokens=32_768, peer=PEERS[0], name="this peer"),
         ),
         traffic=TrafficStatus(
             control_sent_bytes=4_100_233,

@@ -13,10 +13,11 @@ from shoal.node import compute
 from shoal.node.compute import RESTARTS_MAX
 from shoal.node.status import TrainerState, judge_health
 from shoal.node.trainer import TrainerError
-from shoal.node.training.messages import OUT_OF_MEMORY, Failed, Merge, Ready, Started, Work
+from shoal.node.training.messages import OUT_OF_MEMORY, Evaluated, Failed, Merge, Ready, Started, Work
+from shoal.protocol import quorum
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
-from shoal.protocol.messages import Result
+from shoal.protocol.messages import Result, digest_record
 from tests.unit.node.fake_trainer import TOKENS_PER_STEP, FakeTrainer
 from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, wait_until
 
@@ -86,21 +87,24 @@ async def test_one_contributor_measures_the_base_every_few_rounds(
     caplog.set_level("INFO")
     async with open_trainer(tmp_path, round_s=3600.0) as (peer, _):
         assert peer.swarm.manifest.training.evaluate_every == 4
-        asked: list[tuple[PeerId, ...]] = []
+        asked: list[bytes] = []
 
         def choose(head_digest: bytes, contributors: tuple[PeerId, ...]) -> PeerId:
-            asked.append(contributors)
+            asked.append(head_digest)
             return peer.me if is_chosen else next(one for one in contributors if one != peer.me)
 
-        monkeypatch.setattr(compute, "choose_evaluator", choose)
+        monkeypatch.setattr(quorum, "choose_evaluator", choose)
+        told: list[Evaluated] = []
+        peer.compute._ports = replace(peer.compute._ports, measured=told.append)
         await peer.compute.start()
         result = make_result(peer, number)
         await peer.compute.committed(result, included)
         is_due = number % 4 == 0 and bool(included)
-        assert asked == [tuple(member.peer for member in result.members)] * is_due
+        assert asked == [digest_record(result)] * is_due, "by the round itself, wherever the head is meanwhile"
         if is_due and is_chosen:
             await wait_until(lambda: peer.compute.held_out is not None)
             assert f"held-out loss of round {number}: " in caplog.text and "perplexity" in caplog.text
+            assert told == [peer.compute.held_out]
         else:
             for _ in range(3):
                 await asyncio.sleep(0)

@@ -63,6 +63,17 @@ def test_no_code_of_others_is_allowed_unless_it_is_named(tmp_path: Path) -> None
     assert load_config(path, {"swarm": SWARM, "allow-task": "f:G"}).trainer.allow_tasks == ("f:G",)
 
 
+def test_a_data_set_is_a_path_unless_it_is_named_as_one_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path, '[trainer]\ndataset = "data"\ndataset_split = "all"\ndataset_column = "body"\n')
+    trainer = load_config(path, {"swarm": SWARM}).trainer
+    assert (trainer.dataset, trainer.dataset_split, trainer.dataset_column) == (str(tmp_path / "data"), "all", "body")
+    hub = load_config(path, {"swarm": SWARM, "dataset": "hf://datasets/owner/name"}).trainer
+    assert hub.dataset == "hf://datasets/owner/name"
+    with pytest.raises(ConfigError, match="hf://datasets/NAME"):
+        load_config(path, {"swarm": SWARM, "dataset": "owner/name"})
+
+
 def test_every_flag_names_a_field() -> None:
     for flag, field in FLAGS.items():
         section, _, name = field.partition(".")
@@ -83,6 +94,9 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ('[node]\nrole = "boss"\n', "node.role (line 2)", "'boss' is not allowed"),
         ('[node]\nname = "a\\u0007"\n', "node.name (line 2)", "cannot be shown"),
         ('[node]\nmanifest = "gone"\n', "node.manifest (line 2)", "is no file"),
+        ('[trainer]\ndataset = "gone"\n', "trainer.dataset (line 2)", "does not exist"),
+        ('[trainer]\ntext = "."\ndataset = "."\n', "trainer.dataset (line 3)", "and so is trainer.text"),
+        ('[trainer]\ndataset_config = "en"\n', "trainer.dataset_config (line 2)", "trainer.dataset is not"),
         ('[trainer]\ntext = "gone"\n', "trainer.text (line 2)", "does not exist"),
         ('[trainer]\nweights = "gone"\n', "trainer.weights (line 2)", "is no folder"),
         ('[trainer]\nallow_tasks = ["os"]\n', "trainer.allow_tasks (line 2)", "'os' names no class"),

@@ -16,6 +16,7 @@ from shoal.crdt.clock import HLC_ZERO, hlc_at
 from shoal.crdt.entries import Batch, ChainPosition, EntryContent, encode_batch, sign_batch
 from shoal.crdt.kinds import BanBody, Body, Kind, RegisterBody, RoundBody, TagBody
 from shoal.crdt.ledger import Draft, Ledger
+from shoal.crdt.measurements import HELD_OUT_TAG, HeldOutLoss
 from shoal.node import cli, ledger_view
 from shoal.node.answers import ANSWER_BYTES_MAX
 from shoal.node.audit import EXIT_CODES, Finding
@@ -30,6 +31,7 @@ from shoal.node.status import Status
 from shoal.node.web import WebServer, WebSources
 from shoal.protocol.identity import Identity, format_peer_id
 from shoal.protocol.messages import CertificatesAnswer
+from shoal.protocol.quorum import find_evaluator
 from shoal.protocol.wire import DELTA_BYTES_MAX, decode_record_untrusted, encode_record
 from tests.unit.node.node_samples import LEDGER, Chain, fill_folder, make_chain, make_samples
 from tests.unit.protocol.samples import IDENTITIES, PEERS
@@ -116,6 +118,29 @@ def test_show_tells_what_a_person_wants_to_know(folder: Path, run: Run) -> None:
     (row,) = (line for line in lines if line.startswith(format_peer_id(PEERS[2])))
     assert "2 certificate, 1 lease" in row and " 6  2025-11-21" in row
     assert "EQUIVOCATED" not in out and "ABSTAINING" not in out
+
+
+def test_what_members_have_measured_is_told_with_its_author(folder: Path, run: Run) -> None:
+    evaluator = find_evaluator(CHAIN.certificates[3].result, SWARM.manifest.training.evaluate_every)
+    said = encode_record(HeldOutLoss(round=4, loss_nats=3.25, tokens=2048))
+    tags = [(HELD_OUT_TAG, said), ("red \x1b[31m", b"x")]
+    for identity in IDENTITIES[:3]:
+        replica = Ledger(identity=identity, rules=make_rules(SWARM.manifest, SWARM.id))
+        for batch in BATCHES:
+            replica.accept(batch)
+        drafts = [Draft(kind=Kind.TAG, body=TagBody(name=name, value=value, removes=())) for name, value in tags]
+        put(folder, replica.write(drafts, NOW_MS + 1000))
+    _, out, _ = run("show", "--data-dir", folder)
+    lines = out.splitlines()
+    assert evaluator is not None
+    told = f"round 4: 3.2500 nats a token over 2,048 tokens (measured by {format_peer_id(evaluator)})"
+    assert f"held out      {told}" in lines
+    assert "held out      2 more: older, or not by whom their round names" in lines
+    assert "\x1b" not in out and any(line.startswith("tag           'red \\x1b[31m' = x (by ") for line in lines)
+    _, out, _ = run("export", "--data-dir", folder)
+    says = [row["says"] for row in map(json.loads, out.splitlines()) if row["kind"] == "tag"]
+    read = [(one["round"], one["loss_nats"], one["tokens"]) for one in says if one["name"] == HELD_OUT_TAG]
+    assert read == [(4, 3.25, 2048)] * 3
 
 
 def test_show_names_who_equivocated_and_that_this_peer_abstains(folder: Path, run: Run) -> None:

@@ -1,6 +1,7 @@
 """The ledger at work: durable before it is shown, pushed and compared, and no peer or disk that fails ends it."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from shoal.crdt.anti_entropy import PUSH_PEERS, ROUND_TRIPS_MAX
 from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.kinds import Kind, RoundBody
 from shoal.crdt.ledger import Draft, Ledger
+from shoal.crdt.measurements import MEASUREMENTS_KEPT_MAX, HeldOutLoss, decode_measurement_untrusted
 from shoal.crdt.own_chain import OwnChain
 from shoal.crdt.reconciliation import Answer, answer, begin
 from shoal.crdt.sketch import SALT_BYTES
@@ -19,9 +21,11 @@ from shoal.node import ledger_sync
 from shoal.node.control import PeerUnreachable
 from shoal.node.ledger_store import StoreError
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
-from shoal.protocol.identity import PeerId
+from shoal.protocol.identity import PeerId, format_peer_id
 from shoal.protocol.messages import LedgerEntries, Reconcile, decode_message_untrusted, encode_message
-from tests.unit.node.node_samples import make_chain, make_samples, open_peer, open_peers, wait_until
+from shoal.protocol.quorum import find_evaluator
+from tests.unit.node.exposition import read
+from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, open_peers, wait_until
 from tests.unit.node.puppet import open_puppet
 
 WALL_MS = 1_760_000_000_000
@@ -265,3 +269,73 @@ async def test_the_comparison_goes_on_after_peers_that_fail(tmp_path: Path, monk
         await wait_until(lambda: asked >= 4)
         await wait_until(lambda: peer.me in peer.ledger.state().leases)
         assert len(peer.ledger.ledger) == 1, "one lease, however often it is compared"
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+def make_measured(number: int, loss: float = 3.0) -> HeldOutLoss:
+    return HeldOutLoss(round=number, loss_nats=loss, tokens=64)
+
+
+def choose_evaluator(peers: Sequence[Peer], number: int) -> tuple[Peer, list[Peer]]:
+    """Whom this round names, and the others."""
+    chain = make_chain(peers[0].swarm, number)
+    named = find_evaluator(chain.certificates[number - 1].result, peers[0].swarm.manifest.training.evaluate_every)
+    (chosen,) = (peer for peer in peers if peer.me == named)
+    return chosen, [peer for peer in peers if peer is not chosen]
+
+
+async def test_what_one_has_measured_all_of_them_show_and_nothing_of_others(tmp_path: Path) -> None:
+    swarm = make_samples(founders=3)
+    async with open_peers(tmp_path, 3, swarm) as peers:
+        chosen, others = choose_evaluator(peers, 4)
+        everybody = [peer.me for peer in peers]
+        await others[0].ledger.write_measurement(make_measured(4, 0.5), everybody)
+        await chosen.ledger.write_measurement(make_measured(4, 3.25), everybody)
+        await wait_until(lambda: all(len(peer.ledger.ledger) == 2 for peer in peers))
+        assert [peer.ledger.measurements() for peer in peers] == [()] * 3, "the round is in nobody's ledger"
+        for certificate in make_chain(swarm, 4).certificates:
+            await chosen.ledger.write_certificate(certificate, everybody)
+        await wait_until(lambda: all(peer.ledger.measurements() for peer in peers))
+        for peer in peers:
+            (found,) = peer.ledger.measurements()
+            assert (found.author, found.held_out) == (chosen.me, make_measured(4, 3.25))
+            (row,) = peer.reporter.build_status().measured
+            assert (row.round, row.loss, row.tokens, row.peer) == (4, 3.25, 64, format_peer_id(chosen.me))
+            assert row.name == peer.reporter.name_of(chosen.me)
+            assert read(peer, "swarm_held_out_loss") == 3.25 and read(peer, "swarm_held_out_round") == 4
+            assert math.isnan(read(peer, "held_out_loss")), "it has measured none itself"
+
+
+async def test_what_was_measured_while_nothing_may_be_written_is_written_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_peer(make_samples(), 0, tmp_path) as peer:
+        monkeypatch.setattr(OwnChain, "held", Failure.CHAIN_UNCONFIRMED)
+        for number in (4, 8):
+            await peer.ledger.write_measurement(make_measured(number), [])
+        assert len(peer.ledger.ledger) == 0
+        monkeypatch.setattr(OwnChain, "held", None)
+        keeping = asyncio.create_task(peer.ledger.keep_up(dict, 1))
+        await wait_until(lambda: peer.ledger.state().tags)
+        keeping.cancel()
+        (tag,) = peer.ledger.state().tags
+        assert tag.author == peer.me and decode_measurement_untrusted(tag.value).round == 8, "the newest one"
+
+
+async def test_a_figure_that_nobody_could_read_is_not_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_peer(make_samples(), 0, tmp_path) as peer:
+        await peer.ledger.write_measurement(make_measured(4, math.nan), [])
+        assert len(peer.ledger.ledger) == 0 and "out of range" in caplog.text
+
+
+async def test_an_own_measurement_of_long_ago_goes_when_there_are_enough(tmp_path: Path) -> None:
+    async with open_peer(make_samples(founders=1), 0, tmp_path) as peer:
+        for certificate in make_chain(peer.swarm, 4).certificates:
+            await peer.ledger.write_certificate(certificate, [])
+        for number in range(1, MEASUREMENTS_KEPT_MAX + 4):
+            await peer.ledger.write_measurement(make_measured(number), [])
+        kept = sorted(decode_measurement_untrusted(tag.value).round for tag in peer.ledger.state().tags)
+        assert kept == list(range(4, MEASUREMENTS_KEPT_MAX + 4))
+        assert [one.held_out.round for one in peer.ledger.measurements()] == [4], "the others are of no certified round"

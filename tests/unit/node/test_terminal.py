@@ -91,6 +91,8 @@ def test_a_status_shows_what_people_ask(status: Status, width: int) -> None:
     assert f"part moved owner_lost (gull ({status.peers[4].peer[-8:]})) in attempt 1 of round 127, 42 s ago;" in told
     assert "failed attempt proposer_silent (otter" in told
     assert "in attempt 3 of round 120, 15 min 50 s ago; the next proposer takes over" in told
+    author = f"otter ({status.peers[1].peer[-8:]})"
+    assert f"held-out loss of round 124 1.934, perplexity 6.917, measured by {author} over 32768 tokens" in told
     assert max(len(line) for line in text.splitlines()) <= width
 
 
@@ -114,12 +116,14 @@ def test_a_status_before_anything_happened_can_be_drawn(status: Status) -> None:
     training = replace(status.training, loss_first=None, loss_last=None, loss_history=(), device="")
     traffic = replace(status.traffic, contribution_bytes=0, fp32_bytes=0)
     bare = replace(status, training=training, traffic=traffic, peers=(), failures=(), happenings=(), aborted=())
+    bare = replace(bare, measured=())
     bare = replace(bare, round=replace(status.round, phase="prepare", progress=None, deadline_s=None, state_root=""))
     text = draw(render_status(bare))
     assert "none yet" in text
     assert "prepare" in text
     assert "what happened" not in text
     assert "state root none" in describe_status(bare)
+    assert "nobody has measured yet" in text and "held-out" not in "\n".join(describe_status(bare))
 
 
 def test_text_from_peers_is_neither_markup_nor_control(status: Status) -> None:
@@ -131,6 +135,7 @@ def test_text_from_peers_is_neither_markup_nor_control(status: Status) -> None:
         uri=evil,
         warnings=(evil,),
         peers=(row,),
+        measured=(replace(status.measured[0], name=evil),),
         happenings=(make_happening(1.0, evil),),
         training=replace(status.training, device=evil),
     )
