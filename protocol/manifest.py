@@ -37,7 +37,8 @@ from shoal.protocol.wire import (
 PART_ELEMENTS, PART_ELEMENTS_MAX = 1 << 18, 1 << 20
 PARTS_WANTED = 64  # so many can be shared evenly among a dozen owners; each costs every peer some messages
 URI_SCHEME = "shoal"
-DILOCO, OVERLAPPED, DELAYED = STRATEGIES = ("diloco", "overlapped", "delayed")  # those of node/training/strategy.py
+# Those of node/training/strategy.py.
+DILOCO, OVERLAPPED, DELAYED, EAGER = STRATEGIES = ("diloco", "overlapped", "delayed", "eager")
 ADAMW, MUON, MTDAO = INNER_OPTIMIZERS = ("adamw", "muon", "mtdao")  # those of node/training/optimizers.py
 CONSTANT, COSINE, LINEAR = SCHEDULES = ("constant", "cosine", "linear")  # those of node/training/schedules.py
 BOOTSTRAPS_MAX = 16
@@ -61,7 +62,8 @@ class Training:
 
     Where the strategy is "overlapped" it trains on while its contribution is exchanged, for `overlap_steps` at most,
     and `mixing` is the share of its own parameters that it keeps when the new base comes. Where it is "delayed" it
-    keeps all that it has done meanwhile, upon the new base.
+    keeps all that it has done meanwhile, upon the new base; "eager" does that, too, and trains meanwhile from its own
+    estimate of the new base.
 
     Each peer warms up by its own steps. With another `schedule` than "constant" the learning rate falls from round to
     round, for all peers alike, to the share `learning_rate_end` of itself after `schedule_rounds` rounds.
@@ -300,6 +302,10 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
     if draft.training.steps_min > draft.training.inner_steps:
         raise ManifestError("training.steps_min", "is more than training.inner_steps", "lower it")
     _check_overlap(draft.training)
+    if draft.training.strategy == EAGER and draft.rounds.fragments > 1:
+        # A trainer does not know which parts the next round exchanges.
+        problem = f"is {draft.rounds.fragments}, and an eager peer estimates the next base as a whole"
+        raise ManifestError("rounds.fragments", problem, f'use 1, or strategy = "{DELAYED}"')
     _check_steps(draft.training, layout)
     return Manifest(
         name=draft.name,
@@ -316,12 +322,12 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
 
 
 def _check_overlap(training: Training) -> None:
-    overlaps = training.strategy in (OVERLAPPED, DELAYED)
+    overlaps = training.strategy != DILOCO
     if overlaps and not 1 <= training.overlap_steps < training.inner_steps:
         problem = f"is {training.overlap_steps}, and training.inner_steps is {training.inner_steps}"
         raise ManifestError("training.overlap_steps", problem, f"use 1 to {training.inner_steps - 1}")
     if not overlaps and training.overlap_steps:
-        fix = f'use strategy = "{OVERLAPPED}" or "{DELAYED}", or leave it out'
+        fix = f'use strategy = "{OVERLAPPED}", "{DELAYED}" or "{EAGER}", or leave it out'
         raise ManifestError("training.overlap_steps", f"is not for the strategy {training.strategy}", fix)
 
 

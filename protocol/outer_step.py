@@ -24,6 +24,10 @@ class OuterOptimizer(Protocol):
         """Change `params` and `momentum`, float32[n] each, in place by the decoded `update`, float32[n], which stays as
         it is. The two numbers, 0 or more and the momentum factor at most 1, are rounded to float32 once."""
 
+    def gain(self, learning_rate: float, momentum_factor: float) -> float:
+        """How far the same step moves `params` for each unit of `update`. For estimates: it need not be exact."""
+        ...
+
 
 class Nesterov:
     """m = mu * m + d; p = p - eta * (d + mu * m), as torch.optim.SGD(nesterov=True) has it."""
@@ -38,6 +42,9 @@ class Nesterov:
         eta, mu = _round_rates(learning_rate, momentum_factor)
         load_kernels().nesterov(params, momentum, update, eta, mu)
 
+    def gain(self, learning_rate: float, momentum_factor: float) -> float:
+        return learning_rate * (1 + momentum_factor)
+
 
 class Sgd:
     """p = p - eta * d. The momentum stays as it is."""
@@ -51,6 +58,9 @@ class Sgd:
         assert params.size == momentum.size == update.size, "slices of one length"
         eta, _ = _round_rates(learning_rate, momentum_factor)
         load_kernels().sgd(params, update, eta)
+
+    def gain(self, learning_rate: float, momentum_factor: float) -> float:
+        return learning_rate
 
 
 OUTER_OPTIMIZERS: dict[str, OuterOptimizer] = {"nesterov": Nesterov(), "sgd": Sgd()}

@@ -12,10 +12,12 @@ from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart, squ
 from shoal.protocol.codecs import BLOCK_ELEMENTS, CODECS, Float32s, encode_with_feedback
 from shoal.protocol.each import Each
 from shoal.protocol.errors import ProtocolError
+from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+from shoal.protocol.quorum import find_share
 from shoal.protocol.state import CHUNK_BYTES, SnapshotIndex, chunk_digests
 
 # What is hashed in one piece: 16 MiB.
@@ -40,6 +42,13 @@ def rehearse(manifest: Manifest) -> None:
     reduction.codec_out.decode_untrusted(update, zeros.size, zeros)
     outer = manifest.outer
     OUTER_OPTIMIZERS[outer.optimizer].apply(zeros.copy(), zeros.copy(), zeros, outer.learning_rate, outer.momentum)
+
+
+def find_gain(manifest: Manifest, result: Result, peer: PeerId) -> float:
+    """How far the base has moved with this result for each unit of this peer's pseudo-gradient: by a plain mean. 0 for
+    a peer that contributed nothing, and of what was clipped or left out by the aggregator it is an estimate."""
+    outer = manifest.outer
+    return find_share(result, peer) * OUTER_OPTIMIZERS[outer.optimizer].gain(outer.learning_rate, outer.momentum)
 
 
 class Replica:

@@ -16,7 +16,7 @@ from benchmarks.experiments.arms import Arm, run_arm
 from benchmarks.experiments.report import draw_churn, draw_plot, format_churn, format_table, format_times
 from benchmarks.experiments.texts import MIXED, PACKAGE
 from shoal.protocol.errors import ConfigError
-from shoal.protocol.manifest import DELAYED, INNER_OPTIMIZERS, OVERLAPPED, Draft, Outer, Rounds, Task, Training
+from shoal.protocol.manifest import DELAYED, EAGER, INNER_OPTIMIZERS, OVERLAPPED, Draft, Outer, Rounds, Task, Training
 
 WORKERS = 8
 INNER_STEPS = 16
@@ -172,11 +172,12 @@ def _make_streaming(rounds: int) -> tuple[Arm, ...]:
 def _make_delayed(rounds: int) -> tuple[Arm, ...]:
     """What is done beside an exchange stays; the outer step as it is and smaller ones."""
     arms = [Arm(name="diloco", draft=DRAFT, workers=(WORKERS,) * rounds)]
-    for overlap_steps, rate, momentum in ((4, 0.7, 0.8), (15, 0.7, 0.8), (15, 0.5, 0.5), (15, 0.3, 0.5)):
-        training = replace(DRAFT.training, strategy=DELAYED, overlap_steps=overlap_steps)
-        draft = replace(DRAFT, training=training, outer=Outer(learning_rate=rate, momentum=momentum))
-        name = f"{overlap_steps} steps late, outer {rate}/{momentum}"
-        arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * rounds))
+    for strategy, prefix in ((DELAYED, ""), (EAGER, "eager, ")):
+        for overlap_steps, rate, momentum in ((4, 0.7, 0.8), (15, 0.7, 0.8), (15, 0.5, 0.5), (15, 0.3, 0.5)):
+            training = replace(DRAFT.training, strategy=strategy, overlap_steps=overlap_steps)
+            draft = replace(DRAFT, training=training, outer=Outer(learning_rate=rate, momentum=momentum))
+            name = f"{prefix}{overlap_steps} steps late, outer {rate}/{momentum}"
+            arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * rounds))
     return tuple(arms)
 
 
@@ -264,7 +265,7 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
             make=_make_streaming,
         ),
         "delayed": Experiment(
-            question="Work beside the exchange that stays (DiLoCoX, arXiv 2506.21263), against DiLoCo",
+            question="Work beside the exchange that stays (DiLoCoX, arXiv 2506.21263; eager: 2502.12996)",
             make=_make_delayed,
         ),
         "inner": Experiment(question="Inner optimizers, each at the same three learning rates", make=_make_inner),

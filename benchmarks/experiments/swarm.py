@@ -30,7 +30,7 @@ from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Member, PartResult, Result
 from shoal.protocol.quorum import make_bitmap
-from shoal.protocol.replica import Replica, make_reduction
+from shoal.protocol.replica import Replica, find_gain, make_reduction
 
 
 class Diverged(ShoalError):
@@ -77,8 +77,10 @@ class Worker:
         if not self._strategy.export(self.local):
             raise Diverged("the local parameters are not finite")
 
-    def train_on(self, number: int) -> None:
+    def train_on(self, base: FloatVector, number: int) -> None:
         """What the strategy trains after it has handed over, until the new base comes; raises Diverged."""
+        if self._manifest.training.overlap_steps:
+            self._strategy.hand_over(base, self.local)
         for _ in range(self._manifest.training.overlap_steps):
             self._step(number)
             self._ahead += 1
@@ -89,9 +91,9 @@ class Worker:
         _step(self._task, self._model, self._strategy, batch, number)
         self._batches_done += 1
 
-    def merge(self, base: FloatVector, included: tuple[int, ...]) -> None:
+    def merge(self, base: FloatVector, included: tuple[int, ...], gain: float = 0.0) -> None:
         """A round is certified with this worker's contribution in these parts of the vector: none, where it was left
-        out."""
+        out. `gain` is Merge's."""
         rounds = self._manifest.rounds
         self._missed = 0 if included else self._missed + 1
         if self._missed > self._manifest.training.missed_rounds_max:
@@ -100,9 +102,10 @@ class Worker:
             self._missed = self.steps = self._begun = 0
         elif included:
             bitmap = make_bitmap(frozenset(included), self._manifest.parts)
-            self._strategy.merge(base, bitmap, rounds.part_elements)
+            self._strategy.merge(base, bitmap, rounds.part_elements, gain)
             self.steps = self._ahead
         else:
+            self._strategy.take_back()
             self.steps += self._ahead
         self._ahead = 0
 
@@ -146,7 +149,7 @@ class Swarm:
         frozen = [self.workers[one].contributor.freeze(number, self.base, self.workers[one].local) for one in present]
         result, blobs = self._reduce(number, present, frozen, arrived)
         for one in present:
-            self.workers[one].train_on(number)
+            self.workers[one].train_on(self.base, number)
         self._root = self._replica.apply(result, blobs)
         if not np.isfinite(self.base).all():
             raise Diverged(f"the base of round {number} is not finite")
@@ -154,7 +157,8 @@ class Swarm:
         for one, worker in enumerate(self.workers):
             index = places.get(one)
             included = () if index is None else worker.contributor.settle(frozen[index], result, index)
-            worker.merge(self.base, tuple(parts[place] for place in included))
+            gain = find_gain(self._manifest, result, worker_peer(one))
+            worker.merge(self.base, tuple(parts[place] for place in included), gain)
 
     def _reduce(
         self, number: int, present: Sequence[int], frozen: Sequence[Frozen], arrived: frozenset[int]

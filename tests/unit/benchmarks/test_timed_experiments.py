@@ -93,7 +93,7 @@ def _run_round(swarm: Swarm, *, is_lost: bool) -> None:
         return
     worker, number = swarm.workers[0], 1
     worker.train(swarm.base, number)
-    worker.train_on(number)
+    worker.train_on(swarm.base, number)
     worker.merge(swarm.base, ())
 
 
@@ -107,7 +107,7 @@ def test_who_is_away_counts_what_it_trained_beside_an_exchange_once() -> None:
     worker = make_swarm().workers[0]
     base = make_memory()[0]
     worker.train(base, 1)
-    worker.train_on(1)
+    worker.train_on(base, 1)
     for _ in range(3):
         worker.merge(base, ())
     assert worker.steps == TRAINED.inner_steps + OVERLAP

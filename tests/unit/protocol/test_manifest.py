@@ -13,6 +13,7 @@ from shoal.protocol.manifest import (
     BOOTSTRAPS_MAX,
     DELAYED,
     DILOCO,
+    EAGER,
     OVERLAPPED,
     Admission,
     Draft,
@@ -214,9 +215,10 @@ def test_muon_wants_weights_in_numbered_layers() -> None:
 @pytest.mark.parametrize(
     ("strategy", "overlap_steps", "fix"),
     [
-        (DILOCO, 1, 'use strategy = "overlapped" or "delayed", or leave it out'),
+        (DILOCO, 1, 'use strategy = "overlapped", "delayed" or "eager", or leave it out'),
         (OVERLAPPED, 0, "use 1 to 19"),
         (DELAYED, 20, "use 1 to 19"),
+        (EAGER, 0, "use 1 to 19"),
     ],
 )
 def test_steps_beside_an_exchange_are_for_strategies_that_make_them(

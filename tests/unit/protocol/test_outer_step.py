@@ -93,6 +93,16 @@ def test_one_step_by_hand() -> None:
 
 
 @every_optimizer
+@pytest.mark.parametrize("rates", [(0.7, 0.9), (1.0, 0.0), (0.0, 0.5), (0.1, 1.0)])
+def test_the_gain_is_how_far_a_unit_of_the_update_moves_the_params(
+    optimizer: OuterOptimizer, rates: tuple[float, float]
+) -> None:
+    params, momentum = np.zeros(2, np.float32), np.full(2, 0.5, np.float32)
+    optimizer.apply(params, momentum, np.array([3.0, 4.0], np.float32), *rates)
+    assert params[0] - params[1] == pytest.approx(optimizer.gain(*rates), abs=1e-6)
+
+
+@every_optimizer
 @pytest.mark.parametrize("cuts", [(1,), (256, 512), (CHUNK_ELEMENTS,), (100_000, 100_001, 150_000)])
 def test_slices_make_the_whole(optimizer: OuterOptimizer, cuts: tuple[int, ...]) -> None:
     elements = 2 * CHUNK_ELEMENTS + 999

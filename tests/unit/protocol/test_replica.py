@@ -18,9 +18,9 @@ from shoal.protocol.layout import TensorSpec, initialise, make_layout
 from shoal.protocol.manifest import Outer
 from shoal.protocol.messages import Certificate, digest_record
 from shoal.protocol.quorum import Head
-from shoal.protocol.replica import Replica, make_reduction
+from shoal.protocol.replica import Replica, find_gain, make_reduction
 from shoal.protocol.state import CHUNK_BYTES, chunk_digests, state_root
-from tests.unit.protocol.samples import ELEMENTS, LAYOUT, RULES, SWARM, make_sample_manifest, make_update
+from tests.unit.protocol.samples import ELEMENTS, LAYOUT, PEERS, RULES, SWARM, make_sample_manifest, make_update
 
 T = TypeVar("T")
 
@@ -138,6 +138,19 @@ def test_the_manifest_chooses_the_outer_optimizer() -> None:
     replica.apply(LOG[0].result, BLOBS)
     assert np.array_equal(replica.params, before - update_of(LOG[0]) * np.float32(0.5))
     assert not replica.momentum.any()
+
+
+def test_the_gain_is_a_members_share_of_the_mean_times_that_of_the_outer_step() -> None:
+    first = LOG[0].result.members[0]
+    weights = zip(PEERS[:3], (0.5, 0.2, 0.3), strict=True)
+    members = tuple(replace(first, peer=peer, weight=weight) for peer, weight in weights)
+    parts = tuple(replace(part, contributors=b"\x05") for part in LOG[0].result.parts)
+    result = replace(LOG[0].result, members=members, parts=parts)
+    rate = MANIFEST.outer.learning_rate * (1 + MANIFEST.outer.momentum)
+    assert [find_gain(MANIFEST, result, peer) for peer in PEERS[:3]] == pytest.approx([rate * 5 / 8, 0, rate * 3 / 8])
+    assert find_gain(MANIFEST, replace(result, parts=(), members=()), PEERS[0]) == 0
+    sgd = replace(MANIFEST, outer=Outer(optimizer="sgd", learning_rate=0.5))
+    assert find_gain(sgd, result, PEERS[0]) == pytest.approx(0.5 * 5 / 8)
 
 
 def test_a_round_without_parts_changes_the_round_only() -> None:
