@@ -555,12 +555,26 @@ def sort_rows(rows: Float32s) -> None:
 
 
 @compiled
-def nesterov(params: Float32s, momentum: Float32s, update: Float32s, eta: np.float32, mu: np.float32) -> None:
-    """m = mu * m + d; p = p - eta * (d + mu * m)."""
+def nesterov(
+    params: Float32s,
+    momentum: Float32s,
+    update: Float32s,
+    eta: np.float32,
+    share: np.float32,
+    kept: np.float32,
+    limit: np.float32,
+    reach: np.float32,
+) -> None:
+    """e = share * d; m = kept * m + e, at most limit and at least -limit; p = p - eta * (e + reach * m)."""
     for index in range(params.size):
-        fresh = mu * momentum[index] + update[index]
+        part = share * update[index]
+        fresh = kept * momentum[index] + part
+        if fresh > limit:
+            fresh = limit
+        elif fresh < -limit:
+            fresh = -limit
         momentum[index] = fresh
-        params[index] = params[index] - eta * (update[index] + mu * fresh)
+        params[index] = params[index] - eta * (part + reach * fresh)
 
 
 @compiled

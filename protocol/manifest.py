@@ -20,7 +20,7 @@ from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriErro
 from shoal.protocol.identity import Identity, PeerId, verify_signature
 from shoal.protocol.layout import Layout
 from shoal.protocol.messages import PARTS_MAX, ROSTER_MAX, VOTERS_MAX, PartResult, Peer, Result
-from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterRates
 from shoal.protocol.quorum import Authority, Head, QuorumRule, list_parts
 from shoal.protocol.state import STATE_ELEMENTS_MAX
 from shoal.protocol.tables import parse_toml, read_table
@@ -44,6 +44,7 @@ CONSTANT, COSINE, LINEAR = SCHEDULES = ("constant", "cosine", "linear")  # those
 BOOTSTRAPS_MAX = 16
 BATCH_SIZE_MAX = 65_536
 FRAGMENTS_MAX = 64
+MOMENTUM_EVERY_MAX = 1024
 Seconds = Annotated[float, Bound(0.05, 86_400)]
 Name = Annotated[str, Bound(1, 64)]
 
@@ -91,11 +92,16 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outer:
-    """The outer step (DiLoCo, arXiv 2311.08105): Nesterov, learning rate 0.7, momentum 0.9 or 0.8 for short runs."""
+    """The outer step (DiLoCo, arXiv 2311.08105): Nesterov, learning rate 0.7, momentum 0.9 or 0.8 for short runs.
+
+    No element of the momentum gets beyond `momentum_clip`; 0: it has no limit. With `momentum_every` N a step is 1/N as
+    long and the momentum is applied in every Nth round, of fragments at every Nth turn."""
 
     optimizer: Annotated[str, Choice(tuple(OUTER_OPTIMIZERS))] = "nesterov"
     learning_rate: Annotated[float, Bound(0, 10)] = 0.7
     momentum: Annotated[float, Bound(0, 1)] = 0.8
+    momentum_clip: Annotated[float, Bound(0, 1e6)] = 0.0
+    momentum_every: Annotated[int, Bound(1, MOMENTUM_EVERY_MAX)] = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +183,16 @@ class Manifest:
     def match_parts(self, result: Result) -> Iterator[tuple[int, PartResult]]:
         """The parts of the vector, each with what the result says of it; none where it changes the voters alone."""
         return zip(self.list_parts(result.round), result.parts, strict=False)
+
+    def outer_rates(self, round_number: int) -> OuterRates:
+        """The numbers of this round's outer step."""
+        return OuterRates(
+            learning_rate=self.outer.learning_rate,
+            momentum=self.outer.momentum,
+            momentum_clip=self.outer.momentum_clip,
+            momentum_every=self.outer.momentum_every,
+            turn=(round_number - 1) // self.rounds.fragments % self.outer.momentum_every,
+        )
 
     def part_range(self, part: int) -> tuple[int, int]:
         """First element and one past the last of a part of the flat vector."""
@@ -307,6 +323,7 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
         problem = f"is {draft.rounds.fragments}, and an eager peer estimates the next base as a whole"
         raise ManifestError("rounds.fragments", problem, f'use 1, or strategy = "{DELAYED}"')
     _check_steps(draft.training, layout)
+    _check_outer(draft.outer)
     return Manifest(
         name=draft.name,
         task=draft.task,
@@ -341,6 +358,16 @@ def _check_steps(training: Training, layout: Layout) -> None:
     if training.schedule == CONSTANT and training.schedule_rounds:
         fix = f'use schedule = "{COSINE}" or "{LINEAR}", or leave it out'
         raise ManifestError("training.schedule_rounds", f"is not for the schedule {CONSTANT}", fix)
+
+
+def _check_outer(outer: Outer) -> None:
+    if outer.optimizer == "nesterov":
+        return
+    fix = 'use optimizer = "nesterov", or leave it out'
+    if outer.momentum_clip:
+        raise ManifestError("outer.momentum_clip", f"is not for {outer.optimizer}, which has no momentum", fix)
+    if outer.momentum_every > 1:
+        raise ManifestError("outer.momentum_every", f"is not for {outer.optimizer}, which has no momentum", fix)
 
 
 def sign_manifest(manifest: Manifest, owner: Identity) -> bytes:

@@ -178,6 +178,12 @@ def _make_delayed(rounds: int) -> tuple[Arm, ...]:
             draft = replace(DRAFT, training=training, outer=Outer(learning_rate=rate, momentum=momentum))
             name = f"{prefix}{overlap_steps} steps late, outer {rate}/{momentum}"
             arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * rounds))
+    # What an element moves by in a round at most is about the inner learning rate times the steps: 0.1.
+    training = replace(DRAFT.training, strategy=DELAYED, overlap_steps=INNER_STEPS - 1)
+    for clip in (0.1, 0.03):
+        draft = replace(DRAFT, training=training, outer=replace(DRAFT.outer, momentum_clip=clip))
+        name = f"{INNER_STEPS - 1} steps late, momentum at most {clip}"
+        arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * rounds))
     return tuple(arms)
 
 
@@ -212,6 +218,32 @@ def _make_speeds(rounds: int) -> tuple[Arm, ...]:
             until_s=rounds * INNER_STEPS / min(SPEEDS),
         )
         for name, training, grace_s in settings
+    )
+
+
+def _make_asynchronous(rounds: int) -> tuple[Arm, ...]:
+    """As `speeds`, with rounds that begin as soon as two peers are ready and it does not pay to wait for more."""
+    settings = (
+        ("grace 2 s", 2.0, {}, 0.0),
+        ("grace 0", 0.0, {}, 0.0),
+        ("grace 0, momentum every 2", 0.0, {"momentum_every": 2}, 0.0),
+        ("grace 0, momentum every 4", 0.0, {"momentum_every": 4}, 0.0),
+        ("grace 0, momentum every 2, rate 1.4", 0.0, {"momentum_every": 2, "learning_rate": 1.4}, 0.0),
+        ("grace 0, stale work by (1 + s)^-0.5", 0.0, {}, 0.5),
+        ("grace 0, stale work by (1 + s)^-1", 0.0, {}, 1.0),
+    )
+    return tuple(
+        Arm(
+            name=name,
+            draft=replace(
+                DRAFT, rounds=replace(DRAFT.rounds, grace_s=grace_s, peers_min=2), outer=replace(DRAFT.outer, **outer)
+            ),
+            workers=(len(SPEEDS),),
+            speeds=SPEEDS,
+            until_s=rounds * INNER_STEPS / min(SPEEDS),
+            stale_exponent=stale_exponent,
+        )
+        for name, grace_s, outer, stale_exponent in settings
     )
 
 
@@ -272,6 +304,11 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         "speeds": Experiment(
             question="Workers of speeds 1:2:4 in simulated time: rounds by steps and rounds by time",
             make=_make_speeds,
+            format=format_times,
+        ),
+        "asynchronous": Experiment(
+            question="Rounds that wait for few (arXiv 2401.09135): momentum now and then, stale work at less weight",
+            make=_make_asynchronous,
             format=format_times,
         ),
         "churn": Experiment(

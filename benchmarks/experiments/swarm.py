@@ -59,6 +59,11 @@ class Worker:
         """Those of `steps`."""
         return self.steps * self._batches.tokens_per_batch
 
+    def claim_tokens(self, stale_exponent: float) -> int:
+        """The tokens by which its contribution weighs, so that its claim, their square over the steps, is less by the
+        factor (1 + s)^-`stale_exponent`, s being the rounds that it has missed since it was in one."""
+        return round(self.tokens * (1 + self._missed) ** (-stale_exponent / 2))
+
     def join(self, base: FloatVector) -> None:
         """Begin at this base, unless it has begun."""
         if not self._joined:
@@ -119,10 +124,11 @@ class Worker:
 class Swarm:
     """All workers and the one base that each of them would hold."""
 
-    def __init__(self, manifest: Manifest, batches: Sequence[ByteWindows]) -> None:
+    def __init__(self, manifest: Manifest, batches: Sequence[ByteWindows], stale_exponent: float = 0.0) -> None:
         """One worker for each of `batches`. A strategy that trains beside an exchange has the new base after just as
-        many steps as it may train meanwhile."""
+        many steps as it may train meanwhile. `stale_exponent` is no rule of the protocol: it tries one."""
         self._manifest = manifest
+        self._stale_exponent = stale_exponent
         self._reduction = make_reduction(manifest)
         elements = manifest.layout.elements
         self._replica = Replica(manifest, np.empty(elements, np.float32), np.empty(elements, np.float32))
@@ -165,7 +171,8 @@ class Swarm:
     ) -> tuple[Result, dict[bytes, memoryview]]:
         """What a round would certify, and its parts by digest."""
         workers = [self.workers[one] for one in present]
-        weights = planned_weights((one.tokens for one in workers), (one.steps for one in workers))
+        claimed = (one.claim_tokens(self._stale_exponent) for one in workers)
+        weights = planned_weights(claimed, (one.steps for one in workers))
         factors = clip_factors(one.norm for one in frozen)
         updates = []
         for place, part in enumerate(self._manifest.list_parts(number)):

@@ -115,6 +115,17 @@ def test_who_is_away_counts_what_it_trained_beside_an_exchange_once() -> None:
     assert worker.steps == 2 * TRAINED.inner_steps
 
 
+def test_stale_work_weighs_less_where_an_experiment_says_so() -> None:
+    worker = make_swarm().workers[0]
+    base = make_memory()[0]
+    worker.train(base, 1)
+    tokens = worker.tokens
+    assert [worker.claim_tokens(exponent) for exponent in (0.0, 1.0)] == [tokens, tokens]
+    for _ in range(3):
+        worker.merge(base, ())
+    assert [worker.claim_tokens(exponent) for exponent in (0.0, 1.0, 2.0)] == [tokens, tokens // 2, tokens // 4]
+
+
 # -- who is ready when -------------------------------------------------------------------------------------------------
 
 

@@ -229,6 +229,25 @@ def test_steps_beside_an_exchange_are_for_strategies_that_make_them(
     assert (error.field, error.fix) == ("training.overlap_steps", fix)
 
 
+@pytest.mark.parametrize("field", ["momentum_clip", "momentum_every"])
+def test_what_is_done_to_a_momentum_is_for_an_optimizer_that_has_one(field: str) -> None:
+    changed = replace(DRAFT, outer=replace(DRAFT.outer, **{field: 2}))
+    assert make_manifest(changed, LAYOUT, PEERS[0], PEERS[:1]).outer == changed.outer
+    error = refuse_pieces(replace(changed, outer=replace(changed.outer, optimizer="sgd")))
+    assert error.field == f"outer.{field}" and "nesterov" in error.fix
+
+
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_each_part_takes_the_turns_of_its_momentum_one_after_the_other(fragments: int) -> None:
+    rules = replace(RULES, fragments=fragments)
+    manifest = replace(make_sample_manifest(rules=rules), outer=replace(DRAFT.outer, momentum_every=4))
+    turns: dict[int, list[int]] = {}
+    for number in range(1, 8 * fragments + 1):
+        for part in manifest.list_parts(number):
+            turns.setdefault(part, []).append(manifest.outer_rates(number).turn)
+    assert turns and all(one == [0, 1, 2, 3] * 2 for one in turns.values())
+
+
 # -- signed manifests -----------------------------------------------------------------------------------------------
 
 

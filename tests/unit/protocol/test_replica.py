@@ -275,7 +275,8 @@ for manifest in manifests:
     parts = [WeightedPart(encoded=one, weight=0.5) for one in (frozen.encoded[part], received)]
     update = np.empty(end - first, np.float32)
     reduction.codec_out.decode_untrusted(bytes(reduction.reduce_part(parts, end - first)), end - first, update)
-    OUTER_OPTIMIZERS[manifest.outer.optimizer].apply(base[first:end], base.copy()[first:end], update, 0.7, 0.9)
+    optimizer, rates = OUTER_OPTIMIZERS[manifest.outer.optimizer], manifest.outer_rates(3)
+    optimizer.apply(base[first:end], base.copy()[first:end], update, rates)
 assert count() == rehearsed, (count(), rehearsed)
 """
 
