@@ -43,6 +43,8 @@ ADAMW, MUON, MTDAO = INNER_OPTIMIZERS = ("adamw", "muon", "mtdao")  # those of n
 CONSTANT, COSINE, LINEAR = SCHEDULES = ("constant", "cosine", "linear")  # those of node/training/schedules.py
 BOOTSTRAPS_MAX = 16
 BATCH_SIZE_MAX = 65_536
+NESTEROV, ADAM = "nesterov", "adam"  # of those in protocol/outer_step.py
+OUTER_FIELDS = {NESTEROV: ("momentum_clip", "momentum_every"), ADAM: ("second_moment", "epsilon")}  # for one alone
 FRAGMENTS_MAX = 64
 MOMENTUM_EVERY_MAX = 1024
 Seconds = Annotated[float, Bound(0.05, 86_400)]
@@ -95,13 +97,18 @@ class Outer:
     """The outer step (DiLoCo, arXiv 2311.08105): Nesterov, learning rate 0.7, momentum 0.9 or 0.8 for short runs.
 
     No element of the momentum gets beyond `momentum_clip`; 0: it has no limit. With `momentum_every` N a step is 1/N as
-    long and the momentum is applied in every Nth round, of fragments at every Nth turn."""
+    long and the momentum is applied in every Nth round, of fragments at every Nth turn.
+
+    With "adam" (FedAdam, arXiv 2003.00295) `momentum` is the factor of the first moment and `second_moment` that of the
+    second one; a step of an element is `learning_rate` long at most, as a rule, and `epsilon` is added to the root."""
 
     optimizer: Annotated[str, Choice(tuple(OUTER_OPTIMIZERS))] = "nesterov"
     learning_rate: Annotated[float, Bound(0, 10)] = 0.7
     momentum: Annotated[float, Bound(0, 1)] = 0.8
     momentum_clip: Annotated[float, Bound(0, 1e6)] = 0.0
     momentum_every: Annotated[int, Bound(1, MOMENTUM_EVERY_MAX)] = 1
+    second_moment: Annotated[float, Bound(0, 1)] = 0.99
+    epsilon: Annotated[float, Bound(1e-9, 1)] = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +198,8 @@ class Manifest:
             momentum=self.outer.momentum,
             momentum_clip=self.outer.momentum_clip,
             momentum_every=self.outer.momentum_every,
+            second_moment=self.outer.second_moment,
+            epsilon=self.outer.epsilon,
             turn=(round_number - 1) // self.rounds.fragments % self.outer.momentum_every,
         )
 
@@ -323,7 +332,7 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
         problem = f"is {draft.rounds.fragments}, and an eager peer estimates the next base as a whole"
         raise ManifestError("rounds.fragments", problem, f'use 1, or strategy = "{DELAYED}"')
     _check_steps(draft.training, layout)
-    _check_outer(draft.outer)
+    _check_outer(draft.outer, draft.training)
     return Manifest(
         name=draft.name,
         task=draft.task,
@@ -360,14 +369,15 @@ def _check_steps(training: Training, layout: Layout) -> None:
         raise ManifestError("training.schedule_rounds", f"is not for the schedule {CONSTANT}", fix)
 
 
-def _check_outer(outer: Outer) -> None:
-    if outer.optimizer == "nesterov":
-        return
-    fix = 'use optimizer = "nesterov", or leave it out'
-    if outer.momentum_clip:
-        raise ManifestError("outer.momentum_clip", f"is not for {outer.optimizer}, which has no momentum", fix)
-    if outer.momentum_every > 1:
-        raise ManifestError("outer.momentum_every", f"is not for {outer.optimizer}, which has no momentum", fix)
+def _check_outer(outer: Outer, training: Training) -> None:
+    for optimizer, names in OUTER_FIELDS.items():
+        for name in names if optimizer != outer.optimizer else ():
+            if getattr(outer, name) != getattr(Outer(), name):
+                fix = f'use optimizer = "{optimizer}", or leave it out'
+                raise ManifestError(f"outer.{name}", f"is not for {outer.optimizer}", fix)
+    if outer.optimizer == ADAM and training.strategy == EAGER:
+        problem = f"is {EAGER}, whose estimate wants an outer step that is the same for every element"
+        raise ManifestError("training.strategy", problem, f'use "{DELAYED}", or another outer.optimizer')
 
 
 def sign_manifest(manifest: Manifest, owner: Identity) -> bytes:

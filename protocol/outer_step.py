@@ -7,11 +7,12 @@ applying the whole.
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 
-from shoal.protocol.codecs import Float32s, load_kernels
+from shoal.protocol.codecs import Float32s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,16 +21,21 @@ class OuterRates:
 
     No element of the momentum gets beyond `momentum_clip` (CO2, arXiv 2401.16265); 0: it has no limit. With
     `momentum_every` N a step is 1/N as long, and the momentum takes part in every Nth of them (delayed Nesterov, arXiv
-    2401.09135, with c = 0); `turn` says which of the N this is, from 0."""
+    2401.09135, with c = 0); `turn` says which of the N this is, from 0.
+
+    `second_moment` and `epsilon` are for Adam, whose first factor is `momentum`."""
 
     learning_rate: float
     momentum: float
     momentum_clip: float = 0.0
     momentum_every: int = 1
     turn: int = 0
+    second_moment: float = 0.99
+    epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
         assert 0 <= self.learning_rate < math.inf and 0 <= self.momentum <= 1, "rates of a manifest"
+        assert 0 <= self.second_moment <= 1 and 0 < self.epsilon < math.inf, "rates of a manifest"
         assert 0 <= self.momentum_clip < math.inf and 0 <= self.turn < self.momentum_every, "rates of a manifest"
 
 
@@ -44,7 +50,8 @@ class OuterOptimizer(Protocol):
         it is."""
 
     def gain(self, rates: OuterRates) -> float:
-        """How far the same step moves `params` for each unit of `update`. For estimates: it need not be exact."""
+        """How far the same step moves `params` for each unit of `update`. For estimates: it need not be exact; 0 where
+        elements differ in that."""
         ...
 
 
@@ -61,7 +68,7 @@ class Nesterov:
         kept = np.float32(1 if rates.turn else rates.momentum)
         limit = np.float32(rates.momentum_clip or math.inf)  # what is no float32 but 0 is a limit of 0
         eta, reach = np.float32(rates.learning_rate), np.float32(self._reach(rates))
-        load_kernels().nesterov(params, momentum, update, eta, share, kept, limit, reach)
+        _load_kernels().nesterov(params, momentum, update, eta, share, kept, limit, reach)
 
     def gain(self, rates: OuterRates) -> float:
         return rates.learning_rate / rates.momentum_every * (1 + self._reach(rates))
@@ -78,13 +85,39 @@ class Sgd:
 
     def apply(self, params: Float32s, momentum: Float32s, update: Float32s, rates: OuterRates) -> None:
         assert params.size == momentum.size == update.size, "slices of one length"
-        load_kernels().sgd(params, update, np.float32(rates.learning_rate))
+        _load_kernels().sgd(params, update, np.float32(rates.learning_rate))
 
     def gain(self, rates: OuterRates) -> float:
         return rates.learning_rate
 
 
-OUTER_OPTIMIZERS: dict[str, OuterOptimizer] = {"nesterov": Nesterov(), "sgd": Sgd()}
+class Adam:
+    """FedAdam (Reddi et al., arXiv 2003.00295): m = b1 * m + (1 - b1) * d; v = b2 * v + (1 - b2) * d^2;
+    p = p - eta * m / (sqrt(v) + epsilon), without a correction of the first rounds. `momentum` holds both moments,
+    as two bfloat16 an element."""
+
+    __slots__ = ()
+    name = "adam"
+
+    def apply(self, params: Float32s, momentum: Float32s, update: Float32s, rates: OuterRates) -> None:
+        assert params.size == momentum.size == update.size, "slices of one length"
+        betas = np.float32(rates.momentum), np.float32(rates.second_moment)
+        shares = np.float32(1 - rates.momentum), np.float32(1 - rates.second_moment)
+        eta, epsilon = np.float32(rates.learning_rate), np.float32(rates.epsilon)
+        _load_kernels().adam(params, momentum, update, eta, betas, shares, epsilon)
+
+    def gain(self, rates: OuterRates) -> float:
+        return 0.0
+
+
+OUTER_OPTIMIZERS: dict[str, OuterOptimizer] = {"nesterov": Nesterov(), "sgd": Sgd(), "adam": Adam()}
+
+
+def _load_kernels() -> ModuleType:
+    """Imported by whoever computes, and not by a relay or a command."""
+    from shoal.protocol import outer_kernels
+
+    return outer_kernels
 
 
 def rounds_as_specified() -> bool:

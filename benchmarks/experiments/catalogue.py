@@ -25,6 +25,7 @@ ROUNDS_UNIT = 8
 # For three optimizers at three rates each there is time for half of the workers.
 WORKERS_INNER = 4
 RATES_INNER = (6e-3, 12e-3, 24e-3)  # the draft's own first
+RATES_ADAM = (0.01, 0.03, 0.1)  # of the outer step
 SPEEDS = (1.0, 1.0, 2.0, 2.0, 4.0, 4.0)  # steps a second
 PATIENT_S = 60.0  # longer than the slowest of them takes
 
@@ -134,13 +135,13 @@ def _make_outer(rounds: int) -> tuple[Arm, ...]:
         ((rate, momentum) for rate in (0.4, 0.7, 1.0) for momentum in (0.5, 0.8, 0.9)),
         key=lambda one: one != (DRAFT.outer.learning_rate, DRAFT.outer.momentum),
     )
+    settings = {
+        f"rate {rate}, momentum {momentum}": Outer(learning_rate=rate, momentum=momentum) for rate, momentum in grid
+    }
+    settings |= {f"adam, rate {rate}": Outer(optimizer="adam", learning_rate=rate, momentum=0.9) for rate in RATES_ADAM}
     return tuple(
-        Arm(
-            name=f"rate {rate}, momentum {momentum}",
-            draft=replace(DRAFT, outer=Outer(learning_rate=rate, momentum=momentum)),
-            workers=(WORKERS,) * rounds,
-        )
-        for rate, momentum in grid
+        Arm(name=name, draft=replace(DRAFT, outer=outer), workers=(WORKERS,) * rounds)
+        for name, outer in settings.items()
     )
 
 

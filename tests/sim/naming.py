@@ -9,7 +9,7 @@ from shoal.protocol.manifest import Manifest, Outer, Rounds, Training
 from shoal.protocol.wire import encode_record
 
 LATER = {
-    "outer": (Outer, ("momentum_clip", "momentum_every")),
+    "outer": (Outer, ("momentum_clip", "momentum_every", "second_moment", "epsilon")),
     "rounds": (Rounds, ("update_codec", "residual_kept", "fragments")),
     "training": (
         Training,

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import pytest
 
-from shoal.protocol import kernels, sparse_kernels
+from shoal.protocol import kernels, outer_kernels, sparse_kernels
 from shoal.protocol.aggregators import AGGREGATORS, WeightedPart
 from shoal.protocol.codecs import CHUNK_ELEMENTS, CODECS, encode_with_feedback
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterRates
@@ -27,7 +27,7 @@ LICENCES = re.compile(r"\b(fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b")
 
 
 NJIT = numba.njit
-MODULES = (kernels, sparse_kernels)
+MODULES = (kernels, sparse_kernels, outer_kernels)
 
 
 def run_all() -> None:

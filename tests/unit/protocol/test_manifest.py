@@ -18,6 +18,7 @@ from shoal.protocol.manifest import (
     Admission,
     Draft,
     Manifest,
+    Outer,
     Rounds,
     SignedManifest,
     SwarmUri,
@@ -126,7 +127,7 @@ def test_a_draft_is_read_and_what_it_leaves_out_has_a_default() -> None:
         ("inner_steps = 50", "inner_steps = true", "training.inner_steps (line 9)", "is bool, not int"),
         ("round_time_s = 30", "round_time_s = nan", "training.round_time_s (line 10)", "out of range"),
         ("momentum = 0.9", "momentum = 1.01", "outer.momentum (line 13)", "out of range"),
-        ("momentum = 0.9", 'optimizer = "adam"', "outer.optimizer (line 13)", "'adam' is not allowed"),
+        ("momentum = 0.9", 'optimizer = "lion"', "outer.optimizer (line 13)", "'lion' is not allowed"),
         ('"two_thirds"', '"all"', "rounds.quorum (line 17)", "'all' is not allowed"),
         ('"listed"', '"friends"', "admission.rule (line 20)", "'friends' is not allowed"),
         ('rule = "listed"', 'rules = "listed"', "admission.rules (line 20)", "is no known field"),
@@ -235,6 +236,16 @@ def test_what_is_done_to_a_momentum_is_for_an_optimizer_that_has_one(field: str)
     assert make_manifest(changed, LAYOUT, PEERS[0], PEERS[:1]).outer == changed.outer
     error = refuse_pieces(replace(changed, outer=replace(changed.outer, optimizer="sgd")))
     assert error.field == f"outer.{field}" and "nesterov" in error.fix
+
+
+def test_adam_has_factors_of_its_own_and_nothing_to_estimate_by() -> None:
+    adam = replace(DRAFT, outer=Outer(optimizer="adam", learning_rate=0.01, second_moment=0.95, epsilon=1e-4))
+    assert make_manifest(adam, LAYOUT, PEERS[0], PEERS[:1]).outer == adam.outer
+    for field in ("second_moment", "epsilon"):
+        error = refuse_pieces(replace(DRAFT, outer=replace(DRAFT.outer, **{field: 0.5})))
+        assert error.field == f"outer.{field}" and "adam" in error.fix
+    eager = replace(adam.training, strategy=EAGER, overlap_steps=1, inner_steps=20)
+    assert refuse_pieces(replace(adam, training=eager)).field == "training.strategy"
 
 
 @pytest.mark.parametrize("fragments", [1, 3])

@@ -26,6 +26,10 @@ GOLDEN_STATES = {
         "f6da5c75997e23394e63f4595764d0aa210f1da82866615279b2cd3d2952357f",
         "b076a598eede7c291f01690cac91c37ef5349d63a431b204a93122496b2b4564",
     ),
+    "adam": (
+        "f01d28e5eb9e75933d380c4bfaf395dd1d601e0f8c9721f8c0473147b4f02d31",
+        "2d68a4bca3e126f0c3f4194dad1285b349898340c45d3b6cfff767ceabdce530",
+    ),
 }
 every_optimizer = pytest.mark.parametrize("optimizer", OUTER_OPTIMIZERS.values(), ids=OUTER_OPTIMIZERS)
 
@@ -45,12 +49,35 @@ def step_slowly(name: str, p: float, m: float, d: float, rates: OuterRates) -> t
     eta, mu = to_float32(rates.learning_rate), to_float32(rates.momentum)
     if name == "sgd":
         return to_float32(p - to_float32(eta * d)), m
+    if name == "adam":
+        return step_adam(p, m, d, rates)
     limit = to_float32(rates.momentum_clip) if rates.momentum_clip else math.inf
     last = rates.turn == rates.momentum_every - 1
     e = to_float32(to_float32(1 / rates.momentum_every) * d)
     m = to_float32(to_float32((1.0 if rates.turn else mu) * m) + e)
     m = limit if m > limit else -limit if m < -limit else m
     return to_float32(p - to_float32(eta * to_float32(e + to_float32((mu if last else 0.0) * m)))), m
+
+
+def step_adam(p: float, moments: float, d: float, rates: OuterRates) -> tuple[float, float]:
+    """`moments` is v as a bfloat16 and m as one, one behind the other."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", moments))
+    (v,), (m,) = (struct.unpack("<f", struct.pack("<I", half << 16)) for half in (bits >> 16, bits & 0xFFFF))
+    b1, b2, eta, epsilon = map(to_float32, (rates.momentum, rates.second_moment, rates.learning_rate, rates.epsilon))
+    c1, c2 = to_float32(1 - rates.momentum), to_float32(1 - rates.second_moment)
+    m = to_float32(to_float32(b1 * m) + to_float32(c1 * d))
+    v = min(to_float32(to_float32(b2 * v) + to_float32(c2 * to_float32(d * d))), 2.0**120)
+    p = to_float32(p - to_float32(eta * to_float32(m / to_float32(to_float32(math.sqrt(v)) + epsilon))))
+    upper, lower = to_bfloat16(v), to_bfloat16(m)
+    (packed,) = struct.unpack("<f", struct.pack("<I", upper << 16 | lower))
+    return p, packed
+
+
+def to_bfloat16(value: float) -> int:
+    """The nearest of both neighbours by their distance, of two the even one."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    low, rest = bits >> 16, bits & 0xFFFF
+    return low + (rest > 0x8000 or (rest == 0x8000 and low % 2 == 1))
 
 
 # None of the plain ones, and then all that there is.
@@ -63,6 +90,7 @@ RATES_OF_ALL_KINDS = (
     OuterRates(learning_rate=0.7, momentum=0.9, momentum_clip=1e-50),
     *(OuterRates(learning_rate=0.7, momentum=0.9, momentum_every=3, turn=turn) for turn in range(3)),
     OuterRates(learning_rate=0.7, momentum=0.9, momentum_clip=0.1, momentum_every=7, turn=6),
+    OuterRates(learning_rate=0.01, momentum=0.5, second_moment=0.95, epsilon=1e-9),
 )
 every_rates = pytest.mark.parametrize("rates", RATES_OF_ALL_KINDS, ids=range(len(RATES_OF_ALL_KINDS)))
 
@@ -71,6 +99,7 @@ def test_table_names_each_optimizer_once() -> None:
     assert {name: optimizer.name for name, optimizer in OUTER_OPTIMIZERS.items()} == {
         "nesterov": "nesterov",
         "sgd": "sgd",
+        "adam": "adam",
     }
 
 
@@ -91,6 +120,9 @@ def test_state_after_three_rounds_is_golden(name: str) -> None:
 @every_rates
 def test_bits_are_the_references(optimizer: OuterOptimizer, scale: float, rates: OuterRates) -> None:
     params, momentum, update = (golden_vector(seed) * np.float32(scale) for seed in (5, 6, 7))
+    if optimizer.name == "adam":
+        halves = np.abs(momentum).view(np.uint32) >> 16, update[::-1].copy().view(np.uint32) >> 16
+        momentum = (halves[0] << 16 | halves[1]).view(np.float32)
     expected = [
         step_slowly(optimizer.name, *values, rates)
         for values in zip(params.tolist(), momentum.tolist(), update.tolist(), strict=True)
@@ -113,7 +145,7 @@ def test_one_step_by_hand() -> None:
     assert (momentum[0], params[0]) == (4.0, 8.5)
 
 
-@every_optimizer
+@pytest.mark.parametrize("optimizer", [OUTER_OPTIMIZERS["nesterov"], OUTER_OPTIMIZERS["sgd"]])
 @every_rates
 def test_the_gain_is_how_far_a_unit_of_the_update_moves_the_params(
     optimizer: OuterOptimizer, rates: OuterRates
@@ -172,6 +204,8 @@ def test_temporary_memory_is_bounded(optimizer: OuterOptimizer) -> None:
         {"momentum_clip": -0.1},
         {"momentum_clip": float("inf")},
         {"momentum_every": 0},
+        {"second_moment": 1.1},
+        {"epsilon": 0.0},
         {"momentum_every": 3, "turn": 3},
     ],
 )
@@ -201,6 +235,30 @@ def test_delayed_nesterov_is_a_plain_step_a_round_and_one_of_the_momentum_every_
             theta -= eta * update / every
         np.testing.assert_allclose(params, theta, atol=1e-5)
     np.testing.assert_allclose(momentum, m, atol=1e-5)
+
+
+def test_adam_is_what_two_vectors_of_moments_compute() -> None:
+    """arXiv 2003.00295, algorithm 2, with moments in float64: they are kept in half of the bits here."""
+    rates = OuterRates(learning_rate=0.1, momentum=0.9, second_moment=0.99, epsilon=1e-3)
+    random = np.random.default_rng(5)
+    params, moments = np.zeros(600, np.float32), np.zeros(600, np.float32)
+    theta, m, v = np.zeros(600), np.zeros(600), np.zeros(600)
+    for _ in range(40):
+        update = 0.03 * (random.standard_normal(600) + 0.5)
+        OUTER_OPTIMIZERS["adam"].apply(params, moments, update.astype(np.float32), rates)
+        m, v = 0.9 * m + 0.1 * update, 0.99 * v + 0.01 * update**2
+        theta -= 0.1 * m / (np.sqrt(v) + 1e-3)
+    moved = np.abs(theta).max()
+    np.testing.assert_allclose(params, theta, atol=0.01 * moved)
+    assert np.isfinite(moments).all() and moved > 1
+
+
+def test_a_second_moment_that_no_float32_holds_is_cut() -> None:
+    params, moments = np.zeros(1, np.float32), np.zeros(1, np.float32)
+    rates = OuterRates(learning_rate=1.0, momentum=0.5, second_moment=0.5)
+    OUTER_OPTIMIZERS["adam"].apply(params, moments, np.array([2.0**64], np.float32), rates)
+    (bits,) = moments.view(np.uint32)
+    assert (bits >> 16, bits & 0xFFFF) == ((120 + 127) << 7, (63 + 127) << 7) and params[0] == -8
 
 
 def test_clipped_momentum_takes_nothing_beyond_the_limit_along() -> None:
