@@ -31,7 +31,7 @@ from shoal.protocol.aggregators import AGGREGATORS, Aggregator, Reduction, Weigh
 from shoal.protocol.codecs import CODECS, INT8, Codec, take_fresh
 from shoal.protocol.contribution import Contributor
 from shoal.protocol.identity import PeerId
-from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterRates
 from shoal.protocol.state import chunk_digests
 
 MEMBERS = 8
@@ -40,7 +40,7 @@ FREEZE_MIB = 64.0
 
 def run(elements: int, repeats: int) -> dict[str, float]:
     """Every figure by its name."""
-    optimizer = OUTER_OPTIMIZERS["nesterov"]
+    optimizer, rates = OUTER_OPTIMIZERS["nesterov"], OuterRates(learning_rate=0.7, momentum=0.9)
     entropy = np.random.default_rng(1)
     values, momentum, update = (entropy.standard_normal(elements, dtype=np.float32) for _ in range(3))
     encoded = [INT8.encode(entropy.standard_normal(elements, dtype=np.float32)) for _ in range(MEMBERS)]
@@ -56,7 +56,7 @@ def run(elements: int, repeats: int) -> dict[str, float]:
             )
             for name, aggregator in AGGREGATORS.items()
         },
-        "outer step (Nesterov)": rate(lambda: optimizer.apply(values, momentum, update, 0.7, 0.9), values.nbytes),
+        "outer step (Nesterov)": rate(lambda: optimizer.apply(values, momentum, update, rates), values.nbytes),
         "chunk digests": rate(lambda: chunk_digests(values), values.nbytes),
     }
 
@@ -91,14 +91,14 @@ from shoal.node.bench.rates import measure_rate
 from shoal.node.payload_memory import PayloadMemory
 from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart
 from shoal.protocol.codecs import INT8, encode_with_feedback
-from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterRates
 import numpy as np
 before, began_s = psutil.Process().memory_info().rss, time.perf_counter()
 zeros = np.zeros(257, np.float32)
 encoded = encode_with_feedback(INT8, zeros, zeros, zeros.copy())
 reduction = Reduction(codec_in=INT8, aggregator=AGGREGATORS["mean"], codec_out=INT8)
 INT8.decode_untrusted(reduction.reduce_part([WeightedPart(encoded=encoded, weight=1.0)], 257), 257, zeros)
-OUTER_OPTIMIZERS["nesterov"].apply(zeros.copy(), zeros.copy(), zeros, 0.7, 0.9)
+OUTER_OPTIMIZERS["nesterov"].apply(zeros.copy(), zeros.copy(), zeros, OuterRates(learning_rate=0.7, momentum=0.9))
 print(json.dumps([(psutil.Process().memory_info().rss - before) / 2**20, time.perf_counter() - began_s]))
 """
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.node.process import loop_factory, set_up_log, stop_on_signals
-from shoal.protocol.errors import ConfigError, InputError, ShoalError
+from shoal.protocol.errors import ConfigError, InputError, ManifestError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.crdt.entries import Batch
@@ -364,9 +364,12 @@ def _run_create(options: argparse.Namespace) -> int:
     from shoal.node.identity_file import load_or_create_identity
     from shoal.node.trainer import describe_task
     from shoal.node.training.causal_lm_config import CAUSAL_LM, fill_in, find_weights
+    from shoal.node.training.custom_task import ATTACHED
     from shoal.node.training.tokenizer import BYTES
     from shoal.protocol.identity import format_peer_id, parse_peer_id
     from shoal.protocol.manifest import (
+        DELAYED,
+        EAGER,
         SwarmUri,
         make_manifest,
         parse_draft,
@@ -384,6 +387,9 @@ def _run_create(options: argparse.Namespace) -> int:
     filled = fill_in(task_kind(text), task_options(text), options.draft.parent)
     task = json.dumps(filled, sort_keys=True, separators=(",", ":"))
     draft = parse_draft(text, task)
+    if draft.task.kind == ATTACHED and draft.training.strategy == EAGER:
+        fix = f'use strategy = "{DELAYED}"'
+        raise ManifestError("training.strategy", "is eager, which a script of one's own does not do", fix)
     weights = find_weights(draft.task.kind, task_options(text), options.draft.parent)
     layout = asyncio.run(describe_task(draft.task, options.allow_task, weights))
     draft = size_parts(draft, text, layout.elements)

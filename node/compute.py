@@ -14,7 +14,7 @@ trainer that keeps failing is given up after RESTARTS_MAX within RESTART_WINDOW_
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.node.feedback import FeedbackFull
 from shoal.node.ledger_store import StoreError
@@ -42,7 +42,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
 from shoal.protocol.quorum import find_evaluator, list_members, make_bitmap
-from shoal.protocol.replica import rehearse
+from shoal.protocol.replica import find_gain, rehearse
 
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 600.0
@@ -356,7 +356,8 @@ class Compute:
             self._ports.resumed(f"{steps} steps since a restart were lost: an older contribution was counted")
         ready, self._ready = self._ready, None
         self.phase = TrainerState.RUNNING
-        merge = self._make_merge(result.round + 1, result.round, included, adopt_all=restart)
+        gain = find_gain(self._manifest, result, self._me)
+        merge = replace(self._make_merge(result.round + 1, result.round, included, adopt_all=restart), gain=gain)
         if ready is None or restart:
             self._counted_tokens = self._counted_steps = 0
         else:  # the trainer counts on from what it has handed over

@@ -1,4 +1,4 @@
-"""The inner loops of the codecs, the aggregators and the outer step, compiled by numba for the machine that runs them.
+"""The inner loops of the codecs and the aggregators, compiled by numba for the machine that runs them.
 
 Invariants: every kernel does the float32 operations that protocol/README.md names, in that order, one rounding each:
 nothing is fused, reassociated or approximated, so that all machines compute the same bits; a kernel reads and writes
@@ -549,22 +549,3 @@ def sort_rows(rows: Float32s) -> None:
             distance, rest = reach - step, step
             reach //= 2
         step //= 2
-
-
-# -- outer step ------------------------------------------------------------------------------------------------------
-
-
-@compiled
-def nesterov(params: Float32s, momentum: Float32s, update: Float32s, eta: np.float32, mu: np.float32) -> None:
-    """m = mu * m + d; p = p - eta * (d + mu * m)."""
-    for index in range(params.size):
-        fresh = mu * momentum[index] + update[index]
-        momentum[index] = fresh
-        params[index] = params[index] - eta * (update[index] + mu * fresh)
-
-
-@compiled
-def sgd(params: Float32s, update: Float32s, eta: np.float32) -> None:
-    """p = p - eta * d."""
-    for index in range(params.size):
-        params[index] = params[index] - eta * update[index]

@@ -20,7 +20,7 @@ from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriErro
 from shoal.protocol.identity import Identity, PeerId, verify_signature
 from shoal.protocol.layout import Layout
 from shoal.protocol.messages import PARTS_MAX, ROSTER_MAX, VOTERS_MAX, PartResult, Peer, Result
-from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterRates
 from shoal.protocol.quorum import Authority, Head, QuorumRule, list_parts
 from shoal.protocol.state import STATE_ELEMENTS_MAX
 from shoal.protocol.tables import parse_toml, read_table
@@ -37,12 +37,16 @@ from shoal.protocol.wire import (
 PART_ELEMENTS, PART_ELEMENTS_MAX = 1 << 18, 1 << 20
 PARTS_WANTED = 64  # so many can be shared evenly among a dozen owners; each costs every peer some messages
 URI_SCHEME = "shoal"
-DILOCO, OVERLAPPED, DELAYED = STRATEGIES = ("diloco", "overlapped", "delayed")  # those of node/training/strategy.py
+# Those of node/training/strategy.py.
+DILOCO, OVERLAPPED, DELAYED, EAGER = STRATEGIES = ("diloco", "overlapped", "delayed", "eager")
 ADAMW, MUON, MTDAO = INNER_OPTIMIZERS = ("adamw", "muon", "mtdao")  # those of node/training/optimizers.py
 CONSTANT, COSINE, LINEAR = SCHEDULES = ("constant", "cosine", "linear")  # those of node/training/schedules.py
 BOOTSTRAPS_MAX = 16
 BATCH_SIZE_MAX = 65_536
+NESTEROV, ADAM = "nesterov", "adam"  # of those in protocol/outer_step.py
+OUTER_FIELDS = {NESTEROV: ("momentum_clip", "momentum_every"), ADAM: ("second_moment", "epsilon")}  # for one alone
 FRAGMENTS_MAX = 64
+MOMENTUM_EVERY_MAX = 1024
 Seconds = Annotated[float, Bound(0.05, 86_400)]
 Name = Annotated[str, Bound(1, 64)]
 
@@ -61,7 +65,8 @@ class Training:
 
     Where the strategy is "overlapped" it trains on while its contribution is exchanged, for `overlap_steps` at most,
     and `mixing` is the share of its own parameters that it keeps when the new base comes. Where it is "delayed" it
-    keeps all that it has done meanwhile, upon the new base.
+    keeps all that it has done meanwhile, upon the new base; "eager" does that, too, and trains meanwhile from its own
+    estimate of the new base.
 
     Each peer warms up by its own steps. With another `schedule` than "constant" the learning rate falls from round to
     round, for all peers alike, to the share `learning_rate_end` of itself after `schedule_rounds` rounds.
@@ -89,11 +94,21 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outer:
-    """The outer step (DiLoCo, arXiv 2311.08105): Nesterov, learning rate 0.7, momentum 0.9 or 0.8 for short runs."""
+    """The outer step (DiLoCo, arXiv 2311.08105): Nesterov, learning rate 0.7, momentum 0.9 or 0.8 for short runs.
+
+    No element of the momentum gets beyond `momentum_clip`; 0: it has no limit. With `momentum_every` N a step is 1/N as
+    long and the momentum is applied in every Nth round, of fragments at every Nth turn.
+
+    With "adam" (FedAdam, arXiv 2003.00295) `momentum` is the factor of the first moment and `second_moment` that of the
+    second one; a step of an element is `learning_rate` long at most, as a rule, and `epsilon` is added to the root."""
 
     optimizer: Annotated[str, Choice(tuple(OUTER_OPTIMIZERS))] = "nesterov"
     learning_rate: Annotated[float, Bound(0, 10)] = 0.7
     momentum: Annotated[float, Bound(0, 1)] = 0.8
+    momentum_clip: Annotated[float, Bound(0, 1e6)] = 0.0
+    momentum_every: Annotated[int, Bound(1, MOMENTUM_EVERY_MAX)] = 1
+    second_moment: Annotated[float, Bound(0, 1)] = 0.99
+    epsilon: Annotated[float, Bound(1e-9, 1)] = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +196,18 @@ class Manifest:
     def match_parts(self, result: Result) -> Iterator[tuple[int, PartResult]]:
         """The parts of the vector, each with what the result says of it; none where it changes the voters alone."""
         return zip(self.list_parts(result.round), result.parts, strict=False)
+
+    def outer_rates(self, round_number: int) -> OuterRates:
+        """The numbers of this round's outer step."""
+        return OuterRates(
+            learning_rate=self.outer.learning_rate,
+            momentum=self.outer.momentum,
+            momentum_clip=self.outer.momentum_clip,
+            momentum_every=self.outer.momentum_every,
+            second_moment=self.outer.second_moment,
+            epsilon=self.outer.epsilon,
+            turn=(round_number - 1) // self.rounds.fragments % self.outer.momentum_every,
+        )
 
     def part_range(self, part: int) -> tuple[int, int]:
         """First element and one past the last of a part of the flat vector."""
@@ -306,7 +333,12 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
     if draft.training.steps_min > draft.training.inner_steps:
         raise ManifestError("training.steps_min", "is more than training.inner_steps", "lower it")
     _check_overlap(draft.training)
+    if draft.training.strategy == EAGER and draft.rounds.fragments > 1:
+        # A trainer does not know which parts the next round exchanges.
+        problem = f"is {draft.rounds.fragments}, and an eager peer estimates the next base as a whole"
+        raise ManifestError("rounds.fragments", problem, f'use 1, or strategy = "{DELAYED}"')
     _check_steps(draft.training, layout)
+    _check_outer(draft.outer, draft.training)
     return Manifest(
         name=draft.name,
         task=draft.task,
@@ -322,12 +354,12 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
 
 
 def _check_overlap(training: Training) -> None:
-    overlaps = training.strategy in (OVERLAPPED, DELAYED)
+    overlaps = training.strategy != DILOCO
     if overlaps and not 1 <= training.overlap_steps < training.inner_steps:
         problem = f"is {training.overlap_steps}, and training.inner_steps is {training.inner_steps}"
         raise ManifestError("training.overlap_steps", problem, f"use 1 to {training.inner_steps - 1}")
     if not overlaps and training.overlap_steps:
-        fix = f'use strategy = "{OVERLAPPED}" or "{DELAYED}", or leave it out'
+        fix = f'use strategy = "{OVERLAPPED}", "{DELAYED}" or "{EAGER}", or leave it out'
         raise ManifestError("training.overlap_steps", f"is not for the strategy {training.strategy}", fix)
 
 
@@ -341,6 +373,17 @@ def _check_steps(training: Training, layout: Layout) -> None:
     if training.schedule == CONSTANT and training.schedule_rounds:
         fix = f'use schedule = "{COSINE}" or "{LINEAR}", or leave it out'
         raise ManifestError("training.schedule_rounds", f"is not for the schedule {CONSTANT}", fix)
+
+
+def _check_outer(outer: Outer, training: Training) -> None:
+    for optimizer, names in OUTER_FIELDS.items():
+        for name in names if optimizer != outer.optimizer else ():
+            if getattr(outer, name) != getattr(Outer(), name):
+                fix = f'use optimizer = "{optimizer}", or leave it out'
+                raise ManifestError(f"outer.{name}", f"is not for {outer.optimizer}", fix)
+    if outer.optimizer == ADAM and training.strategy == EAGER:
+        problem = f"is {EAGER}, whose estimate wants an outer step that is the same for every element"
+        raise ManifestError("training.strategy", problem, f'use "{DELAYED}", or another outer.optimizer')
 
 
 def sign_manifest(manifest: Manifest, owner: Identity) -> bytes:

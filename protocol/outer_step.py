@@ -5,11 +5,38 @@ Invariants: every operation is an elementwise float32 operation with one roundin
 applying the whole.
 """
 
+import math
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 
-from shoal.protocol.codecs import Float32s, load_kernels
+from shoal.protocol.codecs import Float32s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OuterRates:
+    """The numbers of one round's outer step; each is rounded to float32 once.
+
+    No element of the momentum gets beyond `momentum_clip` (CO2, arXiv 2401.16265); 0: it has no limit. With
+    `momentum_every` N a step is 1/N as long, and the momentum takes part in every Nth of them (delayed Nesterov, arXiv
+    2401.09135, with c = 0); `turn` says which of the N this is, from 0.
+
+    `second_moment` and `epsilon` are for Adam, whose first factor is `momentum`."""
+
+    learning_rate: float
+    momentum: float
+    momentum_clip: float = 0.0
+    momentum_every: int = 1
+    turn: int = 0
+    second_moment: float = 0.99
+    epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.learning_rate < math.inf and 0 <= self.momentum <= 1, "rates of a manifest"
+        assert 0 <= self.second_moment <= 1 and 0 < self.epsilon < math.inf, "rates of a manifest"
+        assert 0 <= self.momentum_clip < math.inf and 0 <= self.turn < self.momentum_every, "rates of a manifest"
 
 
 class OuterOptimizer(Protocol):
@@ -18,25 +45,36 @@ class OuterOptimizer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def apply(
-        self, params: Float32s, momentum: Float32s, update: Float32s, learning_rate: float, momentum_factor: float
-    ) -> None:
+    def apply(self, params: Float32s, momentum: Float32s, update: Float32s, rates: OuterRates) -> None:
         """Change `params` and `momentum`, float32[n] each, in place by the decoded `update`, float32[n], which stays as
-        it is. The two numbers, 0 or more and the momentum factor at most 1, are rounded to float32 once."""
+        it is."""
+
+    def gain(self, rates: OuterRates) -> float:
+        """How far the same step moves `params` for each unit of `update`. For estimates: it need not be exact; 0 where
+        elements differ in that."""
+        ...
 
 
 class Nesterov:
-    """m = mu * m + d; p = p - eta * (d + mu * m), as torch.optim.SGD(nesterov=True) has it."""
+    """m = mu * m + d; p = p - eta * (d + mu * m), as torch.optim.SGD(nesterov=True) has it. Of N turns the first one
+    has the mu before m, and the last one that after d; each has d / N in the place of d."""
 
     __slots__ = ()
     name = "nesterov"
 
-    def apply(
-        self, params: Float32s, momentum: Float32s, update: Float32s, learning_rate: float, momentum_factor: float
-    ) -> None:
+    def apply(self, params: Float32s, momentum: Float32s, update: Float32s, rates: OuterRates) -> None:
         assert params.size == momentum.size == update.size, "slices of one length"
-        eta, mu = _round_rates(learning_rate, momentum_factor)
-        load_kernels().nesterov(params, momentum, update, eta, mu)
+        share = np.float32(1 / rates.momentum_every)
+        kept = np.float32(1 if rates.turn else rates.momentum)
+        limit = np.float32(rates.momentum_clip or math.inf)  # what is no float32 but 0 is a limit of 0
+        eta, reach = np.float32(rates.learning_rate), np.float32(self._reach(rates))
+        _load_kernels().nesterov(params, momentum, update, eta, share, kept, limit, reach)
+
+    def gain(self, rates: OuterRates) -> float:
+        return rates.learning_rate / rates.momentum_every * (1 + self._reach(rates))
+
+    def _reach(self, rates: OuterRates) -> float:
+        return rates.momentum if rates.turn == rates.momentum_every - 1 else 0.0
 
 
 class Sgd:
@@ -45,15 +83,41 @@ class Sgd:
     __slots__ = ()
     name = "sgd"
 
-    def apply(
-        self, params: Float32s, momentum: Float32s, update: Float32s, learning_rate: float, momentum_factor: float
-    ) -> None:
+    def apply(self, params: Float32s, momentum: Float32s, update: Float32s, rates: OuterRates) -> None:
         assert params.size == momentum.size == update.size, "slices of one length"
-        eta, _ = _round_rates(learning_rate, momentum_factor)
-        load_kernels().sgd(params, update, eta)
+        _load_kernels().sgd(params, update, np.float32(rates.learning_rate))
+
+    def gain(self, rates: OuterRates) -> float:
+        return rates.learning_rate
 
 
-OUTER_OPTIMIZERS: dict[str, OuterOptimizer] = {"nesterov": Nesterov(), "sgd": Sgd()}
+class Adam:
+    """FedAdam (Reddi et al., arXiv 2003.00295): m = b1 * m + (1 - b1) * d; v = b2 * v + (1 - b2) * d^2;
+    p = p - eta * m / (sqrt(v) + epsilon), without a correction of the first rounds. `momentum` holds both moments,
+    as two bfloat16 an element."""
+
+    __slots__ = ()
+    name = "adam"
+
+    def apply(self, params: Float32s, momentum: Float32s, update: Float32s, rates: OuterRates) -> None:
+        assert params.size == momentum.size == update.size, "slices of one length"
+        betas = np.float32(rates.momentum), np.float32(rates.second_moment)
+        shares = np.float32(1 - rates.momentum), np.float32(1 - rates.second_moment)
+        eta, epsilon = np.float32(rates.learning_rate), np.float32(rates.epsilon)
+        _load_kernels().adam(params, momentum, update, eta, betas, shares, epsilon)
+
+    def gain(self, rates: OuterRates) -> float:
+        return 0.0
+
+
+OUTER_OPTIMIZERS: dict[str, OuterOptimizer] = {"nesterov": Nesterov(), "sgd": Sgd(), "adam": Adam()}
+
+
+def _load_kernels() -> ModuleType:
+    """Imported by whoever computes, and not by a relay or a command."""
+    from shoal.protocol import outer_kernels
+
+    return outer_kernels
 
 
 def rounds_as_specified() -> bool:
@@ -69,8 +133,3 @@ def rounds_as_specified() -> bool:
         and np.all(ties[::2] == 1)
         and np.all(ties[1::2] == np.float32(1 + 2.0**-22))
     )
-
-
-def _round_rates(learning_rate: float, momentum_factor: float) -> tuple[np.float32, np.float32]:
-    assert 0 <= learning_rate < float("inf") and 0 <= momentum_factor <= 1, "rates of a manifest"
-    return np.float32(learning_rate), np.float32(momentum_factor)

@@ -8,6 +8,7 @@ once an attempt.
 Invariant: everything here is a pure function of certified values, never of a peer's own view.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -90,6 +91,13 @@ def list_contributors(result: Result) -> tuple[PeerId, ...]:
         for index, member in enumerate(result.members)
         if any(has_member(part.contributors, index) for part in result.parts)
     )
+
+
+def find_share(result: Result, peer: PeerId) -> float:
+    """How much of a round's mean this peer's contribution is, 0 to 1; who is in some of its parts counts as in all."""
+    contributors = list_contributors(result)
+    weights = {member.peer: member.weight for member in result.members if member.peer in contributors}
+    return weights[peer] / math.fsum(weights.values()) if weights.get(peer) else 0.0
 
 
 def choose_evaluator(head_digest: bytes, contributors: tuple[PeerId, ...]) -> PeerId:

@@ -12,10 +12,12 @@ from shoal.protocol.aggregators import AGGREGATORS, Reduction, WeightedPart, squ
 from shoal.protocol.codecs import BLOCK_ELEMENTS, CODECS, Float32s, encode_with_feedback
 from shoal.protocol.each import Each
 from shoal.protocol.errors import ProtocolError
+from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+from shoal.protocol.quorum import find_share
 from shoal.protocol.state import CHUNK_BYTES, SnapshotIndex, chunk_digests
 
 # What is hashed in one piece: 16 MiB.
@@ -38,8 +40,14 @@ def rehearse(manifest: Manifest) -> None:
     encoded = encode_with_feedback(reduction.codec_in, zeros, zeros, zeros.copy())
     update = reduction.reduce_part([WeightedPart(encoded=encoded, weight=1.0)], zeros.size)
     reduction.codec_out.decode_untrusted(update, zeros.size, zeros)
-    outer = manifest.outer
-    OUTER_OPTIMIZERS[outer.optimizer].apply(zeros.copy(), zeros.copy(), zeros, outer.learning_rate, outer.momentum)
+    OUTER_OPTIMIZERS[manifest.outer.optimizer].apply(zeros.copy(), zeros.copy(), zeros, manifest.outer_rates(1))
+
+
+def find_gain(manifest: Manifest, result: Result, peer: PeerId) -> float:
+    """How far the base has moved with this result for each unit of this peer's pseudo-gradient: by a plain mean. 0 for
+    a peer that contributed nothing, and of what was clipped or left out by the aggregator it is an estimate."""
+    rates = manifest.outer_rates(result.round)
+    return find_share(result, peer) * OUTER_OPTIMIZERS[manifest.outer.optimizer].gain(rates)
 
 
 class Replica:
@@ -72,8 +80,7 @@ class Replica:
         """
         assert result.round == self.round + 1, "updates are applied in the order of the log"
         codec = CODECS[result.codec]
-        outer = self._manifest.outer
-        optimizer = OUTER_OPTIMIZERS[outer.optimizer]
+        optimizer, rates = OUTER_OPTIMIZERS[self._manifest.outer.optimizer], self._manifest.outer_rates(result.round)
         parts = self._manifest.list_parts(result.round)
 
         def apply_part(part: int) -> ProtocolError | None:
@@ -83,8 +90,7 @@ class Replica:
                 codec.decode_untrusted(encoded[result.parts[part].digest], end - first, update)
             except ProtocolError as error:
                 return error
-            params, momentum = self.params[first:end], self.momentum[first:end]
-            optimizer.apply(params, momentum, update, outer.learning_rate, outer.momentum)
+            optimizer.apply(self.params[first:end], self.momentum[first:end], update, rates)
             return None
 
         # Nothing writes to the vectors any more when this raises.

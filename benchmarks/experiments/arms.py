@@ -49,6 +49,7 @@ class Arm:
     until_s: float = 0.0
     mix: str = ""
     measure: str = ""
+    stale_exponent: float = 0.0  # Swarm's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,7 @@ def _train_in_time(
 ) -> Iterator[tuple[int, Point]]:
     """A point after every round, so that it can be told when a loss was reached. What a worker trains while rounds go
     by without it is trained here when it is in one: its parameters do not change in between."""
-    swarm = Swarm(manifest, batches)
+    swarm = Swarm(manifest, batches, arm.stale_exponent)
     for worker in swarm.workers:
         worker.join(swarm.base)  # all of them are there from the beginning, even if not in the first round
     yield 0, Point(steps=0, tokens=0, loss=evaluate(swarm.base))

@@ -17,7 +17,7 @@ from benchmarks.experiments.islands import APART, AVERAGED, EACH, ENSEMBLE, MEAN
 from benchmarks.experiments.report import draw_churn, draw_plot, format_churn, format_table, format_times
 from benchmarks.experiments.texts import MIXED, PACKAGE
 from shoal.protocol.errors import ConfigError
-from shoal.protocol.manifest import DELAYED, INNER_OPTIMIZERS, OVERLAPPED, Draft, Outer, Rounds, Task, Training
+from shoal.protocol.manifest import DELAYED, EAGER, INNER_OPTIMIZERS, OVERLAPPED, Draft, Outer, Rounds, Task, Training
 
 WORKERS = 8
 INNER_STEPS = 16
@@ -26,6 +26,7 @@ ROUNDS_UNIT = 8
 # For three optimizers at three rates each there is time for half of the workers.
 WORKERS_INNER = 4
 RATES_INNER = (6e-3, 12e-3, 24e-3)  # the draft's own first
+RATES_ADAM = (0.01, 0.03, 0.1)  # of the outer step
 SPEEDS = (1.0, 1.0, 2.0, 2.0, 4.0, 4.0)  # steps a second
 PATIENT_S = 60.0  # longer than the slowest of them takes
 
@@ -135,13 +136,13 @@ def _make_outer(rounds: int) -> tuple[Arm, ...]:
         ((rate, momentum) for rate in (0.4, 0.7, 1.0) for momentum in (0.5, 0.8, 0.9)),
         key=lambda one: one != (DRAFT.outer.learning_rate, DRAFT.outer.momentum),
     )
+    settings = {
+        f"rate {rate}, momentum {momentum}": Outer(learning_rate=rate, momentum=momentum) for rate, momentum in grid
+    }
+    settings |= {f"adam, rate {rate}": Outer(optimizer="adam", learning_rate=rate, momentum=0.9) for rate in RATES_ADAM}
     return tuple(
-        Arm(
-            name=f"rate {rate}, momentum {momentum}",
-            draft=replace(DRAFT, outer=Outer(learning_rate=rate, momentum=momentum)),
-            workers=(WORKERS,) * rounds,
-        )
-        for rate, momentum in grid
+        Arm(name=name, draft=replace(DRAFT, outer=outer), workers=(WORKERS,) * rounds)
+        for name, outer in settings.items()
     )
 
 
@@ -173,10 +174,17 @@ def _make_streaming(rounds: int) -> tuple[Arm, ...]:
 def _make_delayed(rounds: int) -> tuple[Arm, ...]:
     """What is done beside an exchange stays; the outer step as it is and smaller ones."""
     arms = [Arm(name="diloco", draft=DRAFT, workers=(WORKERS,) * rounds)]
-    for overlap_steps, rate, momentum in ((4, 0.7, 0.8), (15, 0.7, 0.8), (15, 0.5, 0.5), (15, 0.3, 0.5)):
-        training = replace(DRAFT.training, strategy=DELAYED, overlap_steps=overlap_steps)
-        draft = replace(DRAFT, training=training, outer=Outer(learning_rate=rate, momentum=momentum))
-        name = f"{overlap_steps} steps late, outer {rate}/{momentum}"
+    for strategy, prefix in ((DELAYED, ""), (EAGER, "eager, ")):
+        for overlap_steps, rate, momentum in ((4, 0.7, 0.8), (15, 0.7, 0.8), (15, 0.5, 0.5), (15, 0.3, 0.5)):
+            training = replace(DRAFT.training, strategy=strategy, overlap_steps=overlap_steps)
+            draft = replace(DRAFT, training=training, outer=Outer(learning_rate=rate, momentum=momentum))
+            name = f"{prefix}{overlap_steps} steps late, outer {rate}/{momentum}"
+            arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * rounds))
+    # What an element moves by in a round at most is about the inner learning rate times the steps: 0.1.
+    training = replace(DRAFT.training, strategy=DELAYED, overlap_steps=INNER_STEPS - 1)
+    for clip in (0.1, 0.03):
+        draft = replace(DRAFT, training=training, outer=replace(DRAFT.outer, momentum_clip=clip))
+        name = f"{INNER_STEPS - 1} steps late, momentum at most {clip}"
         arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * rounds))
     return tuple(arms)
 
@@ -236,6 +244,32 @@ def _make_experts(rounds: int) -> tuple[Arm, ...]:
     return swarm, *apart, *mixed
 
 
+def _make_asynchronous(rounds: int) -> tuple[Arm, ...]:
+    """As `speeds`, with rounds that begin as soon as two peers are ready and it does not pay to wait for more."""
+    settings = (
+        ("grace 2 s", 2.0, {}, 0.0),
+        ("grace 0", 0.0, {}, 0.0),
+        ("grace 0, momentum every 2", 0.0, {"momentum_every": 2}, 0.0),
+        ("grace 0, momentum every 4", 0.0, {"momentum_every": 4}, 0.0),
+        ("grace 0, momentum every 2, rate 1.4", 0.0, {"momentum_every": 2, "learning_rate": 1.4}, 0.0),
+        ("grace 0, stale work by (1 + s)^-0.5", 0.0, {}, 0.5),
+        ("grace 0, stale work by (1 + s)^-1", 0.0, {}, 1.0),
+    )
+    return tuple(
+        Arm(
+            name=name,
+            draft=replace(
+                DRAFT, rounds=replace(DRAFT.rounds, grace_s=grace_s, peers_min=2), outer=replace(DRAFT.outer, **outer)
+            ),
+            workers=(len(SPEEDS),),
+            speeds=SPEEDS,
+            until_s=rounds * INNER_STEPS / min(SPEEDS),
+            stale_exponent=stale_exponent,
+        )
+        for name, grace_s, outer, stale_exponent in settings
+    )
+
+
 def _make_churn(rounds: int) -> tuple[churn.ChurnArm, ...]:
     draft = _with_training(inner_steps=1000, round_time_s=churn.ROUND_S)
     sides = (
@@ -286,7 +320,7 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
             make=_make_streaming,
         ),
         "delayed": Experiment(
-            question="Work beside the exchange that stays (DiLoCoX, arXiv 2506.21263), against DiLoCo",
+            question="Work beside the exchange that stays (DiLoCoX, arXiv 2506.21263; eager: 2502.12996)",
             make=_make_delayed,
         ),
         "gossip": Experiment(
@@ -300,6 +334,11 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         "speeds": Experiment(
             question="Workers of speeds 1:2:4 in simulated time: rounds by steps and rounds by time",
             make=_make_speeds,
+            format=format_times,
+        ),
+        "asynchronous": Experiment(
+            question="Rounds that wait for few (arXiv 2401.09135): momentum now and then, stale work at less weight",
+            make=_make_asynchronous,
             format=format_times,
         ),
         "churn": Experiment(

@@ -30,7 +30,7 @@ from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Member, PartResult, Result
 from shoal.protocol.quorum import make_bitmap
-from shoal.protocol.replica import Replica, make_reduction
+from shoal.protocol.replica import Replica, find_gain, make_reduction
 
 
 class Diverged(ShoalError):
@@ -59,6 +59,11 @@ class Worker:
         """Those of `steps`."""
         return self.steps * self._batches.tokens_per_batch
 
+    def claim_tokens(self, stale_exponent: float) -> int:
+        """The tokens by which its contribution weighs, so that its claim, their square over the steps, is less by the
+        factor (1 + s)^-`stale_exponent`, s being the rounds that it has missed since it was in one."""
+        return round(self.tokens * (1 + self._missed) ** (-stale_exponent / 2))
+
     def join(self, base: FloatVector) -> None:
         """Begin at this base, unless it has begun."""
         if not self._joined:
@@ -77,8 +82,10 @@ class Worker:
         if not self._strategy.export(self.local):
             raise Diverged("the local parameters are not finite")
 
-    def train_on(self, number: int) -> None:
+    def train_on(self, base: FloatVector, number: int) -> None:
         """What the strategy trains after it has handed over, until the new base comes; raises Diverged."""
+        if self._manifest.training.overlap_steps:
+            self._strategy.hand_over(base, self.local)
         for _ in range(self._manifest.training.overlap_steps):
             self._step(number)
             self._ahead += 1
@@ -89,9 +96,9 @@ class Worker:
         step_trained(self._task, self._model, self._strategy, batch, number)
         self._batches_done += 1
 
-    def merge(self, base: FloatVector, included: tuple[int, ...]) -> None:
+    def merge(self, base: FloatVector, included: tuple[int, ...], gain: float = 0.0) -> None:
         """A round is certified with this worker's contribution in these parts of the vector: none, where it was left
-        out."""
+        out. `gain` is Merge's."""
         rounds = self._manifest.rounds
         self._missed = 0 if included else self._missed + 1
         if self._missed > self._manifest.training.missed_rounds_max:
@@ -100,9 +107,10 @@ class Worker:
             self._missed = self.steps = self._begun = 0
         elif included:
             bitmap = make_bitmap(frozenset(included), self._manifest.parts)
-            self._strategy.merge(base, bitmap, rounds.part_elements)
+            self._strategy.merge(base, bitmap, rounds.part_elements, gain)
             self.steps = self._ahead
         else:
+            self._strategy.take_back()
             self.steps += self._ahead
         self._ahead = 0
 
@@ -116,10 +124,11 @@ class Worker:
 class Swarm:
     """All workers and the one base that each of them would hold."""
 
-    def __init__(self, manifest: Manifest, batches: Sequence[ByteWindows]) -> None:
+    def __init__(self, manifest: Manifest, batches: Sequence[ByteWindows], stale_exponent: float = 0.0) -> None:
         """One worker for each of `batches`. A strategy that trains beside an exchange has the new base after just as
-        many steps as it may train meanwhile."""
+        many steps as it may train meanwhile. `stale_exponent` is no rule of the protocol: it tries one."""
         self._manifest = manifest
+        self._stale_exponent = stale_exponent
         self._reduction = make_reduction(manifest)
         elements = manifest.layout.elements
         self._replica = Replica(manifest, np.empty(elements, np.float32), np.empty(elements, np.float32))
@@ -146,7 +155,7 @@ class Swarm:
         frozen = [self.workers[one].contributor.freeze(number, self.base, self.workers[one].local) for one in present]
         result, blobs = self._reduce(number, present, frozen, arrived)
         for one in present:
-            self.workers[one].train_on(number)
+            self.workers[one].train_on(self.base, number)
         self._root = self._replica.apply(result, blobs)
         if not np.isfinite(self.base).all():
             raise Diverged(f"the base of round {number} is not finite")
@@ -154,14 +163,16 @@ class Swarm:
         for one, worker in enumerate(self.workers):
             index = places.get(one)
             included = () if index is None else worker.contributor.settle(frozen[index], result, index)
-            worker.merge(self.base, tuple(parts[place] for place in included))
+            gain = find_gain(self._manifest, result, worker_peer(one))
+            worker.merge(self.base, tuple(parts[place] for place in included), gain)
 
     def _reduce(
         self, number: int, present: Sequence[int], frozen: Sequence[Frozen], arrived: frozenset[int]
     ) -> tuple[Result, dict[bytes, memoryview]]:
         """What a round would certify, and its parts by digest."""
         workers = [self.workers[one] for one in present]
-        weights = planned_weights((one.tokens for one in workers), (one.steps for one in workers))
+        claimed = (one.claim_tokens(self._stale_exponent) for one in workers)
+        weights = planned_weights(claimed, (one.steps for one in workers))
         factors = clip_factors(one.norm for one in frozen)
         updates = []
         for place, part in enumerate(self._manifest.list_parts(number)):

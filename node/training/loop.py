@@ -157,6 +157,8 @@ class InnerLoop:
                 if command.adopt:
                     self._strategy.adopt(self._base)
                     self._rounds.ahead = None
+                else:
+                    self._strategy.take_back()
                 self._rounds.begin(command.round, now_s, adopted=command.adopt)
                 if position is not None and not command.adopt:
                     yield from self._go_on(position, now_s)
@@ -262,7 +264,7 @@ class InnerLoop:
             self._strategy.adopt(self._base)
             self._rounds.ahead = None
         else:
-            self._strategy.merge(self._base, merge.included, merge.part_elements)
+            self._strategy.merge(self._base, merge.included, merge.part_elements, merge.gain)
         self._rounds.begin(merge.round, now_s, adopted=merge.adopt_all or any(merge.included))
         self._rounds.training = merge.begin
 
@@ -274,6 +276,8 @@ class InnerLoop:
         self._readies += 1
         problem = self._try_save(now_s) if self._readies % self._save_every == 0 else ""
         if rounds.training:
+            # After the checkpoint, which has the parameters as they were handed over.
+            self._strategy.hand_over(self._base, self._local)
             rounds.train_ahead(now_s)
         return Ready(
             round=rounds.round,

@@ -30,6 +30,7 @@ TASKS_ALLOWED_MAX = 64
 PROCESSES_MAX = 64
 # torch.compile took 148 s for the smallest model on two cores: this is for a slow machine that has other work.
 COMPILE_TIMEOUT_S = 1800.0
+GAIN_MAX = 100.0  # more than a manifest's largest rate and momentum make
 PERPLEXITY_LOSS_MAX = 700.0  # e to more is no float
 
 BAD_INPUT = "bad_input"
@@ -129,13 +130,16 @@ class Begin:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merge:
     """`base` has changed. Adopt the parts whose bit is set in `included` (bit 0 of byte 0 first), or all with
-    `adopt_all`, and keep the rest; then train for `round` with `begin`, else wait."""
+    `adopt_all`, and keep the rest; then train for `round` with `begin`, else wait. `gain` is how far `base` has moved
+    for each unit of what this trainer had handed over: its share of the mean times what the outer step makes of that;
+    0 where it is not known."""
 
     round: U63
     included: Annotated[bytes, Bound(0, PARTS_MAX // 8)]
     part_elements: Annotated[int, Bound(1, 2**40)]
     adopt_all: bool
     begin: bool
+    gain: Annotated[float, Bound(0, GAIN_MAX)] = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,14 +10,19 @@ but it trains on while its contribution is exchanged, and what it has by then is
 "delayed" (the one-step delay of DiLoCoX, arXiv 2506.21263, and of CO2, ICLR 2024): as "overlapped", but the base that
 comes takes the place of what was handed over, and the steps made since stay upon it.
 
-Invariants: a step whose loss or gradient is not finite changes no parameter and no optimizer state; no step, taken or
-refused, leaves anything of its gradient for the next one.
+"eager" (Kale et al., arXiv 2502.12996): as "delayed", but beside the exchange it trains on from its own estimate of the
+base that will come.
+
+Invariants: a pseudo-gradient is made of steps and of nothing else: what a peer trains on may be an estimate, what it
+hands over stands upon the base; a step whose loss or gradient is not finite changes no parameter and no optimizer
+state; no step, taken or refused, leaves anything of its gradient for the next one.
 """
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +31,8 @@ from shoal.node.training.messages import FloatVector
 from shoal.node.training.optimizers import INNER_OPTIMIZERS
 from shoal.node.training.schedules import learning_rate
 from shoal.protocol.layout import Layout
-from shoal.protocol.manifest import DELAYED, DILOCO, OVERLAPPED, Training
+from shoal.protocol.manifest import DELAYED, DILOCO, EAGER, OVERLAPPED, Training
+from shoal.protocol.quorum import has_member, make_bitmap
 
 
 class Strategy(Protocol):
@@ -50,8 +56,17 @@ class Strategy(Protocol):
         """Local parameters become the base; the inner optimizer keeps its state."""
         ...
 
-    def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
-        """A round was certified: take the included parts of the new base as this strategy does."""
+    def hand_over(self, base: FloatVector, local: FloatVector) -> None:
+        """Training goes on beside the exchange of `local`, which was exported just now and holds still until the next
+        `merge`, `adopt` or `take_back`. `base` is the newest there is, and may be changing."""
+        ...
+
+    def take_back(self) -> None:
+        """No round has counted what was handed over last: all work is in the local parameters again."""
+        ...
+
+    def merge(self, base: FloatVector, included: bytes, part_elements: int, gain: float) -> None:
+        """A round was certified: take the included parts of the new base as this strategy does. `gain` is Merge's."""
         ...
 
     def restart(self, base: FloatVector) -> None:
@@ -100,7 +115,13 @@ class DiLoCo:
     def adopt(self, base: FloatVector) -> None:
         self._local.adopt(base)
 
-    def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
+    def hand_over(self, base: FloatVector, local: FloatVector) -> None:
+        pass
+
+    def take_back(self) -> None:
+        pass
+
+    def merge(self, base: FloatVector, included: bytes, part_elements: int, gain: float) -> None:
         self._local.merge(base, included, part_elements)
 
     def restart(self, base: FloatVector) -> None:
@@ -121,7 +142,7 @@ class DiLoCo:
 class Overlapped(DiLoCo):
     """theta = alpha * theta + (1 - alpha) * base for the parts that include this peer; alpha: `training.mixing`."""
 
-    def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
+    def merge(self, base: FloatVector, included: bytes, part_elements: int, gain: float) -> None:
         self._local.merge(base, included, part_elements, kept=self._training.mixing)
 
 
@@ -130,33 +151,83 @@ class Delayed(DiLoCo):
 
     def __init__(self, model: nn.Module, layout: Layout, training: Training) -> None:
         super().__init__(model, layout, training)
-        self._handed_over: FloatVector | None = None  # None: nothing was done since it was handed over
+        self._since: FloatVector | None = None  # what the steps since stand upon; None: there are none
 
     def adopt(self, base: FloatVector) -> None:
         super().adopt(base)
-        self._handed_over = None
+        self._since = None
 
-    def merge(self, base: FloatVector, included: bytes, part_elements: int) -> None:
-        if self._handed_over is None:
+    def hand_over(self, base: FloatVector, local: FloatVector) -> None:
+        self._since = local
+
+    def merge(self, base: FloatVector, included: bytes, part_elements: int, gain: float) -> None:
+        if self._since is None:
             self._local.merge(base, included, part_elements)
         else:
-            self._local.rebase(base, self._handed_over, included, part_elements)
+            self._local.rebase(base, self._since, included, part_elements)
 
     def restart(self, base: FloatVector) -> None:
-        handed = self._handed_over is not None
+        handed = self._since is not None
         super().restart(base)
         # What was handed over is in the parameters no more, but may come with the next base: from here on what counts
         # is made upon this one, whose memory the daemon will write the next one to.
-        self._handed_over = base.copy() if handed else None
+        self._since = base.copy() if handed else None
 
-    def export(self, local: FloatVector) -> bool:
-        exported = super().export(local)
-        self._handed_over = local if exported else self._handed_over
-        return exported
+
+class Eager(Delayed):
+    """theta = estimate when it hands over, and base + (theta - estimate) for the parts that include this peer.
+
+    In the paper each peer keeps outer parameters of its own, and steps them down mean_last + (own - own_last) / n: the
+    mean of the last round, which has come meanwhile, with its own fresh pseudo-gradient in the place of its last one.
+    The next such step takes (own - own_last) / n back, so that what is ever ahead of the certified base is the own
+    part of the step that it will make next, and nothing of the others':
+
+        estimate = base - gain * own
+
+    with `gain` as Merge has it, how far the base moves for a unit of this peer's pseudo-gradient, and own = base - what
+    was handed over. With sgd that is the paper's. With nesterov the paper's is ahead by the own part of the outer
+    momentum, too: eta * mu^2 times this peer's share of it, for which a peer would have to keep that share.
+
+    The gain is that of the last round that included this peer; until there is one it is as "delayed". Takes one vector
+    of float32[D] more, on the CPU."""
+
+    def __init__(self, model: nn.Module, layout: Layout, training: Training) -> None:
+        super().__init__(model, layout, training)
+        self._handed: FloatVector | None = None  # None: no estimate is in the parameters
+        self._gain = 0.0
+
+    def adopt(self, base: FloatVector) -> None:
+        super().adopt(base)
+        self._handed = None
+
+    def hand_over(self, base: FloatVector, local: FloatVector) -> None:
+        super().hand_over(base, local)
+        if self._gain:
+            self._handed = local
+            self._since = base + np.float32(self._gain) * (local - base)
+            self._local.adopt(self._since)
+
+    def take_back(self) -> None:
+        if self._handed is not None:
+            self._stand_on(self._handed, b"\x01", self._handed.size)
+        self._handed = self._since = None
+
+    def merge(self, base: FloatVector, included: bytes, part_elements: int, gain: float) -> None:
+        if self._handed is not None:
+            parts = -(-base.size // part_elements)
+            left_out = frozenset(part for part in range(parts) if not has_member(included, part))
+            self._stand_on(self._handed, make_bitmap(left_out, parts), part_elements)
+        super().merge(base, included, part_elements, gain)
+        self._handed, self._gain = None, gain or self._gain
+
+    def _stand_on(self, vector: FloatVector, included: bytes, part_elements: int) -> None:
+        """In these parts, this and what was done since, in the place of the estimate."""
+        assert self._since is not None, "there is an estimate"
+        self._local.rebase(vector, self._since, included, part_elements)
 
 
 STRATEGIES: Mapping[str, Callable[[nn.Module, Layout, Training], Strategy]] = MappingProxyType(
-    {DILOCO: DiLoCo, OVERLAPPED: Overlapped, DELAYED: Delayed}
+    {DILOCO: DiLoCo, OVERLAPPED: Overlapped, DELAYED: Delayed, EAGER: Eager}
 )
 
 

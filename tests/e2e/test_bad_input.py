@@ -37,6 +37,14 @@ def test_bad_draft_names_field_and_line(tmp_path: Path) -> None:
     assert done.returncode == 1 and "rounds.codec (line 5)" in done.stderr and "int8" in done.stderr
 
 
+def test_eager_is_not_for_a_script_of_ones_own(tmp_path: Path) -> None:
+    draft = tmp_path / "draft.toml"
+    training = '[training]\nstrategy = "eager"\noverlap_steps = 5\n'
+    draft.write_text(f'name = "x"\n[task]\nkind = "attached"\npath = "a.b:build"\n{training}')
+    done = run("swarm", "create", str(draft), "--data-dir", str(tmp_path))
+    assert done.returncode == 1 and "training.strategy" in done.stderr and 'strategy = "delayed"' in done.stderr
+
+
 def test_code_is_run_for_a_manifest_only_where_it_is_allowed(tmp_path: Path) -> None:
     draft = tmp_path / "draft.toml"
     draft.write_text('name = "x"\n[task]\nkind = "custom"\npath = "json.decoder:JSONDecoder"\n')

@@ -5,10 +5,11 @@ from dataclasses import fields
 import msgpack
 from blake3 import blake3
 
-from shoal.protocol.manifest import Manifest, Rounds, Training
+from shoal.protocol.manifest import Manifest, Outer, Rounds, Training
 from shoal.protocol.wire import encode_record
 
 LATER = {
+    "outer": (Outer, ("momentum_clip", "momentum_every", "second_moment", "epsilon")),
     "rounds": (Rounds, ("update_codec", "residual_kept", "fragments")),
     "training": (
         Training,

@@ -93,7 +93,7 @@ def _run_round(swarm: Swarm, *, is_lost: bool) -> None:
         return
     worker, number = swarm.workers[0], 1
     worker.train(swarm.base, number)
-    worker.train_on(number)
+    worker.train_on(swarm.base, number)
     worker.merge(swarm.base, ())
 
 
@@ -107,12 +107,23 @@ def test_who_is_away_counts_what_it_trained_beside_an_exchange_once() -> None:
     worker = make_swarm().workers[0]
     base = make_memory()[0]
     worker.train(base, 1)
-    worker.train_on(1)
+    worker.train_on(base, 1)
     for _ in range(3):
         worker.merge(base, ())
     assert worker.steps == TRAINED.inner_steps + OVERLAP
     worker.train(base, 1)
     assert worker.steps == 2 * TRAINED.inner_steps
+
+
+def test_stale_work_weighs_less_where_an_experiment_says_so() -> None:
+    worker = make_swarm().workers[0]
+    base = make_memory()[0]
+    worker.train(base, 1)
+    tokens = worker.tokens
+    assert [worker.claim_tokens(exponent) for exponent in (0.0, 1.0)] == [tokens, tokens]
+    for _ in range(3):
+        worker.merge(base, ())
+    assert [worker.claim_tokens(exponent) for exponent in (0.0, 1.0, 2.0)] == [tokens, tokens // 2, tokens // 4]
 
 
 # -- who is ready when -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from shoal.protocol import quorum
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import Result, digest_record
+from shoal.protocol.replica import find_gain
 from tests.unit.node.fake_trainer import TOKENS_PER_STEP, FakeTrainer
 from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, wait_until
 
@@ -133,8 +134,10 @@ async def test_a_round_with_its_work_is_merged_and_the_next_one_begins(tmp_path:
     async with open_trainer(tmp_path) as (peer, trainer):
         await peer.compute.start()
         await wait_until(lambda: peer.offers)
-        await peer.compute.committed(make_result(peer, 1), (0, 2))
+        result = make_result(peer, 1)
+        await peer.compute.committed(result, (0, 2))
         (merge,) = trainer.merges
+        assert 0 < merge.gain == find_gain(peer.swarm.manifest, result, peer.me)
         assert (merge.round, merge.adopt_all, merge.begin) == (2, False, True)
         assert merge.included == bytes([0b101])
         assert peer.compute.phase in (TrainerState.RUNNING, TrainerState.PAUSED)

@@ -11,10 +11,10 @@ import numba
 import numpy as np
 import pytest
 
-from shoal.protocol import kernels, sparse_kernels
+from shoal.protocol import kernels, outer_kernels, sparse_kernels
 from shoal.protocol.aggregators import AGGREGATORS, WeightedPart
 from shoal.protocol.codecs import CHUNK_ELEMENTS, CODECS, encode_with_feedback
-from shoal.protocol.outer_step import OUTER_OPTIMIZERS
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterRates
 
 # Multiplications and additions in one instruction, with one rounding; reciprocals and estimates in place of divisions.
 FUSED = {
@@ -27,7 +27,7 @@ LICENCES = re.compile(r"\b(fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b")
 
 
 NJIT = numba.njit
-MODULES = (kernels, sparse_kernels)
+MODULES = (kernels, sparse_kernels, outer_kernels)
 
 
 def run_all() -> None:
@@ -40,7 +40,7 @@ def run_all() -> None:
         for aggregator in AGGREGATORS.values():
             aggregator.aggregate(codec, [WeightedPart(encoded=encoded, weight=1.0)], np.empty_like(values))
     for optimizer in OUTER_OPTIMIZERS.values():
-        optimizer.apply(params, momentum, values, 0.7, 0.9)
+        optimizer.apply(params, momentum, values, OuterRates(learning_rate=0.7, momentum=0.9))
 
 
 def find_kernels(module: ModuleType) -> dict[str, Any]:

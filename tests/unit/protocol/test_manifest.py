@@ -13,10 +13,12 @@ from shoal.protocol.manifest import (
     BOOTSTRAPS_MAX,
     DELAYED,
     DILOCO,
+    EAGER,
     OVERLAPPED,
     Admission,
     Draft,
     Manifest,
+    Outer,
     Rounds,
     SignedManifest,
     SwarmUri,
@@ -125,7 +127,7 @@ def test_a_draft_is_read_and_what_it_leaves_out_has_a_default() -> None:
         ("inner_steps = 50", "inner_steps = true", "training.inner_steps (line 9)", "is bool, not int"),
         ("round_time_s = 30", "round_time_s = nan", "training.round_time_s (line 10)", "out of range"),
         ("momentum = 0.9", "momentum = 1.01", "outer.momentum (line 13)", "out of range"),
-        ("momentum = 0.9", 'optimizer = "adam"', "outer.optimizer (line 13)", "'adam' is not allowed"),
+        ("momentum = 0.9", 'optimizer = "lion"', "outer.optimizer (line 13)", "'lion' is not allowed"),
         ('"two_thirds"', '"all"', "rounds.quorum (line 17)", "'all' is not allowed"),
         ('"listed"', '"friends"', "admission.rule (line 20)", "'friends' is not allowed"),
         ('rule = "listed"', 'rules = "listed"', "admission.rules (line 20)", "is no known field"),
@@ -214,9 +216,10 @@ def test_muon_wants_weights_in_numbered_layers() -> None:
 @pytest.mark.parametrize(
     ("strategy", "overlap_steps", "fix"),
     [
-        (DILOCO, 1, 'use strategy = "overlapped" or "delayed", or leave it out'),
+        (DILOCO, 1, 'use strategy = "overlapped", "delayed" or "eager", or leave it out'),
         (OVERLAPPED, 0, "use 1 to 19"),
         (DELAYED, 20, "use 1 to 19"),
+        (EAGER, 0, "use 1 to 19"),
     ],
 )
 def test_steps_beside_an_exchange_are_for_strategies_that_make_them(
@@ -225,6 +228,35 @@ def test_steps_beside_an_exchange_are_for_strategies_that_make_them(
     training = replace(DRAFT.training, strategy=strategy, overlap_steps=overlap_steps, inner_steps=20)
     error = refuse_pieces(replace(DRAFT, training=training))
     assert (error.field, error.fix) == ("training.overlap_steps", fix)
+
+
+@pytest.mark.parametrize("field", ["momentum_clip", "momentum_every"])
+def test_what_is_done_to_a_momentum_is_for_an_optimizer_that_has_one(field: str) -> None:
+    changed = replace(DRAFT, outer=replace(DRAFT.outer, **{field: 2}))
+    assert make_manifest(changed, LAYOUT, PEERS[0], PEERS[:1]).outer == changed.outer
+    error = refuse_pieces(replace(changed, outer=replace(changed.outer, optimizer="sgd")))
+    assert error.field == f"outer.{field}" and "nesterov" in error.fix
+
+
+def test_adam_has_factors_of_its_own_and_nothing_to_estimate_by() -> None:
+    adam = replace(DRAFT, outer=Outer(optimizer="adam", learning_rate=0.01, second_moment=0.95, epsilon=1e-4))
+    assert make_manifest(adam, LAYOUT, PEERS[0], PEERS[:1]).outer == adam.outer
+    for field in ("second_moment", "epsilon"):
+        error = refuse_pieces(replace(DRAFT, outer=replace(DRAFT.outer, **{field: 0.5})))
+        assert error.field == f"outer.{field}" and "adam" in error.fix
+    eager = replace(adam.training, strategy=EAGER, overlap_steps=1, inner_steps=20)
+    assert refuse_pieces(replace(adam, training=eager)).field == "training.strategy"
+
+
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_each_part_takes_the_turns_of_its_momentum_one_after_the_other(fragments: int) -> None:
+    rules = replace(RULES, fragments=fragments)
+    manifest = replace(make_sample_manifest(rules=rules), outer=replace(DRAFT.outer, momentum_every=4))
+    turns: dict[int, list[int]] = {}
+    for number in range(1, 8 * fragments + 1):
+        for part in manifest.list_parts(number):
+            turns.setdefault(part, []).append(manifest.outer_rates(number).turn)
+    assert turns and all(one == [0, 1, 2, 3] * 2 for one in turns.values())
 
 
 # -- signed manifests -----------------------------------------------------------------------------------------------

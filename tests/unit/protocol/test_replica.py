@@ -18,9 +18,9 @@ from shoal.protocol.layout import TensorSpec, initialise, make_layout
 from shoal.protocol.manifest import Outer
 from shoal.protocol.messages import Certificate, digest_record
 from shoal.protocol.quorum import Head
-from shoal.protocol.replica import Replica, make_reduction
+from shoal.protocol.replica import Replica, find_gain, make_reduction
 from shoal.protocol.state import CHUNK_BYTES, chunk_digests, state_root
-from tests.unit.protocol.samples import ELEMENTS, LAYOUT, RULES, SWARM, make_sample_manifest, make_update
+from tests.unit.protocol.samples import ELEMENTS, LAYOUT, PEERS, RULES, SWARM, make_sample_manifest, make_update
 
 T = TypeVar("T")
 
@@ -140,6 +140,19 @@ def test_the_manifest_chooses_the_outer_optimizer() -> None:
     assert not replica.momentum.any()
 
 
+def test_the_gain_is_a_members_share_of_the_mean_times_that_of_the_outer_step() -> None:
+    first = LOG[0].result.members[0]
+    weights = zip(PEERS[:3], (0.5, 0.2, 0.3), strict=True)
+    members = tuple(replace(first, peer=peer, weight=weight) for peer, weight in weights)
+    parts = tuple(replace(part, contributors=b"\x05") for part in LOG[0].result.parts)
+    result = replace(LOG[0].result, members=members, parts=parts)
+    rate = MANIFEST.outer.learning_rate * (1 + MANIFEST.outer.momentum)
+    assert [find_gain(MANIFEST, result, peer) for peer in PEERS[:3]] == pytest.approx([rate * 5 / 8, 0, rate * 3 / 8])
+    assert find_gain(MANIFEST, replace(result, parts=(), members=()), PEERS[0]) == 0
+    sgd = replace(MANIFEST, outer=Outer(optimizer="sgd", learning_rate=0.5))
+    assert find_gain(sgd, result, PEERS[0]) == pytest.approx(0.5 * 5 / 8)
+
+
 def test_a_round_without_parts_changes_the_round_only() -> None:
     replica = make_replica()
     params = replica.params.copy()
@@ -233,7 +246,7 @@ def test_updates_have_a_codec_of_their_own() -> None:
 IN_A_PROCESS_OF_ITS_OWN = """
 from dataclasses import replace
 import numpy as np
-from shoal.protocol import kernels, sparse_kernels
+from shoal.protocol import kernels, outer_kernels, sparse_kernels
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.contribution import Contributor
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS
@@ -242,7 +255,7 @@ from shoal.protocol.replica import make_reduction, rehearse
 from tests.unit.protocol.samples import RULES, make_sample_manifest, rules_with
 
 def count():
-    both = {**vars(kernels), **vars(sparse_kernels)}
+    both = {**vars(kernels), **vars(sparse_kernels), **vars(outer_kernels)}
     found = {name: one for name, one in both.items() if hasattr(one, "signatures") and name[0] != "_"}
     return {name: len(one.signatures) for name, one in found.items()}
 
@@ -253,7 +266,7 @@ for manifest in manifests:
     rehearse(manifest)
 rehearsed = count()
 missing = [name for name, times in rehearsed.items() if not times]
-assert missing == ["sgd"], missing  # these swarms have the other optimizer
+assert missing == ["sgd", "adam"], missing  # these swarms have another optimizer
 for manifest in manifests:
     base, reduction, part = np.ones(manifest.layout.elements, np.float32), make_reduction(manifest), 0
     frozen = Contributor(manifest).freeze(1, base, base * np.float32(0.5))
@@ -262,7 +275,8 @@ for manifest in manifests:
     parts = [WeightedPart(encoded=one, weight=0.5) for one in (frozen.encoded[part], received)]
     update = np.empty(end - first, np.float32)
     reduction.codec_out.decode_untrusted(bytes(reduction.reduce_part(parts, end - first)), end - first, update)
-    OUTER_OPTIMIZERS[manifest.outer.optimizer].apply(base[first:end], base.copy()[first:end], update, 0.7, 0.9)
+    optimizer, rates = OUTER_OPTIMIZERS[manifest.outer.optimizer], manifest.outer_rates(3)
+    optimizer.apply(base[first:end], base.copy()[first:end], update, rates)
 assert count() == rehearsed, (count(), rehearsed)
 """
 

@@ -29,7 +29,7 @@ MESSAGES = (
     make_start(text=None),
     replace(make_start(), allow_tasks=("a.b:C", "d:E")),
     Begin(round=3, adopt=True),
-    Merge(round=4, included=b"\x05\x00", part_elements=256, adopt_all=False, begin=True),
+    Merge(round=4, included=b"\x05\x00", part_elements=256, adopt_all=False, begin=True, gain=0.25),
     Freeze(),
     Ready(round=3, steps=4, tokens=1024, loss_mean=2.5, batches_done=9),
     Evaluated(round=4, loss_nats=1.9, tokens=8192),

@@ -70,7 +70,7 @@ def test_included_parts_adopt_the_base_and_the_others_stay(part_elements: int) -
         local = read_local(strategy)
         base = generator.random(ELEMENTS, dtype=np.float32)
         chosen = frozenset(np.flatnonzero(generator.random(parts) < 0.5).tolist())
-        strategy.merge(base, make_bitmap(chosen, parts), part_elements)
+        strategy.merge(base, make_bitmap(chosen, parts), part_elements, 0.5)
         expected = local.copy()
         for part in chosen:
             span = slice(part * part_elements, (part + 1) * part_elements)
@@ -92,7 +92,7 @@ def test_the_inner_optimizer_survives_a_merge_and_not_a_restart() -> None:
         for _ in range(50):
             take_step(strategy, quadratic(model))
         if name == "merge":
-            strategy.merge(base, b"\x01", ELEMENTS)
+            strategy.merge(base, b"\x01", ELEMENTS, 0.5)
         else:
             strategy.restart(base)
         assert (read_local(strategy) == 0.0).all()
