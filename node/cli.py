@@ -7,7 +7,6 @@ cannot be told.
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.node.process import loop_factory, set_up_log, stop_on_signals
-from shoal.protocol.errors import ConfigError, InputError, ManifestError, ShoalError
+from shoal.protocol.errors import ConfigError, InputError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.crdt.entries import Batch
@@ -353,65 +352,10 @@ def _run_doctor(options: argparse.Namespace) -> int:
     return 0 if report.takes_part else EXIT_INPUT
 
 
-ADMISSION_TOLD = {
-    "open": "open: whoever has the URI may take part",
-    "listed": "listed: let others in with `shoal swarm admit PEER_ID`",
-    "invited": "invited: let others in with `shoal swarm invite`, or `shoal swarm admit PEER_ID`",
-}
-
-
 def _run_create(options: argparse.Namespace) -> int:
-    from shoal.node.identity_file import load_or_create_identity
-    from shoal.node.trainer import describe_task
-    from shoal.node.training.causal_lm_config import CAUSAL_LM, fill_in, find_weights
-    from shoal.node.training.custom_task import ATTACHED
-    from shoal.node.training.tokenizer import BYTES
-    from shoal.protocol.identity import format_peer_id, parse_peer_id
-    from shoal.protocol.manifest import (
-        DELAYED,
-        EAGER,
-        SwarmUri,
-        make_manifest,
-        parse_draft,
-        read_manifest_untrusted,
-        sign_manifest,
-        size_parts,
-        task_kind,
-        task_options,
-    )
+    from shoal.node.swarm_create import create_swarm
 
-    try:
-        text = options.draft.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(options.draft), f"cannot be read: {error}", "give the path of a draft") from error
-    filled = fill_in(task_kind(text), task_options(text), options.draft.parent)
-    task = json.dumps(filled, sort_keys=True, separators=(",", ":"))
-    draft = parse_draft(text, task)
-    if draft.task.kind == ATTACHED and draft.training.strategy == EAGER:
-        fix = f'use strategy = "{DELAYED}"'
-        raise ManifestError("training.strategy", "is eager, which a script of one's own does not do", fix)
-    weights = find_weights(draft.task.kind, task_options(text), options.draft.parent)
-    layout = asyncio.run(describe_task(draft.task, options.allow_task, weights))
-    draft = size_parts(draft, text, layout.elements)
-    folder = _data_dir(options.data_dir)
-    owner = load_or_create_identity(folder / "owner.key")
-    peer = load_or_create_identity(folder / "identity.key")
-    founders = tuple(dict.fromkeys((peer.peer, *(parse_peer_id(text) for text in options.founder))))
-    signed = sign_manifest(make_manifest(draft, layout, owner.peer, founders), owner)
-    _, swarm = read_manifest_untrusted(signed)
-    out = options.out or options.draft.with_suffix(".shoal")
-    out.write_bytes(signed)
-    print(f"swarm      {draft.name}: {layout.elements:,} parameters, first voter {format_peer_id(peer.peer)}")
-    print(f"manifest   {out}")
-    if draft.task.kind == CAUSAL_LM and filled.get("tokenizer", BYTES) != BYTES:
-        print(f"tokenizer  {filled['tokenizer']} (its members start with --tokenizer FILE: send them that file)")
-    if draft.task.kind == CAUSAL_LM and "weights" in filled:
-        print(f"weights    {filled['weights']} (its members start with --weights FOLDER: send them that folder)")
-    print(f"owner key  {folder / 'owner.key'} (keep it safe: it signs changes of the swarm)")
-    print(f"URI        {SwarmUri(swarm=swarm, bootstraps=tuple(options.bootstrap))}")
-    print(f"admission  {ADMISSION_TOLD[draft.admission.rule]}")
-    print(f"start it   shoal up --manifest {out} --data-dir {folder}")
-    return 0
+    return create_swarm(options, _data_dir(options.data_dir), print)
 
 
 def _run_reroot(options: argparse.Namespace) -> int:
