@@ -20,6 +20,7 @@ def add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--windows", type=int, default=256, help="at most so many, spread over the text; default 256")
     evaluate.add_argument("--sample", metavar="PROMPT", help="let them write together after this")
     evaluate.add_argument("--tokenizer", type=Path, help="the swarms' tokenizer.json")
+    evaluate.add_argument("--weights", type=Path, help="the trained weights that the swarms started from")
     evaluate.add_argument("--json", action="store_true", help="for programs")
 
 
@@ -38,7 +39,7 @@ def run_evaluate(options: argparse.Namespace, told: Callable[[str], object]) -> 
         raise ConfigError("--text", "is missing", "name a text to measure on, or give --sample PROMPT")
     lines = []
     with show_progress("models") as tell:
-        mixture = Mixture(options.model, options.tokenizer)
+        mixture = Mixture(options.model, options.tokenizer, options.weights)
         if options.text is not None:
             windows = read_windows(options.text, mixture.tokenizer, mixture.context, options.windows)
             measured = mixture.measure(windows, tell)

@@ -22,7 +22,7 @@ from shoal.node.training.parent_watch import end_with_parent
 from shoal.node.training.rank_group import RankGroup
 from shoal.node.training.rank_line import Compute, Done, Drop, Faulted, Follow, Join, RankLine, Reduce
 from shoal.node.training.task_faults import TaskFault, blame
-from shoal.node.training.tasks import make_task
+from shoal.node.training.tasks import TakesWeights, make_task
 from shoal.protocol.errors import InputError
 
 
@@ -39,6 +39,8 @@ class Follower:
         torch.manual_seed(torch.initial_seed() + follow.rank)
         self._task = make_task(start.work.task, start.allow_tasks)
         with blame(type(self._task).__module__, is_out_of_memory):
+            if isinstance(self._task, TakesWeights):
+                self._task.take_weights(Path(start.weights) if start.weights else None, self._device)
             model = self._task.build_model().to(self._device)
         if start.checkpoint_activations:
             recompute_blocks(model, start.work.task.kind)

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from shoal.node.training.datasets_library import choose_hub_access
 from shoal.node.training.documents import TextFiles, list_files
 from shoal.node.training.gpt_config import SAMPLE_TEMPERATURE
 from shoal.node.training.shards import PIECES_AT_A_TIME
-from shoal.node.training.tasks import PredictsTokens, make_task
+from shoal.node.training.tasks import PredictsTokens, TakesWeights, make_task
 from shoal.node.training.tokenizer import ByteTokenizer, Tokenizer
 from shoal.protocol.errors import ConfigError, ManifestError
 from shoal.protocol.layout import Layout
@@ -59,11 +60,12 @@ class Expert:
 class Mixture:
     """Some exported models that predict the same tokens."""
 
-    def __init__(self, paths: Sequence[Path], tokenizer: Path | None = None) -> None:
-        """Raises InputError naming the file."""
+    def __init__(self, paths: Sequence[Path], tokenizer: Path | None = None, weights: Path | None = None) -> None:
+        """`tokenizer` and `weights` are the swarms', as in `[trainer]`. Raises InputError naming the file."""
         if not 1 <= len(paths) <= EXPERTS_MAX:
             raise ConfigError(MODEL, f"stands for {len(paths)} files", f"name 1 to {EXPERTS_MAX}")
-        self.experts = [open_expert(path) for path in paths]
+        choose_hub_access(None)
+        self.experts = [open_expert(path, weights) for path in paths]
         first = self.experts[0]
         for other in self.experts[1:]:
             if other.task.tokens != first.task.tokens:
@@ -110,8 +112,9 @@ class Mixture:
         return self.tokenizer.decode(ids[first:])
 
 
-def open_expert(path: Path) -> Expert:
-    """The model in a file that `shoal export` wrote; raises InputError."""
+def open_expert(path: Path, weights: Path | None = None) -> Expert:
+    """The model in a file that `shoal export` wrote, on the trained weights that its swarm started from, if it did.
+    Raises InputError."""
     fix = "name a file that `shoal export` wrote"
     try:
         with safe_open(path, framework="pt") as file:
@@ -127,7 +130,10 @@ def open_expert(path: Path) -> Expert:
         task = make_task(Task(kind=about["task"], options=about["task_options"]), ())
         if not isinstance(task, PredictsTokens):
             raise ManifestError("task.kind", f"{about['task']} predicts no tokens", "name exports of language models")
-        layout, model = task.layout(), task.build_model()
+        layout = task.layout()
+        if isinstance(task, TakesWeights):
+            task.take_weights(weights, torch.device("cpu"))
+        model = task.build_model()
     except (ManifestError, ValueError) as error:
         raise ConfigError(MODEL, f"{path}: {error}"[:400], fix) from error
     _load(path, model, layout, tensors)

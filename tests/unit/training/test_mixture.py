@@ -13,14 +13,15 @@ from torch.nn import functional as F
 
 from shoal.node.evaluate import add_evaluate_arguments, run_evaluate
 from shoal.node.export import CertifiedModel, write_model
-from shoal.node.training.mixture import EXPERTS_MAX, Mixture, describe, encode_json, open_expert, read_windows
+from shoal.node.training.causal_lm import CausalLm
+from shoal.node.training.mixture import EXPERTS_MAX, Expert, Mixture, describe, encode_json, open_expert, read_windows
 from shoal.node.training.tasks import WritesText, make_task
 from shoal.node.training.tasks import describe as describe_task
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Task, make_manifest, parse_draft
 from tests.unit.protocol.samples import PEERS
-from tests.unit.training.lm_samples import GPT2, make_lm_task, write_tokenizer
+from tests.unit.training.lm_samples import GPT2, make_lm_task, write_tokenizer, write_weights
 from tests.unit.training.tiny import OPTIONS, TASK, TEXT
 
 torch.set_num_threads(1)
@@ -100,6 +101,38 @@ def test_models_of_a_tokenizer_are_measured_in_its_tokens(tmp_path: Path) -> Non
         Mixture([path])
     with pytest.raises(ConfigError, match=r"bytes\.safetensors and .*a\.safetensors do not predict the same tokens"):
         Mixture([path, export(tmp_path / "bytes.safetensors")], tokenizer)
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 2}, {}], ids=["adapters", "the whole model"])
+def test_what_was_trained_on_trained_weights_is_measured_on_them(tmp_path: Path, options: dict[str, int]) -> None:
+    weights = tmp_path / "weights"
+    digest = write_weights(weights, GPT2)
+    task = make_lm_task(GPT2, weights=digest, **options)
+    path = export(tmp_path / "a.safetensors", task)
+    with pytest.raises(ConfigError, match=digest):
+        Mixture([path])
+    mixture = Mixture([path], weights=weights)
+    windows = read_windows(Path(TEXT), mixture.tokenizer, mixture.context, 2)
+    (loss,) = mixture.measure(windows, lambda text: None).alone
+    (one,) = mixture.experts
+    with torch.no_grad():
+        assert loss == pytest.approx(make_loss(one, windows), rel=1e-5)
+        for parameter in one.model.parameters():
+            parameter.zero_()
+    from transformers import AutoModelForCausalLM
+
+    start = AutoModelForCausalLM.from_pretrained(weights).eval()
+    with torch.no_grad():
+        logits = start(input_ids=torch.from_numpy(windows[:, :-1])).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(windows[:, 1:]).flatten()).item()
+    assert mixture.measure(windows, lambda text: None).alone == pytest.approx((expected,), rel=1e-4), "the start"
+    assert abs(loss - expected) > 0.01
+
+
+def make_loss(one: Expert, windows: np.ndarray[Any, Any]) -> float:
+    """As the trainer has it."""
+    assert isinstance(one.task, CausalLm)
+    return one.task.loss(one.model, torch.from_numpy(windows)).item()
 
 
 def test_the_whole_of_a_short_text_is_read(tmp_path: Path) -> None:
