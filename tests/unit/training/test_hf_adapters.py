@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from shoal.node.adapters import write_peft_folder
 from shoal.node.export import CertifiedModel
 from shoal.node.hf_folder import write_hf_folder
+from shoal.node.training.causal_lm_config import fill_in
 from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.tasks import describe, make_task
 from shoal.protocol.errors import ConfigError
@@ -77,6 +78,19 @@ def test_weights_of_half_precision_are_merged_in_whole(tmp_path: Path) -> None:
     digest = write_weights(weights, LLAMA, "bfloat16", max_shard_size="20KB")
     check_folder(make_model(LLAMA, digest, **LORA), weights, tmp_path / "out")
     assert {one.dtype for one in load_file(tmp_path / "out" / "model.safetensors").values()} == {np.dtype(np.float32)}
+
+
+def test_files_of_a_model_without_its_head_are_merged_under_their_own_names(tmp_path: Path) -> None:
+    """As hubs have GPT-2, with the causal mask of each layer beside the weights."""
+    weights = tmp_path / "weights"
+    rest = {name: value for name, value in GPT2.items() if name != "model_type"}
+    transformers.GPT2Model(transformers.GPT2Config(**rest)).save_pretrained(weights)
+    stored = load_file(weights / "model.safetensors")
+    save_file({**stored, "h.0.attn.bias": np.ones((1, 1, 64, 64), np.uint8)}, weights / "model.safetensors")
+    options = fill_in("causal_lm", {"weights": "weights"}, tmp_path)
+    model = make_model(options["config"], options["weights"], **LORA)
+    check_folder(model, weights, tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(stored)
 
 
 def read_names(before: str) -> list[str]:
