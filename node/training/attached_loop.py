@@ -51,7 +51,7 @@ from shoal.node.training.messages import (
 from shoal.node.training.micro_batches import is_out_of_memory
 from shoal.node.training.round_work import RoundWork
 from shoal.protocol.errors import ConfigError
-from shoal.protocol.manifest import DELAYED, OVERLAPPED, Training
+from shoal.protocol.manifest import DELAYED, EAGER, OVERLAPPED, Training
 
 TOKENS_MAX = 2**40  # of one step
 
@@ -199,7 +199,9 @@ class AttachedLoop:
     def _merge(self, merge: Merge, now_s: float) -> None:
         rounds, handed, ahead = self._work, self._handed, self._work.ahead
         rules = rounds.rules
-        keeps_all = ahead is not None and (rules.strategy == DELAYED or ahead.steps > rounds.overlap_steps)
+        # No swarm is made for "eager" scripts; one that comes to one loses no step.
+        stays = rules.strategy in (DELAYED, EAGER)
+        keeps_all = ahead is not None and (stays or ahead.steps > rounds.overlap_steps)
         if merge.adopt_all:
             self._adopt()
         elif handed is not None and keeps_all:

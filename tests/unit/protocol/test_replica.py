@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.layout import TensorSpec, initialise, make_layout
 from shoal.protocol.manifest import Outer
 from shoal.protocol.messages import Certificate, digest_record
+from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterRates
 from shoal.protocol.quorum import Head
 from shoal.protocol.replica import Replica, find_gain, make_reduction
 from shoal.protocol.state import CHUNK_BYTES, chunk_digests, state_root
@@ -138,6 +139,28 @@ def test_the_manifest_chooses_the_outer_optimizer() -> None:
     replica.apply(LOG[0].result, BLOBS)
     assert np.array_equal(replica.params, before - update_of(LOG[0]) * np.float32(0.5))
     assert not replica.momentum.any()
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"optimizer": "nesterov", "momentum_clip": 0.001, "momentum_every": 2},
+        {"optimizer": "adam", "second_moment": 0.9, "epsilon": 0.01},
+    ],
+    ids=["nesterov", "adam"],
+)
+def test_a_round_is_a_step_with_the_manifests_numbers(numbers: dict[str, Any]) -> None:
+    outer = Outer(learning_rate=0.25, momentum=0.75, **numbers)
+    of_the_step = {name: value for name, value in numbers.items() if name != "optimizer"}
+    replica = Replica(replace(MANIFEST, outer=outer), np.zeros(ELEMENTS, np.float32), np.zeros(ELEMENTS, np.float32))
+    replica.reset()
+    params, momentum = replica.params.copy(), replica.momentum.copy()
+    for turn, certificate in enumerate(LOG[:2]):
+        rates = OuterRates(learning_rate=0.25, momentum=0.75, **of_the_step)
+        rates = replace(rates, turn=turn % rates.momentum_every)
+        OUTER_OPTIMIZERS[outer.optimizer].apply(params, momentum, update_of(certificate), rates)
+        replica.apply(certificate.result, BLOBS)
+        assert np.array_equal(replica.params, params) and replica.momentum.tobytes() == momentum.tobytes()
 
 
 def test_the_gain_is_a_members_share_of_the_mean_times_that_of_the_outer_step() -> None:

@@ -36,7 +36,7 @@ from shoal.node.training.messages import (
 from shoal.node.training.round_work import RESTARTS_MAX
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.identity import PeerId
-from shoal.protocol.manifest import DELAYED, OVERLAPPED, Task, Training
+from shoal.protocol.manifest import DELAYED, EAGER, OVERLAPPED, Task, Training
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ELEMENTS = 6
@@ -133,8 +133,9 @@ def test_overlapped_it_trains_on_beside_the_exchange_and_mixes_the_base() -> Non
     assert ready_of(rig.train()).steps == 3, "the two beside the exchange count towards the next one"
 
 
-def test_delayed_it_keeps_what_it_does_beside_the_exchange_upon_the_base() -> None:
-    rig = Rig(replace(TRAINING, strategy=DELAYED, overlap_steps=2, mixing=0.5))
+@pytest.mark.parametrize("strategy", [DELAYED, EAGER])
+def test_delayed_it_keeps_what_it_does_beside_the_exchange_upon_the_base(strategy: str) -> None:
+    rig = Rig(replace(TRAINING, strategy=strategy, overlap_steps=2, mixing=0.5))
     rig.train(4)
     rig.memory[0] = 3.25
     rig.tell(BOTH)
