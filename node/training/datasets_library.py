@@ -30,6 +30,7 @@ ROWS_JUDGED = 1000  # after as many it is said that most of them have no text
 INSTALL_DATASETS = "install it: pip install 'shoal[datasets]'"
 
 # Read by the libraries when they are imported.
+_HUB_CACHES = ("HF_HUB_CACHE", "HF_XET_CACHE")
 _QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -37,10 +38,14 @@ def is_on_hub(dataset: str) -> bool:
     return dataset.startswith(HUB)
 
 
-def choose_hub_access(choice: DatasetChoice | None) -> None:
-    """Decide, before any of the libraries is imported, whether they may reach the hub from this process."""
+def choose_hub_access(choice: DatasetChoice | None, folder: Path | None = None) -> None:
+    """Decide, before any of the libraries is imported, whether they may reach the hub from this process, and that what
+    they keep of it lies in `folder`, where there is one."""
     os.environ.update(_QUIET)
-    os.environ["HF_HUB_OFFLINE"] = "0" if choice is not None and is_on_hub(choice.path) else "1"
+    is_wanted = choice is not None and is_on_hub(choice.path)
+    os.environ["HF_HUB_OFFLINE"] = "0" if is_wanted else "1"
+    if is_wanted and folder is not None:
+        os.environ.update({name: str(folder / "datasets" / "hub") for name in _HUB_CACHES})
 
 
 class DatasetFiles:
@@ -146,6 +151,9 @@ def _open_builder(library: Any, choice: DatasetChoice, cache: Path | None) -> An
             raise ConfigError("trainer.dataset_config", f"{choice.path} is a file and has no configurations", fix)
         kind = FORMATS_BY_SUFFIX.get(path.suffix, "text")
         return library.load_dataset_builder(kind, data_files={choice.split: [choice.path]}, **options)
+    if is_on_hub(choice.path):
+        name, _, revision = choice.path.partition("@")
+        return library.load_dataset_builder(name, choice.config_name, revision=revision or None, **options)
     return library.load_dataset_builder(choice.path, choice.config_name, **options)
 
 

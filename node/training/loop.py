@@ -79,7 +79,7 @@ class InnerLoop:
     def __init__(self, start: Start, memory: NDArray[np.float32], ranks: Ranks | None = None) -> None:
         work = start.work
         self._device = choose_device(start.device)
-        choose_hub_access(start.dataset)
+        choose_hub_access(start.dataset, Path(start.checkpoints) if start.checkpoints else None)
         self._task = make_task(work.task, start.allow_tasks)
         self._kind = work.task.kind
         with self._task_code():

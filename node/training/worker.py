@@ -3,7 +3,8 @@
 It joins a socket and an inner loop: commands are read between two steps, or waited for while there is nothing to train.
 
 Invariant: the process never outlives its daemon, not even in the middle of a step, and writes nothing but its socket,
-its half of the shared memory, its standard error and its own folder of checkpoints.
+its half of the shared memory, its standard error and its own folder of checkpoints. It asks the network for nothing but
+the data set of the hub that the person at this machine has named.
 """
 
 import mmap

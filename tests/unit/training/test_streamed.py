@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -189,12 +190,29 @@ def test_without_the_library_the_extra_is_named(folder: Path, monkeypatch: pytes
     assert caught.value.fix == INSTALL_DATASETS == "install it: pip install 'shoal[datasets]'"
 
 
-def test_the_hub_is_asked_only_where_one_of_its_data_sets_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for path, offline in (("/data/a.jsonl", "1"), ("owner/name", "1"), ("hf://datasets/owner/name", "0")):
-        choose_hub_access(DatasetChoice(path=path))
-        assert os.environ["HF_HUB_OFFLINE"] == offline
+def test_the_hub_is_asked_only_where_one_of_its_data_sets_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_CACHE", "HF_XET_CACHE"):
+        monkeypatch.setenv(name, "elsewhere")
+    for choice in (None, DatasetChoice(path="/data/a.jsonl"), DatasetChoice(path="owner/name")):
+        choose_hub_access(choice, tmp_path)
+        assert (os.environ["HF_HUB_OFFLINE"], os.environ["HF_HUB_CACHE"]) == ("1", "elsewhere")
+    choose_hub_access(DatasetChoice(path="hf://datasets/owner/name"), tmp_path)
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
+    kept = {os.environ[name] for name in ("HF_HUB_CACHE", "HF_XET_CACHE")}
+    assert kept == {str(tmp_path / "datasets" / "hub")}, "in the trainer's own folder"
     choose_hub_access(None)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(("path", "revision"), [("hf://datasets/a/b", None), ("hf://datasets/a/b@v1.0", "v1.0")])
+def test_what_the_library_is_asked_of_the_hub(tmp_path: Path, path: str, revision: str | None) -> None:
+    """There is none where tests run."""
+    asked: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    library = SimpleNamespace(load_dataset_builder=lambda *given, **named: asked.append((given, named)))
+    datasets_library._open_builder(library, DatasetChoice(path=path, config_name="en"), tmp_path)
+    assert asked == [(("hf://datasets/a/b", "en"), {"revision": revision, "cache_dir": str(tmp_path)})]
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_do(tmp_path: Path) -> None:
