@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.node.training.messages import BAD_INPUT, OUT_OF_MEMORY, PROCESSES_MAX, TASK_FAILED, Detail, Start
-from shoal.protocol.errors import ProtocolError
 from shoal.protocol.manifest import BATCH_SIZE_MAX
 from shoal.protocol.wire import DELTA_BYTES_MAX, U63, Bound, Choice, Schema
 
@@ -104,14 +103,10 @@ class RankLine:
         self._send(memoryview(dense.reshape(-1).view(np.uint8).data), deadline_s)
 
     def receive(self, deadline_s: float | None = None) -> RankMessage:
-        """The next message; raises OSError."""
+        """The next message; raises OSError. A frame that is none raises ProtocolError: both ends are the same code."""
         (length,) = _LENGTH.unpack(self._take(_LENGTH.size, deadline_s))
-        if length > DELTA_BYTES_MAX:
-            raise ConnectionError(f"a frame of {length} bytes")
-        try:
-            message: RankMessage = SCHEMA.decode_untrusted(bytes(self._take(length, deadline_s)), DELTA_BYTES_MAX)
-        except ProtocolError as error:
-            raise ConnectionError(str(error)) from error
+        assert length <= DELTA_BYTES_MAX, "as it was sent"
+        message: RankMessage = SCHEMA.decode_untrusted(bytes(self._take(length, deadline_s)), DELTA_BYTES_MAX)
         return message
 
     def receive_examples(self, head: Compute) -> NDArray[Any]:

@@ -113,7 +113,7 @@ class Ranks:
             for follower, share in zip(self._followers, shares, strict=True):
                 name(follower)
                 follower.line.compute(share, len(batch), size, deadline_s)
-        self._hear(deadline_s)
+        self._hear(deadline_s)  # each has its examples, and enters the exchange
         with self._exchange():
             self._group.share_parameters()
         loss: Tensor | None = None
