@@ -26,8 +26,11 @@ from shoal.node.training.messages import (
     Start,
 )
 from shoal.node.training.ranks import RankLost, Ranks
+from shoal.node.training.tasks import describe
 from shoal.protocol.errors import ConfigError
+from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Task
+from tests.unit.training.lm_samples import GPT2, make_lm_task, write_weights
 from tests.unit.training.tiny import OPTIONS, TRAINING, make_memory, make_start, make_work
 from tests.unit.training.user_tasks import importable, write_module
 
@@ -68,10 +71,12 @@ class Uneven(ByteGpt):
 
 
 @contextmanager
-def open_ranks(folder: Path, start: Start, count: int = 2) -> Iterator[tuple[InnerLoop, Memory, list[str]]]:
+def open_ranks(
+    folder: Path, start: Start, count: int = 2, memory: Memory | None = None
+) -> Iterator[tuple[InnerLoop, Memory, list[str]]]:
     """The loop of rank 0, its memory, and what is told of processes that died."""
     start = replace(start, rendezvous=str(folder / "trainer" / "rendezvous"))
-    memory, told = make_memory(), list[str]()
+    memory, told = make_memory() if memory is None else memory, list[str]()
     ranks = Ranks(start, count, told.append)
     pids = [follower.process.pid for follower in ranks._followers]
     try:
@@ -129,6 +134,23 @@ def test_ranks_take_the_steps_of_one_process(tmp_path: Path, count: int, batch_s
         assert_same_way(memory, alone)
         assert loop.started().device == f"cpu ({count} processes)"
     assert told == [], "a process that is told to end is none that died"
+
+
+def test_every_rank_stands_on_the_same_trained_weights(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    task = make_lm_task({**GPT2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0})
+    digest = write_weights(weights, json.loads(task.options)["config"])
+    task = Task(kind=task.kind, options=json.dumps({**json.loads(task.options), "weights": digest, "lora_rank": 2}))
+    layout = describe(task)
+    training = replace(TRAINING, learning_rate=1e-2)
+    work = replace(make_work(training), task=task, layout_digest=layout.digest)
+    start = replace(make_start(work), weights=str(weights))
+    alone, memory = (np.stack([initialise(layout, 7)] * 2) for _ in range(2))
+    train(InnerLoop(start, alone), TRAINING.inner_steps)
+    with open_ranks(tmp_path, start, memory=memory) as (loop, _, told):
+        *_, ready = train(loop, TRAINING.inner_steps)
+        assert isinstance(ready, Ready) and told == []
+    assert_same_way(memory, alone)
 
 
 def test_a_checkpoint_holds_each_tensor_once_and_one_process_goes_on_from_it(tmp_path: Path) -> None:
