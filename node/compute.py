@@ -41,7 +41,7 @@ from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Result
-from shoal.protocol.quorum import find_evaluator, list_members, make_bitmap
+from shoal.protocol.quorum import find_evaluator, list_contributors, list_members, make_bitmap
 from shoal.protocol.replica import find_gain, rehearse
 
 RESTARTS_MAX = 5
@@ -357,7 +357,9 @@ class Compute:
         ready, self._ready = self._ready, None
         self.phase = TrainerState.RUNNING
         gain = find_gain(self._manifest, result, self._me)
-        merge = replace(self._make_merge(result.round + 1, result.round, included, adopt_all=restart), gain=gain)
+        place, places = self._find_place(result)
+        merge = self._make_merge(result.round + 1, result.round, included, adopt_all=restart)
+        merge = replace(merge, gain=gain, place=place, places=places)
         if ready is None or restart:
             self._counted_tokens = self._counted_steps = 0
         else:  # the trainer counts on from what it has handed over
@@ -366,6 +368,14 @@ class Compute:
         await self.trainer.merge(merge)
         if included and find_evaluator(result, self._manifest.training.evaluate_every) == self._me:
             await self.trainer.evaluate()
+
+    def _find_place(self, result: Result) -> tuple[int, int]:
+        """Which share of the data is this peer's until the next round that it is in: its place among those who were in
+        this one. Everything, where data are not divided or it was left out."""
+        contributors = list_contributors(result)
+        if not self._manifest.training.divide_data or self._me not in contributors:
+            return 0, 1
+        return contributors.index(self._me), len(contributors)
 
     def _make_merge(self, number: int, certified: int, included: tuple[int, ...], *, adopt_all: bool) -> Merge:
         """Train for round `number`, with these of the parts that round `certified` has exchanged."""

@@ -71,7 +71,10 @@ class Training:
     Each peer warms up by its own steps. With another `schedule` than "constant" the learning rate falls from round to
     round, for all peers alike, to the share `learning_rate_end` of itself after `schedule_rounds` rounds.
 
-    After every `evaluate_every` rounds one of those who contributed measures the base on held-out data; 0: nobody."""
+    After every `evaluate_every` rounds one of those who contributed measures the base on held-out data; 0: nobody.
+
+    With `divide_data` those who were in a round draw from shares of the data that have nothing in common, until the
+    next one: for members who all have the same data."""
 
     strategy: Annotated[str, Choice(STRATEGIES)] = DILOCO
     inner_steps: Annotated[int, Bound(1, 100_000)] = 100
@@ -90,6 +93,7 @@ class Training:
     schedule_rounds: Annotated[int, Bound(0, 1_000_000)] = 0
     learning_rate_end: Annotated[float, Bound(0, 1)] = 0.1
     evaluate_every: Annotated[int, Bound(0, 1_000_000)] = 4
+    divide_data: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,15 +118,20 @@ def _make_joining(rounds: int) -> tuple[Arm, ...]:
 
 
 def _make_shards(rounds: int) -> tuple[Arm, ...]:
+    choices = (
+        ("all packages", MIXED, False),
+        ("all packages, divided", MIXED, True),
+        ("a package each", PACKAGE, False),
+    )
     return tuple(
         Arm(
             name=f"{name}, H = {steps}",
-            draft=_with_steps(steps),
+            draft=_with_training(inner_steps=steps, divide_data=divided),
             workers=(WORKERS,) * (rounds * INNER_STEPS // steps),
             texts=texts,
         )
         for steps in (16, 64)
-        for name, texts in (("all packages", MIXED), ("a package each", PACKAGE))
+        for name, texts, divided in choices
     )
 
 

@@ -114,6 +114,10 @@ class Worker:
             self.steps += self._ahead
         self._ahead = 0
 
+    def take_share(self, place: int, places: int) -> None:
+        """Of the data, until the next round."""
+        self._batches.take_share(place, places)
+
     def parameters(self) -> FloatVector:
         """A copy of the local parameters as they are now, float32[D]."""
         flat = np.empty_like(self.local)
@@ -165,6 +169,9 @@ class Swarm:
             included = () if index is None else worker.contributor.settle(frozen[index], result, index)
             gain = find_gain(self._manifest, result, worker_peer(one))
             worker.merge(self.base, tuple(parts[place] for place in included), gain)
+        if self._manifest.training.divide_data:
+            for place, one in enumerate(sorted(arrived)):
+                self.workers[present[one]].take_share(place, len(arrived))
 
     def _reduce(
         self, number: int, present: Sequence[int], frozen: Sequence[Frozen], arrived: frozenset[int]

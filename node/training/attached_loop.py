@@ -85,6 +85,7 @@ class AttachedLoop:
         self._hands_again = False
         self._anchored = False  # the parameters are a base and the work made since
         self._batches_done = 0
+        self.share = (0, 1)  # of the data, by the last Merge: a place among so many
         self._replaced = False
         self._cleared = False
         self._attached = False
@@ -213,6 +214,7 @@ class AttachedLoop:
         adopted = merge.adopt_all or any(merge.included)
         self._replaced |= adopted
         self._handed, self._hands_again = None, False
+        self.share = merge.place, merge.places
         rounds.begin(merge.round, now_s, adopted=adopted)
         rounds.training = merge.begin
 

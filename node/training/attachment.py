@@ -191,6 +191,11 @@ class Attachment:
         """The round that is trained for."""
         return self._loop.round
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of the data is this peer's, where the swarm divides them: its place, and among how many."""
+        return self._loop.share
+
     def step(self, loss: Tensor | float, tokens: int = 1) -> bool:
         """Say that the optimizer has made a step: its loss, a mean over so many tokens (or examples). True where the
         parameters of the model have been replaced by the swarm's. Where this peer's work is handed over it returns when
@@ -339,6 +344,10 @@ class RankAttachment(Attachment):
     def round(self) -> int:
         return self._word.round
 
+    @property
+    def share(self) -> tuple[int, int]:
+        return self._word.place, self._word.places
+
     def begin(self, folder: Path, wait_s: float) -> None:
         if self._ranks.is_first:
             with self._telling():
@@ -369,11 +378,14 @@ class RankAttachment(Attachment):
         try:
             yield
             loop = self._loop
+            place, places = loop.share
             self._word = Word(
                 replaced=loop.take_replaced(),
                 cleared=loop.take_cleared(),
                 attached=self._is_connected(),
                 round=loop.round,
+                place=place,
+                places=places,
             )
         finally:
             self._ranks.say(self._word)

@@ -4,7 +4,8 @@ documents.py says what is read of a file.
 
 Invariants: the same files give the same split on every machine; no byte that is held out is ever trained on; a batch is
 a function of (swarm seed, peer id, batch index), so that peers draw different data and the index is all there is to
-store; what is trained on is in memory, so that files may change or go while it is.
+store, and of the peer's share, which the daemon tells, where data are divided; what is trained on is in memory, so that
+files may change or go while it is.
 """
 
 import sysconfig
@@ -25,6 +26,7 @@ CORPUS_BYTES_MAX = 1 << 30
 CORPUS_BYTES_MIN = 1 << 16
 BLOCK_BYTES = 1 << 14
 HELD_OUT_SHARE = 0.02
+SHARE_BLOCKS = 256  # that a peer's share of divided data is made of: so many, spread over all of it
 HELD_OUT_BYTES_MIN = 1 << 12
 EVALUATION_WINDOWS = 64
 
@@ -70,18 +72,31 @@ def choose_held_out(blocks: Sequence[tuple[bytes, int]], wanted: int) -> frozens
 
 
 class Draws:
-    """Which examples make a batch: a function of (swarm seed, peer id, batch index)."""
+    """Which examples make a batch: a function of (swarm seed, peer id, batch index), and of the peer's share where data
+    are divided."""
 
     def __init__(self, seed: int, peer: bytes) -> None:
         self._key = int.from_bytes(
             blake3(seed.to_bytes(8, "big") + peer, derive_key_context="shoal training batches").digest(16), "big"
         )
+        self._place, self._places = 0, 1
+
+    def take_share(self, place: int, places: int) -> None:
+        """Draw from every so manieth block alone, beginning with the one at `place`: shares with other places have
+        nothing in common with this one, and each is spread over all of the data."""
+        assert 0 <= place < places, "a place among the places"
+        self._place, self._places = place, places
 
     def draw(self, index: int, count: int, below: int) -> NDArray[np.int64]:
-        """`count` numbers from 0 to `below` - 1 for batch `index`, int64 (count,), the same on every machine."""
+        """`count` numbers from 0 to `below` - 1 for batch `index`, int64 (count,), the same on every machine. Of data
+        that have fewer examples than blocks nobody has a share."""
         # Philox draws for one batch advance the counter's low word only; the index stands above it.
         draws = np.random.Philox(key=self._key, counter=index << 64).random_raw(count)
-        return (draws % np.uint64(below)).astype(np.int64)
+        block = below // (self._places * SHARE_BLOCKS)
+        if self._places == 1 or block == 0:
+            return (draws % np.uint64(below)).astype(np.int64)
+        number, offset = np.divmod((draws % np.uint64(SHARE_BLOCKS * block)).astype(np.int64), block)
+        return (number * self._places + self._place) * block + offset
 
 
 class ByteWindows:
@@ -113,6 +128,9 @@ class ByteWindows:
     @property
     def notice(self) -> str:
         return self._corpus.notice
+
+    def take_share(self, place: int, places: int) -> None:
+        self._draws.take_share(place, places)
 
     def batch(self, index: int) -> NDArray[np.int64]:
         """Batch `index` of this peer, int64 (batch_size, context + 1)."""

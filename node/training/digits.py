@@ -95,6 +95,9 @@ class Images:
     def notice(self) -> str:
         return ""
 
+    def take_share(self, place: int, places: int) -> None:
+        self._draws.take_share(place, places)
+
     def batch(self, index: int) -> NDArray[np.int64]:
         """Batch `index` of this peer, int64 (batch_size, 65)."""
         return self._train[self._draws.draw(index, self._batch_size, len(self._train))].astype(np.int64)

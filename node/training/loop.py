@@ -63,7 +63,15 @@ from shoal.node.training.ranks import RankLost, Ranks
 from shoal.node.training.round_work import PROGRESS_PERIOD_S, RoundWork
 from shoal.node.training.strategy import STRATEGIES, load_tensors
 from shoal.node.training.task_faults import TaskFault, blame
-from shoal.node.training.tasks import Batches, ReadsDatasets, TakesFiles, TakesWeights, WritesText, make_task
+from shoal.node.training.tasks import (
+    Batches,
+    DividesData,
+    ReadsDatasets,
+    TakesFiles,
+    TakesWeights,
+    WritesText,
+    make_task,
+)
 from shoal.protocol.errors import ConfigError, ManifestError
 
 FAULTS_IN_A_ROW_MAX = 5
@@ -265,6 +273,8 @@ class InnerLoop:
             self._rounds.ahead = None
         else:
             self._strategy.merge(self._base, merge.included, merge.part_elements, merge.gain)
+        if isinstance(self._batches, DividesData):
+            self._batches.take_share(merge.place, merge.places)
         self._rounds.begin(merge.round, now_s, adopted=merge.adopt_all or any(merge.included))
         self._rounds.training = merge.begin
 

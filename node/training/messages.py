@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.layout import DIMENSIONS_MAX, ELEMENTS_MAX, NAME_BYTES_MAX, TENSORS_MAX, Layout
 from shoal.protocol.manifest import BATCH_SIZE_MAX, Task, Training
-from shoal.protocol.messages import PARTS_MAX, Peer
+from shoal.protocol.messages import PARTS_MAX, ROSTER_MAX, Peer
 from shoal.protocol.wire import DELTA_BYTES_MAX, U63, Bound, Bytes32, Choice, Schema
 
 FRAME_BYTES_MAX = DELTA_BYTES_MAX
@@ -132,7 +132,7 @@ class Merge:
     """`base` has changed. Adopt the parts whose bit is set in `included` (bit 0 of byte 0 first), or all with
     `adopt_all`, and keep the rest; then train for `round` with `begin`, else wait. `gain` is how far `base` has moved
     for each unit of what this trainer had handed over: its share of the mean times what the outer step makes of that;
-    0 where it is not known."""
+    0 where it is not known. Where data are divided, the share at `place` of `places` is this trainer's."""
 
     round: U63
     included: Annotated[bytes, Bound(0, PARTS_MAX // 8)]
@@ -140,6 +140,8 @@ class Merge:
     adopt_all: bool
     begin: bool
     gain: Annotated[float, Bound(0, GAIN_MAX)] = 0.0
+    place: Annotated[int, Bound(0, ROSTER_MAX)] = 0
+    places: Annotated[int, Bound(1, ROSTER_MAX)] = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,8 @@ class Word:
     cleared: bool = False
     attached: bool = False
     round: int = 0
+    place: int = 0
+    places: int = 1
 
 
 class ScriptRanks:
@@ -55,7 +57,7 @@ class ScriptRanks:
 
     def hear(self) -> Word:
         """The next word of rank 0."""
-        waits, ended, replaced, cleared, attached, number = self._broadcast(Word()).tolist()
+        waits, ended, replaced, cleared, attached, number, place, places = self._broadcast(Word()).tolist()
         return Word(
             waits=bool(waits),
             ended=bool(ended),
@@ -63,6 +65,8 @@ class ScriptRanks:
             cleared=bool(cleared),
             attached=bool(attached),
             round=number,
+            place=place,
+            places=places,
         )
 
     @torch.no_grad()
@@ -72,7 +76,8 @@ class ScriptRanks:
             distributed.broadcast(parameter.detach(), FIRST)
 
     def _broadcast(self, word: Word) -> Tensor:
-        values = [word.waits, word.ended, word.replaced, word.cleared, word.attached, word.round]
+        flags = [word.waits, word.ended, word.replaced, word.cleared, word.attached]
+        values = [*flags, word.round, word.place, word.places]
         told = self._make_tensor([int(value) for value in values], torch.int64)
         distributed.broadcast(told, FIRST)
         return told

@@ -70,6 +70,16 @@ class Batches(Protocol):
         ...
 
 
+@runtime_checkable
+class DividesData(Protocol):
+    """Batches that can be drawn from a part of the data."""
+
+    def take_share(self, place: int, places: int) -> None:
+        """From the next batch on draw from the share at `place`, 0 to `places` - 1, which has nothing in common with
+        the shares at other places. Before, and with 1 of them, it is everything."""
+        ...
+
+
 class Task(Protocol):
     """A model and what it learns. The parameters of a built model hold nothing until they are loaded."""
 

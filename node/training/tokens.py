@@ -107,6 +107,9 @@ class TokenWindows:
         except ValueError as error:
             raise ConfigError(FIELD, str(error), "make it again with the swarm's tokenizer") from error
 
+    def take_share(self, place: int, places: int) -> None:
+        self._draws.take_share(place, places)
+
     def batch(self, index: int) -> NDArray[np.int64]:
         """Batch `index` of this peer, int64 (batch_size, context + 1)."""
         starts = self._draws.draw(index, self._batch_size, self._train.size - self._context)

@@ -21,6 +21,7 @@ LATER = {
             "schedule_rounds",
             "learning_rate_end",
             "evaluate_every",
+            "divide_data",
         ),
     ),
 }

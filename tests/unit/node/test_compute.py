@@ -18,6 +18,7 @@ from shoal.protocol import quorum
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import Result, digest_record
+from shoal.protocol.quorum import list_contributors
 from shoal.protocol.replica import find_gain
 from tests.unit.node.fake_trainer import TOKENS_PER_STEP, FakeTrainer
 from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, wait_until
@@ -141,6 +142,25 @@ async def test_a_round_with_its_work_is_merged_and_the_next_one_begins(tmp_path:
         assert (merge.round, merge.adopt_all, merge.begin) == (2, False, True)
         assert merge.included == bytes([0b101])
         assert peer.compute.phase in (TrainerState.RUNNING, TrainerState.PAUSED)
+
+
+@pytest.mark.parametrize("divided", [True, False])
+async def test_where_data_are_divided_its_place_among_the_contributors_is_its_share(
+    tmp_path: Path, divided: bool
+) -> None:
+    async with open_trainer(tmp_path) as (peer, trainer):
+        manifest = peer.swarm.manifest
+        peer.compute._manifest = replace(manifest, training=replace(manifest.training, divide_data=divided))
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        result = make_result(peer, 1)
+        contributors = list_contributors(result)
+        await peer.compute.committed(result, (0, 2))
+        (merge,) = trainer.merges
+        wanted = contributors.index(peer.me), len(contributors)
+        assert (merge.place, merge.places) == (wanted if divided else (0, 1)) and wanted[1] > 1
+        others = replace(result, members=tuple(one for one in result.members if one.peer != peer.me))
+        assert peer.compute._find_place(others) == (0, 1)
 
 
 async def test_of_a_fragment_those_parts_are_merged_that_its_round_exchanged(tmp_path: Path) -> None:

@@ -113,6 +113,14 @@ def test_a_base_that_includes_the_work_is_adopted_part_by_part() -> None:
     assert not rig.loop.waits and rig.loop.round == 2 and rig.loop.take_replaced()
 
 
+def test_which_share_of_the_data_is_its_own_comes_with_the_base() -> None:
+    rig = Rig()
+    assert rig.loop.share == (0, 1)
+    rig.train(3)
+    rig.tell(replace(BOTH, place=2, places=5))
+    assert rig.loop.share == (2, 5)
+
+
 def test_a_round_without_this_peer_leaves_its_work_for_the_next_one() -> None:
     rig = Rig()
     rig.train(3)

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.node.training.data import BLOCK_BYTES, CORPUS_BYTES_MIN, ByteWindows, Corpus, read_corpus
+from shoal.node.training.data import (
+    BLOCK_BYTES,
+    CORPUS_BYTES_MIN,
+    SHARE_BLOCKS,
+    ByteWindows,
+    Corpus,
+    Draws,
+    read_corpus,
+)
 from shoal.protocol.errors import ConfigError
 
 FILES = 40
@@ -189,3 +197,31 @@ def test_windows_reach_both_ends_of_the_text() -> None:
 def test_the_batches_are_the_same_on_every_machine() -> None:
     # A peer that resumes under another version of numpy must draw what it would have drawn.
     assert make_windows().batch(12345)[:, 0].tolist() == [243, 24, 134, 103, 216, 80, 139, 144]
+
+
+# -- shares of data that are divided -----------------------------------------------------------------------------------
+
+
+def draw_all(place: int, places: int, below: int) -> set[int]:
+    """What this peer draws in many batches."""
+    draws = Draws(7, bytes([place]) * 32)
+    draws.take_share(place, places)
+    return {number for index in range(40) for number in draws.draw(index, 1000, below).tolist()}
+
+
+def test_shares_have_nothing_in_common_and_are_spread_over_all_of_the_data() -> None:
+    below = 3 * SHARE_BLOCKS * 5 + 100  # blocks of five, and a rest that nobody has
+    shares = [draw_all(place, 3, below) for place in range(3)]
+    assert set.union(*shares) == set(range(below - 100)) and sum(map(len, shares)) == below - 100
+    for place, share in enumerate(shares):
+        assert share == {number for number in range(below - 100) if number // 5 % 3 == place}
+
+
+def test_without_shares_and_of_few_examples_everything_is_drawn() -> None:
+    plain = Draws(7, bytes(32)).draw(3, 1000, 5000)
+    draws = Draws(7, bytes(32))
+    draws.take_share(0, 1)
+    assert np.array_equal(draws.draw(3, 1000, 5000), plain)
+    assert draw_all(1, 2, 2 * SHARE_BLOCKS - 1) == set(range(2 * SHARE_BLOCKS - 1))
+    draws.take_share(1, 2)
+    assert not np.array_equal(draws.draw(3, 1000, 5000), plain)

@@ -25,10 +25,25 @@ from shoal.node.training.messages import (
     Sampled,
 )
 from shoal.node.training.round_work import RESTARTS_MAX
+from shoal.node.training.tasks import DividesData, make_task
 from shoal.protocol.errors import ConfigError, ManifestError
 from shoal.protocol.manifest import LINEAR
-from tests.unit.training.tiny import OPTIONS, PEER, TRAINING, layout, make_loop, make_memory, make_start, make_work
+from tests.unit.training.tiny import (
+    OPTIONS,
+    PEER,
+    TASK,
+    TEXT,
+    TRAINING,
+    layout,
+    make_loop,
+    make_memory,
+    make_start,
+    make_work,
+)
 
+SHARED = Merge(
+    round=2, included=b"\x01", part_elements=layout().elements, adopt_all=False, begin=True, place=1, places=3
+)
 NOTHING = Merge(round=2, included=b"\x00", part_elements=layout().elements, adopt_all=False, begin=True)
 EVERYTHING = replace(NOTHING, included=b"\x01")
 
@@ -319,3 +334,16 @@ def test_a_gpu_that_is_not_there_is_refused_and_not_replaced(monkeypatch: pytest
     assert choose_device("cpu").type == "cpu"
     with pytest.raises(ConfigError, match=r"trainer\.device"):
         choose_device("cuda")
+
+
+def test_after_a_round_its_batches_come_from_its_share_of_divided_data() -> None:
+    loop, _ = make_loop()
+    work = make_work()
+    apart = make_task(TASK).open_data(Path(TEXT), work)
+    assert isinstance(apart, DividesData)
+    tell(loop, Begin(round=1, adopt=True))
+    before = loop._batches.batch(7)
+    assert np.array_equal(before, apart.batch(7))
+    tell(loop, SHARED)
+    apart.take_share(1, 3)
+    assert np.array_equal(loop._batches.batch(7), apart.batch(7)) and not np.array_equal(before, apart.batch(7))
