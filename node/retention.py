@@ -10,7 +10,7 @@ that a retained round shares, nor a snapshot that somebody is fetching.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 1 << 30
 ANCHORS_A_WINDOW = 2  # snapshots between the anchor and the newest: each costs eight bytes a parameter
@@ -64,7 +64,22 @@ def first_rebuildable(held: Holdings) -> int | None:
 
 
 def plan_removal(held: Holdings, limits: Limits) -> Removal:
-    """What the limits make unnecessary."""
+    """What the limits make unnecessary, until there is no more of it: without a snapshot that went for its bytes the
+    updates up to the next one are of no use."""
+    left = held
+    while (keeps := _keep(left, limits)) is not left:
+        left = keeps
+    kept = {digest for sizes in left.updates.values() for digest in sizes}
+    gone = tuple(sorted(set(held.updates) - set(left.updates)))
+    return Removal(
+        snapshots=tuple(sorted(set(held.snapshots) - set(left.snapshots))),
+        rounds=gone,
+        blobs=frozenset(digest for number in gone for digest in held.updates[number] if digest not in kept),
+    )
+
+
+def _keep(held: Holdings, limits: Limits) -> Holdings:
+    """What is left of it: `held` itself where nothing goes."""
     snapshots = _choose_snapshots(held, limits)
     window = held.head - limits.rounds
     newest = max(held.snapshots, default=0)
@@ -74,20 +89,16 @@ def plan_removal(held: Holdings, limits: Limits) -> Removal:
         needed = min(held.head - limits.rounds_min, newest)
         protected = {newest, *held.lent}
         goers = sorted(
-            [(number, 0) for number in snapshots if number not in protected]
-            + [(number, 1) for number in rounds if number <= needed]
+            [(number, 0) for number in rounds if number <= needed]
+            + [(number, 1) for number in snapshots if number not in protected]
         )
-        for number, is_update in goers:
+        for number, is_snapshot in goers:
             if _count_bytes(held, snapshots, rounds) <= limits.bytes_max:
                 break
-            (rounds if is_update else snapshots).remove(number)
-    kept = {digest for number in rounds for digest in held.updates[number]}
-    gone = tuple(sorted(set(held.updates) - set(rounds)))
-    return Removal(
-        snapshots=tuple(sorted(set(held.snapshots) - set(snapshots))),
-        rounds=gone,
-        blobs=frozenset(digest for number in gone for digest in held.updates[number] if digest not in kept),
-    )
+            (snapshots if is_snapshot else rounds).remove(number)
+    if len(snapshots) == len(set(held.snapshots)) and len(rounds) == len(held.updates):
+        return held
+    return replace(held, snapshots=snapshots, updates={number: held.updates[number] for number in rounds})
 
 
 def _reach(held: Holdings) -> int:

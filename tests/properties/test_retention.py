@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal.node.retention import ANCHORS_A_WINDOW, Holdings, Limits, Removal, first_rebuildable, plan_removal
@@ -66,14 +66,24 @@ def test_the_bytes_are_bounded_as_far_as_they_may_be_oldest_first(held: Holdings
         return
     newest = max(held.snapshots, default=0)
     needed = min(held.head - limits.rounds_min, newest)
-    more = {(number, 1) for number in set(removal.rounds) - set(free.rounds)}
-    more |= {(number, 0) for number in set(removal.snapshots) - set(free.snapshots)}
-    left = {(number, 1) for number in kept.updates if number <= needed}
-    left |= {(number, 0) for number in kept.snapshots if number != newest and number not in held.lent}
+    more = {(number, 0) for number in set(removal.rounds) - set(free.rounds)}
+    more |= {(number, 1) for number in set(removal.snapshots) - set(free.snapshots)}
+    left = {(number, 0) for number in kept.updates if number <= needed}
+    left |= {(number, 1) for number in kept.snapshots if number != newest and number not in held.lent}
     assert count_bytes(kept) <= limits.bytes_max or not left
     assert not more or not left or max(more) < min(left), "nothing goes before what is older"
 
 
+@example(
+    held=Holdings(
+        head=8,
+        snapshots={1, 2, 3},
+        snapshot_bytes=SNAPSHOT,
+        lent=(),
+        updates={number: {bytes([number]): 10 if number > 1 else 0} for number in range(1, 9)},
+    ),
+    limits=Limits(rounds_min=2, snapshots_kept=3, bytes_max=300),
+)
 @given(held=holdings(), limits=limits())
 def test_planning_again_finds_nothing_more(held: Holdings, limits: Limits) -> None:
     kept = after(held, plan_removal(held, limits))
