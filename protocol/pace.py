@@ -22,6 +22,7 @@ MARGIN_S = 0.25  # presences are gossiped: a READY is heard a little after it wa
 PATIENCE = 4.0  # a part may take this many times the usual
 SLOWER = 2.0  # times the middle one's duration: less is noise
 SPEED_MIN = 0.05
+LINE_SAMPLES_MIN = 8  # parts after which a sender's line is judged: the first ones may be late for many reasons
 RELAXATION = 0.9  # a round
 ALLOWANCE_MIN = 0.25  # of the limit; a machine that is busy for a moment is not slow
 
@@ -143,10 +144,11 @@ class PartPace:
         usual_s = max(known.upper_s(), self._find_middle_s())
         return min(limit_s, max(ALLOWANCE_MIN * limit_s, PATIENCE * usual_s))
 
-    def speed(self, peer: PeerId) -> float:
-        """1 for a peer that keeps up with the middle one; for a much slower one the ratio of their rates."""
+    def speed(self, peer: PeerId, samples_min: int = 1) -> float:
+        """1 for a peer that keeps up with the middle one, or of which fewer parts were seen; for a much slower one the
+        ratio of their rates."""
         known = self._durations.get(peer)
-        if known is None or known.mean_s <= SLOWER * self._find_middle_s():
+        if known is None or known.samples < samples_min or known.mean_s <= SLOWER * self._find_middle_s():
             return 1.0
         return max(SPEED_MIN, self._find_middle_s() / known.mean_s)
 

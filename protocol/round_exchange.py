@@ -28,6 +28,7 @@ from shoal.protocol.messages import (
     sign_message,
     verify_message,
 )
+from shoal.protocol.pace import LINE_SAMPLES_MIN
 from shoal.protocol.proposer import (
     check_plan,
     choose_owner,
@@ -74,7 +75,8 @@ class RoundExchange(RoundBallot):
     def _list_shares(self, roster: Mapping[PeerId, SignedReady]) -> dict[PeerId, float]:
         """Of the parts, by what is known of lines and owners. A peer cannot measure itself, so that its own share is
         what the others gave it last."""
-        uploads = {peer: self._sender_pace.speed(peer) for peer, one in roster.items() if one.ready.owns}
+        owners = [peer for peer, one in roster.items() if one.ready.owns]
+        uploads = {peer: self._sender_pace.speed(peer, LINE_SAMPLES_MIN) for peer in owners}
         shares = balance_uploads(uploads, len(roster), self._update_ratio)
         for peer in shares:
             speed = self._given_share if peer == self._me else self._owner_pace.speed(peer)

@@ -16,6 +16,7 @@ from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.manifest import Rounds
 from shoal.protocol.messages import Contribution, PartDone, Plan, Vote
+from shoal.protocol.pace import LINE_SAMPLES_MIN
 from shoal.protocol.round_state import OWNERS_WINDOW, SENDERS_WINDOW
 from shoal.protocol.shares import MISSES_TO_SHRINK, MISSES_TO_STOP, PROBATION_ROUNDS
 from tests.unit.protocol.round_table import Seat, Table, members_of, nothing, withhold
@@ -259,7 +260,8 @@ def test_who_is_slow_at_sending_owns_less_from_its_first_part_on_and_still_contr
     victim = table.seats[2]
     for seat in table.seats:
         for other in table.seats:
-            seat.core._sender_pace.note_part(other.peer, 5.0 if other is victim else 0.1)
+            for _ in range(LINE_SAMPLES_MIN):
+                seat.core._sender_pace.note_part(other.peer, 5.0 if other is victim else 0.1)
     for number in range(1, 6):
         lead, plan = play(table, number)
         assert lead is victim or owned(plan, victim) == set()
