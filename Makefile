@@ -16,10 +16,10 @@ SWARMS ?= $(if $(filter 1,$(JOBS)),1,2)
 demo: setup  ## the main job: a local swarm that trains, loses a peer and gains one (REPORT=file, TEXT=path)
 	$(SHOAL) demo $(if $(TEXT),--text $(TEXT)) $(if $(REPORT),--report $(REPORT))
 
-test: setup  ## unit, property, simulation and end-to-end tests
-	$(BIN)/python -m pytest -n $(JOBS) tests/unit tests/properties tests/sim
-	$(BIN)/python -m pytest -n $(SWARMS) -m "not alone" tests/e2e
-	$(BIN)/python -m pytest -m alone tests/e2e
+test: setup  ## unit, property, simulation and end-to-end tests; LONG=1: also those that take a minute each
+	$(BIN)/python -m pytest -n $(JOBS) --durations=15 $(if $(LONG),,-m "not long") tests/unit tests/properties tests/sim
+	$(BIN)/python -m pytest -n $(SWARMS) --durations=15 -m "not alone$(if $(LONG),, and not long)" tests/e2e
+	$(BIN)/python -m pytest -m "alone$(if $(LONG),, and not long)" tests/e2e
 
 lint: setup  ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff format --check .

@@ -147,6 +147,7 @@ def test_scripts_and_daemons_come_and_go(tmp_path: Path, module: Path) -> None:
         swarm.end()
 
 
+@pytest.mark.long
 def test_the_processes_of_one_script_take_part_as_one(tmp_path: Path, module: Path) -> None:
     ranks = write_module(module.parent, "sine_ranks", WATCHED)
     swarm = Swarm(tmp_path, founders=2, draft=replace_task(TASK), create_options=("--allow-task", SINE_LOOP))

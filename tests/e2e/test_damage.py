@@ -93,6 +93,7 @@ def test_a_peer_mends_every_file_that_can_be_mended_and_votes_again(swarm: Swarm
     swarm.check_roots()
 
 
+@pytest.mark.long
 def test_a_backup_that_is_put_back_is_noticed(swarm: Swarm, tmp_path: Path) -> None:
     uri, first, _, third = start_three(swarm)
     backup = tmp_path / "backup"

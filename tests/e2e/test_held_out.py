@@ -40,6 +40,7 @@ def read_metric(peer: Peer, name: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.long
 def test_all_show_the_same_newest_measurement_and_its_author(swarm: Swarm) -> None:
     first = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest))
     swarm.wait("the first peer answers", lambda: first.status() is not None)

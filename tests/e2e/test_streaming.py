@@ -1,5 +1,5 @@
-"""Swarms whose peers train on beside the exchange: of one fragment in turn, by estimates, with Adam; kill, catch-up,
-verification, export."""
+"""Swarms whose peers train on beside the exchange: of one fragment in turn with outer Adam, and by estimates; kill,
+catch-up, verification, export."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +13,9 @@ FRAGMENTS = 3
 STREAMING = DRAFT.replace("[training]\n", '[training]\nstrategy = "overlapped"\noverlap_steps = 10\n').replace(
     "[rounds]\n", f"[rounds]\nfragments = {FRAGMENTS}\n"
 )
+STREAMING += '[outer]\noptimizer = "adam"\nlearning_rate = 0.03\nmomentum = 0.9\n'
 EAGER = DRAFT.replace("[training]\n", '[training]\nstrategy = "eager"\noverlap_steps = 10\n')
 EAGER += "[outer]\nmomentum_every = 2\nmomentum_clip = 0.1\n"
-ADAM = DRAFT.replace("[training]\n", '[training]\nstrategy = "delayed"\noverlap_steps = 10\n')
-ADAM += '[outer]\noptimizer = "adam"\nlearning_rate = 0.03\nmomentum = 0.9\n'
 
 
 @pytest.fixture
@@ -26,7 +25,10 @@ def swarm(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Swarm]:
     made.end()
 
 
-@pytest.mark.parametrize("swarm", [STREAMING, EAGER, ADAM], ids=["streaming", "eager", "adam"], indirect=True)
+WAYS = [pytest.param(STREAMING, id="fragments and Adam"), pytest.param(EAGER, id="eager", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("swarm", WAYS, indirect=True)
 def test_a_swarm_that_trains_on_survives_a_kill_and_takes_a_newcomer_in(swarm: Swarm) -> None:
     first = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest))
     swarm.wait("the first peer answers", lambda: first.status() is not None)

@@ -125,6 +125,7 @@ def test_a_swarm_trains_a_causal_language_model_on_tokens(tmp_path: Path) -> Non
         swarm.end()
 
 
+@pytest.mark.long
 def test_a_swarm_trains_adapters_on_weights_that_each_member_has(tmp_path: Path) -> None:
     """The draft names the folder alone; a third peer has other weights."""
     torch, transformers = (pytest.importorskip(name, reason="an extra") for name in ("torch", "transformers"))
@@ -164,6 +165,7 @@ def test_a_swarm_trains_adapters_on_weights_that_each_member_has(tmp_path: Path)
     assert len(adapter) == 16 and all(one.any() for one in adapter.values())
 
 
+@pytest.mark.long
 def test_a_swarm_trains_on_a_streamed_data_set_and_a_restart_goes_on_in_it(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="an extra")
     data = tmp_path / "data"
@@ -195,6 +197,7 @@ def test_a_swarm_trains_on_a_streamed_data_set_and_a_restart_goes_on_in_it(tmp_p
         swarm.end()
 
 
+@pytest.mark.long
 def test_a_data_set_with_another_column_is_told_in_the_status(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="an extra")
     data = tmp_path / "a.jsonl"

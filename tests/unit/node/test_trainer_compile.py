@@ -59,6 +59,7 @@ def sine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.long
 def test_a_compiled_loss_takes_the_same_steps_and_its_first_step_is_no_hang(tmp_path: Path) -> None:
     """It compiles for longer than `stall_timeout_s`, on any machine that is not very fast."""
 

@@ -30,6 +30,7 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.long
 def test_they_train_evaluate_merge_and_stop_as_one(tmp_path: Path) -> None:
     async def test() -> None:
         async with make_trainer(replace(RANKED, threads=4), folder=tmp_path / "trainer") as (trainer, events):
@@ -77,6 +78,7 @@ def test_a_follower_that_is_killed_ends_the_trainer_which_can_be_started_again(t
     run(test())
 
 
+@pytest.mark.long
 def test_a_first_process_that_is_killed_leaves_none_behind(tmp_path: Path) -> None:
     async def test() -> None:
         async with make_trainer(RANKED, folder=tmp_path / "trainer") as (trainer, events):
@@ -109,6 +111,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.long
 def test_none_outlives_the_daemon(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as parent:

@@ -136,6 +136,7 @@ def test_ranks_take_the_steps_of_one_process(tmp_path: Path, count: int, batch_s
     assert told == [], "a process that is told to end is none that died"
 
 
+@pytest.mark.long
 def test_every_rank_stands_on_the_same_trained_weights(tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     task = make_lm_task({**GPT2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0})
@@ -168,6 +169,7 @@ def test_a_checkpoint_holds_each_tensor_once_and_one_process_goes_on_from_it(tmp
     assert isinstance(ready, Ready) and np.array_equal(alone[1], memory[1])
 
 
+@pytest.mark.long
 def test_a_rank_that_runs_out_of_memory_halves_the_pieces_of_all(tmp_path: Path) -> None:
     (expected,), alone = train_alone()
     with uneven_start(tmp_path, "memory") as start, open_ranks(tmp_path, start) as (loop, memory, _):
@@ -205,6 +207,7 @@ def test_a_rank_that_dies_is_named(tmp_path: Path) -> None:
         assert not loop.training
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     with uneven_start(tmp_path, "SIGSTOP") as start, open_ranks(tmp_path, start) as (loop, _, told):
         *_, last = train(loop, TRAINING.inner_steps)
