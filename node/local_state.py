@@ -94,7 +94,8 @@ class LocalState:
         anchor = Anchor(round=0, digest=swarm, voters=manifest.founders)
         self.trail = CertificateTrail(stores.ledger, anchor, manifest.authority(swarm))
         self.head: Head
-        self.apply_s: float | None = None  # what the last outer step took
+        self.apply_s: float | None = None  # what the last outer step took; the first one loads compiled loops
+        self._stepped = False
         self.roots: dict[int, bytes] = {}  # state roots by round, for the report; bounded by rounds_kept
         self._snapshot_task: asyncio.Task[None] | None = None
         self._updates: dict[int, Sizes] = {}  # the retained rounds' blobs; bounded by what is kept
@@ -211,7 +212,9 @@ class LocalState:
     def _advance(self, result: Result, encoded: Mapping[bytes, bytes | memoryview]) -> Head:
         began_s = time.perf_counter()
         root = self.replica.apply(result, encoded)
-        self.apply_s = time.perf_counter() - began_s if result.parts else self.apply_s
+        if result.parts and self._stepped:
+            self.apply_s = time.perf_counter() - began_s
+        self._stepped = self._stepped or bool(result.parts)
         return Head(round=result.round, digest=digest_record(result), state_root=root, voters=result.voters)
 
     def save_certificate(self, certificate: Certificate) -> None:

@@ -172,5 +172,6 @@ class Replay:
             log.info("round %d was not applied within %.0f s", result.round, APPLY_TIMEOUT_S)
             return False
         took_s = self._loop.time() - began_s
-        self.apply_s = took_s if self.apply_s is None else 0.7 * self.apply_s + 0.3 * took_s
+        if self._state.apply_s is not None:  # a process's first outer step says nothing of the next ones
+            self.apply_s = took_s if self.apply_s is None else 0.7 * self.apply_s + 0.3 * took_s
         return True

@@ -110,6 +110,15 @@ async def test_an_empty_folder_is_round_0(tmp_path: Path) -> None:
         assert state.load_certificates(1, 16) == ()
 
 
+async def test_the_first_outer_step_of_a_process_is_not_what_one_takes(tmp_path: Path) -> None:
+    with opened(tmp_path) as state:
+        await state.restore()
+        await commit(state, 1, 1)
+        assert state.apply_s is None, "it loaded the compiled loops"
+        await commit(state, 2, 2)
+        assert state.apply_s is not None and state.apply_s > 0
+
+
 @pytest.mark.parametrize("rounds", [1, 4, 5, 7, 9, 13])
 async def test_a_restart_gives_the_state_before(tmp_path: Path, rounds: int) -> None:
     await fill(tmp_path, rounds)
