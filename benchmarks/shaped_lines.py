@@ -24,7 +24,6 @@ from shoal.node.bench.allreduce import AllreduceOptions, Place, run_allreduce
 from shoal.node.bench.commands import describe_machine
 from shoal.node.pacer import BYTES_PER_MBIT
 from shoal.protocol.codecs import CODECS
-from shoal.protocol.manifest import PART_ELEMENTS
 from tests.natlab.lab import Lab
 from tests.natlab.needs import find_missing
 from tests.natlab.wire import Impairment
@@ -67,7 +66,7 @@ def main() -> int:
     parser.add_argument("--loss", type=float, default=0.0, help="share of the packets, on every line and way")
     parser.add_argument("--slow-mbit", type=float, help="the rate of the last peer's line")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--part-elements", type=int, default=PART_ELEMENTS)
+    parser.add_argument("--part-elements", type=int)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

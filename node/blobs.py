@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 from blake3 import blake3
@@ -35,6 +36,11 @@ class BlobStore:
         self._whole: set[bytes] = set()  # what this process wrote or read; any other file may be torn
         self._fetched: set[bytes] = set()  # what was written as a copy of what others hold, and is not durable yet
         self._unsynced: set[bytes] = set()  # what the disk refused to make durable, though it reads well from memory
+        # Of every blob the number of its last write in this process, and that which a sync made durable: a blob that
+        # is removed and written again while a thread makes it durable gets another number.
+        self._writes = count(1)
+        self._written: dict[bytes, int] = {}
+        self._durable: dict[bytes, int] = {}
         for path in self._folder.glob("??/*"):
             if path.suffix == _TEMPORARY:
                 path.unlink()  # a write that a crash cut short
@@ -60,14 +66,17 @@ class BlobStore:
             temporary.unlink(missing_ok=True)  # on a full disk, space is what the next try needs
             raise
         self._whole.add(digest)
+        self._written[digest] = next(self._writes)
         if fetched:
             self._fetched.add(digest)
         self.stored_bytes += 0 if is_there else len(raw)
 
     def sync(self, digests: Iterable[bytes]) -> None:
         """Force these blobs, and their names, to the disk. Raises OSError; they must be written again then, because a
-        system reports a write that it lost once and calls the next sync a success."""
-        wanted = tuple(digest for digest in digests if digest not in self._fetched)
+        system reports a write that it lost once and calls the next sync a success. What was made durable before, for a
+        vote, is not asked of the disk again."""
+        writes = {digest: self._written.get(digest, 0) for digest in digests if digest not in self._fetched}
+        wanted = [digest for digest, write in writes.items() if self._durable.get(digest) != write]
         if not wanted:
             return
         self._unsynced.update(wanted)
@@ -78,6 +87,7 @@ class BlobStore:
             list(threads.map(sync_path, sorted({path.parent for path in paths})))
         sync_path(self._folder)
         self._unsynced.difference_update(wanted)
+        self._durable.update((digest, writes[digest]) for digest in wanted)
 
     def sync_fetched(self) -> None:
         """Force what was fetched to the disk, all at once. A power cut before that costs fetching it again."""
@@ -114,6 +124,8 @@ class BlobStore:
         self._whole.discard(digest)
         self._unsynced.discard(digest)
         self._fetched.discard(digest)
+        self._written.pop(digest, None)
+        self._durable.pop(digest, None)
         try:
             size = path.stat().st_size
             path.unlink()

@@ -303,10 +303,15 @@ def size_parts(draft: Draft, text: str, elements: int) -> Draft:
     rounds = parse_toml(text, ManifestError).get("rounds", {})
     if "part_elements" in rounds:
         return draft
+    return replace(draft, rounds=replace(draft.rounds, part_elements=choose_part_elements(elements)))
+
+
+def choose_part_elements(elements: int) -> int:
+    """The size of parts for a model of so many parameters: what a part costs apart from its bytes counts little."""
     size = PART_ELEMENTS
     while size < PART_ELEMENTS_MAX and size * PARTS_WANTED < elements:
         size *= 2
-    return replace(draft, rounds=replace(draft.rounds, part_elements=size))
+    return size
 
 
 def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[PeerId, ...]) -> Manifest:

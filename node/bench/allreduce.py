@@ -32,13 +32,13 @@ from shoal.protocol.errors import ConfigError, ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import (
-    PART_ELEMENTS,
     PART_ELEMENTS_MAX,
     Draft,
     Manifest,
     Outer,
     Rounds,
     Task,
+    choose_part_elements,
     make_manifest,
     sign_manifest,
 )
@@ -70,7 +70,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllreduceOptions:
-    """`folder` is where the peers' files lie for so long; None is the system's place for such."""
+    """`folder` is where the peers' files lie for so long; None is the system's place for such. `part_elements` None is
+    what a swarm with a model of this size would have."""
 
     peers: int = 4
     mib: float = 64.0
@@ -78,7 +79,7 @@ class AllreduceOptions:
     update_codec: str | None = None
     aggregator: str = "mean"
     rounds: int = 5
-    part_elements: int = PART_ELEMENTS
+    part_elements: int | None = None
     folder: Path | None = None
 
     def __post_init__(self) -> None:
@@ -95,9 +96,10 @@ class AllreduceOptions:
             raise ConfigError("--update-codec", problem, f"use one of: {', '.join(UPDATE_CODECS)}")
         if not 1 <= self.rounds <= 1000:
             raise ConfigError("--rounds", f"is {self.rounds}", "use 1 to 1000")
-        if not 256 <= self.part_elements <= PART_ELEMENTS_MAX or self.part_elements % 256:
+        size = self.part_elements
+        if size is not None and (not 256 <= size <= PART_ELEMENTS_MAX or size % 256):
             fix = f"use a multiple of 256, {PART_ELEMENTS_MAX} at most"
-            raise ConfigError("--part-elements", f"is {self.part_elements}", fix)
+            raise ConfigError("--part-elements", f"is {size}", fix)
         if self.folder is not None and not self.folder.is_dir():
             raise ConfigError("--folder", f"{self.folder} is no folder", "make it, or give another")
 
@@ -123,7 +125,7 @@ class AllreduceOptions:
             exchange_timeout_s=ROUND_TIMEOUT_S,
             commit_timeout_s=ROUND_TIMEOUT_S,
             snapshot_every=10_000,
-            part_elements=self.part_elements,
+            part_elements=self.part_elements or choose_part_elements(self.elements),
         )
 
 

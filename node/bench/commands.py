@@ -16,7 +16,6 @@ from shoal.node.process import count_cores
 from shoal.protocol.aggregators import AGGREGATORS
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.errors import ConfigError
-from shoal.protocol.manifest import PART_ELEMENTS
 
 REPEATS = 5
 
@@ -33,9 +32,7 @@ def add_bench_parsers(bench: argparse.ArgumentParser) -> None:
     allreduce.add_argument("--update-codec", help="that of the update; default: the same")
     allreduce.add_argument("--aggregator", default="mean", help=f"one of {', '.join(AGGREGATORS)} (default: mean)")
     allreduce.add_argument("--rounds", type=int, default=REPEATS, help=f"that are measured (default: {REPEATS})")
-    allreduce.add_argument(
-        "--part-elements", type=int, default=PART_ELEMENTS, help=f"as in the manifest (default: {PART_ELEMENTS})"
-    )
+    allreduce.add_argument("--part-elements", type=int, help="as in the manifest; default: as a swarm would have it")
     allreduce.add_argument("--folder", type=Path, help="where the peers' files lie; default: the system's for such")
     codecs = commands.add_parser("codecs", help="speed, size and error of every codec, on one core")
     links = commands.add_parser("links", help="tensor links between two processes on this machine")
@@ -145,7 +142,7 @@ def _bench_allreduce(options: argparse.Namespace, data_dir: Path, say: Say) -> t
     ]
     codecs = wanted.codec if wanted.update_codec is None else f"{wanted.codec} up and {wanted.update_codec} down"
     head = f"{wanted.peers} peers on this machine, {wanted.mib:g} MiB of float32 each, {codecs}, "
-    head += f"medians of {len(steps)} certified rounds"
+    head += f"parts of {wanted.make_rounds().part_elements:,}, medians of {len(steps)} certified rounds"
     return (
         {"allreduce": result.to_json(), "limit": asdict(limit), "machine": asdict(machine)},
         [head, *format_table(("", "", ""), rows, "<><")[1:]],

@@ -184,9 +184,46 @@ def test_what_was_fetched_is_made_durable_at_once_and_not_with_each_round(
     assert {path_of(tmp_path, name(raw)) for raw in others[:2]} <= set(synced)
     synced.clear()
     store.sync_fetched()
-    assert synced == []
     store.sync([name(others[0])])
-    assert path_of(tmp_path, name(others[0])) in synced
+    assert synced == []
+
+
+def test_what_is_durable_is_not_made_so_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    BlobStore(tmp_path).write(name(b"of an earlier process"), b"of an earlier process")
+    store, synced = BlobStore(tmp_path), list[Path]()
+    store.write(name(RAW), RAW)
+    monkeypatch.setattr(blobs, "sync_path", synced.append)
+    wanted = [name(RAW), name(b"of an earlier process")]
+    store.sync(wanted)
+    assert {path_of(tmp_path, one) for one in wanted} <= set(synced), "a process that was killed may not have done it"
+    synced.clear()
+    store.write(name(RAW), RAW)
+    store.sync(wanted)
+    assert synced == []
+    store.remove(name(RAW))
+    store.write(name(RAW), RAW)
+    store.sync(wanted)
+    assert path_of(tmp_path, name(RAW)) in synced and path_of(tmp_path, wanted[1]) not in synced
+
+
+def test_a_blob_that_is_written_again_while_it_is_synced_is_synced_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, synced = BlobStore(tmp_path), list[Path]()
+    store.write(name(RAW), RAW)
+
+    def sync(path: Path) -> None:
+        if not synced:
+            store.remove(name(RAW))
+            store.write(name(RAW), RAW)
+        synced.append(path)
+
+    monkeypatch.setattr(blobs, "sync_path", sync)
+    store.sync([name(RAW)])
+    synced.append(tmp_path)
+    count = len(synced)
+    store.sync([name(RAW)])
+    assert path_of(tmp_path, name(RAW)) in synced[count:]
 
 
 def test_a_fetched_blob_that_retention_removes_while_all_are_synced_is_no_failure(
