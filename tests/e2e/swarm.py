@@ -14,7 +14,10 @@ from shoal.node.status import Status, StatusError, fetch_status
 from shoal.protocol.errors import InputError
 from tests.e2e.shaping_proxy import HOST, ShapedNetwork, choose_port
 
-WAIT_S = 90.0
+# Generous: on a busy machine a process may stand still for seconds, and what is waited for comes in the end or never.
+WAIT_S = 180.0
+EXIT_S = 120.0
+COMMAND_S = 180.0
 POLL_S = 0.1
 MARK = "SHOAL_TEST_SWARM"  # in the environment of every process that a swarm starts, and of their children
 # As small as a GPT gets: what is tested is the swarm around it.
@@ -131,9 +134,26 @@ class Peer:
         self.roots[status.round.round - 1] = status.round.state_root
         return status
 
+    def ask(self) -> Status:
+        """What it says now, as soon as it answers: for who needs the answer, and not only a condition to hold."""
+        answers: list[Status] = []
+
+        def has_answered() -> bool:
+            status = self.status()
+            answers.extend([] if status is None else [status])
+            return bool(answers)
+
+        self.swarm.wait(f"{self.name} answers", has_answered)
+        return answers[0]
+
+    @property
+    def head(self) -> int:
+        """The newest round that it has applied, as soon as it answers."""
+        return self.ask().round.round - 1
+
     @property
     def round(self) -> int:
-        """The newest round that it has applied, -1 while it does not answer."""
+        """The newest round that it has applied, -1 while it does not answer: for conditions that are waited for."""
         status = self.status()
         return -1 if status is None else status.round.round - 1
 
@@ -148,13 +168,11 @@ class Peer:
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(EXIT_S)
 
     def leave(self) -> int:
         """Ctrl-C, and the exit code."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(40)
+        return leave_together(self)[0]
 
     def log(self) -> str:
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
@@ -225,12 +243,21 @@ class Swarm:
                 peer.kill()
 
 
+def leave_together(*peers: Peer) -> list[int]:
+    """Ctrl-C for all of them at once, and their exit codes."""
+    processes = [peer.process for peer in peers if peer.process is not None]
+    assert len(processes) == len(peers), "all of them were started"
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    return [process.wait(EXIT_S) for process in processes]
+
+
 SHOAL = (sys.executable, "-P", "-m", "shoal.node")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """One command to its end."""
-    return subprocess.run([*SHOAL, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([*SHOAL, *arguments], capture_output=True, text=True, timeout=COMMAND_S, check=False)
 
 
 def _round_in(text: str) -> int:
