@@ -21,7 +21,7 @@ LOST = re.compile(
 )
 
 
-OVERLAPPED = '[training]\nstrategy = "overlapped"\noverlap_steps = 100\n'
+OVERLAPPED = '[training]\nstrategy = "overlapped"\noverlap_steps = 50\n'
 
 
 @pytest.fixture
