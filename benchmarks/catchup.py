@@ -70,7 +70,7 @@ def measure(log: Log, folder: Path, missed: int, donors: int, line: float) -> di
             processes.append(donor.start())
             wait(f"donor {number} is ready", donor)
         place = folder / "joiner"
-        fill_folder(log, place, head, updates=False, snapshots=[head] if head else [])
+        fill_folder(log, place, head, updates_after=head, snapshots=[head] if head else [])
         joiner = LogPeer(
             data_dir=str(place),
             control_port=choose_port(ports),

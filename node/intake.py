@@ -150,7 +150,8 @@ class Intake:
         self._reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
 
     async def _take_entries(self, peer: PeerId, message: LedgerEntries) -> None:
-        assert self._ports is not None, "spawned by take_message"
+        if self._ports is None:
+            return  # closed before this had its turn
         try:
             await self._ports.ledger.take(message)
         except ProtocolError as error:
@@ -228,8 +229,9 @@ class Intake:
         return refusal is None
 
     def _turn_away(self, peer: PeerId, ends: bool) -> None:
-        """The gate has let it wait for long enough."""
-        assert self._ports is not None, "the gate acts while this is open"
+        """The gate has let it wait for long enough. It looks until the daemon's tasks end, also when this is closed."""
+        if self._ports is None:
+            return
         if ends:
             self._reporter.metrics.hang_ups[Refusal.NOT_ADMITTED].add()
             if (peer, Refusal.NOT_ADMITTED) not in self._told and len(self._told) < TOLD_MAX:
@@ -240,7 +242,8 @@ class Intake:
 
     def _end_stranger(self, peer: PeerId) -> None:
         """It was admitted and is so no more."""
-        assert self._ports is not None, "the gate acts while this is open"
+        if self._ports is None:
+            return
         self._ports.hang_up(peer, Refusal.NOT_ADMITTED)
         self._ports.membership.connection_lost(peer)
 

@@ -172,8 +172,9 @@ class _Maker:
         self._head = Head(round=number, digest=digest, state_root=root, voters=result.voters)
 
 
-def fill_folder(log: Log, folder: Path, head: int, *, updates: bool = True, snapshots: Iterable[int] = ()) -> None:
-    """What the disk of a peer holds that stands at `head`. Large files are linked, not copied."""
+def fill_folder(log: Log, folder: Path, head: int, *, updates_after: int = 0, snapshots: Iterable[int] = ()) -> None:
+    """What the disk of a peer holds that stands at `head`, with the updates of later rounds than `updates_after`. Large
+    files are linked, not copied."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST_FILE).write_bytes(log.signed)
     with LedgerStore.open(folder / "ledger.sqlite") as ledger:
@@ -188,9 +189,7 @@ def fill_folder(log: Log, folder: Path, head: int, *, updates: bool = True, snap
         for suffix in ("safetensors", "index"):
             name = f"{number:08d}.{suffix}"
             os.link(log.folder / "snapshots" / name, folder / "snapshots" / name)
-    if not updates:
-        return
-    for certificate in log.certificates[log.updates_from - 1 : head]:
+    for certificate in log.certificates[max(log.updates_from - 1, updates_after) : head]:
         for part in certificate.result.parts:
             place = blob_path(folder / "blobs", part.digest)
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -40,10 +40,8 @@ def examine(*arguments: str, folder: Path) -> tuple[int, dict[str, Any], Rows]:
 
 def test_doctor_of_a_swarm(swarm: Swarm) -> None:
     first = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest))
-    swarm.wait("the first peer answers", lambda: first.status() is not None)
-    status = first.status()
-    assert status is not None
-    second = swarm.add("peer2").start("join", status.uri)
+    uri = first.ask().uri
+    second = swarm.add("peer2").start("join", uri)
     swarm.wait("three rounds", lambda: min(first.round, second.round) >= 3)
 
     # Beside the running daemon.
@@ -58,7 +56,7 @@ def test_doctor_of_a_swarm(swarm: Swarm) -> None:
     assert second.leave() == 0
     dead = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
     code, report, rows = examine(
-        status.uri, "--bootstrap", dead, "--control-port", "0", "--tensor-port", "0",
+        uri, "--bootstrap", dead, "--control-port", "0", "--tensor-port", "0",
         "--web-port", "0", folder=second.folder,
     )  # fmt: skip
     verdicts = {check: [row["verdict"] for row in found] for check, found in rows.items()}

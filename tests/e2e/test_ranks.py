@@ -43,23 +43,20 @@ def is_alive(pid: int) -> bool:
 
 
 def device_of(peer: Peer) -> str:
-    status = peer.status()
-    return "" if status is None else status.training.device
+    return peer.ask().training.device
 
 
 def test_a_peer_of_two_processes_contributes_and_survives_the_death_of_one(swarm: Swarm) -> None:
     first = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest))
-    swarm.wait("the first peer answers", lambda: first.status() is not None)
-    status = first.status()
-    assert status is not None
+    uri = first.ask().uri
     second = swarm.add("peer2")
     (second.folder / "config.toml").write_text("[trainer]\nprocesses = 2\n")
-    second.start("join", status.uri, "--config", str(second.folder / "config.toml"))
+    second.start("join", uri, "--config", str(second.folder / "config.toml"))
     swarm.wait("two rounds with both", lambda: second.contributes_after(1))
     assert (device_of(first), device_of(second)) == ("cpu", "cpu (2 processes)")
 
     (follower,) = list_processes(second, "training.follower")
-    at = first.round
+    at = first.head
     os.kill(follower, signal.SIGKILL)
     swarm.wait("its trainer is started again and contributes", lambda: second.contributes_after(at + 1))
     told = re.search(r"rank_lost: rank 1 \(process (\d+)\) was killed by SIGKILL", second.log())

@@ -31,17 +31,15 @@ WAYS = [pytest.param(STREAMING, id="fragments and Adam"), pytest.param(EAGER, id
 @pytest.mark.parametrize("swarm", WAYS, indirect=True)
 def test_a_swarm_that_trains_on_survives_a_kill_and_takes_a_newcomer_in(swarm: Swarm) -> None:
     first = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest))
-    swarm.wait("the first peer answers", lambda: first.status() is not None)
-    status = first.status()
-    assert status is not None
-    second = swarm.add("peer2").start("join", status.uri)
+    uri = first.ask().uri
+    second = swarm.add("peer2").start("join", uri)
     swarm.wait("each fragment had its turn", lambda: min(first.round, second.round) >= FRAGMENTS + 1)
-    at = first.round
+    at = first.head
     second.kill()
     second.start("up")
     swarm.wait("the killed one contributes again", lambda: second.contributes_after(at))
-    fresh = swarm.add("peer3").start("join", status.uri)
-    at = first.round
+    fresh = swarm.add("peer3").start("join", uri)
+    at = first.head
     swarm.wait("a newcomer catches up and contributes", lambda: fresh.contributes_after(at))
     for peer in (fresh, second, first):
         assert peer.leave() == 0, peer.log()[-2000:]

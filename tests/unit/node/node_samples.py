@@ -72,7 +72,7 @@ from tests.unit.node.path_samples import make_gate, make_line, make_paths, make_
 from tests.unit.node.planes import MakeControl, in_memory
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 TICK_S = 0.005
 LINKS = LinkConfig(host="127.0.0.1", tick_s=0.05, goodbye_timeout_s=2.0)
 # Nothing that a test waits for is a time-out, unless it is about one.

@@ -38,6 +38,7 @@ from tests.unit.node.catchup_samples import (
     short_hope,
 )
 from tests.unit.node.node_samples import (
+    PATIENCE_S,
     TINY_ELEMENTS,
     WIDE_ELEMENTS,
     Peer,
@@ -65,7 +66,7 @@ async def test_when_all_donors_lie_about_chunks_nothing_is_believed_and_an_hones
     async with open_swarm(tmp_path, FAR) as (newcomer, donors, chain):
         for donor in donors:
             serve_instead(donor, corrupt)
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(PATIENCE_S):
             await newcomer.catch_up.run(donors[0].me, FAR)
         assert_untouched(newcomer, chain)
         del donors[1].exchange.serve  # the honest method of the class shows again
@@ -120,7 +121,7 @@ async def test_a_forged_certificate_is_never_believed(
 ) -> None:
     async with open_swarm(tmp_path, rounds, donors=1) as (newcomer, donors, chain):
         forge_answers(donors[0], forge)
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(PATIENCE_S):
             await newcomer.catch_up.run(donors[0].me, rounds)
         assert_untouched(newcomer, chain)
         assert [peer for peer, _ in newcomer.misbehaviours] or newcomer.other_logs == [donors[0].me]
@@ -133,7 +134,7 @@ async def test_whoever_forges_certificates_is_charged_and_the_next_one_is_asked(
 ) -> None:
     async with open_swarm(tmp_path, rounds) as (newcomer, donors, _):
         forge_answers(donors[0], forge)
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(PATIENCE_S):
             await newcomer.catch_up.run(donors[0].me, rounds)
         assert_same_state(newcomer, donors[1])
         assert {peer for peer, _ in newcomer.misbehaviours} == {donors[0].me}
@@ -143,7 +144,7 @@ async def test_whoever_forges_certificates_is_charged_and_the_next_one_is_asked(
 async def test_a_chain_that_others_than_the_voters_signed_is_never_believed(tmp_path: Path, rounds: int) -> None:
     async with open_swarm(tmp_path, rounds, donors=1) as (newcomer, donors, chain):
         forge_answers(donors[0], lambda one: sign_by_others(one, newcomer.swarm.id))
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(PATIENCE_S):
             await newcomer.catch_up.run(donors[0].me, rounds)
         assert_untouched(newcomer, chain)
         assert newcomer.misbehaviours == [(donors[0].me, Refusal.NOT_A_MEMBER)]
@@ -160,7 +161,7 @@ async def test_a_chain_with_a_hole_is_not_followed(tmp_path: Path, rounds: int, 
             return replace(message, certificates=message.certificates[skip:])
 
         rewrite_answers(donors[0], cut)
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(PATIENCE_S):
             await newcomer.catch_up.run(donors[0].me, rounds)
         assert_untouched(newcomer, chain)
 
@@ -202,7 +203,7 @@ async def test_a_voter_set_of_the_liars_own_choice_does_not_carry_a_chain(tmp_pa
             return message
 
         rewrite_answers(donors[0], answer)
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(PATIENCE_S):
             await newcomer.catch_up.run(donors[0].me, FAR)
         assert_untouched(newcomer, chain)
 
@@ -224,7 +225,7 @@ async def test_a_snapshot_whose_index_is_not_the_certified_one_is_refused(tmp_pa
         for donor in donors:
             donor.exchange.serve = serve  # type: ignore[method-assign]
             rewrite_answers(donor, lambda one: lie if isinstance(one, SnapshotAnswer) else one)
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(PATIENCE_S):
             await newcomer.catch_up.run(donors[0].me, FAR)
         assert_untouched(newcomer, chain)
         assert not chunks.keys() & asked.keys(), "an index is checked before a byte of it is fetched"
@@ -244,7 +245,7 @@ async def test_a_bad_index_costs_a_retry(tmp_path: Path, fault: str) -> None:
             "no answer to it": PeersAnswer(presences=()),
         }
         rewrite_answers(donors[0], lambda one: lies[fault] if isinstance(one, SnapshotAnswer) else one)
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(PATIENCE_S):
             await newcomer.catch_up.run(donors[0].me, FAR)
         assert_same_state(newcomer, donors[1])
         assert newcomer.state.stores.snapshots.rounds() == [SNAPSHOT]

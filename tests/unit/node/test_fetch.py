@@ -15,6 +15,7 @@ from shoal.node.link_port import Address, FetchFailed, FetchFailure, LinkEnd, Li
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.fetch_plan import Piece
 from shoal.protocol.identity import PeerId
+from tests.unit.node.node_samples import PATIENCE_S
 from tests.unit.protocol.samples import PEERS
 
 A, B, C = PEERS[:3]
@@ -75,7 +76,7 @@ class Sink:
             lied=self.liars.add,
         )
         before = asyncio.all_tasks()
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(PATIENCE_S):
             async with Transfer(self.links, ports) as transfer:  # type: ignore[arg-type]
                 yield transfer
             assert asyncio.all_tasks() == before, "nothing goes on"

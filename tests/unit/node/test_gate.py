@@ -102,6 +102,15 @@ async def show(peer: Peer, puppet: Puppet, proof: AdmissionProof | None) -> None
 # -- who waits -------------------------------------------------------------------------------------------------------
 
 
+async def test_a_gate_that_looks_when_the_intake_is_closed_tells_nobody_anything(tmp_path: Path) -> None:
+    """The daemon ends its tasks a while after it has closed the intake."""
+    async with open_gate(tmp_path, "listed") as (peer, puppet):
+        await wait_until(lambda: peer.gate._waiting)
+        peer.intake.close()
+        pass_grace(peer)
+        assert is_connected(peer, puppet) and not puppet.heard(Refused)
+
+
 @pytest.mark.parametrize("rule", ["listed", "invited"])
 async def test_of_a_stranger_nothing_is_taken_and_little_is_answered(tmp_path: Path, rule: str) -> None:
     async with open_gate(tmp_path, rule) as (peer, puppet):

@@ -117,6 +117,18 @@ async def test_bytes_that_are_no_message_are_counted(tmp_path: Path, spoil: obje
         assert is_connected(peer, puppet), "once is no habit"
 
 
+async def test_what_has_its_turn_when_the_intake_is_closed_is_dropped(tmp_path: Path) -> None:
+    """The daemon ends its tasks a while after it has closed the intake."""
+    async with open_target(tmp_path) as (peer, puppet):
+        entries = puppet.encode(LedgerEntries(payload=b"", batches=(b"no batch",)))
+        before = asyncio.all_tasks()
+        peer.intake.take_message(puppet.me, entries)
+        (taking,) = asyncio.all_tasks() - before
+        peer.intake.close()
+        await taking
+        assert peer.misbehaviours == []
+
+
 async def test_a_message_of_another_swarm_is_counted_and_told_once(tmp_path: Path) -> None:
     swarm = make_samples()
     async with (

@@ -25,7 +25,7 @@ from shoal.protocol.identity import PeerId, format_peer_id
 from shoal.protocol.messages import LedgerEntries, Reconcile, decode_message_untrusted, encode_message
 from shoal.protocol.quorum import find_evaluator
 from tests.unit.node.exposition import read
-from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, open_peers, wait_until
+from tests.unit.node.node_samples import PATIENCE_S, Peer, make_chain, make_samples, open_peer, open_peers, wait_until
 from tests.unit.node.puppet import open_puppet
 
 WALL_MS = 1_760_000_000_000
@@ -237,7 +237,7 @@ async def test_a_conversation_without_end_is_ended(tmp_path: Path) -> None:
 
         first = begin(peer.ledger.ledger, bytes(SALT_BYTES))
         puppet.answer = answer
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             assert await peer.ledger.reconcile(puppet.me) == 0
         assert 1 <= asked <= ROUND_TRIPS_MAX
 

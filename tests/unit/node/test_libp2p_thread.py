@@ -12,7 +12,7 @@ from shoal.node.control import ControlStopped
 from shoal.node.libp2p_thread import TrioThread
 from shoal.protocol.errors import ConfigError, ProtocolError, Refusal
 
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from shoal.node.interfaces import InterfaceAddress, Interfaces, InterfaceWatch
 from shoal.node.mdns import Found, FoundPeers, Mdns, MdnsPorts, decode_txt_untrusted, encode_txt, tag_swarm
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId, format_peer_id
+from tests.unit.node.node_samples import PATIENCE_S
 from tests.unit.protocol.samples import PEERS, SWARM
 
 ANNA, BEN, CARL = PEERS[:3]
@@ -144,8 +145,8 @@ async def test_own_words_and_rubbish_are_not_told() -> None:
 async def test_two_peers_of_one_swarm_find_each_other_and_no_other() -> None:
     anna, ben, stranger = Side(ANNA), Side(BEN), Side(CARL, swarm=b"x" * 32)
     async with stranger.running(), anna.running(), ben.running():
-        assert await asyncio.wait_for(anna.found.get(), 30.0) == Found(peer=BEN, addresses=(address(BEN),))
-        assert await asyncio.wait_for(ben.found.get(), 30.0) == Found(peer=ANNA, addresses=(address(ANNA),))
+        assert await asyncio.wait_for(anna.found.get(), PATIENCE_S) == Found(peer=BEN, addresses=(address(BEN),))
+        assert await asyncio.wait_for(ben.found.get(), PATIENCE_S) == Found(peer=ANNA, addresses=(address(ANNA),))
     assert stranger.found.empty() and anna.failures == ben.failures == []
 
 
@@ -161,7 +162,7 @@ async def test_no_multicast_is_told_once_and_tried_again(monkeypatch: pytest.Mon
     side = Side(ANNA)
     async with side.running():
         for _ in range(3):
-            await asyncio.wait_for(tried.acquire(), 5.0)
+            await asyncio.wait_for(tried.acquire(), PATIENCE_S)
     assert side.failures == [Failure.MULTICAST_UNAVAILABLE]
 
 
@@ -179,4 +180,4 @@ async def test_without_a_network_it_waits_for_one(monkeypatch: pytest.MonkeyPatc
         assert not opened.is_set()
         side.interfaces = LOOPBACK
         assert side.watch.check()
-        await asyncio.wait_for(opened.wait(), 5.0)
+        await asyncio.wait_for(opened.wait(), PATIENCE_S)

@@ -32,6 +32,7 @@ from shoal.node.port_mapping import (
 from shoal.node.portmap import Open, PortMapper, PortMapperPorts, Wanted, open_by_nat_pmp, open_by_upnp
 from shoal.protocol.errors import Failure
 from tests.unit.node.gateways import EXTERNAL_IP, OWN_IP, run_pmp_router
+from tests.unit.node.node_samples import PATIENCE_S
 
 HOME = Interfaces(
     addresses=(InterfaceAddress(interface="eth0", ip="192.168.1.5", prefix_bits=24),),
@@ -135,7 +136,7 @@ def running(mapper: PortMapper) -> Iterator[asyncio.Task[None]]:
 
 async def until(lab: Lab, count: int) -> PortMappings:
     """The so-manieth state that was told."""
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(PATIENCE_S):
         while len(lab.told) < count:
             await asyncio.sleep(0)
     return lab.told[count - 1]
@@ -376,7 +377,7 @@ async def test_a_mapper_that_is_stopped_in_the_middle_undoes_its_half() -> None:
 
     gateway.add = add_slowly  # type: ignore[method-assign]
     with running(lab.mapper) as task:
-        await asyncio.wait_for(reached.wait(), 5.0)
+        await asyncio.wait_for(reached.wait(), PATIENCE_S)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert gateway.asked == ["add 9460 9460", "remove 9460 9460"] and gateway.closed

@@ -11,7 +11,6 @@ import pytest
 from shoal.node.happenings import REMEDIES, HappeningKind
 from shoal.node.membership import CLOCK_SKEW_WARN_S
 from shoal.node.metrics import Deadline
-from shoal.node.reporting import NOTES_DELAY_S
 from shoal.node.status import Status
 from shoal.node.terminal import describe_status
 from shoal.protocol.effects import AttemptFailed, PartReassigned, Phase, PhaseEntered, SenderMissing
@@ -43,7 +42,7 @@ async def test_a_reason_reads_the_same_in_log_metrics_status_and_happenings(
                 assert (failed.reason, failed.remedy) == (reason.value, REMEDIES[reason])
                 assert read(peer, "round_attempt_failures_total", reason=reason.value) == 1
                 assert read(peer, "round_last_failure", reason=reason.value) == 1
-            await wait_until(lambda: len(caplog.messages) >= len(Failure), patience_s=NOTES_DELAY_S * 20)
+            await wait_until(lambda: len(caplog.messages) >= len(Failure))
         for reason, line in zip(Failure, caplog.messages, strict=True):
             assert f"attempt 3 of round 1 failed: {reason.value} ({short_peer_id(BOB)}); {REMEDIES[reason]}" == line
         assert [one.text for one in peer.reporter.feed.recent] == caplog.messages

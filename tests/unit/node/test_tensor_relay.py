@@ -23,7 +23,7 @@ from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import RelayCall
 from tests.unit.node.link_harness import on_both_loops
-from tests.unit.node.node_samples import Peer, open_peers, wait_until
+from tests.unit.node.node_samples import PATIENCE_S, Peer, open_peers, wait_until
 from tests.unit.node.relay_samples import Member, open_village, payloads_of, way_between
 
 MIB = 1024 * 1024
@@ -521,7 +521,7 @@ async def raw_connection(to: Member, first: bytes) -> AsyncIterator[tuple[asynci
 async def _ended(reader: asyncio.StreamReader) -> bool:
     """Whether the other side has hung up; waits for it."""
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             return await reader.read() == b""
     except ConnectionError:
         return True

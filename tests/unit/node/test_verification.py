@@ -52,7 +52,7 @@ class Desk:
 
     def _check(self, message: Plan, sender: PeerId, swarm: bytes) -> None:
         assert swarm == SWARM and sender in VOTERS
-        assert self.go_on.acquire(timeout=20)
+        assert self.go_on.acquire(timeout=60)
         self.checked.append(message.attempt)
 
     def _deliver(self, message: ROUND_MESSAGES, sender: PeerId) -> None:

@@ -17,6 +17,7 @@ from shoal.node.metrics import Metrics
 from shoal.node.status import Status, fetch_status
 from shoal.node.web import CLIENTS_MAX, CONNECTIONS_MAX, PortTakenError, WebServer, WebSources
 from shoal.protocol.errors import ConfigError
+from tests.unit.node.node_samples import PATIENCE_S
 
 STATIC = Path(web.__file__).parent / "static"
 
@@ -251,7 +252,7 @@ async def test_a_reader_that_does_not_read_is_dropped(status: Status, monkeypatc
     await daemon.feed.reading.wait()
     # More than all the socket buffers of a loopback connection hold.
     daemon.feed.publish(*(make_happening("x" * 400_000) for _ in range(100)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await daemon.feed.left.wait()
     writer.close()
     await server.stop()
@@ -263,7 +264,7 @@ async def test_connections_are_bounded(status: Status, monkeypatch: pytest.Monke
     port = await server.start()
     held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
     reader, one_too_many = await asyncio.open_connection("127.0.0.1", port)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         with suppress(ConnectionError):
             assert await reader.read() == b"", "hung up on without a word"
     held[0][1].write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
