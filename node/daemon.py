@@ -221,7 +221,7 @@ class Daemon:
         self.exchange.ports = ExchangePorts(
             addresses_of=lambda peer: self.membership.tensor_addresses_of(peer),
             pump=self.driver.pump,
-            now=loop.time,
+            now=self.driver.now,
             link_lost=lambda peer, reason: log.debug("tensor link to %s ended: %s", short_peer_id(peer), reason),
             admit=self.intake.why_refused,
             refusal=self.intake.link_refused,
@@ -437,7 +437,7 @@ class Daemon:
         self.reporter.happen(HappeningKind.PEER_LOST, "leaving the swarm")
         if self.config.node.role == TRAINER:
             await self.compute.stop()
-        self.core.leave(asyncio.get_running_loop().time())
+        self.core.leave(self.driver.now())
         self.driver.pump()
         self.membership.announce()
         deadline = asyncio.get_running_loop().time() + LEAVE_TIMEOUT_S
@@ -487,7 +487,7 @@ class Daemon:
     # -- presence ----------------------------------------------------------------------------------------------------
 
     def _observed(self, presence: Presence, first: bool) -> None:
-        self.core.observe(presence, asyncio.get_running_loop().time())
+        self.core.observe(presence, self.driver.now())
         self.ready_offer.correct()
         self.driver.pump()
         if first:
@@ -503,7 +503,7 @@ class Daemon:
 
     def _lost(self, lost: PeerLost) -> None:
         known = self.membership.table.newest(lost.peer)
-        self.core.lose(lost.peer, asyncio.get_running_loop().time())
+        self.core.lose(lost.peer, self.driver.now())
         self.links.doubt(lost.peer)
         self.ready_offer.correct()
         self.driver.pump()
