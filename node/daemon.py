@@ -37,7 +37,7 @@ from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.line_use import LineUse
 from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
-from shoal.node.local_state import LocalState, open_stores
+from shoal.node.local_state import LocalState, Writing, open_stores
 from shoal.node.log_repair import LogRepair
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
 from shoal.node.membership import Membership, MembershipPorts
@@ -182,8 +182,7 @@ class Daemon:
             self.reporter.happen(HappeningKind.DISK, repair.text, Severity.WARNING)
         trains = self.config.node.role == TRAINER
         stores = await asyncio.to_thread(open_stores, folder, self._store, self.config.store, contributes=trains)
-        params, momentum = self._allocate(self.manifest)
-        self.state = LocalState(self.manifest, swarm, stores, params, momentum)
+        self.state = LocalState(self.manifest, swarm, stores, *self._allocate(self.manifest))
         self.exchange = PartExchange(self.me, self.manifest, stores.blobs, stores.snapshots, self.state.memory)
         link_config = LinkConfig(host=self.config.tensor.host, port=self.config.tensor.port)
         self.links = TensorLinks(self.identity, swarm, link_config, self.exchange)
@@ -222,7 +221,7 @@ class Daemon:
         self.exchange.ports = ExchangePorts(
             addresses_of=lambda peer: self.membership.tensor_addresses_of(peer),
             pump=self.driver.pump,
-            now=loop.time,
+            now=self.driver.now,
             link_lost=lambda peer, reason: log.debug("tensor link to %s ended: %s", short_peer_id(peer), reason),
             admit=self.intake.why_refused,
             refusal=self.intake.link_refused,
@@ -260,11 +259,13 @@ class Daemon:
             folder = self.config.data_path / TRAINER_FOLDER
             self.compute.trainer = make(self._memory, self.config.trainer, self.compute.take, folder)
 
-    def _allocate(self, manifest: Manifest) -> tuple[Float32s, Float32s]:
+    def _allocate(self, manifest: Manifest) -> tuple[Float32s, Float32s, Writing]:
         elements = manifest.layout.elements
-        self._memory = SharedParameters(elements) if self.config.node.role == TRAINER else None
-        params = self._memory.base if self._memory else np.zeros(elements, np.float32)
-        return params, np.zeros(elements, np.float32)
+        memory = self._memory = SharedParameters(elements) if self.config.node.role == TRAINER else None
+        momentum = np.zeros(elements, np.float32)
+        if memory is None:
+            return np.zeros(elements, np.float32), momentum, contextlib.nullcontext
+        return memory.base, momentum, memory.writing
 
     def _assemble_membership(self, choice: SwarmChoice) -> None:
         swarm, rounds = choice.swarm, self.manifest.rounds
@@ -436,7 +437,7 @@ class Daemon:
         self.reporter.happen(HappeningKind.PEER_LOST, "leaving the swarm")
         if self.config.node.role == TRAINER:
             await self.compute.stop()
-        self.core.leave(asyncio.get_running_loop().time())
+        self.core.leave(self.driver.now())
         self.driver.pump()
         self.membership.announce()
         deadline = asyncio.get_running_loop().time() + LEAVE_TIMEOUT_S
@@ -486,7 +487,7 @@ class Daemon:
     # -- presence ----------------------------------------------------------------------------------------------------
 
     def _observed(self, presence: Presence, first: bool) -> None:
-        self.core.observe(presence, asyncio.get_running_loop().time())
+        self.core.observe(presence, self.driver.now())
         self.ready_offer.correct()
         self.driver.pump()
         if first:
@@ -502,7 +503,7 @@ class Daemon:
 
     def _lost(self, lost: PeerLost) -> None:
         known = self.membership.table.newest(lost.peer)
-        self.core.lose(lost.peer, asyncio.get_running_loop().time())
+        self.core.lose(lost.peer, self.driver.now())
         self.links.doubt(lost.peer)
         self.ready_offer.correct()
         self.driver.pump()

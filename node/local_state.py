@@ -45,6 +45,8 @@ PART_THREADS_MAX = 8
 VOTE_NAMESPACE = "round"
 VOTE_KEY = b"vote"
 
+Writing = Callable[[], contextlib.AbstractContextManager[None]]
+
 log = logging.getLogger(__name__)
 
 
@@ -76,13 +78,23 @@ def open_stores(folder: Path, ledger: LedgerStore, limits: StoreTable, *, contri
 
 
 class LocalState:
-    """`params` may be the trainer's shared memory. Everything that blocks runs in a thread."""
+    """`params` may be the trainer's shared memory; they are changed inside of `writing` alone. Everything that blocks
+    runs in a thread."""
 
-    def __init__(self, manifest: Manifest, swarm: bytes, stores: Stores, params: Float32s, momentum: Float32s) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        swarm: bytes,
+        stores: Stores,
+        params: Float32s,
+        momentum: Float32s,
+        writing: Writing = contextlib.nullcontext,
+    ) -> None:
         self.lock = asyncio.Lock()
         self.stores = stores
         self._manifest = manifest
         self._swarm = swarm
+        self._writing = writing
         self._threads = ThreadPoolExecutor(min(count_cores(), PART_THREADS_MAX), thread_name_prefix="parts")
         self.replica = Replica(manifest, params, momentum, each=self._threads.map)
         self.memory = PayloadMemory()
@@ -116,6 +128,13 @@ class LocalState:
     def restore_now(self) -> Head:
         """`restore` for a caller without an event loop. Blocking; raises StoreError."""
         self.stores.snapshots.remove_leftovers()
+        with self._writing():
+            head = self._rebuild()
+        self.head = head
+        self._remember(head)
+        return head
+
+    def _rebuild(self) -> Head:
         head = self._restore_snapshot() or genesis_head(self._manifest, self._swarm, self.replica.reset())
         while stored := self.stores.ledger.get_certificate(head.round + 1):
             result = _certificate_of(stored).result
@@ -123,8 +142,6 @@ class LocalState:
             if encoded is None or result.previous != head.digest or result.base_root != head.state_root:
                 break  # the rest comes from peers
             head = self._advance(result, encoded)
-        self.head = head
-        self._remember(head)
         return head
 
     def _restore_snapshot(self) -> Head | None:
@@ -204,7 +221,8 @@ class LocalState:
             log.warning("%s; what was stored ahead is put aside", error)
             self.stores.ledger.abandon_certificates(result.round)
             self.save_certificate(certificate)
-        head = self._advance(result, encoded)
+        with self._writing():
+            head = self._advance(result, encoded)
         self._updates[head.round] = self._sizes(result)
         self._remember(head)
         return head
@@ -425,7 +443,8 @@ class LocalState:
         """Take over a whole state that was checked against `head.state_root`."""
         async with self.lock:
             assert head.round > self.head.round, "a snapshot only leads forward"
-            await asyncio.to_thread(np.copyto, self.replica.params, params)
+            with self._writing():
+                await asyncio.to_thread(np.copyto, self.replica.params, params)
             await asyncio.to_thread(np.copyto, self.replica.momentum, momentum)
             self.replica.round = head.round
             await asyncio.to_thread(self._forget_residual)

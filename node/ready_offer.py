@@ -4,7 +4,6 @@ Invariant: a READY is replaced only while no plan can have used it, and with not
 given to this peer.
 """
 
-import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -64,7 +63,7 @@ class ReadyOffer:
     def _publish(self, said: Ready, frozen: Frozen) -> None:
         signed = sign_ready(self.presence.identity, self.presence.swarm, said)
         offer = Offer(signed=signed, digests=frozen.digests)
-        if self.presence.core.offer(offer, asyncio.get_running_loop().time()):
+        if self.presence.core.offer(offer, self.exchange.ports.now()):
             self.presence.ready, self.exchange.frozen = signed, frozen
             self.announce()
         self.pump()

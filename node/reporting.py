@@ -366,7 +366,7 @@ class Reporter:
     def _round_status(self, live: Mapping[PeerId, Presence]) -> RoundStatus:
         view = self.subjects.core.view()
         head = self.subjects.core.head
-        now = asyncio.get_running_loop().time()
+        now = self.subjects.exchange.ports.now()  # the core's clock
         progress = self.subjects.compute.progress
         planned = self.subjects.manifest.training.inner_steps
         return RoundStatus(

@@ -20,6 +20,7 @@ from shoal.node.exchange import PartExchange
 from shoal.node.ledger_store import StoreError, classify_failure
 from shoal.node.local_state import LocalState
 from shoal.node.repair import begin_abstention, end_abstention
+from shoal.node.run_clock import PULSE_S, RunClock
 from shoal.node.verification import Verification
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.effects import (
@@ -97,11 +98,13 @@ class RoundDriver:
         self._forgot = False
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
+        self.clock = RunClock(self._loop.time)
+        self._pulse: asyncio.TimerHandle | None = None
         self._verification = Verification(swarm, deliver=self._hand_over, drop=ports.dropped, spawn=ports.spawn)
 
     def now(self) -> float:
-        """The core's clock: the loop's, monotonic, in seconds."""
-        return self._loop.time()
+        """The core's clock, monotonic, in seconds: the loop's, while this process runs."""
+        return self.clock.now()
 
     def pump(self) -> None:
         """Take over what the core wants done, and be woken when its next deadline passes."""
@@ -116,7 +119,7 @@ class RoundDriver:
             self._timer = None
         deadline = self.core.next_deadline()
         if deadline is not None:
-            self._timer = self._loop.call_at(deadline, self._on_deadline)
+            self._timer = self._loop.call_at(self.clock.find(deadline), self._on_deadline)
 
     def _on_deadline(self) -> None:
         self._timer = None
@@ -139,6 +142,7 @@ class RoundDriver:
 
     async def run(self) -> None:
         """Carry out effects until cancelled. While the disk fails there are none."""
+        self._look()
         self.pump()
         while True:
             async with self._working:
@@ -150,6 +154,10 @@ class RoundDriver:
                     continue
             self._wake.clear()
             await self._wake.wait()
+
+    def _look(self) -> None:
+        self.clock.now()
+        self._pulse = self._loop.call_later(PULSE_S, self._look)
 
     def _fail(self, error: OSError | StoreError) -> None:
         self.halt()
@@ -175,8 +183,9 @@ class RoundDriver:
 
     def stop(self) -> None:
         """No deadline fires any more."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._pulse):
+            if timer is not None:
+                timer.cancel()
 
     async def _carry_out(self, effect: Effect) -> None:
         match effect:

@@ -9,7 +9,6 @@ the child writes to its standard error takes bounded memory.
 
 import asyncio
 import importlib.util
-import mmap
 import os
 import signal
 import socket
@@ -17,15 +16,14 @@ import sys
 import tempfile
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-import numpy as np
-
 from shoal.node.config import TrainerTable
 from shoal.node.silence_watch import SilenceWatch
+from shoal.node.training.base_writes import map_memory, measure_memory
 from shoal.node.training.messages import (
     BAD_INPUT,
     Begin,
@@ -124,19 +122,23 @@ class SharedParameters:
 
     def __init__(self, elements: int) -> None:
         """Raises OSError where the machine has not that much memory."""
-        size_bytes = 2 * elements * np.dtype(np.float32).itemsize
+        size_bytes = measure_memory(elements)
         self.descriptor = _open_anonymous()
         try:
             # Reserved now, so that a lack of memory is an error here and not a SIGBUS at some later write.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self.descriptor, 0, size_bytes)
             os.ftruncate(self.descriptor, size_bytes)
-            rows = np.frombuffer(mmap.mmap(self.descriptor, size_bytes), dtype=np.float32).reshape(2, elements)
+            rows, self._writes = map_memory(self.descriptor)
         except OSError:
             self.close()
             raise
         self.base: FloatVector = rows[0]
         self.local: FloatVector = rows[1]
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Inside, `base` is written: no trainer takes what is there."""
+        return self._writes.writing()
 
     def close(self) -> None:
         """No further child can be started. The memory itself goes when the last array over it does."""

@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from shoal.protocol.admission import AdmissionRule, Ticket, parse_ticket
 from shoal.protocol.aggregators import AGGREGATORS
-from shoal.protocol.codecs import CODECS, UPDATE_CODECS
+from shoal.protocol.codecs import CODECS, UPDATE_CODECS, Float32Codec
 from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriError
 from shoal.protocol.identity import Identity, PeerId, verify_signature
 from shoal.protocol.layout import Layout
@@ -23,7 +23,7 @@ from shoal.protocol.messages import PARTS_MAX, ROSTER_MAX, VOTERS_MAX, PartResul
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterRates
 from shoal.protocol.quorum import Authority, Head, QuorumRule, list_parts
 from shoal.protocol.state import STATE_ELEMENTS_MAX
-from shoal.protocol.tables import parse_toml, read_table
+from shoal.protocol.tables import locate, parse_toml, read_table
 from shoal.protocol.wire import (
     DELTA_BYTES_MAX,
     U63,
@@ -44,7 +44,6 @@ CONSTANT, COSINE, LINEAR = SCHEDULES = ("constant", "cosine", "linear")  # those
 BOOTSTRAPS_MAX = 16
 BATCH_SIZE_MAX = 65_536
 NESTEROV, ADAM = "nesterov", "adam"  # of those in protocol/outer_step.py
-OUTER_FIELDS = {NESTEROV: ("momentum_clip", "momentum_every"), ADAM: ("second_moment", "epsilon")}  # for one alone
 FRAGMENTS_MAX = 64
 MOMENTUM_EVERY_MAX = 1024
 Seconds = Annotated[float, Bound(0.05, 86_400)]
@@ -174,6 +173,49 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """A field of a draft's `table` that has an effect with some values of another one, `choice`, alone. With the rest
+    it may have the value `idle`, which says what is so anyway; None: there is none."""
+
+    table: str
+    field: str
+    choice: str
+    values: tuple[str, ...]
+    idle: float | None = None
+
+    def is_met(self, draft: Draft, *, is_named: bool) -> bool:
+        table = getattr(draft, self.table)
+        value = getattr(table, self.field)
+        if not is_named and value == getattr(type(table)(), self.field):
+            return True
+        return getattr(table, self.choice) in self.values or value == self.idle
+
+    def describe_fault(self, draft: Draft) -> tuple[str, str]:
+        """What is wrong, and what to do."""
+        chosen = getattr(getattr(draft, self.table), self.choice)
+        *most, last = (f'"{value}"' for value in self.values)
+        usable = f"{', '.join(most)} or {last}" if most else last
+        return f"is not for the {self.choice} {chosen}", f"use {self.choice} = {usable}, or leave it out"
+
+
+_LOSSY = tuple(name for name in CODECS if name != Float32Codec.name)  # what a residual is left by
+CONDITIONS = (
+    Condition(table="training", field="overlap_steps", choice="strategy", values=(OVERLAPPED, DELAYED, EAGER), idle=0),
+    Condition(table="training", field="mixing", choice="strategy", values=(OVERLAPPED,)),
+    Condition(table="training", field="schedule_rounds", choice="schedule", values=(COSINE, LINEAR), idle=0),
+    Condition(table="training", field="learning_rate_end", choice="schedule", values=(COSINE, LINEAR), idle=1),
+    Condition(table="outer", field="momentum", choice="optimizer", values=(NESTEROV, ADAM), idle=0),
+    Condition(table="outer", field="momentum_clip", choice="optimizer", values=(NESTEROV,), idle=0),
+    Condition(table="outer", field="momentum_every", choice="optimizer", values=(NESTEROV,), idle=1),
+    Condition(table="outer", field="second_moment", choice="optimizer", values=(ADAM,)),
+    Condition(table="outer", field="epsilon", choice="optimizer", values=(ADAM,)),
+    Condition(table="rounds", field="residual_kept", choice="codec", values=_LOSSY, idle=1),
+    # Who may lie may not say by themselves that the others are gone.
+    Condition(table="rounds", field="reroot_after_s", choice="quorum", values=(QuorumRule.MAJORITY.value,), idle=0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     name: Name
     task: Task
@@ -276,7 +318,11 @@ def parse_draft(text: str, options: str) -> Draft:
     task = document.get("task")
     if isinstance(task, dict):
         document["task"] = {"kind": task.get("kind", ""), "options": options}
-    return read_table(Draft, document, "", text, ManifestError)
+    draft = read_table(Draft, document, "", text, ManifestError)
+    for one in CONDITIONS:
+        if not one.is_met(draft, is_named=one.field in document.get(one.table, {})):
+            raise ManifestError(locate(text, one.table, one.field), *one.describe_fault(draft))
+    return draft
 
 
 def task_kind(text: str) -> str:
@@ -336,6 +382,9 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
     if draft.rounds.presence_timeout_s < 2 * draft.rounds.presence_period_s:
         fix = "use at least twice rounds.presence_period_s"
         raise ManifestError("rounds.presence_timeout_s", "leaves no room for one lost heartbeat", fix)
+    for one in CONDITIONS:
+        if not one.is_met(draft, is_named=False):
+            raise ManifestError(f"{one.table}.{one.field}", *one.describe_fault(draft))
     if len(founders) > draft.rounds.voters_max:
         problem = f"is {draft.rounds.voters_max}, but {len(founders)} founders vote in the first round"
         raise ManifestError("rounds.voters_max", problem, "raise it or name fewer founders")
@@ -347,7 +396,9 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
         problem = f"is {draft.rounds.fragments}, and an eager peer estimates the next base as a whole"
         raise ManifestError("rounds.fragments", problem, f'use 1, or strategy = "{DELAYED}"')
     _check_steps(draft.training, layout)
-    _check_outer(draft.outer, draft.training)
+    if draft.outer.optimizer == ADAM and draft.training.strategy == EAGER:
+        problem = f"is {EAGER}, whose estimate wants an outer step that is the same for every element"
+        raise ManifestError("training.strategy", problem, f'use "{DELAYED}", or another outer.optimizer')
     return Manifest(
         name=draft.name,
         task=draft.task,
@@ -363,13 +414,9 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
 
 
 def _check_overlap(training: Training) -> None:
-    overlaps = training.strategy != DILOCO
-    if overlaps and not 1 <= training.overlap_steps < training.inner_steps:
+    if training.strategy != DILOCO and not 1 <= training.overlap_steps < training.inner_steps:
         problem = f"is {training.overlap_steps}, and training.inner_steps is {training.inner_steps}"
         raise ManifestError("training.overlap_steps", problem, f"use 1 to {training.inner_steps - 1}")
-    if not overlaps and training.overlap_steps:
-        fix = f'use strategy = "{OVERLAPPED}", "{DELAYED}" or "{EAGER}", or leave it out'
-        raise ManifestError("training.overlap_steps", f"is not for the strategy {training.strategy}", fix)
 
 
 def _check_steps(training: Training, layout: Layout) -> None:
@@ -379,20 +426,6 @@ def _check_steps(training: Training, layout: Layout) -> None:
     if training.schedule != CONSTANT and not training.schedule_rounds:
         fix = "give the number of rounds after which the learning rate has reached its end"
         raise ManifestError("training.schedule_rounds", f"is missing for the schedule {training.schedule}", fix)
-    if training.schedule == CONSTANT and training.schedule_rounds:
-        fix = f'use schedule = "{COSINE}" or "{LINEAR}", or leave it out'
-        raise ManifestError("training.schedule_rounds", f"is not for the schedule {CONSTANT}", fix)
-
-
-def _check_outer(outer: Outer, training: Training) -> None:
-    for optimizer, names in OUTER_FIELDS.items():
-        for name in names if optimizer != outer.optimizer else ():
-            if getattr(outer, name) != getattr(Outer(), name):
-                fix = f'use optimizer = "{optimizer}", or leave it out'
-                raise ManifestError(f"outer.{name}", f"is not for {outer.optimizer}", fix)
-    if outer.optimizer == ADAM and training.strategy == EAGER:
-        problem = f"is {EAGER}, whose estimate wants an outer step that is the same for every element"
-        raise ManifestError("training.strategy", problem, f'use "{DELAYED}", or another outer.optimizer')
 
 
 def sign_manifest(manifest: Manifest, owner: Identity) -> bytes:

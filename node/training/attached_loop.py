@@ -16,12 +16,14 @@ otherwise.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shoal.node.training.base_writes import BaseWrites, WriterGone
 from shoal.node.training.checkpoint import Tally, identify_work
 from shoal.node.training.local_parameters import LocalParameters
 from shoal.node.training.messages import (
@@ -80,6 +82,7 @@ class AttachedLoop:
         self._identity = b""  # of the work; another one is another swarm, or another life of this one
         self._base: FloatVector = np.zeros(0, np.float32)
         self._local: FloatVector = self._base
+        self._writes = BaseWrites()
         self._rounds: RoundWork | None = None
         self._handed: HandedOver | None = None
         self._hands_again = False
@@ -117,10 +120,11 @@ class AttachedLoop:
 
     # -- the daemon comes and goes -------------------------------------------------------------------------------------
 
-    def start(self, work: Work, memory: NDArray[np.float32], device: str) -> Started:
-        """A daemon is there. `memory` is float32[2, D]: base and local."""
+    def start(self, work: Work, memory: NDArray[np.float32], device: str, writes: BaseWrites | None = None) -> Started:
+        """A daemon is there. `memory` is float32[2, D]: base and local; `writes` counts the base's."""
         before, self._identity = self._identity, identify_work(work)
         self._base, self._local = memory[0], memory[1]
+        self._writes = BaseWrites() if writes is None else writes
         self._attached = True
         same = self._rounds is not None and before == self._identity and self._anchored
         resumed = self._resume(work.batches_done) if same else Resumed(batches_done=work.batches_done)
@@ -166,7 +170,8 @@ class AttachedLoop:
     # -- commands ------------------------------------------------------------------------------------------------------
 
     def handle(self, command: Command, now_s: float) -> Iterator[Report]:
-        """Obey; Start and Stop are the caller's."""
+        """Obey; Start and Stop are the caller's. Raises WriterGone, as `step` does, before anything but the parameters
+        has changed."""
         match command:
             case Begin():
                 yield from self._begin(command, now_s)
@@ -183,10 +188,10 @@ class AttachedLoop:
 
     def _begin(self, command: Begin, now_s: float) -> Iterator[Report]:
         rounds, handed = self._work, self._handed
-        again, self._hands_again = self._hands_again, False
         if command.adopt:
             self._adopt()
-        elif again and handed is not None:
+        again, self._hands_again = self._hands_again, False
+        if again and handed is not None and not command.adopt:
             rounds.round = command.round
             rounds.training = rounds.overlap_steps > 0 and not rounds.is_far_ahead()
             self._local[:] = handed.local
@@ -207,10 +212,10 @@ class AttachedLoop:
             self._adopt()
         elif handed is not None and keeps_all:
             # Or the daemon was away: the steps made meanwhile may be many, and go on top of the base with the others.
-            self._parameters.rebase(self._base, handed.since, merge.included, merge.part_elements)
+            self._merge_parts(merge, partial(self._parameters.rebase, self._base, handed.since))
         else:
             kept = rules.mixing if rules.strategy == OVERLAPPED else 0.0
-            self._parameters.merge(self._base, merge.included, merge.part_elements, kept=kept)
+            self._merge_parts(merge, partial(self._parameters.merge, self._base, kept=kept))
         adopted = merge.adopt_all or any(merge.included)
         self._replaced |= adopted
         self._handed, self._hands_again = None, False
@@ -218,10 +223,27 @@ class AttachedLoop:
         rounds.begin(merge.round, now_s, adopted=adopted)
         rounds.training = merge.begin
 
+    def _merge_parts(self, merge: Merge, take: Callable[[bytes, int], None]) -> None:
+        included, size = merge.included, merge.part_elements
+        is_whole = self._read_base(
+            lambda: take(included, size), lambda: self._parameters.merge(self._base, included, size)
+        )
+        if not is_whole:
+            self._work.ahead = None  # what was made beside the exchange stood upon a base that was half another one
+
     def _adopt(self) -> None:
-        self._parameters.adopt(self._base)
+        self._read_base(lambda: self._parameters.adopt(self._base))
         self._work.ahead = None
         self._anchored = self._replaced = True
+
+    def _read_base(self, take: Callable[[], None], again: Callable[[], None] | None = None) -> bool:
+        """BaseWrites.read, of what changes the parameters."""
+        try:
+            return self._writes.read(take, again)
+        except WriterGone as gone:
+            if gone.is_torn:
+                self._anchored, self._replaced = False, True  # nothing that is made on it counts
+            raise
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -276,16 +298,22 @@ class AttachedLoop:
 
     def _go_back(self, what: str, now_s: float) -> Report:
         rounds = self._work
-        self._parameters.adopt(self._base)
+        if self._attached:
+            self._read_base(self._restart)
+        else:
+            self._restart()
         self._replaced = True
         # A daemon that was killed may have left half of a new base: nothing that is made on it counts.
         self._anchored = self._attached
         self._cleared = True
         self._optimizer.state.clear()  # moments that are not finite would spoil every further step
-        if self._handed is not None:
-            self._handed = replace(self._handed, since=self._base.copy())
         fatal = not rounds.start_over(now_s)
         return Failed(reason=NOT_FINITE, detail=f"not finite: {what}, in round {rounds.round}", fatal=fatal)
+
+    def _restart(self) -> None:
+        self._parameters.adopt(self._base)
+        if self._handed is not None:
+            self._handed = replace(self._handed, since=self._base.copy())
 
     # -- the base ------------------------------------------------------------------------------------------------------
 
@@ -299,7 +327,7 @@ class AttachedLoop:
         model = self._parameters.model
         try:
             own = [one.detach().clone() for one in model.parameters()]
-            self._parameters.adopt(self._base)
+            self._writes.read(lambda: self._parameters.adopt(self._base))
             with torch.no_grad():
                 loss, tokens = self._evaluation(model)
         except (RuntimeError, MemoryError) as error:

@@ -6,11 +6,10 @@ returns at once, and tries to reconnect now and then.
 
 Invariants: at most one try to connect each RECONNECT_FIRST_S, and fewer the longer it fails; no wait within a try takes
 longer than HANDSHAKE_TIMEOUT_S; a command that a daemon sent before it died is not obeyed, because its base may be half
-written.
+written, and a base that a living daemon writes is waited for.
 """
 
 import logging
-import mmap
 import os
 import select
 import socket
@@ -20,15 +19,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shoal.node.attach_socket import connect, find_socket
 from shoal.node.running import DATA_DIR, read_running
 from shoal.node.training.attached_loop import AttachedLoop, Evaluation
+from shoal.node.training.base_writes import POLL_S, BaseWrites, FloatRows, WriterGone, map_memory
 from shoal.node.training.messages import (
     Attach,
     AttachedTensor,
@@ -98,7 +96,7 @@ class Line:
         self._socket = connect(path, HANDSHAKE_TIMEOUT_S)
         self._frames = FrameReader()
 
-    def shake_hands(self, attach: Attach) -> tuple[Start, NDArray[np.float32]]:
+    def shake_hands(self, attach: Attach) -> tuple[Start, FloatRows, BaseWrites]:
         """Start, and the memory that came with it. Raises RefusedError."""
         descriptors: list[int] = []
         try:
@@ -113,11 +111,11 @@ class Line:
                 raise RefusedError(start)
             if not isinstance(start, Start) or len(messages) > 1 or len(descriptors) != 1:
                 raise ConnectionError("the daemon broke its protocol")
-            shared = mmap.mmap(descriptors[0], 0)
+            rows, writes = map_memory(descriptors[0], self._rest)
         finally:
             for one in descriptors:
                 os.close(one)
-        return start, np.frombuffer(shared, dtype=np.float32).reshape(2, -1)
+        return start, rows, writes
 
     def send(self, reports: Iterable[Report]) -> None:
         self._socket.settimeout(HANDSHAKE_TIMEOUT_S)
@@ -144,6 +142,13 @@ class Line:
         with suppress(OSError):  # for the copies that forked workers of a data loader hold
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+    def _rest(self) -> bool:
+        """Wait a moment; False where the daemon is gone, whatever it has said before."""
+        time.sleep(POLL_S)
+        poll = select.poll()
+        poll.register(self._socket, 0)  # a hang-up is reported without being asked for
+        return not poll.poll(0)
 
     def _read(self, data: bytes) -> list[Any]:
         if not data:
@@ -220,7 +225,7 @@ class Attachment:
 
     def _count(self, value: float, tokens: int) -> None:
         """A step was made; what the daemon has said until now is obeyed. Raises AttachError."""
-        reports = list(self._loop.step(value, tokens, time.monotonic()))
+        reports = self._collect(self._loop.step(value, tokens, time.monotonic()))
         self._report(reports)
         if reports and isinstance(last := reports[-1], Failed) and last.fatal:
             self.close()
@@ -264,8 +269,8 @@ class Attachment:
         line = Line(self._path)
         with ExitStack() as undo:
             undo.callback(line.close)
-            start, memory = line.shake_hands(self._described)
-            line.send([self._loop.start(start.work, memory, self._described.device)])
+            start, memory, writes = line.shake_hands(self._described)
+            line.send([self._loop.start(start.work, memory, self._described.device, writes)])
             undo.pop_all()
         self._line = line
         self._obey(timeout_s)
@@ -308,11 +313,21 @@ class Attachment:
     def _report(self, reports: Iterable[Report]) -> None:
         if self._line is None:
             return
-        made = list(reports)  # before anything is caught: the script's own code may raise, too
+        made = self._collect(reports)  # before anything is caught: the script's own code may raise, too
+        if not self._is_connected():
+            return
         try:
             self._line.send(made)
         except OSError as error:
             self._lose(str(error))
+
+    def _collect(self, reports: Iterable[Report]) -> list[Report]:
+        """What the loop has made of a step or a command; none where the daemon has gone in the middle of a new base."""
+        try:
+            return list(reports)
+        except WriterGone as gone:
+            self._lose(str(gone))
+            return []
 
     def _lose(self, why: str) -> None:
         assert self._line is not None

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shoal.node.training.activations import recompute_blocks
+from shoal.node.training.base_writes import BaseWrites
 from shoal.node.training.checkpoint import Checkpoint, CheckpointStore, Position
 from shoal.node.training.datasets_library import choose_hub_access
 from shoal.node.training.devices import choose_device, name_device
@@ -80,11 +81,17 @@ T = TypeVar("T")
 
 
 class InnerLoop:
-    """One trainer. `memory` is float32[2, D]: base and local. Building it opens the data; raises InputError, and
-    TaskFault where the code of the task raises. `ranks` are the other processes, which it waits for; then it raises
-    what Ranks.join does, too."""
+    """One trainer. `memory` is float32[2, D]: base and local; `writes` counts the base's. Building it opens the data;
+    raises InputError, and TaskFault where the code of the task raises. `ranks` are the other processes, which it waits
+    for; then it raises what Ranks.join does, too."""
 
-    def __init__(self, start: Start, memory: NDArray[np.float32], ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        start: Start,
+        memory: NDArray[np.float32],
+        ranks: Ranks | None = None,
+        writes: BaseWrites | None = None,
+    ) -> None:
         work = start.work
         self._device = choose_device(start.device)
         choose_hub_access(start.dataset, Path(start.checkpoints) if start.checkpoints else None)
@@ -120,6 +127,7 @@ class InnerLoop:
         self._micro_batches = MicroBatches(start.micro_batch, most)
         self._base: FloatVector = memory[0]
         self._local: FloatVector = memory[1]
+        self._writes = BaseWrites() if writes is None else writes
         self._batches_done = work.batches_done
         self._saved_at = -1  # batches done at the newest checkpoint
         self._save_every = start.checkpoint_every
@@ -163,8 +171,7 @@ class InnerLoop:
             case Begin():
                 position, self._resumes = self._resumes, None
                 if command.adopt:
-                    self._strategy.adopt(self._base)
-                    self._rounds.ahead = None
+                    self._adopt()
                 else:
                     self._strategy.take_back()
                 self._rounds.begin(command.round, now_s, adopted=command.adopt)
@@ -269,14 +276,26 @@ class InnerLoop:
     def _merge(self, merge: Merge, now_s: float) -> None:
         self._resumes = None
         if merge.adopt_all:
-            self._strategy.adopt(self._base)
-            self._rounds.ahead = None
+            self._adopt()
         else:
-            self._strategy.merge(self._base, merge.included, merge.part_elements, merge.gain)
+            self._merge_parts(merge)
         if isinstance(self._batches, DividesData):
             self._batches.take_share(merge.place, merge.places)
         self._rounds.begin(merge.round, now_s, adopted=merge.adopt_all or any(merge.included))
         self._rounds.training = merge.begin
+
+    def _merge_parts(self, merge: Merge) -> None:
+        included, size = merge.included, merge.part_elements
+        is_whole = self._writes.read(
+            lambda: self._strategy.merge(self._base, included, size, merge.gain),
+            lambda: self._strategy.take_parts(self._base, included, size),
+        )
+        if not is_whole:
+            self._rounds.ahead = None  # what was made beside the exchange stood upon a base that was half another one
+
+    def _adopt(self) -> None:
+        self._writes.read(lambda: self._strategy.adopt(self._base))
+        self._rounds.ahead = None
 
     def _freeze(self, now_s: float) -> Report:
         if not self._strategy.export(self._local):
@@ -300,7 +319,7 @@ class InnerLoop:
         )
 
     def _go_back(self, what: str, now_s: float) -> Report:
-        self._strategy.restart(self._base)
+        self._writes.read(lambda: self._strategy.restart(self._base))
         fatal = not self._rounds.start_over(now_s)
         return Failed(reason=NOT_FINITE, detail=f"not finite: {what}, in round {self._rounds.round}", fatal=fatal)
 
@@ -417,8 +436,9 @@ class InnerLoop:
         """A second model with the base in it, so that looking at the base does not disturb the training."""
         if self._evaluated is None:
             self._evaluated = self._task.build_model().to(self._device).requires_grad_(False).eval()
-        load_parameters(self._evaluated, self._base)
-        return self._evaluated
+        model = self._evaluated
+        self._writes.read(lambda: load_parameters(model, self._base))
+        return model
 
     def _task_code(self) -> AbstractContextManager[None]:
         """Inside, what is raised is the task's fault, but for memory that is full, which is the machine's, and for

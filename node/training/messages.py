@@ -2,7 +2,7 @@
 
 Frames are a big-endian u32 length and one canonical message. The memory is float32[2, D]: row 0 is `base`, the
 certified parameters, which the daemon alone writes; row 1 is `local`, the trainer's, which it writes before Ready and
-never between Ready and the next Begin or Merge.
+never between Ready and the next Begin or Merge. How `base` is read while it may be written is said in base_writes.py.
 
 Invariant: neither side believes the other beyond this schema; a frame that breaks it ends the connection.
 """

@@ -69,6 +69,11 @@ class Strategy(Protocol):
         """A round was certified: take the included parts of the new base as this strategy does. `gain` is Merge's."""
         ...
 
+    def take_parts(self, base: FloatVector, included: bytes, part_elements: int) -> None:
+        """After a `merge` of a base that was written meanwhile: the included parts are those of this one alone, and
+        what was made beside the exchange is dropped there."""
+        ...
+
     def restart(self, base: FloatVector) -> None:
         """As `adopt`, and the inner optimizer starts over: for when its state is not to be trusted."""
         ...
@@ -122,6 +127,9 @@ class DiLoCo:
         pass
 
     def merge(self, base: FloatVector, included: bytes, part_elements: int, gain: float) -> None:
+        self.take_parts(base, included, part_elements)
+
+    def take_parts(self, base: FloatVector, included: bytes, part_elements: int) -> None:
         self._local.merge(base, included, part_elements)
 
     def restart(self, base: FloatVector) -> None:

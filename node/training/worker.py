@@ -7,7 +7,6 @@ its half of the shared memory, its standard error and its own folder of checkpoi
 the data set of the hub that the person at this machine has named.
 """
 
-import mmap
 import os
 import select
 import socket
@@ -19,9 +18,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from shoal.node.training.base_writes import BaseWrites, FloatRows, map_memory
 from shoal.node.training.compiled import open_compiled
 from shoal.node.training.devices import choose_device, count_ranks
 from shoal.node.training.loop import InnerLoop
@@ -84,22 +83,20 @@ class Channel:
                 raise SystemExit(1)
 
 
-def serve(channel: Channel, memory: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> None:
+def serve(channel: Channel, memory: FloatRows, writes: BaseWrites) -> None:
     """Train as told until Stop."""
     commands = channel.receive(wait=True)
     while not commands:
         commands = channel.receive(wait=True)
     start = commands.pop(0)
     assert isinstance(start, Start), "the first frame is Start"
-    with open_loop(channel, start, memory) as loop:
+    with open_loop(channel, start, memory, writes) as loop:
         channel.send([loop.started()])
         train(channel, start, loop, commands)
 
 
 @contextmanager
-def open_loop(
-    channel: Channel, start: Start, memory: np.ndarray[tuple[int, int], np.dtype[np.float32]]
-) -> Iterator[InnerLoop]:
+def open_loop(channel: Channel, start: Start, memory: FloatRows, writes: BaseWrites) -> Iterator[InnerLoop]:
     """The loop, and the other processes of this trainer as long as it lasts. What keeps it from beginning is reported,
     and ends the process."""
     with ExitStack() as undo:
@@ -114,7 +111,7 @@ def open_loop(
                 undo.callback(ranks.close)
             if start.threads or count > 1:
                 torch.set_num_threads(max(1, (start.threads or torch.get_num_threads()) // count))
-            loop = InnerLoop(start, memory, ranks)
+            loop = InnerLoop(start, memory, ranks, writes)
         except InputError as error:
             channel.send([Failed(reason=BAD_INPUT, detail=trim_detail(str(error)), fatal=True)])
         except TaskFault as fault:
@@ -155,11 +152,11 @@ def main(arguments: list[str]) -> None:
     connection = socket.socket(fileno=int(arguments[0]))
     end_with_parent(connection.fileno())
     descriptor = int(arguments[1])
-    shared = mmap.mmap(descriptor, 0)
+    memory, writes = map_memory(descriptor)
     os.close(descriptor)
     channel, code = Channel(connection), 0
     try:
-        serve(channel, np.frombuffer(shared, dtype=np.float32).reshape(2, -1))
+        serve(channel, memory, writes)
     except SystemExit as leaving:
         code = int(leaving.code or 0)
     except (RuntimeError, MemoryError) as error:

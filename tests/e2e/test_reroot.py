@@ -1,5 +1,7 @@
 """A quorum that is gone for good: the owner names new voters; and when the old ones are back, the heavier log stays."""
 
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +9,10 @@ import pytest
 
 from shoal.node.archive import open_archive
 from shoal.protocol.lineage import weigh
-from tests.e2e.swarm import Peer, Swarm, leave_together, run
+from shoal.protocol.quorum import is_reroot
+from tests.e2e.swarm import DRAFT, Peer, Swarm, leave_together, run
+
+REROOT_AFTER_S = 30.0
 
 
 @pytest.fixture
@@ -74,6 +79,37 @@ def test_the_owner_names_new_voters_and_the_heavier_log_stays(swarm: Swarm) -> N
     swarm.check_roots()
     for peer in everybody:
         assert "Traceback" not in peer.log(), peer.log()
+
+
+@pytest.mark.long
+def test_a_peer_that_was_stopped_looks_for_the_others_before_it_declares(tmp_path: Path) -> None:
+    swarm = Swarm(tmp_path, founders=2, draft=f"{DRAFT}reroot_after_s = {REROOT_AFTER_S}\n")
+    try:
+        first = swarm.add("peer1").start("up", "--manifest", str(swarm.manifest))
+        swarm.wait("the first peer answers", lambda: first.status() is not None)
+        status = first.status()
+        assert status is not None
+        second = swarm.add("peer2").start("join", status.uri)
+        swarm.wait("two rounds", lambda: min(first.round, second.round) >= 2)
+        second.kill()
+        swarm.wait("the one that is left says that there is no quorum", lambda: _lacks_quorum(first))
+        assert first.process is not None
+        first.process.send_signal(signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        swarm.wait("the timer is nearly over", lambda: time.monotonic() > stopped_s + REROOT_AFTER_S - 10.0)
+        second.start("up")
+        swarm.wait("the other one is back", lambda: second.status() is not None)
+        swarm.wait("the timer would be over", lambda: time.monotonic() > stopped_s + REROOT_AFTER_S)
+        at = second.round
+        first.process.send_signal(signal.SIGCONT)
+        swarm.wait("both go on together", lambda: min(first.round, second.round) >= at + 2)
+        leave_together(first, second)
+        for peer in (first, second):
+            with open_archive(peer.folder) as archive:
+                rounds = range(1, archive.certificates.newest + 1)
+                assert not any(is_reroot(archive.certificate(number)) for number in rounds)
+    finally:
+        swarm.end()
 
 
 def _lacks_quorum(peer: Peer) -> bool:

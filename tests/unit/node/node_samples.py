@@ -326,7 +326,7 @@ class Peer:
         self.exchange.ports = ExchangePorts(
             addresses_of=self._addresses_of,
             pump=self.driver.pump,
-            now=loop.time,
+            now=self.driver.now,
             link_lost=lambda peer, reason: None,
             admit=self.intake.why_refused,
             refusal=self._refused,

@@ -283,6 +283,24 @@ async def test_what_a_daemon_said_before_it_died_is_not_obeyed(tmp_path: Path) -
         script.close()
 
 
+async def test_a_base_that_a_daemon_leaves_half_written_is_not_waited_for(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        served = asyncio.create_task(rig.serve())
+        script, model = await rig.attach()
+        await served
+        await asyncio.to_thread(script.step, 0.5)
+        ready = asyncio.create_task(asyncio.to_thread(script.step, 0.5))
+        await wait_until(lambda: any(isinstance(one, Ready) for one in rig.events))
+        with rig.memory.writing():
+            rig.memory.base[:3] = 2.0
+            await rig.trainer.merge(ALL)
+            assert rig.trainer._script is not None and rig.trainer._script._writer is not None
+            rig.trainer._script._writer.transport.abort()  # as by kill -9, in the middle of the outer step
+            assert not await ready
+        assert not script.attached and (model.weight == 1.0).all()
+        script.close()
+
+
 async def test_a_descriptor_that_a_forked_worker_holds_keeps_no_line_open(tmp_path: Path) -> None:
     async with open_rig(tmp_path) as rig:
         served = asyncio.create_task(rig.serve())
@@ -305,7 +323,7 @@ async def test_what_is_said_while_a_script_is_started_is_not_sent_to_it(tmp_path
         await asyncio.sleep(0)
         assert not rig.trainer.running
         await rig.trainer.begin(1, adopt=True)
-        start, _ = await shaken
+        start, _, _ = await shaken
         assert start.work == WORK
         await rig.trainer.begin(2, adopt=True)
         line.close()

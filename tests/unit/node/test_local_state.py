@@ -4,10 +4,12 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from shoal.node.blobs import BlobStore
 from shoal.node.ledger_store import LedgerStore
@@ -75,7 +77,19 @@ def opened(folder: Path, snapshots_kept: int = 2) -> Iterator[LocalState]:
             snapshots=SnapshotStore(folder / "snapshots"),
             snapshots_kept=snapshots_kept,
         )
-        yield LocalState(MANIFEST, SWARM, stores, np.ones(ELEMENTS, np.float32), np.ones(ELEMENTS, np.float32))
+        params, momentum = (np.ones(ELEMENTS, np.float32) for _ in range(2))
+        params.flags.writeable = False
+        yield LocalState(MANIFEST, SWARM, stores, params, momentum, partial(writing, params))
+
+
+@contextmanager
+def writing(params: NDArray[np.float32]) -> Iterator[None]:
+    """What a trainer maps may be changed inside of this alone."""
+    params.flags.writeable = True
+    try:
+        yield
+    finally:
+        params.flags.writeable = False
 
 
 async def commit(state: LocalState, first: int, last: int) -> None:

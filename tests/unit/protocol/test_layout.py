@@ -1,15 +1,18 @@
 """The model's layout and the bits of round 0."""
 
 import math
+import struct
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from shoal.protocol import layout as module
 from shoal.protocol.errors import ManifestError, ProtocolError, Refusal
 from shoal.protocol.layout import ELEMENTS_MAX, TENSORS_MAX, Layout, TensorSpec, initialise, make_layout
+from shoal.protocol.state import chunk_digests, state_root
 from shoal.protocol.wire import decode_record_untrusted, encode_record
 
 EMBEDDING = TensorSpec(name="embedding", shape=(257, 33), init="uniform", std=1.0)
@@ -29,6 +32,56 @@ def test_the_first_parameters_are_the_same_bits_everywhere() -> None:
     digest = blake3(initialise(LAYOUT, 2**63 - 1).tobytes()).hexdigest()
     assert digest == "7df049034f1ec1c0dd22994c79d858ff98442c08dfdf68250ccd9465a1c9ac52"
     assert LAYOUT.digest.hex() == "3ab49f5d407470035b79790d624fcc69cdb6842baa1d7bbfbc12e87f0d0676d0"
+
+
+# Of LAYOUT with the seed 7: the first elements of "embedding" and of "head", in hexadecimal, and the root of round 0.
+GOLDEN_FIRST = {
+    "embedding": ["-0x1.f243de0000000p-1", "0x1.46d28c0000000p-3", "-0x1.4aad2c0000000p-3", "0x1.d078b00000000p-3"],
+    "head": ["-0x1.e906f00000000p-8", "-0x1.da20a00000000p-6", "-0x1.e4d8a60000000p-7", "0x1.7e17040000000p-6"],
+}
+GOLDEN_ROOT = "a14168fe555f58d1829beec036384322f3f097e5008fe493eff1006a93400098"
+
+
+def philox(key: int, counter: int) -> tuple[int, ...]:
+    """Philox4x64-10 as protocol/README.md, "Round 0", has it: its four words for one counter."""
+    mask = 2**64 - 1
+    c0, c1, c2, c3 = counter, 0, 0, 0
+    k0, k1 = key & mask, key >> 64
+    for _ in range(10):
+        one, other = 0xD2E7470EE14C6C93 * c0, 0xCA5A826395121157 * c2
+        c0, c1, c2, c3 = other >> 64 ^ c1 ^ k0, other & mask, one >> 64 ^ c3 ^ k1, one & mask
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & mask, (k1 + 0xBB67AE8584CAA73B) & mask
+    return c0, c1, c2, c3
+
+
+def start_plainly(spec: TensorSpec, seed: int) -> NDArray[np.float32]:
+    """A tensor's elements by the words of protocol/README.md alone, one after the other."""
+    if spec.init != "uniform":
+        return np.full(spec.elements, {"zeros": 0.0, "ones": 1.0}[spec.init], np.float32)
+    hasher = blake3(derive_key_context="shoal layout initialise")
+    hasher.update(struct.pack(">Q", seed)).update(spec.name.encode())
+    key = int.from_bytes(hasher.digest(length=16), "big")
+    scale, values = np.float32(spec.std * 1.7320508075688772), []
+    for place in range(spec.elements):
+        word = philox(key, place // 8 + 1)[place // 2 % 4]
+        drawn = word >> 32 if place % 2 else word & 0xFFFFFFFF
+        values.append(np.float32(2 * (drawn >> 8) - (2**24 - 1)) * np.float32(2.0**-24) * scale)
+    return np.array(values, np.float32)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])
+def test_round_0_is_what_the_specification_says(seed: int) -> None:
+    plain = np.concatenate([start_plainly(spec, seed) for spec in LAYOUT.tensors])
+    assert initialise(LAYOUT, seed).tobytes() == plain.tobytes()
+
+
+def test_the_state_root_of_round_0() -> None:
+    flat = initialise(LAYOUT, 7)
+    for spec, offset in zip(LAYOUT.tensors, LAYOUT.offsets, strict=True):
+        if spec.init == "uniform":
+            assert [float(one).hex() for one in flat[offset : offset + 4]] == GOLDEN_FIRST[spec.name]
+    root = state_root(0, flat.size, chunk_digests(flat), chunk_digests(np.zeros_like(flat)))
+    assert root.hex() == GOLDEN_ROOT
 
 
 def test_each_tensor_starts_as_its_spec_says() -> None:

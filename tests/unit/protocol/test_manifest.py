@@ -11,11 +11,13 @@ from shoal.protocol.identity import Identity, PeerId, format_peer_id
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import (
     BOOTSTRAPS_MAX,
+    CONDITIONS,
     DELAYED,
     DILOCO,
     EAGER,
     OVERLAPPED,
     Admission,
+    Condition,
     Draft,
     Manifest,
     Outer,
@@ -228,6 +230,56 @@ def test_steps_beside_an_exchange_are_for_strategies_that_make_them(
     training = replace(DRAFT.training, strategy=strategy, overlap_steps=overlap_steps, inner_steps=20)
     error = refuse_pieces(replace(DRAFT, training=training))
     assert (error.field, error.fix) == ("training.overlap_steps", fix)
+
+
+# What has an effect, per setting: the choice with which it has one, and one with which it has none.
+IDLE = [
+    ("training.overlap_steps", 3, "strategy", "overlapped", "diloco"),
+    ("training.mixing", 0.5, "strategy", "overlapped", "diloco"),
+    ("training.mixing", 0.25, "strategy", "overlapped", "delayed"),
+    ("training.mixing", 0.5, "strategy", "overlapped", "eager"),
+    ("training.schedule_rounds", 9, "schedule", "cosine", "constant"),
+    ("training.learning_rate_end", 0.1, "schedule", "linear", "constant"),
+    ("outer.momentum", 0.8, "optimizer", "nesterov", "sgd"),
+    ("outer.momentum", 0.9, "optimizer", "adam", "sgd"),
+    ("outer.momentum_clip", 2.0, "optimizer", "nesterov", "adam"),
+    ("outer.momentum_every", 2, "optimizer", "nesterov", "sgd"),
+    ("outer.second_moment", 0.99, "optimizer", "adam", "nesterov"),
+    ("outer.epsilon", 0.001, "optimizer", "adam", "sgd"),
+    ("rounds.residual_kept", 0.9, "codec", "int8", "fp32"),
+    ("rounds.reroot_after_s", 86400.0, "quorum", "majority", "two_thirds"),
+]
+NEEDED = {"overlapped": "overlap_steps = 3", "cosine": "schedule_rounds = 9", "linear": "schedule_rounds = 9"}
+NEEDED |= dict.fromkeys(("delayed", "eager"), NEEDED["overlapped"])
+
+
+def write_draft(field: str, choice: str, chosen: str, value: float | None) -> str:
+    table, _, name = field.partition(".")
+    lines = [f'{choice} = "{chosen}"', *([] if value is None else [f"{name} = {value}"])]
+    if chosen in NEEDED and not NEEDED[chosen].startswith(name):
+        lines.append(NEEDED[chosen])
+    return "\n".join(('name = "x"', "[task]", 'kind = "none"', f"[{table}]", *lines))
+
+
+@pytest.mark.parametrize(("field", "value", "choice", "met", "idle"), IDLE)
+def test_a_setting_that_has_no_effect_is_refused_where_a_draft_names_it(
+    field: str, value: float, choice: str, met: str, idle: str
+) -> None:
+    used = parse_draft(write_draft(field, choice, met, value), "{}")
+    assert make_manifest(used, LAYOUT, PEERS[0], PEERS[:1])
+    error = refuse_draft(write_draft(field, choice, idle, value))
+    assert error.field == f"{field} (line 6)"
+    assert error.problem == f"is not for the {choice} {idle}" and f'"{met}"' in error.fix
+    parse_draft(write_draft(field, choice, idle, None), "{}")  # its default is of no account
+
+
+@pytest.mark.parametrize("one", CONDITIONS, ids=lambda one: one.field)
+def test_what_is_so_anyway_may_be_said(one: Condition) -> None:
+    assert f"{one.table}.{one.field}" in {field for field, *_ in IDLE}
+    if one.idle is not None:
+        idle = next(idle for field, _, _, _, idle in IDLE if field == f"{one.table}.{one.field}")
+        draft = parse_draft(write_draft(f"{one.table}.{one.field}", one.choice, idle, one.idle), "{}")
+        assert make_manifest(draft, LAYOUT, PEERS[0], PEERS[:1])
 
 
 @pytest.mark.parametrize("field", ["momentum_clip", "momentum_every"])
