@@ -1,6 +1,6 @@
 """What the tests of the daemon's pieces share: a swarm within one process, and a log that real keys have certified.
 
-A `Peer` is the daemon without libp2p, torch and web server: the same pieces, wired alike, over an in-memory control plane
+A `Peer` is the daemon without libp2p, torch and web server: the same pieces, wired alike, over control planes in memory
 and real tensor links on loopback. A test runs those of its tasks that it is about."""
 
 import asyncio
