@@ -230,14 +230,16 @@ def _make_speeds(rounds: int) -> tuple[Arm, ...]:
 
 
 def _make_seldom(rounds: int) -> tuple[Arm, ...]:
-    """A package each. Half of the workers are there in every round, the others in one of four; who was away
-    for more than a round begins at the base."""
-    seldom = (1.0,) * (WORKERS // 2) + (0.25,) * (WORKERS // 2)
+    """A package each. Half of the workers are there in every round, the others in one of four, or all but two; who was
+    away for more than a round begins at the base."""
+    half, most = ((1.0,) * always + (0.25,) * (WORKERS - always) for always in (WORKERS // 2, 2))
     settings = (
         ("everybody always", WORK, (1.0,) * WORKERS),
-        ("half seldom, by work", WORK, seldom),
-        ("half seldom, by participation", PARTICIPATION, seldom),
+        ("half seldom, by work", WORK, half),
+        ("half seldom, by participation", PARTICIPATION, half),
         ("half alone, by work", WORK, (1.0,) * (WORKERS // 2) + (0.0,) * (WORKERS // 2)),
+        ("most seldom, by work", WORK, most),
+        ("most seldom, by participation", PARTICIPATION, most),
     )
     return tuple(
         Arm(

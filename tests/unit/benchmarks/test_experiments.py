@@ -282,11 +282,12 @@ def test_arms_see_equal_tokens_but_for_the_one_of_equal_steps(name: str) -> None
 
 
 def test_who_is_seldom_there_is_so_in_the_same_rounds_whatever_weights_go_by() -> None:
-    everybody, by_work, by_participation, alone = make_arms("seldom", 16)
-    assert by_participation.draft.rounds == replace(by_work.draft.rounds, weights=PARTICIPATION)
-    assert by_participation.presence == by_work.presence == (1.0,) * 4 + (0.25,) * 4
+    everybody, *half, alone, by_work, by_participation = arms = make_arms("seldom", 16)
+    for always, (one, other) in ((4, half), (2, (by_work, by_participation))):
+        assert other.draft.rounds == replace(one.draft.rounds, weights=PARTICIPATION)
+        assert one.presence == other.presence == (1.0,) * always + (0.25,) * (8 - always)
     assert everybody.presence == (1.0,) * 8 and alone.presence == (1.0,) * 4 + (0.0,) * 4
-    assert len({(arm.workers, arm.texts) for arm in (everybody, by_work, by_participation, alone)}) == 1
+    assert len({(arm.workers, arm.texts) for arm in arms}) == 1
 
 
 @pytest.mark.parametrize("rule", [WORK, PARTICIPATION, FRESHNESS])
