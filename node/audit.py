@@ -1,13 +1,14 @@
 """A certified round, computed anew from what a peer's folder holds of it, and what does not hold, by name.
 
 What is looked at: the certificate (it follows the round before, a quorum of that round's voters signed this result),
-the members (weights follow from tokens and steps, bitmaps name members), the parts (their bytes have the digests that
+the members (weights follow from what they declared, bitmaps name members), the parts (their bytes have the digests that
 were voted for, and decode), the outer step (base root before, state root after as the next certificate names it).
 
 Nothing is believed because it lies on the own disk; but where a piece is not retained any more the verdict says so
 instead of guessing.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,11 +17,25 @@ from blake3 import blake3
 
 from shoal.node.archive import Archive, ArchiveError, RebuiltState, make_head
 from shoal.protocol.aggregators import planned_weights
+from shoal.protocol.attendance import (
+    FRESHNESS,
+    INTERVAL_ROUNDS_MAX,
+    PARTICIPATION,
+    WORK,
+    Counted,
+    check_attendance,
+    exceeds,
+    expect_attendance,
+    weight_factor,
+)
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import Certificate, Result, digest_record
-from shoal.protocol.quorum import Head, check_result, check_votes, is_reroot, list_members, quorum_size
+from shoal.protocol.quorum import Head, check_result, check_votes, is_reroot, list_counted, list_members, quorum_size
+
+# What weights follow from, by the manifest's rule.
+BASES = {WORK: "tokens", PARTICIPATION: "tokens and intervals", FRESHNESS: "tokens and base"}
 
 
 class Finding(StrEnum):
@@ -68,19 +83,33 @@ def audit_round(archive: Archive, number: int) -> Audit:
 def audit_rounds(archive: Archive, first: int, last: int) -> Iterator[Audit]:
     """Consecutive rounds; the state is led on from one to the next."""
     state: RebuiltState | None = None
+    counted = _find_counted(archive, first)
     for number in range(first, last + 1):
-        auditor = _Auditor(archive, number)
+        auditor = _Auditor(archive, number, counted)
         state = auditor.look(state if state is not None and state.head.round == number - 1 else None)
         yield Audit(round=number, checks=tuple(auditor.checks))
 
 
-class _Auditor:
-    """One round's checks, in the order in which they depend on each other."""
+def _find_counted(archive: Archive, number: int) -> dict[PeerId, Counted]:
+    """The newest rounds before this one that counted each peer, of the last ones that are here and can be read."""
+    found: dict[PeerId, Counted] = {}
+    if archive.manifest.rounds.weights != PARTICIPATION:
+        return found
+    for before in range(max(1, number - INTERVAL_ROUNDS_MAX), number):
+        with contextlib.suppress(ProtocolError):  # its own audit says so
+            certificate = archive.certificates.get(before)
+            found |= {} if certificate is None else list_counted(certificate.result)
+    return found
 
-    def __init__(self, archive: Archive, number: int) -> None:
+
+class _Auditor:
+    """One round's checks, in the order in which they depend on each other. `counted` grows by the round."""
+
+    def __init__(self, archive: Archive, number: int, counted: dict[PeerId, Counted]) -> None:
         self.checks: list[Check] = []
         self._archive = archive
         self._number = number
+        self._counted = counted
 
     def look(self, before: RebuiltState | None) -> RebuiltState | None:
         """Fill `checks`; the state after the round, where it could be computed and is the certified one."""
@@ -89,6 +118,7 @@ class _Auditor:
             return None
         self._check_certificate(certificate)
         self._check_members(certificate.result)
+        self._counted |= list_counted(certificate.result)
         whole = self._check_parts(certificate.result)
         before = before or self._rebuild_before()
         if before is None:
@@ -158,20 +188,33 @@ class _Auditor:
         if not result.members:
             self._tell("members", Finding.HOLDS, "none: the round changes the voters and nothing else")
             return
-        weights = planned_weights(
-            (member.tokens for member in result.members), (member.steps for member in result.members)
-        )
+        members, rule = result.members, self._archive.manifest.rounds.weights
+        try:
+            for member in members:
+                check_attendance(member.attendance, rule, result.round)
+        except ProtocolError as error:
+            self._tell("members", Finding.FAILS, str(error))
+            return
+        for number, member in enumerate(members):
+            last = self._counted.get(member.peer)
+            if last is not None and exceeds(member.attendance, expect_attendance(last, result.round)):
+                detail = f"member {number} declares longer intervals than those from round {last.round} on"
+                self._tell("members", Finding.FAILS, detail)
+                return
+        factors = (weight_factor(member.attendance, rule) for member in members)
+        weights = planned_weights((member.tokens for member in members), (member.steps for member in members), factors)
         wrong = [
             number
             for number, (member, weight) in enumerate(zip(result.members, weights, strict=True))
             if member.weight != float(weight)
         ]
         if wrong:
-            self._tell("members", Finding.FAILS, f"the weight of member {wrong[0]} does not follow from its tokens")
+            detail = f"the weight of member {wrong[0]} does not follow from its {BASES[rule]}"
+            self._tell("members", Finding.FAILS, detail)
             return
         counts = [len(list_members(one.contributors, len(result.members))) for one in result.parts]
         least = f"; {min(counts)} to {max(counts)} in a part" if min(counts) < len(result.members) else " in every part"
-        self._tell("members", Finding.HOLDS, f"{len(result.members)} with the weights of their tokens{least}")
+        self._tell("members", Finding.HOLDS, f"{len(result.members)} with the weights of their {BASES[rule]}{least}")
 
     def _check_parts(self, result: Result) -> bool:
         """Whether all of them are here and what was voted for."""

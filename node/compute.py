@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from shoal.node.feedback import FeedbackFull
 from shoal.node.ledger_store import StoreError
 from shoal.node.local_state import LocalState
+from shoal.node.own_rounds import OwnRounds
 from shoal.node.status import TrainerState
 from shoal.node.trainer import Trainer, TrainerError, TrainerEvent, TrainerExited, TrainerLeft, TrainerStalled
 from shoal.node.training.messages import (
@@ -36,6 +37,7 @@ from shoal.node.training.messages import (
     Sampled,
     Work,
 )
+from shoal.protocol.attendance import FRESHNESS, NO_ATTENDANCE, PARTICIPATION, Attendance, expect_attendance
 from shoal.protocol.contribution import Frozen, NonFiniteContribution
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
@@ -55,7 +57,7 @@ log = logging.getLogger(__name__)
 class ComputePorts:
     """What the compute side tells the daemon."""
 
-    frozen: Callable[[Frozen, Ready], None]  # a contribution to the open round is ready to be offered
+    frozen: Callable[[Frozen, Ready, Attendance], None]  # a contribution to the open round is ready to be offered
     restarted: Callable[[Failure, str], None]
     gave_up: Callable[[str], None]
     spawn: Callable[[Coroutine[object, object, object]], None]
@@ -83,6 +85,7 @@ class Compute:
         self._me = me
         self._manifest = manifest
         self._state = state
+        self._own_rounds = OwnRounds(state.stores.ledger, me)
         self._ports = ports
         self._ready: Ready | None = None  # what the trainer last handed over, until it is told to go on
         self._missed = 0
@@ -317,6 +320,7 @@ class Compute:
                 return
             try:
                 frozen = await self._state.freeze(self.trainer.local, ready.batches_done)
+                attendance = await self._find_attendance()
             except NonFiniteContribution as error:
                 log.warning("%s; the trainer starts again from the base", error)
                 await self._state.forget_residual()
@@ -327,7 +331,14 @@ class Compute:
                 log.error("the contribution to round %d is not offered: %s", self._state.head.round + 1, error)
                 return
             if self._ready is ready and frozen.round == self._state.head.round + 1:
-                self._ports.frozen(frozen, ready)
+                self._ports.frozen(frozen, ready, attendance)
+
+    async def _find_attendance(self) -> Attendance:
+        """What the open round's READY declares, where the manifest's weights ask for it. Raises StoreError."""
+        head, rule = self._state.head, self._manifest.rounds.weights
+        if rule == PARTICIPATION:
+            return expect_attendance(await asyncio.to_thread(self._own_rounds.find, head), head.round + 1)
+        return Attendance(base_age=min(self._missed, head.round)) if rule == FRESHNESS else NO_ATTENDANCE
 
     async def committed(self, result: Result, included: tuple[int, ...]) -> None:
         """A round is applied; `included` are the parts that were certified with this peer in them."""

@@ -243,7 +243,7 @@ class Daemon:
             manifest=self.manifest,
             state=self.state,
             ports=ComputePorts(
-                frozen=lambda frozen, ready: self.ready_offer.make(frozen, ready),
+                frozen=lambda frozen, ready, attendance: self.ready_offer.make(frozen, ready, attendance),
                 restarted=self._trainer_restarted,
                 gave_up=self._trainer_gave_up,
                 spawn=self._spawn,

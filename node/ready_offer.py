@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from shoal.node.exchange import PartExchange
 from shoal.node.own_presence import OwnPresence
 from shoal.node.training.messages import Ready as TrainerReady
+from shoal.protocol.attendance import Attendance
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import Phase
 from shoal.protocol.messages import Presence, Ready, sign_ready
@@ -33,7 +34,7 @@ class ReadyOffer:
     announce: Callable[[], None]
     pump: Callable[[], None]
 
-    def make(self, frozen: Frozen, ready: TrainerReady) -> None:
+    def make(self, frozen: Frozen, ready: TrainerReady, attendance: Attendance) -> None:
         """The trainer's work is frozen and encoded: become ready."""
         core = self.presence.core
         if self.presence.leaving or frozen.round != core.round or core.phase is Phase.APPLY:
@@ -46,6 +47,7 @@ class ReadyOffer:
             steps=max(1, ready.steps),
             norm=frozen.norm,
             owns=self._owns(),
+            attendance=attendance,
         )
         self._publish(said, frozen)
 

@@ -156,16 +156,19 @@ class Reduction:
         return self.codec_out.encode(aggregate, out)
 
 
-def planned_weights(tokens: Iterable[int], steps: Iterable[int]) -> Float32s:
+def planned_weights(tokens: Iterable[int], steps: Iterable[int], factors: Iterable[float] | None = None) -> Float32s:
     """Each member's share of the round, float32[members], summing to 1 up to rounding.
 
-    A member's claim is tokens^2 / steps (both counted as at least 1); it is capped at WEIGHT_MEDIANS_MAX medians, then,
+    A member's claim is tokens^2 / steps (both counted as at least 1), times its factor of `factors`, which is positive
+    (protocol.attendance), where there are any; it is capped at WEIGHT_MEDIANS_MAX medians, then,
     among SHARES_MIN and more members, at the level where the capped members hold one SHARES_MIN-th of the whole each,
     and lifted to WEIGHT_RATIO_MIN of the largest.
     """
     # Whole numbers divide with one rounding, whatever their size.
     claims = [max(int(t), 1) ** 2 / max(int(s), 1) for t, s in zip(tokens, steps, strict=True)]
     assert claims, "a round has members"
+    if factors is not None:
+        claims = [claim * factor for claim, factor in zip(claims, factors, strict=True)]
     cap = WEIGHT_MEDIANS_MAX * statistics.median(claims)
     claims = [min(claim, cap) for claim in claims]
     cap = _level(claims)

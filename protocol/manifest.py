@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from shoal.protocol.admission import AdmissionRule, Ticket, parse_ticket
 from shoal.protocol.aggregators import AGGREGATORS
+from shoal.protocol.attendance import WEIGHTS, WORK
 from shoal.protocol.codecs import CODECS, UPDATE_CODECS, Float32Codec
 from shoal.protocol.errors import ManifestError, ProtocolError, Refusal, UriError
 from shoal.protocol.identity import Identity, PeerId, verify_signature
@@ -139,6 +140,7 @@ class Rounds:
     rounds_kept: Annotated[int, Bound(2, 100_000)] = 64
     residual_kept: Annotated[float, Bound(0, 1)] = 1.0  # the share of the residual that goes into the next contribution
     fragments: Annotated[int, Bound(1, FRAGMENTS_MAX)] = 1  # a round exchanges every so manieth part
+    weights: Annotated[str, Choice(WEIGHTS)] = WORK  # what a contribution weighs by (protocol.attendance)
 
     @property
     def codec_out(self) -> str:

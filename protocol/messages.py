@@ -12,6 +12,7 @@ from typing import Annotated, TypeVar
 from blake3 import blake3
 
 from shoal.protocol.admission import AdmissionProof, GetDecrees
+from shoal.protocol.attendance import NO_ATTENDANCE, Attendance
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PROTOCOL_VERSION, Identity, PeerId, verify_signature
 from shoal.protocol.wire import (
@@ -23,6 +24,7 @@ from shoal.protocol.wire import (
     Bound,
     Bytes32,
     Bytes64,
+    Elided,
     Schema,
     Text,
     decode_record_untrusted,
@@ -57,6 +59,7 @@ class Ready:
     steps: Annotated[int, Bound(1, 2**40)]
     norm: Annotated[float, Bound(0, 2**80)]
     owns: bool  # whether others can dial this peer's tensor port, and so whether it may own parts
+    attendance: Annotated[Attendance, Elided()] = NO_ATTENDANCE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +148,7 @@ class Member:
     tokens: U63
     steps: U63
     weight: float
+    attendance: Annotated[Attendance, Elided()] = NO_ATTENDANCE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

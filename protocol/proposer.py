@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from shoal.protocol.aggregators import planned_weights
+from shoal.protocol.attendance import WORK, check_attendance, weight_factor
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.exchange import Waits
 from shoal.protocol.identity import PeerId, short_peer_id
@@ -74,11 +75,13 @@ def choose_roster(
     return tuple(sorted((*old[: ROSTER_MAX - len(taken)], *taken)))
 
 
-def list_weights(roster: tuple[SignedReady, ...]) -> tuple[float, ...]:
-    """Every member's weight in the aggregate, from tokens and steps (float32 values)."""
+def list_weights(roster: tuple[SignedReady, ...], rule: str) -> tuple[float, ...]:
+    """Every member's weight in the aggregate (float32 values), from tokens and steps, and from what else the manifest's
+    rule goes by."""
     tokens = np.array([signed.ready.tokens for signed in roster], dtype=np.int64)
     steps = np.array([signed.ready.steps for signed in roster], dtype=np.int64)
-    return tuple(float(weight) for weight in planned_weights(tokens, steps))
+    factors = (weight_factor(signed.ready.attendance, rule) for signed in roster)
+    return tuple(float(weight) for weight in planned_weights(tokens, steps, factors))
 
 
 def make_plan(
@@ -88,8 +91,10 @@ def make_plan(
     ready: Mapping[PeerId, SignedReady],
     parts: int,
     shares: Mapping[PeerId, float],
+    weights: str = WORK,
 ) -> Plan | None:
-    """The first plan of an attempt, unsigned; None while nobody ready can own a part. `ready` is the whole roster."""
+    """The first plan of an attempt, unsigned; None while nobody ready can own a part. `ready` is the whole roster,
+    `weights` the manifest's rule."""
     chosen = sorted(ready)
     assert len(chosen) <= ROSTER_MAX, "chosen by choose_roster"
     roster = tuple(ready[peer] for peer in chosen)
@@ -98,7 +103,8 @@ def make_plan(
         return None
     assigned = assign_parts(owner_order(head.digest, 0, owners), shares, parts)
     entries = tuple(
-        RosterEntry(signed=signed, weight=weight) for signed, weight in zip(roster, list_weights(roster), strict=True)
+        RosterEntry(signed=signed, weight=weight)
+        for signed, weight in zip(roster, list_weights(roster, weights), strict=True)
     )
     return Plan(
         round=head.round + 1,
@@ -128,8 +134,9 @@ def revise_plan(plan: Plan, owners: Mapping[int, int]) -> Plan:
     return replace(plan, revision=plan.revision + 1, owners=changed, signature=bytes(64))
 
 
-def check_plan(plan: Plan, head: Head, codec: str, parts: int, swarm: bytes) -> None:
-    """Raise ProtocolError unless a member can follow this plan. `codec` is that of contributions."""
+def check_plan(plan: Plan, head: Head, codec: str, parts: int, swarm: bytes, weights: str = WORK) -> None:
+    """Raise ProtocolError unless a member can follow this plan. `codec` is that of contributions, `weights` the
+    manifest's rule."""
     check_base(plan, head)
     if plan.codec != codec:
         raise ProtocolError(Refusal.NOT_PLANNED, f"plan wants codec {plan.codec}, the manifest {codec}")
@@ -142,11 +149,13 @@ def check_plan(plan: Plan, head: Head, codec: str, parts: int, swarm: bytes) -> 
         ready = entry.signed.ready
         if ready.round != plan.round or ready.base_root != plan.base_root:
             raise ProtocolError(Refusal.WRONG_BASE, f"{short_peer_id(entry.signed.peer)} is ready for something else")
+        check_attendance(ready.attendance, weights, plan.round)
         verify_ready(swarm, entry.signed)
     for owner in plan.owners:
         if owner >= len(peers) or not plan.roster[owner].signed.ready.owns:
             raise ProtocolError(Refusal.OUT_OF_RANGE, f"plan gives a part to roster index {owner}, which owns nothing")
-    if tuple(entry.weight for entry in plan.roster) != list_weights(tuple(entry.signed for entry in plan.roster)):
+    readies = tuple(entry.signed for entry in plan.roster)
+    if tuple(entry.weight for entry in plan.roster) != list_weights(readies, weights):
         raise ProtocolError(Refusal.OUT_OF_RANGE, "the plan's weights do not follow from its READYs")
 
 
@@ -161,6 +170,7 @@ def make_result(
             tokens=entry.signed.ready.tokens,
             steps=entry.signed.ready.steps,
             weight=entry.weight,
+            attendance=entry.signed.ready.attendance,
         )
         for entry in plan.roster
     )
@@ -206,10 +216,12 @@ def make_evidence(plan: Plan, done: Mapping[int, PartDone]) -> Evidence:
     return Evidence(plan=plan, done=tuple(done[part] for part in range(len(plan.owners))), lock=None)
 
 
-def check_evidence(proposal: Proposal, proposer: PeerId, head: Head, codec: str, authority: Authority) -> None:
+def check_evidence(
+    proposal: Proposal, proposer: PeerId, head: Head, codec: str, authority: Authority, weights: str = WORK
+) -> None:
     """Raise ProtocolError unless the proposal follows from what others signed: an earlier lock of a quorum, or a plan
     made of READYs and the owners' words. A result without parts needs neither: each voter judges by who it knows.
-    `codec` is that of contributions."""
+    `codec` is that of contributions, `weights` the manifest's rule."""
     result, evidence = proposal.result, proposal.evidence
     if evidence is not None and evidence.lock is not None:
         if evidence.lock.attempt >= proposal.attempt:
@@ -224,7 +236,7 @@ def check_evidence(proposal: Proposal, proposer: PeerId, head: Head, codec: str,
     if plan.round != result.round or plan.attempt != proposal.attempt:
         raise ProtocolError(Refusal.WRONG_ATTEMPT, "a proposal comes with the plan of another attempt")
     verify_message(proposer, authority.swarm, plan)
-    check_plan(plan, head, codec, authority.count_parts(plan.round), authority.swarm)
+    check_plan(plan, head, codec, authority.count_parts(plan.round), authority.swarm, weights)
     if len(evidence.done) != len(plan.owners):
         raise ProtocolError(Refusal.WRONG_LENGTH, f"{len(evidence.done)} words for {len(plan.owners)} parts")
     expected = make_result(plan, dict(enumerate(evidence.done)), head, result.codec, frozenset(), len(result.voters))

@@ -15,6 +15,7 @@ from enum import StrEnum
 
 from blake3 import blake3
 
+from shoal.protocol.attendance import Counted
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
@@ -91,6 +92,16 @@ def list_contributors(result: Result) -> tuple[PeerId, ...]:
         for index, member in enumerate(result.members)
         if any(has_member(part.contributors, index) for part in result.parts)
     )
+
+
+def list_counted(result: Result) -> dict[PeerId, Counted]:
+    """The members of a result that some of its parts count, each with what it had declared."""
+    contributors, number = frozenset(list_contributors(result)), result.round
+    return {
+        member.peer: Counted(round=number, attendance=member.attendance)
+        for member in result.members
+        if member.peer in contributors
+    }
 
 
 def find_share(result: Result, peer: PeerId) -> float:

@@ -289,7 +289,7 @@ class RoundBallot(RoundState):
             if self._needs_locks():
                 if message.evidence is not None and message.evidence.plan is not None:
                     self._check_roster_size(message.evidence.plan)
-                check_evidence(message, sender, self.head, self._rules.codec, self._authority)
+                check_evidence(message, sender, self.head, self._rules.codec, self._authority, self._rules.weights)
             self._follow_proposal(message, now)
 
     def _follow_proposal(self, proposal: Proposal, now: float) -> None:

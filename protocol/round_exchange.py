@@ -55,7 +55,8 @@ class RoundExchange(RoundBallot):
         newcomers_max = max(self._rules.newcomers_max, self._rules.peers_min - len(known.intersection(ready)))
         chosen = choose_roster(ready, known, self.head, newcomers_max)
         taken = {peer: ready[peer] for peer in chosen}
-        plan = make_plan(self.head, self.attempt, self._rules.codec, taken, self._parts, self._list_shares(taken))
+        shares, rules = self._list_shares(taken), self._rules
+        plan = make_plan(self.head, self.attempt, rules.codec, taken, self._parts, shares, rules.weights)
         if plan is None:
             return
         self._mark_led()
@@ -108,7 +109,7 @@ class RoundExchange(RoundBallot):
             self._dropped = Refusal.WRONG_ATTEMPT
             self._send(sender, Nack(round=self.round, attempt=plan.attempt, promised=self._vote.promised))
             return
-        check_plan(plan, self.head, self._rules.codec, self._parts, self._swarm)
+        check_plan(plan, self.head, self._rules.codec, self._parts, self._swarm, self._rules.weights)
         if self._decided or (plan.attempt == self.attempt and self.phase is Phase.COMMIT):
             return
         if plan.attempt == self.attempt and self._plan:

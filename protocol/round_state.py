@@ -7,8 +7,9 @@ begins, everything of one attempt when the next attempt is entered, so nothing s
 from dataclasses import dataclass, replace
 
 from shoal.protocol.abstention import ABSTAINING, FRESH_ATTEMPT, Abstention
+from shoal.protocol.attendance import Counted, check_attendance, exceeds, expect_attendance
 from shoal.protocol.effects import Effect, LeftRecord, Phase, PhaseEntered, Send, VoteRecord
-from shoal.protocol.errors import Failure, Refusal
+from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.exchange import Collection, Inbox, Waits
 from shoal.protocol.identity import Identity, PeerId
 from shoal.protocol.manifest import Rounds
@@ -101,7 +102,8 @@ class RoundState:
         self._shares = Shares()
         self._update_ratio = self._rules.update_ratio
         self._given_share = 1.0  # of an even one, by the last proposer
-        self._contributed: dict[PeerId, None] = {}  # who is no newcomer, the latest last
+        # Who is no newcomer, the latest last; and the newest round that counted it, as far as this peer has seen.
+        self._contributed: dict[PeerId, Counted | None] = {}
         self._log: dict[int, bytes] = {}  # digests of the last rounds, to notice a log that parts from this one
         self._vote = vote or VoteRecord(round=head.round + 1)
         self._began_s = now
@@ -366,8 +368,18 @@ class RoundState:
         return {
             peer: one
             for peer, one in signed.items()
-            if one.ready.round == self.round and one.ready.base_root == self.head.state_root
+            if one.ready.round == self.round and one.ready.base_root == self.head.state_root and self._may_attend(one)
         }
+
+    def _may_attend(self, signed: SignedReady) -> bool:
+        """Whether what a READY declares besides its work is lawful, and no more than the rounds seen here allow. The
+        plans of others are not measured by those: they may have seen fewer."""
+        declared, last = signed.ready.attendance, self._contributed.get(signed.peer)
+        try:
+            check_attendance(declared, self._rules.weights, self.round)
+        except ProtocolError:
+            return False
+        return last is None or not exceeds(declared, expect_attendance(last, self.round))
 
     def _stragglers(self) -> tuple[PeerId, ...]:
         """The voters in sight that are behind this peer, where those that are not are no quorum. Only where nobody

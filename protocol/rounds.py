@@ -48,7 +48,7 @@ from shoal.protocol.messages import (
 )
 from shoal.protocol.pace import MARGIN_S, find_worthy_end_s
 from shoal.protocol.proposer import make_empty_result
-from shoal.protocol.quorum import Head, is_reroot, list_contributors
+from shoal.protocol.quorum import Head, is_reroot, list_counted
 from shoal.protocol.round_exchange import RoundExchange
 from shoal.protocol.round_state import (
     CONTRIBUTED_MAX,
@@ -248,6 +248,7 @@ class RoundCore(RoundExchange):
         """Go on from `head`, the newest common round whose state is here."""
         self._log = {number: digest for number, digest in self._log.items() if number < head.round}
         self._last_certificate = None
+        self._contributed = dict.fromkeys(self._contributed)  # what they declared there they need not answer for here
         self._begin_round(head, now)
 
     def resume(self, vote: VoteRecord, now: float) -> None:
@@ -356,11 +357,12 @@ class RoundCore(RoundExchange):
                     self._owner_pace.relax(peer)
             self._shares.note_round(self.round, owners | self._slow_owners, frozenset(self._slow_owners))
         if self._decided:
-            peers = list_contributors(self._decided.result)
+            counted = list_counted(self._decided.result)
+            peers = tuple(counted)
             self._ready_pace.include(peers, now)
             for peer in peers:
                 self._contributed.pop(peer, None)
-                self._contributed[peer] = None
+                self._contributed[peer] = counted[peer]
             while len(self._contributed) > CONTRIBUTED_MAX:
                 del self._contributed[next(iter(self._contributed))]
 

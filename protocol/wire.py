@@ -2,7 +2,8 @@
 
 A message class is a frozen dataclass whose field annotations are its schema: bool, int, float, bytes, str, another
 such dataclass, `X | None`, or `tuple[X, ...]`, with bounds by `Annotated[…, Bound(low, high)]`. The wire form is a
-flat msgpack array of the fields in order; a registered message has its type id in front.
+flat msgpack array of the fields in order, but for a last one that is `Elided`; a registered message has its type id in
+front.
 
 Invariants: decoding raises nothing but ProtocolError; the length is checked before anything is parsed; nothing decodes
 that does not encode back to the same bytes (one value, one encoding); floats are finite.
@@ -48,6 +49,11 @@ class Choice:
     """The closed set of values of a text field."""
 
     values: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Elided:
+    """Of a record's last field: where it has its default value it is left out."""
 
 
 U16 = Annotated[int, Bound(0, 2**16 - 1)]
@@ -114,12 +120,19 @@ def _tuple_codec(item: tuple[_Decoder, _Encoder], bound: Bound) -> tuple[_Decode
     return decode, lambda value: [encode_item(child) for child in value]
 
 
+def _is_elided(hint: Tree) -> bool:
+    return any(isinstance(extra, Elided) for extra in getattr(hint, "__metadata__", ()))
+
+
 def _record_codec(cls: type) -> tuple[_Decoder, _Encoder]:
     hints = get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls)]
     codecs = [_codec(hints[name]) for name in names]
+    last = dataclasses.fields(cls)[-1] if names and _is_elided(hints[names[-1]]) else None
 
     def decode(tree: Tree, where: str) -> Tree:
+        if last is not None and type(tree) is list and len(tree) == len(names) - 1:
+            tree = [*tree, codecs[-1][1](last.default)]
         if type(tree) is not list or len(tree) != len(names):
             _fail(where, f"expected an array of {len(names)} fields")
         values = {
@@ -131,7 +144,9 @@ def _record_codec(cls: type) -> tuple[_Decoder, _Encoder]:
             _fail(where, str(error), Refusal.OUT_OF_RANGE)
 
     def encode(value: Tree) -> Tree:
-        return [codec[1](getattr(value, name)) for name, codec in zip(names, codecs, strict=True)]
+        is_short = last is not None and getattr(value, last.name) == last.default
+        written = zip(names[:-1], codecs[:-1], strict=True) if is_short else zip(names, codecs, strict=True)
+        return [codec[1](getattr(value, name)) for name, codec in written]
 
     return decode, encode
 

@@ -33,6 +33,9 @@ class Arm:
     `lost_share` gets lost, drawn anew in every round. A `synchronous` arm is one model on the union of the workers'
     batches, and its rounds are only where it may be looked at. `texts` is a key of TEXTS.
 
+    With `presence`, the share of the rounds in which each worker is there, drawn anew in every round, `workers` says
+    only how many rounds there are. Who is away does not train.
+
     With `speeds`, in steps per simulated second, there are so many workers, and who is in which round with how many
     steps is what the round protocol makes of them in `until_s` seconds; `workers` says then only how many there are.
 
@@ -50,6 +53,7 @@ class Arm:
     mix: str = ""
     measure: str = ""
     stale_exponent: float = 0.0  # Swarm's
+    presence: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +162,12 @@ def _train(
     for number, count in enumerate(arm.workers, start=1):
         if isinstance(trained, Swarm):
             draws = entropy.random(count)
-            trained.run_round(range(count), frozenset(np.flatnonzero(draws < arm.lost_share).tolist()))
+            if arm.presence:
+                present = np.flatnonzero(draws < arm.presence).tolist()
+                trained.run_round(present)
+                count = len(present)
+            else:
+                trained.run_round(range(count), frozenset(np.flatnonzero(draws < arm.lost_share).tolist()))
         else:
             trained.run_round()
         tokens += count * inner_steps * batches[0].tokens_per_batch

@@ -16,6 +16,7 @@ from benchmarks.experiments.arms import Arm, run_arm
 from benchmarks.experiments.islands import APART, AVERAGED, EACH, ENSEMBLE, MEAN, NOLOCO, POSTERIOR
 from benchmarks.experiments.report import draw_churn, draw_plot, format_churn, format_table, format_times
 from benchmarks.experiments.texts import MIXED, PACKAGE
+from shoal.protocol.attendance import PARTICIPATION, WORK
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.manifest import DELAYED, EAGER, INNER_OPTIMIZERS, OVERLAPPED, Draft, Outer, Rounds, Task, Training
 
@@ -228,6 +229,30 @@ def _make_speeds(rounds: int) -> tuple[Arm, ...]:
     )
 
 
+def _make_seldom(rounds: int) -> tuple[Arm, ...]:
+    """A package each. Half of the workers are there in every round, the others in one of four, or all but two; who was
+    away for more than a round begins at the base."""
+    half, most = ((1.0,) * always + (0.25,) * (WORKERS - always) for always in (WORKERS // 2, 2))
+    settings = (
+        ("everybody always", WORK, (1.0,) * WORKERS),
+        ("half seldom, by work", WORK, half),
+        ("half seldom, by participation", PARTICIPATION, half),
+        ("half alone, by work", WORK, (1.0,) * (WORKERS // 2) + (0.0,) * (WORKERS // 2)),
+        ("most seldom, by work", WORK, most),
+        ("most seldom, by participation", PARTICIPATION, most),
+    )
+    return tuple(
+        Arm(
+            name=name,
+            draft=replace(_with_training(missed_rounds_max=1), rounds=replace(DRAFT.rounds, weights=weights)),
+            workers=(WORKERS,) * rounds,
+            texts=PACKAGE,
+            presence=presence,
+        )
+        for name, weights, presence in settings
+    )
+
+
 def _make_gossip(rounds: int) -> tuple[Arm, ...]:
     """Pairs that mix, and nobody who does; each worker's model by itself, and the mean of all of them."""
     swarm = Arm(name="diloco", draft=DRAFT, workers=(WORKERS,) * rounds)
@@ -315,6 +340,10 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         ),
         "shards": Experiment(
             question="A package of the library for each worker, against all of them for all", make=_make_shards
+        ),
+        "seldom": Experiment(
+            question="A package each, half of the workers seldom there: weights by participation (arXiv 2306.03401)",
+            make=_make_seldom,
         ),
         "outer": Experiment(question="Learning rate and momentum of the outer step", make=_make_outer),
         "overlapped": Experiment(

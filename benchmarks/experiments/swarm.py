@@ -23,13 +23,22 @@ from shoal.node.training.messages import FloatVector
 from shoal.node.training.strategy import STRATEGIES, Strategy
 from shoal.node.training.tasks import Task, make_task
 from shoal.protocol.aggregators import WeightedPart, clip_factors, planned_weights
+from shoal.protocol.attendance import (
+    FRESHNESS,
+    NO_ATTENDANCE,
+    PARTICIPATION,
+    Attendance,
+    Counted,
+    expect_attendance,
+    weight_factor,
+)
 from shoal.protocol.contribution import Contributor, Frozen
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Member, PartResult, Result
-from shoal.protocol.quorum import make_bitmap
+from shoal.protocol.quorum import list_counted, make_bitmap
 from shoal.protocol.replica import Replica, find_gain, make_reduction
 
 
@@ -48,6 +57,7 @@ class Worker:
         self._batches_done = 0
         self._missed = 0
         self._joined = False
+        self.counted: Counted | None = None  # the newest round that counted it
         self.contributor = Contributor(manifest)
         self.local: FloatVector = np.empty(manifest.layout.elements, np.float32)  # as it was frozen last
         self.steps = 0  # those in what is handed over next
@@ -63,6 +73,13 @@ class Worker:
         """The tokens by which its contribution weighs, so that its claim, their square over the steps, is less by the
         factor (1 + s)^-`stale_exponent`, s being the rounds that it has missed since it was in one."""
         return round(self.tokens * (1 + self._missed) ** (-stale_exponent / 2))
+
+    def attend(self, number: int) -> Attendance:
+        """What it declares in this round besides its work, by the manifest's rule (node/compute.py)."""
+        rule = self._manifest.rounds.weights
+        if rule == PARTICIPATION:
+            return expect_attendance(self.counted, number)
+        return Attendance(base_age=self._missed) if rule == FRESHNESS else NO_ATTENDANCE
 
     def join(self, base: FloatVector) -> None:
         """Begin at this base, unless it has begun."""
@@ -163,12 +180,14 @@ class Swarm:
         self._root = self._replica.apply(result, blobs)
         if not np.isfinite(self.base).all():
             raise Diverged(f"the base of round {number} is not finite")
+        counted = list_counted(result)
         places, parts = {one: index for index, one in enumerate(present)}, self._manifest.list_parts(number)
         for one, worker in enumerate(self.workers):
             index = places.get(one)
             included = () if index is None else worker.contributor.settle(frozen[index], result, index)
             gain = find_gain(self._manifest, result, worker_peer(one))
             worker.merge(self.base, tuple(parts[place] for place in included), gain)
+            worker.counted = counted.get(worker_peer(one), worker.counted)
         if self._manifest.training.divide_data:
             for place, one in enumerate(sorted(arrived)):
                 self.workers[present[one]].take_share(place, len(arrived))
@@ -179,7 +198,10 @@ class Swarm:
         """What a round would certify, and its parts by digest."""
         workers = [self.workers[one] for one in present]
         claimed = (one.claim_tokens(self._stale_exponent) for one in workers)
-        weights = planned_weights(claimed, (one.steps for one in workers))
+        attendances = [one.attend(number) for one in workers]
+        rule = self._manifest.rounds.weights
+        work = (one.steps for one in workers)
+        weights = planned_weights(claimed, work, (weight_factor(one, rule) for one in attendances))
         factors = clip_factors(one.norm for one in frozen)
         updates = []
         for place, part in enumerate(self._manifest.list_parts(number)):
@@ -202,6 +224,7 @@ class Swarm:
                 tokens=self.workers[one].tokens,
                 steps=self.workers[one].steps,
                 weight=float(weights[index]),
+                attendance=attendances[index],
             )
             for index, one in enumerate(present)
         )

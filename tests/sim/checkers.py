@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shoal.protocol.abstention import ABSTAINING
+from shoal.protocol.attendance import FRESHNESS, PARTICIPATION, WORK
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import Phase, Reduce
 from shoal.protocol.errors import ProtocolError
@@ -27,7 +28,7 @@ from shoal.protocol.messages import (
     digest_record,
     verify_message,
 )
-from shoal.protocol.quorum import REROOT_ATTEMPT, Head
+from shoal.protocol.quorum import REROOT_ATTEMPT, Head, list_contributors
 from shoal.protocol.round_state import BACKOFF_MAX, EARLY_MESSAGES_MAX
 from tests.sim import oracle
 from tests.sim.faults import DRIFT_MAX
@@ -79,12 +80,13 @@ class Checker:
         self.lies: set[bytes] = set()  # digests of results that an owner made up
         self.refusals: Counter[str] = Counter()  # of liars' messages, by reason
         self._contributed: dict[tuple[bytes, int], tuple[PeerId, int, Vector]] = {}  # by digest and round
-        self._readies: dict[tuple[PeerId, int], set[tuple[int, int]]] = {}
+        self._readies: dict[tuple[PeerId, int], set[oracle.Claim]] = {}
         self._reductions: dict[tuple[int, int, bytes], list[Reduction]] = {}
         self._books: dict[PeerId, Books] = {}
         self._phases: dict[PeerId, tuple[Phase, float, float]] = {}
         self._quorum_seen_s: dict[PeerId, float] = {}
         self._certified_s: dict[bytes, float] = {}
+        self._counted: dict[bytes, frozenset[PeerId]] = {}  # by certified round: of whom any part is in it
 
     def newest_head(self) -> Head:
         """The head that the certificates lead to, whoever holds them."""
@@ -141,7 +143,7 @@ class Checker:
         return vectors
 
     def announced(self, peer: PeerId, ready: Ready) -> None:
-        self._readies.setdefault((peer, ready.round), set()).add((ready.tokens, ready.steps))
+        self._readies.setdefault((peer, ready.round), set()).add(oracle.read_claim(ready))
 
     def settled(self, peer: "SimPeer", result: Result, index: int, included: tuple[int, ...]) -> None:
         """Sum of what was produced = sum of what was applied + residual: a residual is taken over for exactly the parts
@@ -241,6 +243,8 @@ class Checker:
             by_owner = certificate.votes[0].voter == self.manifest.owner
             self.reroots["signed by the owner" if by_owner else "declared"] += 1
         self._check_members(result)
+        self._check_attendance(result)
+        self._counted[digest] = frozenset(list_contributors(result))
         for part in range(len(result.parts)):
             self._check_part(result, part, peer)
 
@@ -309,13 +313,27 @@ class Checker:
         peers = [member.peer for member in result.members]
         if len(set(peers)) != len(peers):
             raise broken("each contribution at most once", f"round {result.round}")
-        claims = [(member.tokens, member.steps) for member in result.members]
+        claims = [oracle.read_claim(member) for member in result.members]
         for member, claim in zip(result.members, claims, strict=True):
             if claim not in self._readies.get((member.peer, result.round), ()):
                 raise broken("weights as planned", f"round {result.round}: a claim that nobody made")
-        problem = oracle.find_wrong_weight(claims, [member.weight for member in result.members])
+        weights = [member.weight for member in result.members]
+        problem = oracle.find_wrong_weight(claims, weights, self.manifest.rounds.weights)
         if problem:
             raise broken("weights as planned", f"round {result.round}: {problem}")
+
+    def _check_attendance(self, result: Result) -> None:
+        """What honest members declare of the rounds before follows from the log that they are on."""
+        rule, before = self.manifest.rounds.weights, list(self.logs.back_from(self.logs.heads[result.previous]))
+        for member in result.members if rule != WORK else ():
+            counted = [head.round for head in before if member.peer in self._counted.get(head.digest, ())]
+            said = member.attendance
+            expected = oracle.count_intervals(counted, result.round) if rule == PARTICIPATION else (0, 0)
+            is_right = (said.intervals, said.interval_rounds) == expected
+            # A contribution of an earlier life may be counted while the work of this one gets older.
+            is_possible = 0 <= said.base_age <= (result.round - 1 if rule == FRESHNESS else 0)
+            if member.peer not in self.suspects and not (is_right and is_possible):
+                raise broken("attendance as the log says", f"round {result.round}: {said}, counted in {counted}")
 
     def _check_part(self, result: Result, part: int, peer: "SimPeer") -> None:
         """Plain float32 arithmetic over exactly the bitmap's members, in roster order."""

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from shoal.protocol.attendance import FRESHNESS, PARTICIPATION, WORK
 from shoal.protocol.codecs import CODECS, UPDATE_CODECS
 from shoal.protocol.identity import Identity
 from shoal.protocol.layout import Layout, TensorSpec
@@ -15,6 +16,7 @@ from tests.sim.faults import Population
 
 PEERS_MAX = 12
 FRAGMENTED = 0.15  # the share of the swarms
+ATTENDED = 0.2  # the share in which weights go by more than work
 RULES: dict[str, Any] = {
     "grace_s": 2.0,
     "part_elements": 256,
@@ -47,6 +49,7 @@ class Cluster:
     on_the_wire: bool = False  # every message is encoded and decoded on its way, which takes its time
     reroot_after_s: float | None = None  # 0: by the owner only; None: quorums come back, and a second log is a failure
     grace_s: float = RULES["grace_s"]
+    weights: str = WORK
 
     @property
     def may_part(self) -> bool:
@@ -107,12 +110,17 @@ def let_fragments_alternate(cluster: Cluster, rng: random.Random) -> Cluster:
     return cluster if rng.random() >= FRAGMENTED else replace(cluster, fragments=rng.randint(1, parts))
 
 
+def let_weights_differ(cluster: Cluster, rng: random.Random) -> Cluster:
+    """In some swarms weights go by the rounds before, too."""
+    return cluster if rng.random() >= ATTENDED else replace(cluster, weights=rng.choice((PARTICIPATION, FRESHNESS)))
+
+
 def make_world_manifest(cluster: Cluster, owner: Identity, founders: tuple[Identity, ...]) -> Manifest:
     layout = Layout(tensors=(TensorSpec(name="w", shape=(cluster.elements,), init="uniform", std=0.02),))
     known = {field.name for field in fields(Rounds)}
     drawn = {"peers_min": cluster.peers_min, "quorum": cluster.quorum, "voters_max": cluster.voters_max}
     drawn |= {"codec": cluster.codec, "update_codec": cluster.update_codec, "part_elements": cluster.part_elements}
-    drawn |= {"fragments": cluster.fragments, "grace_s": cluster.grace_s}
+    drawn |= {"fragments": cluster.fragments, "grace_s": cluster.grace_s, "weights": cluster.weights}
     if cluster.reroot_after_s is not None:
         drawn["reroot_after_s"] = cluster.reroot_after_s
     rules = {name: value for name, value in (RULES | drawn).items() if name in known}

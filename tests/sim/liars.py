@@ -12,6 +12,7 @@ import numpy as np
 from blake3 import blake3
 
 from shoal.protocol import messages
+from shoal.protocol.attendance import INTERVAL_ROUNDS_MAX, Attendance
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import Reduce
 from shoal.protocol.errors import ProtocolError
@@ -69,6 +70,9 @@ class Liar(SimPeer):
         frozen, said = super()._word(frozen)
         if Lie.GREEDY_WEIGHT in self.lies:
             said = replace(said, tokens=GREEDY_TOKENS, steps=1)
+            if said.attendance.intervals:
+                seldom = Attendance(intervals=1, interval_rounds=min(INTERVAL_ROUNDS_MAX, said.round - 1))
+                said = replace(said, attendance=seldom)
         if Lie.STALE_BASE in self.lies:
             said = replace(said, base_root=blake3(said.base_root).digest())
         return frozen, said
@@ -122,7 +126,7 @@ class Liar(SimPeer):
         if Lie.TWO_PLANS in self.lies and len(plan.roster) > 1:
             signed = [entry.signed for entry in plan.roster]
             del signed[self.rng.randrange(len(signed))]
-            weights = list_weights(tuple(signed))
+            weights = list_weights(tuple(signed), self.manifest.rounds.weights)
             roster = tuple(RosterEntry(signed=one, weight=weight) for one, weight in zip(signed, weights, strict=True))
             able = [index for index, one in enumerate(signed) if one.ready.owns]
             if able:

@@ -10,7 +10,7 @@ from shoal.protocol.wire import encode_record
 
 LATER = {
     "outer": (Outer, ("momentum_clip", "momentum_every", "second_moment", "epsilon")),
-    "rounds": (Rounds, ("update_codec", "residual_kept", "fragments")),
+    "rounds": (Rounds, ("update_codec", "residual_kept", "fragments", "weights")),
     "training": (
         Training,
         (

@@ -3,6 +3,8 @@
 Float32 arithmetic in roster order for the aggregate; exact fractions for the weights.
 """
 
+import math
+from collections.abc import Collection
 from fractions import Fraction
 
 import numpy as np
@@ -10,9 +12,10 @@ import numpy.typing as npt
 
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.manifest import Manifest
-from shoal.protocol.messages import Result
+from shoal.protocol.messages import Member, Ready, Result
 
 Vector = npt.NDArray[np.float32]
+Claim = tuple[int, int, int, int, int]  # tokens, steps, intervals, their rounds, age of the base
 
 BLOCK = 256
 INT8 = "int8"
@@ -76,11 +79,35 @@ def is_quorum(votes: int, voters: int, rule: str) -> bool:
     return 3 * votes > 2 * voters if rule == "two_thirds" else 2 * votes > voters
 
 
-def find_wrong_weight(claims: list[tuple[int, int]], weights: list[float]) -> str | None:
-    """What is wrong with the planned weights, given everybody's tokens and steps."""
+def read_claim(said: Ready | Member) -> Claim:
+    """By what a member weighs."""
+    also = said.attendance
+    return said.tokens, said.steps, also.intervals, also.interval_rounds, also.base_age
+
+
+def count_intervals(counted: Collection[int], number: int) -> tuple[int, int]:
+    """How many intervals there are between the rounds that counted a peer and round `number`, and how long they are
+    together: from round to round, where the 50th one without the peer ends an interval, too (FedAU)."""
+    intervals = rounds = since = 0
+    for at in range(min(counted, default=number) + 1, number + 1):
+        since += 1
+        if at in counted or at == number or since == 50:
+            intervals, rounds, since = intervals + 1, rounds + since, 0
+    return intervals, rounds
+
+
+def _factor(claim: Claim, rule: str) -> Fraction:
+    _, _, intervals, rounds, age = claim
+    if rule == "participation":
+        return Fraction(rounds, intervals) if intervals else Fraction(1)
+    return Fraction(math.pow(1 + age, -0.5)) if rule == "freshness" else Fraction(1)
+
+
+def find_wrong_weight(claims: list[Claim], weights: list[float], rule: str) -> str | None:
+    """What is wrong with the planned weights, given what everybody claims and the manifest's rule."""
     if not claims:
         return None
-    raw = [Fraction(max(tokens, 1) ** 2, max(steps, 1)) for tokens, steps in claims]
+    raw = [Fraction(max(one[0], 1) ** 2, max(one[1], 1)) * _factor(one, rule) for one in claims]
     ordered = sorted(raw)
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

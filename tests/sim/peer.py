@@ -63,7 +63,7 @@ from tests.sim.machine import SimMachine
 from tests.sim.oracle import find_span
 from tests.sim.parting import ask_where_parted, restore
 from tests.sim.trace import describe
-from tests.sim.training import STEPS, end_training, merge, train
+from tests.sim.training import STEPS, end_training, find_attendance, merge, train
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -185,6 +185,7 @@ class SimPeer(SimMachine):
             steps=self.steps,
             norm=frozen.norm,
             owns=self.number % 4 != 3,
+            attendance=find_attendance(self, frozen.round),
         )
         return frozen, said
 

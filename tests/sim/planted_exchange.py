@@ -136,7 +136,7 @@ def weights_of_the_proposer(patches: Patches) -> None:
 def weights_not_from_readies(patches: Patches) -> None:
     """All agree on weights that do not follow from the tokens and steps of the READYs."""
 
-    def weigh(roster: tuple[SignedReady, ...]) -> tuple[float, ...]:
+    def weigh(roster: tuple[SignedReady, ...], rule: str) -> tuple[float, ...]:
         return tuple(float(np.float32(1 / len(roster))) for _ in roster)
 
     patches.everywhere(proposer.list_weights, weigh)

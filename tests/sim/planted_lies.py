@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from shoal.protocol import aggregators, proposer
+from shoal.protocol import aggregators, attendance, proposer
 from shoal.protocol.round_ballot import RoundBallot
 from shoal.protocol.round_state import RoundState
+from tests.sim import training
 from tests.sim.peer import SimPeer
 from tests.sim.planted import Arena, Patches, bug
 
@@ -33,11 +34,24 @@ def evidence_unchecked(patches: Patches) -> None:
 def weights_uncapped(patches: Patches) -> None:
     """A member weighs as much as it claims."""
 
-    def weigh(tokens: Iterable[int], steps: Iterable[int]) -> Any:
+    def weigh(tokens: Iterable[int], steps: Iterable[int], factors: Iterable[float]) -> Any:
         claims = [max(int(t), 1) ** 2 / max(int(s), 1) for t, s in zip(tokens, steps, strict=True)]
         return np.array([max(claim / sum(claims), 1e-6) for claim in claims], np.float32)
 
     patches.everywhere(aggregators.planned_weights, weigh)
+
+
+@bug(seed=5, by="attendance as the log says")
+def rounds_not_remembered(patches: Patches) -> None:
+    """Where weights go by participation, every round is a peer's first."""
+    patches.everywhere(attendance.expect_attendance, lambda last, number: attendance.NO_ATTENDANCE)
+    patches.set(training, "expect_attendance", lambda last, number: attendance.NO_ATTENDANCE)
+
+
+@bug(seed=5, by="weights as planned")
+def attendance_not_weighed(patches: Patches) -> None:
+    """What members declare besides their work makes no difference."""
+    patches.everywhere(attendance.weight_factor, lambda declared, rule: 1.0)
 
 
 @bug(arena=Arena.LIARS, seed=8, by="no honest peer is accused")

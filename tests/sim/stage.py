@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from shoal.protocol.attendance import WORK
 from shoal.protocol.effects import (
     AttemptFailed,
     Behind,
@@ -100,9 +101,19 @@ def is_vote(record: VoteRecord) -> bool:
 class Stage(World):
     """`peers` found the swarm and are there from the start; `newcomers` may join."""
 
-    def __init__(self, peers: int, newcomers: int = 0, parts: int = 4, grace_s: float = RULES["grace_s"]) -> None:
+    def __init__(
+        self,
+        peers: int,
+        newcomers: int = 0,
+        parts: int = 4,
+        grace_s: float = RULES["grace_s"],
+        weights: str = WORK,
+    ) -> None:
         elements = parts * int(RULES["part_elements"]) - 100
-        cluster = Cluster(founders=peers, first=peers, everybody=peers + newcomers, elements=elements, grace_s=grace_s)
+        everybody = peers + newcomers
+        cluster = Cluster(
+            founders=peers, first=peers, everybody=everybody, elements=elements, grace_s=grace_s, weights=weights
+        )
         super().__init__(SEED, faults=(), cluster=cluster)
         self.network._delay_s = lambda rng, now: DELAY_S  # type: ignore[method-assign]
         self.deeds: list[Deed] = []

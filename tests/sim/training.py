@@ -9,13 +9,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shoal.protocol.attendance import FRESHNESS, PARTICIPATION, Attendance, expect_attendance
 from shoal.protocol.messages import Certificate
+from shoal.protocol.quorum import list_counted
 
 if TYPE_CHECKING:
     from tests.sim.peer import SimPeer
 
 MISSED_ROUNDS_MAX = 8
 STEPS = 40  # of a training that is not cut short, unless said otherwise
+
+
+def find_attendance(peer: "SimPeer", number: int) -> Attendance:
+    """What the peer declares in this round besides its work, by its own log (node/own_rounds.py)."""
+    rule, last = peer.manifest.rounds.weights, None
+    if rule == FRESHNESS:
+        return Attendance(base_age=min(peer.missed, number - 1))
+    for before in range(number - 1, 0, -1) if rule == PARTICIPATION else ():
+        if before not in peer.disk.certificates:
+            break
+        last = list_counted(peer.disk.certificates[before].result).get(peer.identity.peer)
+        if last is not None:
+            break
+    return expect_attendance(last, number)
 
 
 def train(peer: "SimPeer", *, in_step: bool = False) -> None:

@@ -35,6 +35,7 @@ from tests.sim.clusters import (
     let_codecs_differ,
     let_fragments_alternate,
     let_part,
+    let_weights_differ,
     make_world_manifest,
 )
 from tests.sim.faults import (
@@ -96,8 +97,9 @@ class World:
         if cluster is None:
             cluster = let_part(draw_cluster(rng), random.Random(f"{seed}/reroot"))
             cluster = let_codecs_differ(cluster, random.Random(f"{seed}/two codecs"))
-            # With this number the seeds that tests name keep their worlds.
+            # With these numbers the seeds that tests name keep their worlds.
             cluster = let_fragments_alternate(cluster, random.Random(f"{seed}/fragments 3793"))
+            cluster = let_weights_differ(cluster, random.Random(f"{seed}/weights 37314"))
         self.cluster = cluster
         self.rates = rates or draw_rates(rng, may_lie=bool(self.cluster.liars))
         drawn = draw_faults(random.Random(f"{seed}/faults"), self.rates, self.cluster.population())

@@ -22,6 +22,7 @@ from shoal.node.training.data import ByteWindows, Corpus, read_corpus
 from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.optimizers import ADAM_BETAS
 from shoal.node.training.tasks import make_task
+from shoal.protocol.attendance import FRESHNESS, NO_ATTENDANCE, PARTICIPATION, WORK, Attendance
 from shoal.protocol.contribution import NonFiniteContribution
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.layout import initialise
@@ -278,6 +279,38 @@ def test_arms_see_equal_tokens_but_for_the_one_of_equal_steps(name: str) -> None
     fewer = steps.pop("one worker, equal steps", None)
     assert set(steps.values()) == {16 * 16 * (WORKERS_INNER if name == "inner" else 8)}
     assert fewer in (None, 16 * 16)
+
+
+def test_who_is_seldom_there_is_so_in_the_same_rounds_whatever_weights_go_by() -> None:
+    everybody, *half, alone, by_work, by_participation = arms = make_arms("seldom", 16)
+    for always, (one, other) in ((4, half), (2, (by_work, by_participation))):
+        assert other.draft.rounds == replace(one.draft.rounds, weights=PARTICIPATION)
+        assert one.presence == other.presence == (1.0,) * always + (0.25,) * (8 - always)
+    assert everybody.presence == (1.0,) * 8 and alone.presence == (1.0,) * 4 + (0.0,) * 4
+    assert len({(arm.workers, arm.texts) for arm in arms}) == 1
+
+
+@pytest.mark.parametrize("rule", [WORK, PARTICIPATION, FRESHNESS])
+def test_workers_declare_what_the_manifest_weighs_by(rule: str) -> None:
+    swarm = make_swarm(3, replace(DRAFT, rounds=replace(DRAFT.rounds, weights=rule)))
+    for present in ([0, 1, 2], [0, 1], [0, 1], [0, 1]):
+        swarm.run_round(present)
+    always, seldom = (swarm.workers[one].attend(5) for one in (0, 2))
+    if rule == PARTICIPATION:
+        assert seldom == Attendance(intervals=1, interval_rounds=4)
+        assert always == Attendance(intervals=4, interval_rounds=4)
+    else:
+        assert always == NO_ATTENDANCE
+        assert seldom == Attendance(base_age=3 if rule == FRESHNESS else 0)
+    for worker in swarm.workers:
+        worker.train(swarm.base, 5)
+    frozen = [worker.contributor.freeze(5, swarm.base, worker.local) for worker in swarm.workers]
+    result, _ = swarm._reduce(5, [0, 1, 2], frozen, frozenset({0, 1, 2}))
+    assert [member.attendance for member in result.members] == [always, always, seldom]
+    one, _, other = (member.weight for member in result.members)
+    factor = {WORK: 1.0, PARTICIPATION: 2.0, FRESHNESS: 0.5}[rule]  # of 4, two medians are left
+    work = [worker.tokens**2 / worker.steps for worker in swarm.workers]
+    assert other == pytest.approx(one * min(factor * work[2] / work[0], 2.0), rel=1e-6)
 
 
 def test_schedules_of_one_experiment_mirror_each_other() -> None:

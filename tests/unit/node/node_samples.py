@@ -1,8 +1,7 @@
 """What the tests of the daemon's pieces share: a swarm within one process, and a log that real keys have certified.
 
-A `Peer` is the daemon without libp2p, torch and web server: the same pieces, wired alike, over the in-memory control
-plane and real tensor links on loopback. A test runs those of its tasks that it is about.
-"""
+A `Peer` is the daemon without libp2p, torch and web server: the same pieces, wired alike, over control planes in memory
+and real tensor links on loopback. A test runs those of its tasks that it is about."""
 
 import asyncio
 import sqlite3
@@ -42,6 +41,7 @@ from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.snapshots import SnapshotStore
 from shoal.node.training.messages import Ready as TrainerReady
 from shoal.protocol.admission import AdmissionProof
+from shoal.protocol.attendance import NO_ATTENDANCE, Attendance
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Frozen
 from shoal.protocol.effects import Behind, Forked, Note
@@ -467,7 +467,7 @@ class Peer:
         self.offer(frozen, TrainerReady(round=frozen.round, steps=10, tokens=1000, loss_mean=1.0, batches_done=10))
         return frozen
 
-    def offer(self, frozen: Frozen, ready: TrainerReady) -> None:
+    def offer(self, frozen: Frozen, ready: TrainerReady, attendance: Attendance = NO_ATTENDANCE) -> None:
         """What the daemon does with a frozen contribution."""
         if frozen.round != self.core.round:
             return
@@ -479,6 +479,7 @@ class Peer:
             steps=max(1, ready.steps),
             norm=frozen.norm,
             owns=True,
+            attendance=attendance,
         )
         signed = sign_ready(self.identity, self.swarm.id, said)
         if self.core.offer(Offer(signed=signed, digests=frozen.digests), self.driver.now()):

@@ -19,6 +19,8 @@ from shoal.node.config import MANIFEST_FILE
 from shoal.node.ledger_store import LedgerStore, StoreError, compute_checksum
 from shoal.node.manifest_source import read_manifest_file
 from shoal.node.snapshots import SnapshotStore
+from shoal.protocol.aggregators import planned_weights
+from shoal.protocol.attendance import FRESHNESS, PARTICIPATION, WORK, Attendance, weight_factor
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.messages import Certificate, CertificatesAnswer, Result, digest_record
 from shoal.protocol.wire import encode_record
@@ -171,6 +173,55 @@ def test_what_is_not_retained_cannot_be_told(folder: Path, chain: Chain) -> None
 def reweigh(result: Result) -> Result:
     members = (replace(result.members[0], weight=0.5), *result.members[1:])
     return replace(result, members=members)
+
+
+def declare(result: Result, said: Attendance, rule: str) -> Result:
+    """The first member has declared this, and all weigh accordingly."""
+    first, *others = result.members
+    factors = [weight_factor(one, rule) for one in (said, *(other.attendance for other in others))]
+    weights = planned_weights([one.tokens for one in result.members], [one.steps for one in result.members], factors)
+    members = (replace(first, attendance=said), *others)
+    return replace(result, members=tuple(replace(one, weight=float(weights[at])) for at, one in enumerate(members)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "said", "holds"),
+    [
+        (PARTICIPATION, Attendance(intervals=1, interval_rounds=1), True),
+        (PARTICIPATION, Attendance(intervals=2, interval_rounds=2), True),
+        (PARTICIPATION, Attendance(intervals=2, interval_rounds=3), False),  # it was in round 5
+        (PARTICIPATION, Attendance(intervals=1, interval_rounds=6), False),  # more rounds than there were
+        (PARTICIPATION, Attendance(base_age=1), False),
+        (FRESHNESS, Attendance(base_age=2), True),
+        (FRESHNESS, Attendance(base_age=6), False),
+        (FRESHNESS, Attendance(intervals=1, interval_rounds=1), False),
+        (WORK, Attendance(base_age=1), False),
+    ],
+)
+def test_what_members_declare_is_checked_by_the_rule_and_the_rounds_before(
+    rule: str, said: Attendance, holds: bool, tmp_path: Path
+) -> None:
+    swarm = make_samples(founders=3, weights=rule)
+    folder = tmp_path / "peer"
+    chain = make_chain(swarm, 6)
+    fill_folder(swarm, folder, chain)
+    (folder / MANIFEST_FILE).write_bytes(swarm.signed)
+    assert not failed(audit(folder, 6)), "nothing was declared"
+    changed = declare(chain.certificates[5].result, said, rule)
+    put_certificate(folder, certify(changed, swarm=swarm.id))
+    assert failed(audit(folder, 6)) == ({} if holds else {"members": Finding.FAILS})
+
+
+def test_weights_that_leave_out_what_was_declared_do_not_hold(tmp_path: Path) -> None:
+    swarm = make_samples(founders=3, weights=FRESHNESS)
+    folder = tmp_path / "peer"
+    chain = make_chain(swarm, 6)
+    fill_folder(swarm, folder, chain)
+    (folder / MANIFEST_FILE).write_bytes(swarm.signed)
+    changed = declare(chain.certificates[5].result, Attendance(base_age=2), WORK)
+    put_certificate(folder, certify(changed, swarm=swarm.id))
+    (check,) = [one for one in audit(folder, 6).checks if one.finding is not Finding.HOLDS]
+    assert check.detail == "the weight of member 0 does not follow from its tokens and base"
 
 
 LIES: dict[str, tuple[Callable[[Certificate, Swarm], Certificate], dict[str, Finding]]] = {

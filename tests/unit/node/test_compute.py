@@ -15,13 +15,14 @@ from shoal.node.status import TrainerState, judge_health
 from shoal.node.trainer import TrainerError
 from shoal.node.training.messages import OUT_OF_MEMORY, Evaluated, Failed, Merge, Ready, Started, Work
 from shoal.protocol import quorum
+from shoal.protocol.attendance import FRESHNESS, NO_ATTENDANCE, PARTICIPATION, WORK, Attendance
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import Result, digest_record
 from shoal.protocol.quorum import list_contributors
 from shoal.protocol.replica import find_gain
 from tests.unit.node.fake_trainer import TOKENS_PER_STEP, FakeTrainer
-from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, wait_until
+from tests.unit.node.node_samples import Peer, fill_folder, make_chain, make_samples, open_peer, wait_until
 
 
 class Trainer(FakeTrainer):
@@ -129,6 +130,39 @@ async def test_what_the_trainer_hands_over_is_offered_once(tmp_path: Path) -> No
         roots = {one.root for one in peer.offers}
         assert len(roots) == 1 and peer.offers[0].round == 1
         assert peer.compute.tokens == peer.swarm.manifest.training.inner_steps * TOKENS_PER_STEP
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (WORK, NO_ATTENDANCE),
+        (PARTICIPATION, Attendance(intervals=1, interval_rounds=1)),  # it was in round 3
+        (FRESHNESS, NO_ATTENDANCE),
+    ],
+)
+async def test_what_is_declared_besides_the_work_is_what_the_manifest_weighs_by(
+    tmp_path: Path, weights: str, expected: Attendance
+) -> None:
+    fill_folder(make_samples(weights=weights), tmp_path / "0", make_chain(make_samples(weights=weights), 3))
+    async with open_trainer(tmp_path, weights=weights) as (peer, _):
+        assert peer.state.head.round == 3
+        await peer.compute.start()
+        await wait_until(lambda: peer.offers)
+        assert peer.presence.ready is not None and peer.presence.ready.ready.attendance == expected
+
+
+async def test_rounds_without_its_work_make_its_base_older_and_one_with_it_makes_it_new(tmp_path: Path) -> None:
+    fill_folder(make_samples(weights=FRESHNESS), tmp_path / "0", make_chain(make_samples(weights=FRESHNESS), 3))
+    async with open_trainer(tmp_path, weights=FRESHNESS) as (peer, _):
+        told: list[int] = []
+        ports = replace(peer.compute._ports, frozen=lambda frozen, ready, attendance: told.append(attendance.base_age))
+        peer.compute._ports = ports
+        await peer.compute.start()
+        for number, included in enumerate([(), (), (0,), (0, 1, 2), ()], start=4):
+            await wait_until(lambda seen=number - 3: len(told) == seen)
+            await peer.compute.committed(make_result(peer, number), included)
+        await wait_until(lambda: len(told) == 6)
+        assert told == [0, 1, 2, 0, 0, 1]
 
 
 async def test_a_round_with_its_work_is_merged_and_the_next_one_begins(tmp_path: Path) -> None:

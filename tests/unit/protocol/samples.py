@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 from blake3 import blake3
 
+from shoal.protocol.attendance import NO_ATTENDANCE, WORK, Attendance
 from shoal.protocol.codecs import CODECS, UPDATE_CODECS
 from shoal.protocol.identity import Identity
 from shoal.protocol.layout import Layout, TensorSpec
@@ -88,7 +89,14 @@ def make_digests(label: str, parts: int = PARTS) -> tuple[bytes, ...]:
 
 
 def make_ready(
-    number: int, head: Head, *, tokens: int = 1000, owns: bool = True, label: str = "", swarm: bytes = SWARM
+    number: int,
+    head: Head,
+    *,
+    tokens: int = 1000,
+    owns: bool = True,
+    label: str = "",
+    swarm: bytes = SWARM,
+    attendance: Attendance = NO_ATTENDANCE,
 ) -> SignedReady:
     """The READY of peer `number` for the round after `head`."""
     ready = Ready(
@@ -99,6 +107,7 @@ def make_ready(
         steps=10,
         norm=1.0,
         owns=owns,
+        attendance=attendance,
     )
     return sign_ready(CROWD[number], swarm, ready)
 
@@ -145,7 +154,7 @@ def make_sample_result(
                 steps=one.ready.steps,
                 weight=weight,
             )
-            for one, weight in zip(roster, list_weights(roster), strict=True)
+            for one, weight in zip(roster, list_weights(roster, WORK), strict=True)
         ),
         parts=tuple(PartResult(digest=digest, contributors=bitmap) for digest in make_digests(label, parts)),
         voters=head.voters,

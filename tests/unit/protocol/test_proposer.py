@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from shoal.protocol.attendance import FRESHNESS, PARTICIPATION, WORK, Attendance
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
@@ -133,8 +135,8 @@ def test_a_peer_that_kept_missing_its_deadlines_is_given_fewer_parts_or_none() -
 
 def test_weights_are_float32_values_that_any_member_computes_alike() -> None:
     roster = tuple(make_ready(number, HEAD, tokens=1 + 37 * number) for number in range(6))
-    assert list_weights(roster) == list_weights(roster)
-    assert all(weight > 0 for weight in list_weights(roster))
+    assert list_weights(roster, WORK) == list_weights(roster, WORK)
+    assert all(weight > 0 for weight in list_weights(roster, WORK))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,47 @@ def test_a_plan_with_a_ready_that_does_not_count_is_refused(signed: SignedReady,
     with pytest.raises(ProtocolError) as caught:
         check_plan(with_ready(signed), HEAD, "int8", PARTS, SWARM)
     assert caught.value.refusal is refusal
+
+
+@pytest.mark.parametrize(
+    ("rule", "declared"),
+    [
+        (PARTICIPATION, Attendance(intervals=2, interval_rounds=5)),
+        (FRESHNESS, Attendance(base_age=8)),
+    ],
+)
+def test_what_the_manifest_weighs_by_goes_into_plan_and_result(rule: str, declared: Attendance) -> None:
+    head = make_head(round_number=9)
+    ready = {PEERS[number]: make_ready(number, head) for number in (0, 1)}
+    ready[PEERS[2]] = make_ready(2, head, attendance=declared)
+    plan = make_plan(head, 0, "int8", ready, PARTS, {}, rule)
+    assert plan is not None
+    check_plan(plan, head, "int8", PARTS, SWARM, rule)
+    weights = {entry.signed.peer: entry.weight for entry in plan.roster}
+    assert weights[PEERS[0]] == weights[PEERS[1]]
+    # 2.5 is more than two medians.
+    factor = 1 / 3 if rule == FRESHNESS else 2.0
+    assert weights[PEERS[2]] == pytest.approx(factor * weights[PEERS[0]], rel=1e-6)
+    other = FRESHNESS if rule == PARTICIPATION else PARTICIPATION
+    for wrong in (WORK, other):
+        with pytest.raises(ProtocolError, match="declared where weights go by") as caught:
+            check_plan(plan, head, "int8", PARTS, SWARM, wrong)
+        assert caught.value.refusal is Refusal.OUT_OF_RANGE
+    words = {part: done(part, {0, 1, 2}) for part in range(PARTS)}
+    result = make_result(plan, words, head, "int8", frozenset(), 31)
+    assert [member.attendance for member in result.members] == [one.signed.ready.attendance for one in plan.roster]
+
+
+def test_a_plan_whose_weights_leave_out_what_was_declared_is_refused() -> None:
+    head = make_head(round_number=9)
+    declared = Attendance(intervals=2, interval_rounds=5)
+    ready = {PEERS[number]: make_ready(number, head) for number in (0, 1)}
+    ready[PEERS[2]] = make_ready(2, head, attendance=declared)
+    plan = make_plan(head, 0, "int8", ready, PARTS, {}, PARTICIPATION)
+    assert plan is not None and max(entry.weight for entry in plan.roster) == 0.5, "two medians, though it declares 2.5"
+    even = replace(plan, roster=tuple(replace(entry, weight=float(np.float32(1 / 3))) for entry in plan.roster))
+    with pytest.raises(ProtocolError, match="do not follow from its READYs"):
+        check_plan(even, head, "int8", PARTS, SWARM, PARTICIPATION)
 
 
 def test_a_part_for_a_peer_that_nobody_can_dial_is_refused() -> None:

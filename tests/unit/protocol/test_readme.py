@@ -9,16 +9,18 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 
 from shoal.protocol import admission, messages
+from shoal.protocol.attendance import Attendance
 from shoal.protocol.effects import VoteRecord
 from shoal.protocol.errors import Refusal
 from shoal.protocol.frames import PAYLOAD_BYTES_MAX, FrameKind
 from shoal.protocol.messages import SCHEMA
-from shoal.protocol.wire import DELTA_BYTES_MAX, MESSAGE_BYTES_MAX, Bound
+from shoal.protocol.wire import DELTA_BYTES_MAX, MESSAGE_BYTES_MAX, Bound, Elided
 
 TEXT = (Path(__file__).parents[3] / "protocol" / "README.md").read_text()
 WORDS = " ".join(TEXT.split())
 RECORDS = (
     messages.Ready,
+    Attendance,
     messages.SignedReady,
     messages.RosterEntry,
     messages.Member,
@@ -48,6 +50,8 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is annotated:
         hint, *extras = get_args(hint)
         bound = next((extra for extra in extras if isinstance(extra, Bound)), None)
+        if any(isinstance(extra, Elided) for extra in extras):
+            return f"{_describe(hint)}~"
     hint = getattr(hint, "__supertype__", hint)
     origin: Any = get_origin(hint)
     if origin in (typing.Union, types.UnionType):
