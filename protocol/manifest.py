@@ -36,7 +36,7 @@ from shoal.protocol.wire import (
 )
 
 PART_ELEMENTS, PART_ELEMENTS_MAX = 1 << 18, 1 << 20
-PARTS_WANTED = 64  # so many can be shared evenly among a dozen owners; each costs every peer some messages
+PARTS_WANTED = 32  # so many can be shared evenly among a dozen owners; each costs every peer some messages
 URI_SCHEME = "shoal"
 # Those of node/training/strategy.py.
 DILOCO, OVERLAPPED, DELAYED, EAGER = STRATEGIES = ("diloco", "overlapped", "delayed", "eager")
