@@ -136,6 +136,7 @@ class World:
         self.by_id = {peer.identity.peer: peer for peer in self.everybody}
         self.peers = self.everybody[: cluster.first]
         self.waiting = self.everybody[cluster.first :]
+        self._at_owner: SimPeer | None = None  # it is down, and the owner signs there
         self._boot_times = [rng.uniform(0.0, 3.0) for _ in self.peers]
 
     # -- the heap ------------------------------------------------------------------------------------------------
@@ -349,7 +350,8 @@ class World:
     def _restart(self, peer: SimPeer) -> None:
         if peer.left and self.counts_on(peer):
             peer.left = False  # a round that it took part in was certified after it went
-        if not peer.up and not peer.left and not peer.gone:
+        # Whoever the owner has stopped is started by the owner, and by nobody who finds it down meanwhile.
+        if not peer.up and not peer.left and not peer.gone and peer is not self._at_owner:
             self.happen(f"restart {peer.number}")
             self.unsettle()
             peer.boot()
@@ -459,15 +461,17 @@ class World:
     def reroot(self, named: list[SimPeer]) -> None:
         """The owner stops a peer that holds the newest round, signs there who votes, and starts it again."""
         there = [peer for peer in self.peers if peer.up and not peer.leaving and peer.world.now >= peer.paused_until_s]
-        if not there:
+        if not there or self._at_owner is not None:
             return
         holder = max(there, key=lambda peer: (peer.core.head.round, -peer.number))
         voters = [peer for peer in there if peer in named] or [holder]
         self.happen(f"the owner names {','.join(str(peer.number) for peer in voters)} at {holder.number}")
         holder.crash()
+        self._at_owner = holder
         self.schedule(1.0, self._sign_reroot, holder, tuple(peer.identity.peer for peer in voters))
 
     def _sign_reroot(self, holder: SimPeer, voters: tuple[PeerId, ...]) -> None:
+        self._at_owner = None
         if not holder.up:
             sign_reroot(holder, self.owner, voters)
             self._restart(holder)
