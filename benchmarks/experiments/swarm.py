@@ -147,7 +147,8 @@ class Swarm:
 
     def __init__(self, manifest: Manifest, batches: Sequence[ByteWindows], stale_exponent: float = 0.0) -> None:
         """One worker for each of `batches`. A strategy that trains beside an exchange has the new base after just as
-        many steps as it may train meanwhile. `stale_exponent` is no rule of the protocol: it tries one."""
+        many steps as it may train meanwhile. `stale_exponent` tries exponents that the manifest's
+        `weights` do not have."""
         self._manifest = manifest
         self._stale_exponent = stale_exponent
         self._reduction = make_reduction(manifest)
