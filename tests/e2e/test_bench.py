@@ -27,7 +27,7 @@ def test_rounds_between_three_peers_are_certified_and_average(tmp_path: Path, co
         tmp_path / "out", "allreduce", "--peers", "3", "--mib", "2", "--rounds", "2", "--codec", codec
     )
     found = figures["allreduce"]
-    assert f"3 peers on this machine, 2 MiB of float32 each, {codec}, medians of 2 certified rounds" in shown
+    assert f"3 peers on this machine, 2 MiB of float32 each, {codec}, parts of 262,144, medians of 2 " in shown
     assert len(found["rounds"]) == 2
     assert 0 < found["rms_error"] < rms_max
     for one in found["rounds"]:

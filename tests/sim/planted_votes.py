@@ -233,7 +233,7 @@ def anybody_votes(patches: Patches) -> None:
     patches.set(RoundCore, "_check_voter", lambda self, sender: None)
 
 
-@bug(arena=Arena.SCHEDULE, seed=612, by="no honest peer is accused")
+@bug(arena=Arena.SCHEDULE, seed=1821, by="no honest peer is accused")
 def wrong_attempt_accepted(patches: Patches) -> None:
     """A proposer takes answers to its other attempts for answers to this one."""
     patches.set(RoundState, "_leads", lambda self, attempt: self._lead is not None)

@@ -14,7 +14,10 @@ from tests.sim.replicas import ReplicaSwarm, measure_convergence, shared_verific
 REPLICAS, LOSS, PERIODS_MAX = 16, 0.2, 5
 
 
-@pytest.mark.parametrize(("replicas", "entries", "seed"), [(16, 2_000, 1), (16, 2_000, 2), (64, 10_000, 3)])
+@pytest.mark.parametrize(
+    ("replicas", "entries", "seed"),
+    [(16, 2_000, 1), (16, 2_000, 2), (64, 1_000, 3), pytest.param(64, 10_000, 3, marks=pytest.mark.long)],
+)
 def test_replicas_that_never_heard_of_each_other_converge_within_five_periods(
     replicas: int, entries: int, seed: int
 ) -> None:
