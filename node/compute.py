@@ -154,8 +154,14 @@ class Compute:
         if self._stopping or self._restarting:
             return
         self._ready = None
+        self.phase = TrainerState.STARTING
         self._ports.left(detail)
         self._ports.spawn(self.start())
+
+    async def _renew(self) -> None:
+        """Begin anew, unless that has begun: rounds that are caught up with come faster than a trainer starts."""
+        if not self._restarting and self.phase in (TrainerState.RUNNING, TrainerState.PAUSED):
+            await self._begin_anew()
 
     async def _begin_anew(self) -> None:
         """Start the trainer without what its checkpoint holds."""
@@ -344,8 +350,7 @@ class Compute:
         """A round is applied; `included` are the parts that were certified with this peer in them."""
         if self._generation not in (b"", self._state.generation):
             self._ports.resumed("a contribution of an older life was counted: training goes on from the certified base")
-            if self.phase in (TrainerState.RUNNING, TrainerState.PAUSED):
-                self._ports.spawn(self._begin_anew())
+            self._ports.spawn(self._renew())
             return  # a start that is under way sees it
         if not result.parts:
             return  # nothing moved; what is ready is offered to the next round

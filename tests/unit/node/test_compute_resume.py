@@ -1,5 +1,6 @@
 """The daemon's side of a trainer that comes back: what its checkpoint is good for, what is said to be lost."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -223,6 +224,35 @@ async def test_when_an_older_life_s_work_was_counted_it_begins_anew_with_the_bas
         assert trainer.begun == [(1, False), (1, True)]
         assert [work.generation for work in trainer.works][1] == peer.state.generation
         assert any("of an older life was counted" in text for text in said)
+
+
+async def test_rounds_that_come_faster_than_a_trainer_starts_begin_anew_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with returning(tmp_path, WAITING) as (peer, trainer, _):
+        await peer.compute.start()
+        gone = asyncio.Event()
+        stop = trainer.stop
+
+        async def stop_slowly() -> None:
+            if len(trainer.works) == 1 and not gone.is_set():
+                await gone.wait()
+            await stop()
+
+        monkeypatch.setattr(trainer, "stop", stop_slowly)
+        store = peer.state.stores.feedback
+        assert store is not None
+        store.renew()
+        trainer.resumed = Resumed(batches_done=BATCHES)
+        (certificate,) = make_chain(peer.swarm, 1).certificates
+        await peer.compute.committed(certificate.result, ())
+        await peer.compute.committed(certificate.result, ())
+        await wait_until(lambda: peer.compute.phase is TrainerState.STARTING)
+        await peer.compute.committed(certificate.result, ())
+        gone.set()
+        await wait_until(lambda: len(trainer.begun) == 2)
+        await peer.compute.committed(certificate.result, ())
+        assert [work.generation for work in trainer.works[1:]] == [peer.state.generation]
 
 
 async def test_a_start_that_was_under_way_meanwhile_begins_anew(tmp_path: Path) -> None:
