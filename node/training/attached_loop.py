@@ -21,11 +21,10 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from shoal.node.training.base_writes import BaseWrites, WriterGone
 from shoal.node.training.checkpoint import Tally, identify_work
-from shoal.node.training.local_parameters import LocalParameters
+from shoal.node.training.local_parameters import Evaluation, LocalParameters
 from shoal.node.training.messages import (
     EVERYTHING,
     NO_EVALUATION,
@@ -52,12 +51,14 @@ from shoal.node.training.messages import (
 )
 from shoal.node.training.micro_batches import is_out_of_memory
 from shoal.node.training.round_work import RoundWork
-from shoal.protocol.errors import ConfigError
+from shoal.protocol.errors import ConfigError, ShoalError
 from shoal.protocol.manifest import DELAYED, EAGER, OVERLAPPED, Training
 
 TOKENS_MAX = 2**40  # of one step
 
-Evaluation = Callable[[nn.Module], tuple[float, int]]
+
+class AttachError(ShoalError):
+    """The training cannot go on in the swarm, or no daemon has answered in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,10 +74,12 @@ class HandedOver:
 
 
 class AttachedLoop:
-    """One script's. `optimizer` is the one that trains `model`."""
+    """One script's. `optimizer` is the one that trains the parameters."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, evaluate: Evaluation | None = None) -> None:
-        self._parameters = LocalParameters(model)
+    def __init__(
+        self, parameters: LocalParameters, optimizer: torch.optim.Optimizer, evaluate: Evaluation | None = None
+    ) -> None:
+        self._parameters = parameters
         self._optimizer = optimizer
         self._evaluation = evaluate
         self._identity = b""  # of the work; another one is another swarm, or another life of this one
@@ -323,21 +326,14 @@ class AttachedLoop:
         if self._evaluation is None:
             detail = "the script gave attach() no `evaluate`, so this peer does not measure the base"
             return Failed(reason=NO_EVALUATION, detail=detail, fatal=False)
-        own: list[Tensor] = []
-        model = self._parameters.model
         try:
-            own = [one.detach().clone() for one in model.parameters()]
-            self._writes.read(lambda: self._parameters.adopt(self._base))
-            with torch.no_grad():
+            with self._parameters.lend(self._base, self._writes.read) as model, torch.no_grad():
                 loss, tokens = self._evaluation(model)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             detail = trim_detail(f"the base does not fit beside the training and is not evaluated: {error}")
             return Failed(reason=OUT_OF_MEMORY, detail=detail, fatal=False)
-        finally:
-            for parameter, value in zip(model.parameters(), own, strict=False):  # none, where there was no memory
-                parameter.detach().copy_(value)
         if not math.isfinite(loss):
             return Failed(reason=NOT_FINITE, detail=f"not finite: the base of round {self.round}", fatal=False)
         return Evaluated(round=self.round, loss_nats=float(loss), tokens=int(tokens))

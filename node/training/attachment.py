@@ -25,8 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shoal.node.attach_socket import connect, find_socket
 from shoal.node.running import DATA_DIR, read_running
-from shoal.node.training.attached_loop import AttachedLoop, Evaluation
+from shoal.node.training.attached_loop import AttachedLoop, AttachError
 from shoal.node.training.base_writes import POLL_S, BaseWrites, FloatRows, WriterGone, map_memory
+from shoal.node.training.local_parameters import Evaluation, LocalParameters
 from shoal.node.training.messages import (
     Attach,
     AttachedTensor,
@@ -39,8 +40,8 @@ from shoal.node.training.messages import (
     Stop,
     encode_frame,
 )
-from shoal.node.training.script_ranks import HEARTBEAT_S, ScriptRanks, Word
-from shoal.protocol.errors import ConfigError, InputError, ProtocolError, ShoalError
+from shoal.node.training.script_ranks import HEARTBEAT_S, ScriptRanks, Word, are_joined
+from shoal.protocol.errors import ConfigError, InputError, ProtocolError
 from shoal.protocol.layout import DIMENSIONS_MAX, NAME_BYTES_MAX, TENSORS_MAX
 
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -51,10 +52,6 @@ WAIT_POLL_S = 0.2
 RECEIVE_BYTES = 1 << 16
 
 log = logging.getLogger(__name__)
-
-
-class AttachError(ShoalError):
-    """The training cannot go on in the swarm, or no daemon has answered in time."""
 
 
 class Reconnection:
@@ -407,7 +404,9 @@ class RankAttachment(Attachment):
 
     def _follow(self) -> None:
         self._word = self._ranks.hear()
-        while self._word.waits:
+        while self._word.waits or self._word.errand:
+            if self._word.errand:
+                self._ranks.do(self._word.errand)
             self._word = self._ranks.hear()
         if self._word.ended:
             self.close()
@@ -436,13 +435,24 @@ def attach(
 
     `evaluate(model)` returns the mean loss of the base over held-out data and how many tokens these have; without it
     this peer measures none. A daemon that is still starting is waited for `wait_s` seconds. In a script of several
-    processes (torchrun, DistributedDataParallel) all of them call it. Raises ConfigError for what a person must mend,
-    and AttachError."""
+    processes (torchrun; DistributedDataParallel or fully_shard) all of them call it. Raises ConfigError for what a
+    person must mend, and AttachError."""
     whole: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     described = describe_model(whole, optimizer)
     folder = Path(DATA_DIR if home is None else home).expanduser().absolute()
-    loop, path = AttachedLoop(whole, optimizer, evaluate), find_socket(folder)
-    ranks = ScriptRanks.find(whole)
+    path = find_socket(folder)
+    if any(hasattr(parameter, "device_mesh") for parameter in whole.parameters()):
+        try:  # here, because few scripts divide their model, and these parts of torch take their time
+            from shoal.node.training.divided_model import DividedRanks, WholeParameters
+        except ImportError:
+            problem = "is divided among processes, which this torch cannot undo"
+            raise ConfigError("model", problem, "use torch 2.6 or newer, or DistributedDataParallel") from None
+        ranks: ScriptRanks | None = (divided := DividedRanks(whole, evaluate))
+        parameters = WholeParameters(divided) if divided.is_first else LocalParameters(whole)
+        loop = AttachedLoop(parameters, optimizer, divided.evaluation)
+    else:
+        ranks = ScriptRanks(whole) if are_joined() else None
+        loop = AttachedLoop(LocalParameters(whole), optimizer, evaluate)
     made = Attachment(loop, path, described)
     if ranks is not None:
         made = RankAttachment(loop, path, described, ranks, optimizer)
@@ -468,9 +478,6 @@ def describe_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attach
     if not 1 <= len(named) <= TENSORS_MAX:
         raise ConfigError("model", f"has {len(named)} parameters", f"use one with 1 to {TENSORS_MAX}")
     for name, one in named:
-        if hasattr(one, "device_mesh"):  # a DTensor, as FSDP2 makes them
-            fix = "use DistributedDataParallel, which keeps whole parameters in each process"
-            raise ConfigError("model", f"{name} is divided among processes", fix)
         if one.dtype != torch.float32:
             fix = "keep the parameters in float32; torch.autocast computes in a lower precision"
             raise ConfigError("model", f"{name} is {one.dtype}", fix)

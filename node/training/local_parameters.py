@@ -5,7 +5,8 @@ Everything is in place: the tensors that an optimizer knows stay the same ones.
 Invariant: only finite parameters are ever handed over.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from shoal.node.training.messages import FloatVector
 from shoal.protocol.quorum import has_member
+
+# Of a model: the mean loss over held-out tokens (or examples), and how many these are.
+Evaluation = Callable[[nn.Module], tuple[float, int]]
 
 
 class LocalParameters:
@@ -42,6 +46,18 @@ class LocalParameters:
 
     def are_finite(self) -> bool:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters)
+
+    @contextmanager
+    def lend(self, base: FloatVector, read: Callable[[Callable[[], None]], object]) -> Iterator[nn.Module]:
+        """The script's model with the base in it; it gets its own parameters back. `read` is BaseWrites.read."""
+        own: list[Tensor] = []
+        try:
+            own = [one.detach().clone() for one in self._parameters]
+            read(lambda: self.adopt(base))
+            yield self.model
+        finally:
+            for parameter, value in zip(self._parameters, own, strict=False):  # none, where there was no memory
+                parameter.detach().copy_(value)
 
     @torch.no_grad()
     def export(self, local: FloatVector) -> bool:

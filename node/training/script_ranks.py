@@ -8,7 +8,6 @@ HEARTBEAT_S beyond a step, whatever the group's time-out.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,7 +18,8 @@ FIRST = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Word:
-    """What rank 0 says after each step, and while it waits. With `ended` it takes no part any more."""
+    """What rank 0 says after each step, and while it waits. With `ended` it takes no part any more; an `errand` is
+    asked for in between."""
 
     waits: bool = False
     ended: bool = False
@@ -29,6 +29,12 @@ class Word:
     round: int = 0
     place: int = 0
     places: int = 1
+    errand: int = 0
+
+
+def are_joined() -> bool:
+    """Whether the script is one of several processes of a process group."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class ScriptRanks:
@@ -37,12 +43,6 @@ class ScriptRanks:
     def __init__(self, model: nn.Module) -> None:
         self._parameters = list(model.parameters())
         self.is_first = distributed.get_rank() == FIRST
-
-    @classmethod
-    def find(cls, model: nn.Module) -> Self | None:
-        """Those that the script has joined in a process group; None where it is alone."""
-        joined = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        return cls(model) if joined else None
 
     def average(self, loss: float, tokens: int) -> tuple[float, int]:
         """The mean loss over the tokens of all ranks, and how many these are."""
@@ -57,7 +57,7 @@ class ScriptRanks:
 
     def hear(self) -> Word:
         """The next word of rank 0."""
-        waits, ended, replaced, cleared, attached, number, place, places = self._broadcast(Word()).tolist()
+        waits, ended, replaced, cleared, attached, number, place, places, errand = self._broadcast(Word()).tolist()
         return Word(
             waits=bool(waits),
             ended=bool(ended),
@@ -67,7 +67,12 @@ class ScriptRanks:
             round=number,
             place=place,
             places=places,
+            errand=errand,
         )
+
+    def do(self, errand: int) -> None:
+        """What rank 0 has asked for in between."""
+        raise AssertionError(f"errand {errand}, of ranks with whole parameters")
 
     @torch.no_grad()
     def share_parameters(self) -> None:
@@ -77,7 +82,7 @@ class ScriptRanks:
 
     def _broadcast(self, word: Word) -> Tensor:
         flags = [word.waits, word.ended, word.replaced, word.cleared, word.attached]
-        values = [*flags, word.round, word.place, word.places]
+        values = [*flags, word.round, word.place, word.places, word.errand]
         told = self._make_tensor([int(value) for value in values], torch.int64)
         distributed.broadcast(told, FIRST)
         return told

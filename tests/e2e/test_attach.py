@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from shoal.node.status import TrainerState
+from tests.e2e.shaping_proxy import choose_port
 from tests.e2e.swarm import EXIT_S, MARK, Peer, Swarm, replace_task, run
 from tests.unit.training.user_tasks import LOOP_EXAMPLE, RANKS_EXAMPLE, SINE_LOOP, importable, write_module
 
@@ -46,7 +47,8 @@ class Script:
         return self.log_file.read_text(errors="replace")
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+RUN = ("-m", "torch.distributed.run")
+TORCHRUN = (*RUN, "--standalone", "--nproc-per-node", "2")
 # What a reader need not see: the ranks compare themselves, one of them has a bad loss, and rank 0 is impatient.
 WATCHED = RANKS_EXAMPLE.replace(
     "import shoal\n",
@@ -58,7 +60,7 @@ made = 0
 
 
 def compare(number):
-    own = torch.cat([one.detach().flatten() for one in model.parameters()])
+    own = torch.cat([getattr(one, "full_tensor", one.detach)().detach().flatten() for one in model.parameters()])
     first = own.clone()
     distributed.broadcast(first, 0)
     assert torch.equal(own, first), "the ranks differ"
@@ -76,6 +78,9 @@ def compare(number):
             assert replaced or made != 50, "a loss that is not finite counts wherever it is"
             assert swarm.attached""",
 )
+DIVIDED = WATCHED.replace(
+    "from torch.nn.parallel import DistributedDataParallel", "from torch.distributed.fsdp import fully_shard"
+).replace("DistributedDataParallel(build(width=16))", "fully_shard(build(width=16))")
 
 
 def heed_interrupts() -> None:
@@ -149,9 +154,19 @@ def test_scripts_and_daemons_come_and_go(tmp_path: Path, module: Path) -> None:
         swarm.end()
 
 
+def start_ranks(peer: Peer, module: Path, hosts: int) -> list[Script]:
+    """Two processes by one torchrun, or one each by those of two hosts."""
+    if hosts == 1:
+        return [Script(peer, module, TORCHRUN)]
+    meeting = ("--master-addr", "127.0.0.1", "--master-port", str(choose_port(peer.swarm.ports)))
+    sizes = ("--nnodes", "2", "--nproc-per-node", "1")
+    return [Script(peer, module, (*RUN, *sizes, *meeting, "--node-rank", str(number))) for number in range(2)]
+
+
 @pytest.mark.long
-def test_the_processes_of_one_script_take_part_as_one(tmp_path: Path, module: Path) -> None:
-    ranks = write_module(module.parent, "sine_ranks", WATCHED)
+@pytest.mark.parametrize(("text", "hosts"), [(WATCHED, 1), (DIVIDED, 2)], ids=["ddp", "fsdp"])
+def test_the_processes_of_one_script_take_part_as_one(tmp_path: Path, module: Path, text: str, hosts: int) -> None:
+    ranks = write_module(module.parent, "sine_ranks", text)
     swarm = Swarm(tmp_path, founders=2, draft=replace_task(TASK), create_options=("--allow-task", SINE_LOOP))
     scripts: list[Script] = []
     try:
@@ -159,7 +174,7 @@ def test_the_processes_of_one_script_take_part_as_one(tmp_path: Path, module: Pa
         swarm.wait("the first daemon waits for a script", lambda: state_of(first) is TrainerState.WAITING)
         second = swarm.add("peer2").start("join", first.ask().uri)
         swarm.wait("so does the second", lambda: state_of(second) is TrainerState.WAITING)
-        scripts = [Script(first, module), Script(second, ranks, TORCHRUN)]
+        scripts = [Script(first, module), *start_ranks(second, ranks, hosts)]
         swarm.wait("four rounds", lambda: all(map(lives, scripts)) and min(first.round, second.round) >= 4)
         swarm.wait("both ranks have the base", lambda: {"rank 0 has", "rank 1 has"} <= heads(scripts[1]))
         swarm.wait("with the other peer", lambda: second.contributes_after(2))

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 import shoal
 from shoal.node import attached_trainer as daemon_side
@@ -41,7 +39,6 @@ from shoal.node.training import attachment as script_side
 from shoal.node.training.attachment import RECONNECT_FIRST_S, RECONNECT_MAX_S, AttachError, Attachment, Reconnection
 from shoal.node.training.messages import AttachedTensor, Merge, Ready, Started, Work
 from shoal.node.training.parameters import list_specs, start_uniform
-from shoal.node.training.rank_group import LOOPBACK
 from shoal.protocol.errors import ConfigError, Failure
 from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import make_layout
@@ -397,19 +394,6 @@ def test_a_model_that_cannot_take_part_is_told_why(model: nn.Module, trained: nn
     with pytest.raises(ConfigError) as raised:
         shoal.attach(model, optimizer)
     assert told in str(raised.value)
-
-
-def test_a_model_that_is_divided_among_processes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", LOOPBACK)
-    store = distributed.FileStore(str(tmp_path / "store"), 1)  # type: ignore[attr-defined]  # torch leaves it so
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = build()
-        model.weight = nn.Parameter(DTensor.from_local(torch.zeros(2, 2), init_device_mesh("cpu", (1,))))
-        with pytest.raises(ConfigError, match="model: weight is divided among processes"):
-            shoal.attach(model, torch.optim.SGD(model.parameters()))
-    finally:
-        distributed.destroy_process_group()
 
 
 def test_parameters_in_another_order_of_memory_are_told() -> None:

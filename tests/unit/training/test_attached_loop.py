@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from shoal.node.training.attached_loop import AttachedLoop, Evaluation
+from shoal.node.training.attached_loop import AttachedLoop
+from shoal.node.training.local_parameters import Evaluation, LocalParameters
 from shoal.node.training.messages import (
     EVERYTHING,
     NO_EVALUATION,
@@ -51,7 +52,7 @@ class Rig:
     def __init__(self, training: Training = TRAINING, evaluate: Evaluation | None = None, device: str = "cpu") -> None:
         self.model = nn.Linear(2, 2, device=device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.loop = AttachedLoop(self.model, self.optimizer, evaluate)
+        self.loop = AttachedLoop(LocalParameters(self.model), self.optimizer, evaluate)
         self.work = replace(WORK, training=training)
         self.start(0)
         self.tell(Begin(round=1, adopt=True))
@@ -237,7 +238,7 @@ def test_nothing_of_other_work_is_gone_on_from(changes: dict[str, object]) -> No
 
 def test_a_daemon_that_dies_before_it_says_where_to_begin_leaves_nothing_to_resume() -> None:
     model = nn.Linear(2, 2)
-    loop = AttachedLoop(model, torch.optim.SGD(model.parameters()))
+    loop = AttachedLoop(LocalParameters(model), torch.optim.SGD(model.parameters()))
     memory = np.zeros((2, ELEMENTS), np.float32)
     loop.start(WORK, memory, "cpu")
     loop.lose(0.0)

@@ -13,6 +13,7 @@ from torch import nn
 from shoal.node.trainer import SharedParameters
 from shoal.node.training.attached_loop import AttachedLoop
 from shoal.node.training.base_writes import BaseWrites, WriterGone, map_memory
+from shoal.node.training.local_parameters import LocalParameters
 from shoal.node.training.loop import InnerLoop
 from shoal.node.training.messages import (
     EVERYTHING,
@@ -177,7 +178,7 @@ class ScriptRig(Daemon):
     def __init__(self, strategy: str = DILOCO, rest: Callable[[], bool] = lambda: False) -> None:
         super().__init__(np.ones((2, ELEMENTS), np.float32))
         self.model = nn.Linear(2, 2)
-        self.loop = AttachedLoop(self.model, torch.optim.SGD(self.model.parameters()), self.evaluate)
+        self.loop = AttachedLoop(LocalParameters(self.model), torch.optim.SGD(self.model.parameters()), self.evaluate)
         overlap_steps = 0 if strategy == DILOCO else 2
         self.work = replace(WORK, training=replace(WORK.training, strategy=strategy, overlap_steps=overlap_steps))
         self.loop.start(self.work, self.memory, "cpu", BaseWrites(self.count, rest))
@@ -232,7 +233,7 @@ def test_a_script_starts_again_from_a_whole_base_and_measures_one() -> None:
     assert isinstance(failed, Failed)
     assert flatten(rig.model).tolist() == [3.0] * ELEMENTS
     rig.train(1)
-    rig.write_within(rig.model, rig.base(5.0), passes=1)  # which puts the script's own values aside
+    rig.write_within(rig.model, rig.base(5.0))
     (measured,) = rig.tell(Evaluate())
     assert isinstance(measured, Evaluated) and measured.loss_nats == 5.0 * ELEMENTS
     assert flatten(rig.model).tolist() == [3.25] * ELEMENTS
