@@ -1,14 +1,15 @@
 """Rounds between peers whose lines are slow and far: how much of the line an exchange uses.
 
     python -m benchmarks.shaped_lines [--peers 2] [--mib 64] [--codec int8] [--mbit 100] [--rtt-ms 20] [--loss 0]
-                                      [--slow-mbit RATE] [--rounds 5] [--folder DIR] [--json FILE]
+                                      [--slow-mbit RATE] [--congestion NAME] [--rounds 5] [--folder DIR] [--json FILE]
 
 Every peer is a process in a network namespace of its own, at the end of a line of so many Mbit/s in each direction; a
 packet from one peer to another and its answer take the round-trip time. Needs what tests/natlab needs. The least time
 is that of the payload bytes which a line must carry one way, at its whole rate. Headers of TCP, IP and Ethernet take
 4.4 % of it and acknowledgements some 2 %, so that 94 % is the most that can be reached. A line holds half a second
 of bytes before it drops packets. With --slow-mbit the last peer's line is of that rate; what it must carry at least is
-then its contribution one way and the update the other, since such a peer need own no parts.
+then its contribution one way and the update the other, since such a peer need own no parts. --congestion is the
+congestion control of the peers' TCP, such as cubic or bbr; without it the machine's own.
 """
 
 import argparse
@@ -32,12 +33,20 @@ SEGMENTED_MBIT_MAX = 100  # faster lines carry some dozens of packets at once, o
 LINES_PER_WAY = 4  # to the other peer and back again: two lines each
 
 
-def run_case(options: AllreduceOptions, line: Impairment, slow: Impairment | None = None) -> dict[str, Any]:
+CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+
+
+def run_case(
+    options: AllreduceOptions, line: Impairment, slow: Impairment | None = None, congestion: str | None = None
+) -> dict[str, Any]:
     """The rounds, and what share of their time the lines would have needed at least; `slow` is that of the last."""
     with ExitStack() as stack:
         lab = stack.enter_context(Lab())
         lines = [line] * (options.peers - 1) + [slow or line]
         hosts = [lab.add_host(f"peer{number}", one) for number, one in enumerate(lines)]
+        for host in hosts if congestion else ():
+            host.space.call(lambda: CONGESTION.write_text(f"{congestion}\n"))
+        used = {host.space.call(CONGESTION.read_text).strip() for host in hosts}
         places = [Place(host=host.address, prefix=tuple(host.space.prefix)) for host in hosts]
         result = run_allreduce(options, lambda text: None, places)
     encoded = [CODECS[name].encoded_bytes(options.elements) for name in (options.codec, options.codec_out)]
@@ -47,6 +56,7 @@ def run_case(options: AllreduceOptions, line: Impairment, slow: Impairment | Non
         least_s = max(least_s, *(one / slow.bytes_per_s for one in encoded))
     return {
         **result.to_json(),
+        "congestion": sorted(used),
         "line": asdict(line),
         "slow": asdict(slow) if slow is not None else None,
         "least_s": least_s,
@@ -65,6 +75,7 @@ def main() -> int:
     parser.add_argument("--rtt-ms", type=float, default=20.0)
     parser.add_argument("--loss", type=float, default=0.0, help="share of the packets, on every line and way")
     parser.add_argument("--slow-mbit", type=float, help="the rate of the last peer's line")
+    parser.add_argument("--congestion", help="bbr, cubic, reno: what this kernel allows")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--part-elements", type=int)
     parser.add_argument("--folder", type=Path)
@@ -94,13 +105,13 @@ def main() -> int:
         for rate_mbit in (options.mbit, options.slow_mbit)
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the peers end with this process
-    figures = run_case(wanted, line, slow)
+    figures = run_case(wanted, line, slow, options.congestion)
     median = figures["median"]
     print(
         f"{options.peers} peers, {options.mib:g} MiB, {options.codec}, {options.mbit:g} Mbit/s"
         f"{f', the last one {options.slow_mbit:g}' if slow else ''}, {options.rtt_ms:g} ms, "
-        f"{options.loss:.1%} lost: round {median['step_s']:.2f} s, exchange {median['exchange_s']:.2f} s, "
-        f"least {figures['least_s']:.2f} s: {figures['share_of_exchange']:.0%} of the exchange, "
+        f"{options.loss:.1%} lost, {', '.join(figures['congestion'])}: "
+        f"round {median['step_s']:.2f} s, exchange {median['exchange_s']:.2f} s, least {figures['least_s']:.2f} s: {figures['share_of_exchange']:.0%} of the exchange, "
         f"{figures['share_of_round']:.0%} of the round; loop p99 {figures['lag_p99_ms']:.0f} ms"
     )
     if options.json:

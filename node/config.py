@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from shoal.dht.addresses import parse_address, parse_peer_address
+from shoal.node.link_pacing import find_congestion_fault
 from shoal.node.rate_caps import CapSchedule, check_mbit, make_schedule, parse_hours
 from shoal.node.running import DATA_DIR
 from shoal.node.training.custom_task import PATH_FORM, is_task_path
@@ -31,6 +32,7 @@ CONTROL_PORT = 9460
 TENSOR_PORT = 9461
 WEB_PORT = 9464
 CONFIG_BYTES_MAX = 1 << 20
+CONGESTION_CHARACTERS_MAX = 15  # of a name, in Linux
 MANIFEST_FILE = "manifest.shoal"  # in the data folder, from an earlier start
 
 TRAINER = "trainer"
@@ -91,6 +93,8 @@ class TensorTable:
     """The IP address or DNS name under which others reach this port, where the observed one is wrong."""
     announce_port: Port = 0
     """The port that others dial, where a router forwards another one to `port`; 0 means `port` itself."""
+    congestion_control: Annotated[str | None, Bound(1, CONGESTION_CHARACTERS_MAX)] = None
+    """That of TCP on tensor links, such as "bbr"; None is the system's own."""
     relay: bool = True
     """Pass on the sealed bytes of links between members that cannot reach each other, where this one can be dialled."""
     relay_links_max: Annotated[int, Bound(1, 1024)] = 16
@@ -424,6 +428,10 @@ def _find_address_faults(config: NodeConfig) -> Iterator[Fault]:
     if announced is not None and not _is_dialable(announced):
         fix = "write an IP address or a DNS name, without a port"
         yield "tensor", "announce_host", f"{announced!r} cannot be dialled", fix
+    chosen = config.tensor.congestion_control
+    if chosen is not None and (problem := find_congestion_fault(chosen)) is not None:
+        fix = "leave it out, or see what net.ipv4.tcp_allowed_congestion_control has; root may load and allow it"
+        yield "tensor", "congestion_control", f"{chosen!r} {problem}", fix
 
 
 def _find_limit_faults(limits: LimitsTable) -> Iterator[Fault]:

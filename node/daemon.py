@@ -184,7 +184,8 @@ class Daemon:
         stores = await asyncio.to_thread(open_stores, folder, self._store, self.config.store, contributes=trains)
         self.state = LocalState(self.manifest, swarm, stores, *self._allocate(self.manifest))
         self.exchange = PartExchange(self.me, self.manifest, stores.blobs, stores.snapshots, self.state.memory)
-        link_config = LinkConfig(host=self.config.tensor.host, port=self.config.tensor.port)
+        tensor = self.config.tensor
+        link_config = LinkConfig(host=tensor.host, port=tensor.port, congestion_control=tensor.congestion_control)
         self.links = TensorLinks(self.identity, swarm, link_config, self.exchange)
         head = await self.state.restore()
         setting = Setting(

@@ -6,6 +6,7 @@ so that the peer's kernel holds its sender up; no timer is left after `stop`.
 """
 
 import asyncio
+import errno
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -18,9 +19,22 @@ LOWER_EFFORT = 0x04  # DSCP LE in the octet that IP carries it in: RFC 8622
 PRIORITY_BULK = 2  # TC_PRIO_BULK of linux/pkt_sched.h
 
 
-def set_bulk(connection: socket.socket, unsent_bytes_max: int) -> None:
+def find_congestion_fault(name: str) -> str | None:
+    """Why connections of this process cannot have this congestion control; None where they can."""
+    option = getattr(socket, "TCP_CONGESTION", None)
+    if option is None:
+        return "cannot be chosen on this system"
+    with socket.socket() as connection:
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, option, name.encode())
+        except OSError as error:
+            return "is not known to this kernel" if error.errno == errno.ENOENT else "is not allowed by this kernel"
+    return None
+
+
+def set_bulk(connection: socket.socket, unsent_bytes_max: int, congestion_control: str | None = None) -> None:
     """Let a connection's bytes go behind those of others, and the kernel hold no more of them unsent than this. What a
-    system does not know it does without."""
+    system does not know it does without. `congestion_control` None: the system's own."""
     lowat = getattr(socket, "TCP_NOTSENT_LOWAT", None)
     wanted = [(socket.IPPROTO_TCP, lowat, unsent_bytes_max)]
     if connection.family == socket.AF_INET6:
@@ -32,6 +46,9 @@ def set_bulk(connection: socket.socket, unsent_bytes_max: int) -> None:
         if option is not None:
             with suppress(OSError):
                 connection.setsockopt(level, option, value)
+    if congestion_control is not None:
+        with suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion_control.encode())
 
 
 async def pace(pacer: Pacer, nbytes: int) -> None:

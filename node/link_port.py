@@ -131,6 +131,7 @@ class LinkConfig:
     host: str = "0.0.0.0"
     port: int = 0
     backlog: int = 64
+    congestion_control: str | None = None  # of TCP; None: the system's
     tick_s: float = 0.5
     connect_timeout_s: float = 5.0
     head_start_s: float = 0.25  # of one address of a peer before the next one is tried beside it (RFC 8305)

@@ -219,7 +219,8 @@ class Link(asyncio.BufferedProtocol):
         self._transport = transport = cast(asyncio.Transport, transport)
         transport.set_write_buffer_limits(high=0)
         self._reading = Reading(transport, self._host.download, self._read_records)
-        set_bulk(transport.get_extra_info("socket"), KERNEL_UNSENT_BYTES_MAX)
+        congestion_control = self._host.config.congestion_control
+        set_bulk(transport.get_extra_info("socket"), KERNEL_UNSENT_BYTES_MAX, congestion_control)
         # None where the other side has hung up already.
         self.local = (transport.get_extra_info("sockname") or self.local)[:2]
         self.remote = (transport.get_extra_info("peername") or self.remote)[:2]

@@ -110,6 +110,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ('[control]\nbootstraps = ["/ip4/1.2.3.4/tcp/1"]\n', "control.bootstraps (line 2)", "does not say whose"),
         ('[tensor]\nannounce_host = "a.example:1"\n', "tensor.announce_host (line 2)", "cannot be dialled"),
         ('[tensor]\nannounce_host = "0.0.0.0"\n', "tensor.announce_host (line 2)", "cannot be dialled"),
+        ('[tensor]\ncongestion_control = "none"\n', "tensor.congestion_control (line 2)", "not known to this kernel"),
         ('[tensor]\nannounce_host = "1.2.3"\n', "tensor.announce_host (line 2)", "cannot be dialled"),
         ("[colour]\nweb = 1\n", "colour (line 1)", "is no known field"),
     ],

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from shoal.node.link_pacing import LOWER_EFFORT, PRIORITY_BULK, set_bulk
+from shoal.node.link_pacing import LOWER_EFFORT, PRIORITY_BULK, find_congestion_fault, set_bulk
 from tests.unit.node.link_harness import ALICE, BOB, node, on_both_loops
 
 
@@ -43,3 +43,26 @@ async def test_both_ends_of_a_link_are_marked() -> None:
             connection = link._transport.get_extra_info("socket")
             assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) == PRIORITY_BULK
             assert connection.getsockopt(socket.IPPROTO_IP, socket.IP_TOS) == LOWER_EFFORT
+
+
+@on_both_loops
+async def test_both_ends_of_a_link_have_the_congestion_control_that_was_chosen() -> None:
+    chosen = "reno"  # every kernel allows it to everybody
+    async with node(BOB) as bob, node(ALICE, congestion_control=chosen) as alice:
+        await alice.push(bob, b"x")
+        await bob.sink.until(lambda: bob.sink.payloads)
+        found = []
+        for one in (alice, bob):
+            (link,) = one.links._connected
+            connection = link._transport.get_extra_info("socket")
+            found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0"))
+        with socket.socket() as other:
+            own = other.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+        assert found == [chosen.encode(), own], "of its own end alone"
+
+
+def test_a_congestion_control_that_cannot_be_had_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_congestion_fault("reno") is None
+    assert find_congestion_fault("no-such-one") == "is not known to this kernel"
+    monkeypatch.delattr(socket, "TCP_CONGESTION")
+    assert find_congestion_fault("reno") == "cannot be chosen on this system"
