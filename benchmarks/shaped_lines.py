@@ -111,7 +111,8 @@ def main() -> int:
         f"{options.peers} peers, {options.mib:g} MiB, {options.codec}, {options.mbit:g} Mbit/s"
         f"{f', the last one {options.slow_mbit:g}' if slow else ''}, {options.rtt_ms:g} ms, "
         f"{options.loss:.1%} lost, {', '.join(figures['congestion'])}: "
-        f"round {median['step_s']:.2f} s, exchange {median['exchange_s']:.2f} s, least {figures['least_s']:.2f} s: {figures['share_of_exchange']:.0%} of the exchange, "
+        f"round {median['step_s']:.2f} s, exchange {median['exchange_s']:.2f} s, "
+        f"least {figures['least_s']:.2f} s: {figures['share_of_exchange']:.0%} of the exchange, "
         f"{figures['share_of_round']:.0%} of the round; loop p99 {figures['lag_p99_ms']:.0f} ms"
     )
     if options.json:
