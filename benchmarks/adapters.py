@@ -1,8 +1,10 @@
 """What adapters save: bytes of a contribution, a trainer's memory and time, beside the whole model from these weights.
 
     python -m benchmarks.adapters [--layers N] [--width N] [--vocabulary N] [--rank N ...] [--steps N] [--batch N]
+        [--stored TYPE] [--adapters-only]
 
-A GPT-2 of the given size (that of the published one by default) with random values is written to a temporary folder.
+A GPT-2 of the given size (that of the published one by default) with random values is written to a temporary folder, in
+float32 or in the type that is given.
 Each way trains in a process of its own, with one thread on the CPU, for a round of `--steps` steps, of which the first
 is not timed, and a look at the base. Encoded are the pseudo-gradients of that round, part by part as a
 contribution is. Memory is the process's largest resident size, with the two rows that are shared with a daemon.
@@ -27,6 +29,7 @@ from shoal.protocol.manifest import Task, Training
 
 CONTEXT = 128
 PART_ELEMENTS = 65_536
+STORED = ("float32", "float16", "bfloat16")
 CODECS_TOLD = ("fp32", "int8", "e3m0")
 
 
@@ -35,6 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, value in (("layers", 12), ("width", 768), ("vocabulary", 50_257), ("steps", 3), ("batch", 2)):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 16], help="default 8 16")
+    parser.add_argument("--stored", choices=STORED, default=STORED[0], help="the type of the files (default float32)")
     parser.add_argument("--adapters-only", action="store_true", help="leave the two ways of the whole model out")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -50,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         "vocab_size": options.vocabulary,
     }
     with tempfile.TemporaryDirectory() as folder:
-        digest = write_weights(Path(folder), config)
+        digest = write_weights(Path(folder), config, options.stored)
         ways: list[tuple[str, dict[str, Any]]] = [("from nothing", {}), ("whole model", {"weights": digest})]
         ways = [] if options.adapters_only else ways
         ways += [(f"rank {rank}", {"weights": digest, "lora_rank": rank}) for rank in options.rank]
@@ -61,9 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
             print(name, subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), flush=True)
 
 
-def write_weights(folder: Path, config: dict[str, Any]) -> str:
+def write_weights(folder: Path, config: dict[str, Any], stored: str) -> str:
     """As save_pretrained names and shapes them; returns the digest."""
-    from safetensors.numpy import save_file
+    import torch
+    from safetensors.torch import save_file
 
     from shoal.node.training.tasks import describe
     from shoal.node.training.tokenizer import write_digest
@@ -72,7 +77,11 @@ def write_weights(folder: Path, config: dict[str, Any]) -> str:
     layout = describe(make_task(config=config, context=CONTEXT))
     flat = initialise(layout, 1)
     tensors = zip(layout.tensors, layout.offsets, strict=True)
-    named = {spec.name: flat[first : first + spec.elements].reshape(spec.shape) for spec, first in tensors}
+    dtype = getattr(torch, stored)
+    named = {
+        spec.name: torch.from_numpy(flat[first : first + spec.elements].reshape(spec.shape)).to(dtype, copy=True)
+        for spec, first in tensors
+    }
     save_file(named, folder / WEIGHTS_FILE)
     return write_digest(WeightsFolder(folder).load(())[0])
 

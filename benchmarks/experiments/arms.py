@@ -53,6 +53,7 @@ class Arm:
     mix: str = ""
     measure: str = ""
     stale_exponent: float = 0.0  # Swarm's
+    gap_penalty: str = ""  # Swarm's
     presence: tuple[float, ...] = ()
 
 
@@ -154,7 +155,9 @@ def _train(
     arm: Arm, manifest: Manifest, batches: Sequence[ByteWindows], evaluate: Callable[[FloatVector], float]
 ) -> Iterator[tuple[int, Point]]:
     """POINTS points of the curve beside its beginning, each with the number of the round."""
-    trained = Synchronous(manifest, batches) if arm.synchronous else Swarm(manifest, batches)
+    trained = (
+        Synchronous(manifest, batches) if arm.synchronous else Swarm(manifest, batches, gap_penalty=arm.gap_penalty)
+    )
     entropy = np.random.default_rng(manifest.seed)
     inner_steps, rounds = manifest.training.inner_steps, len(arm.workers)
     yield 0, Point(steps=0, tokens=0, loss=evaluate(trained.base))

@@ -15,6 +15,7 @@ from benchmarks.experiments import churn
 from benchmarks.experiments.arms import Arm, run_arm
 from benchmarks.experiments.islands import APART, AVERAGED, EACH, ENSEMBLE, MEAN, NOLOCO, POSTERIOR
 from benchmarks.experiments.report import draw_churn, draw_plot, format_churn, format_table, format_times
+from benchmarks.experiments.swarm import BY_GROWTH, BY_RATIO
 from benchmarks.experiments.texts import MIXED, PACKAGE
 from shoal.protocol.attendance import PARTICIPATION, WORK
 from shoal.protocol.errors import ConfigError
@@ -188,10 +189,19 @@ def _make_delayed(rounds: int) -> tuple[Arm, ...]:
             arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * rounds))
     # What an element moves by in a round at most is about the inner learning rate times the steps: 0.1.
     training = replace(DRAFT.training, strategy=DELAYED, overlap_steps=INNER_STEPS - 1)
+    late = f"{INNER_STEPS - 1} steps late"
     for clip in (0.1, 0.03):
         draft = replace(DRAFT, training=training, outer=replace(DRAFT.outer, momentum_clip=clip))
-        name = f"{INNER_STEPS - 1} steps late, momentum at most {clip}"
-        arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * rounds))
+        arms.append(Arm(name=f"{late}, momentum at most {clip}", draft=draft, workers=(WORKERS,) * rounds))
+    small = Outer(learning_rate=0.3, momentum=0.5)
+    draft = replace(DRAFT, training=training, outer=replace(small, momentum_clip=0.03))
+    arms.append(Arm(name=f"{late}, outer 0.3/0.5, momentum at most 0.03", draft=draft, workers=(WORKERS,) * rounds))
+    for outer in (DRAFT.outer, small):
+        for penalty, clip in ((BY_RATIO, 0.0), (BY_GROWTH, 0.0), (BY_RATIO, 0.03), (BY_GROWTH, 0.03)):
+            draft = replace(DRAFT, training=training, outer=replace(outer, momentum_clip=clip))
+            name = f"{late}, outer {outer.learning_rate}/{outer.momentum}, by {penalty}"
+            name += f", momentum at most {clip}" if clip else ""
+            arms.append(Arm(name=name, draft=draft, workers=(WORKERS,) * rounds, gap_penalty=penalty))
     return tuple(arms)
 
 

@@ -32,6 +32,7 @@ from shoal.protocol.attendance import (
     expect_attendance,
     weight_factor,
 )
+from shoal.protocol.codecs import CODECS
 from shoal.protocol.contribution import Contributor, Frozen
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.identity import PeerId
@@ -40,6 +41,10 @@ from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import Member, PartResult, Result
 from shoal.protocol.quorum import list_counted, make_bitmap
 from shoal.protocol.replica import Replica, find_gain, make_reduction
+
+# What a round's update is divided by (CO2, arXiv 2401.16265): how far the base moved in the last round to how far in
+# the one before, or 1 where that is less.
+BY_RATIO, BY_GROWTH = "ratio", "growth"
 
 
 class Diverged(ShoalError):
@@ -145,12 +150,16 @@ class Worker:
 class Swarm:
     """All workers and the one base that each of them would hold."""
 
-    def __init__(self, manifest: Manifest, batches: Sequence[ByteWindows], stale_exponent: float = 0.0) -> None:
+    def __init__(
+        self, manifest: Manifest, batches: Sequence[ByteWindows], stale_exponent: float = 0.0, gap_penalty: str = ""
+    ) -> None:
         """One worker for each of `batches`. A strategy that trains beside an exchange has the new base after just as
         many steps as it may train meanwhile. `stale_exponent` tries exponents that the manifest's
-        `weights` do not have."""
+        `weights` do not have, `gap_penalty`, BY_RATIO or BY_GROWTH, what its outer step does not have."""
         self._manifest = manifest
         self._stale_exponent = stale_exponent
+        self._gap_penalty = gap_penalty
+        self._gaps = (1.0, 1.0)  # how far the base moved in the round before the last one, and in that
         self._reduction = make_reduction(manifest)
         elements = manifest.layout.elements
         self._replica = Replica(manifest, np.empty(elements, np.float32), np.empty(elements, np.float32))
@@ -178,9 +187,12 @@ class Swarm:
         result, blobs = self._reduce(number, present, frozen, arrived)
         for one in present:
             self.workers[one].train_on(self.base, number)
+        before = self.base.copy()
         self._root = self._replica.apply(result, blobs)
         if not np.isfinite(self.base).all():
             raise Diverged(f"the base of round {number} is not finite")
+        gap = float(np.linalg.norm(self.base - before))
+        self._gaps = self._gaps[1] if number > 1 else gap, gap
         counted = list_counted(result)
         places, parts = {one: index for index, one in enumerate(present)}, self._manifest.list_parts(number)
         for one, worker in enumerate(self.workers):
@@ -215,7 +227,7 @@ class Swarm:
                 )
                 for index in sorted(arrived)
             ]
-            updates.append(self._reduction.reduce_part(parts, end - first))
+            updates.append(self._penalise(self._reduction.reduce_part(parts, end - first), end - first))
         blobs = {blake3(update).digest(): update for update in updates}
         bitmap = make_bitmap(arrived, len(present))
         members = tuple(
@@ -239,6 +251,15 @@ class Swarm:
             voters=self._manifest.founders,
         )
         return result, blobs
+
+    def _penalise(self, update: memoryview, elements: int) -> memoryview:
+        """An encoded update, less by CO2's penalty of the staleness gap; without one as it is."""
+        if not self._gap_penalty:
+            return update
+        ratio = self._gaps[1] / self._gaps[0]
+        codec, values = CODECS[self._manifest.rounds.codec_out], np.empty(elements, np.float32)
+        codec.decode_untrusted(update, elements, values)
+        return codec.encode(values / np.float32(ratio if self._gap_penalty == BY_RATIO else max(1.0, ratio)))
 
 
 class Synchronous:

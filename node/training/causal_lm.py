@@ -25,9 +25,10 @@ from shoal.node.training.causal_lm_config import CAUSAL_LM, check_context, check
 from shoal.node.training.displaced import Displaced, start_displacement
 from shoal.node.training.gpt_config import SAMPLE_TEMPERATURE
 from shoal.node.training.initial_values import list_starts
-from shoal.node.training.lora import adapt, find_layers, freeze, start_adapter
+from shoal.node.training.lora import adapt, find_layers, start_adapter
 from shoal.node.training.messages import DatasetChoice, Work
 from shoal.node.training.parameters import Shape, list_specs
+from shoal.node.training.stored_matrices import freeze, list_matrices, view_stored
 from shoal.node.training.streamed import StreamWindows, open_stream
 from shoal.node.training.task_faults import TaskFault, blame
 from shoal.node.training.tokenizer import INSTALL_HF, ByteTokenizer, Tokenizer, open_tokenizer, write_digest
@@ -100,12 +101,19 @@ class CausalLm:
         assert lora is not None, "asked for where there are adapters"
         with _parameters_without_memory():
             model = self._build_inner()
-        transposed = self._options.is_transposed
-        kind = import_module("transformers.pytorch_utils").Conv1D if transposed else nn.Linear
-        layers = find_layers(model, kind, lora.targets)
-        freeze(model, self._frozen or {name: one.detach() for name, one in model.named_parameters()})
-        adapt(model, lora, layers, transposed=transposed)
+        frozen = self._frozen or {name: one.detach() for name, one in model.named_parameters()}
+        transposed = self._find_transposed()
+        layers = find_layers(model, transposed or nn.Linear, lora.targets)
+        adapt(model, lora, layers, transposed=transposed is not None)
+        freeze(model, frozen, transposed)
         return model
+
+    def _find_transposed(self) -> type[nn.Module] | None:
+        """The class of the linear layers of the model's blocks, where their matrices lie the other way."""
+        if not self._options.is_transposed:
+            return None
+        layer: type[nn.Module] = import_module("transformers.pytorch_utils").Conv1D
+        return layer
 
     def take_weights(self, folder: Path | None, device: torch.device) -> None:
         wanted = self._options.weights
@@ -117,11 +125,23 @@ class CausalLm:
             raise ConfigError(FIELD, "is missing: this swarm starts from trained weights", fix)
         files, shapes = WeightsFolder(folder), self._list_shapes()
         names = {name: found for name, _ in shapes if (found := files.find(name)) is not None}
-        digest, loaded = files.load(frozenset(names.values()))
+        digest, contents = files.read(frozenset(names.values()))
         if digest != wanted:
             raise ConfigError(FIELD, f"{folder} is {write_digest(digest)}, and the swarm starts from {text}", fix)
         files.match(shapes)
-        self._frozen = {name: torch.from_numpy(loaded.pop(found)).to(device) for name, found in names.items()}
+        kept = self._list_kept()
+        for name, found in names.items():
+            tensor = view_stored(contents.pop(found), files.tensors[found])
+            self._frozen[name] = (tensor if name in kept else tensor.float()).to(device)
+
+    def _list_kept(self) -> frozenset[str]:
+        """The parameters whose weights stay in the type of their files. The sum with a displacement is float32 whatever
+        that is."""
+        with _tell_config(), _parameters_without_memory():
+            model = self._build_inner()
+        if self._options.lora is None:
+            return frozenset(name for name, _ in model.named_parameters())
+        return list_matrices(model, self._find_transposed())
 
     def check_weights(self, folder: Path) -> None:
         try:

@@ -1,8 +1,7 @@
 """Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685, section 4.1) on the linear layers of a model that stands still.
 
 A layer computes W x + alpha / r * B (A x), with A of shape (r, inputs) and B of (outputs, r). A starts uniform with the
-bound 1 / sqrt(inputs), as PEFT has it, B as zeros, so that the model starts as it was trained. Names are PEFT's. The
-frozen tensors are buffers that several models may share.
+bound 1 / sqrt(inputs), as PEFT has it, B as zeros, so that the model starts as it was trained. Names are PEFT's.
 
 Invariant: the parameters of an adapted model are its adapters and nothing else, in the order of its layers.
 """
@@ -22,16 +21,6 @@ from shoal.protocol.layout import UNIFORM, ZEROS, TensorSpec
 
 DOWN, UP = "lora_A", "lora_B"
 _NAMES_TOLD = 12
-
-
-def freeze(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors, by parameter name, in the place of all parameters; those that were tied share theirs."""
-    kept = dict(model.named_parameters())
-    names = {id(parameter): name for name, parameter in kept.items()}
-    for module in model.modules():
-        for own, parameter in list(module.named_parameters(recurse=False)):
-            delattr(module, own)
-            module.register_buffer(own, tensors[names[id(parameter)]], persistent=False)
 
 
 def adapt(model: nn.Module, lora: Lora, layers: Mapping[str, nn.Module], *, transposed: bool) -> None:

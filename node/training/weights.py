@@ -5,7 +5,7 @@ each machine's own (`trainer.weights`). docs/tasks.md defines the digest: BLAKE3
 names, so that it does not matter how they are divided among files. Only safetensors are read, because a pickle
 (`pytorch_model.bin`) runs the code of whoever wrote it. Needs no torch.
 
-Invariants: what `load` returns is what its digest was computed of, read once; nothing is allocated for a tensor before
+Invariants: what `read` returns is what its digest was computed of, read once; nothing is allocated for a tensor before
 its place has been compared with the size of its file.
 """
 
@@ -99,8 +99,13 @@ class WeightsFolder:
     def load(self, names: Collection[str]) -> tuple[bytes, dict[str, Floats]]:
         """The digest of all tensors, and as float32 those of these that float32 holds exactly; raises ConfigError where
         a file cannot be read."""
+        digest, contents = self.read(names)
+        return digest, {name: widen(contents.pop(name), self.tensors[name]) for name in list(contents)}
+
+    def read(self, names: Collection[str]) -> tuple[bytes, dict[str, Bytes]]:
+        """As `load`, each tensor's bytes as they stand in the file."""
         hasher = blake3(derive_key_context=DIGEST_CONTEXT, max_threads=blake3.AUTO)
-        loaded: dict[str, Floats] = {}
+        contents: dict[str, Bytes] = {}
         for name in sorted(self.tensors, key=str.encode):
             stored = self.tensors[name]
             hasher.update(_describe(name, stored))
@@ -111,8 +116,8 @@ class WeightsFolder:
                 if taken:
                     content[first : first + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
             if taken:
-                loaded[name] = _widen(content, stored)
-        return hasher.digest(), loaded
+                contents[name] = content
+        return hasher.digest(), contents
 
 
 def _describe(name: str, stored: StoredTensor) -> bytes:
@@ -123,7 +128,7 @@ def _describe(name: str, stored: StoredTensor) -> bytes:
     return b"".join((next(lengths), name_bytes, next(lengths), dtype, next(lengths), sizes))
 
 
-def _widen(content: Bytes, stored: StoredTensor) -> Floats:
+def widen(content: Bytes, stored: StoredTensor) -> Floats:
     """The same values as float32, in the tensor's shape."""
     match stored.dtype:
         case "F32":
@@ -133,7 +138,7 @@ def _widen(content: Bytes, stored: StoredTensor) -> Floats:
         case "BF16":  # the upper half of a float32
             values = (content.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
         case _:
-            raise AssertionError("`load` takes no other type")
+            raise AssertionError("`read` takes no other type")
     return values.reshape(stored.shape)
 
 

@@ -16,7 +16,7 @@ from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.arms import Arm, Point, Run, make_arm_manifest, open_batches, run_arm
 from benchmarks.experiments.catalogue import EXPERIMENTS, ROUNDS_UNIT, WORKERS_INNER, make_arms
 from benchmarks.experiments.report import draw_plot, format_table
-from benchmarks.experiments.swarm import Diverged, HeldOut, Swarm, Synchronous
+from benchmarks.experiments.swarm import BY_GROWTH, BY_RATIO, Diverged, HeldOut, Swarm, Synchronous
 from benchmarks.experiments.texts import PACKAGE, PACKAGES, TEXTS
 from shoal.node.training.data import ByteWindows, Corpus, read_corpus
 from shoal.node.training.local_parameters import load_parameters
@@ -206,6 +206,23 @@ def test_without_feedback_is_as_if_every_residual_were_forgotten() -> None:
             worker.contributor.clear()
     np.testing.assert_array_equal(forgetful.base, cleared.base)
     assert not np.array_equal(forgetful.base, carrying.base)
+
+
+@pytest.mark.parametrize("penalty", [BY_RATIO, BY_GROWTH])
+def test_an_update_is_divided_by_how_much_farther_the_base_moved(penalty: str) -> None:
+    """The updates of these drafts are taken whole, so that a base and a worker's parameters say what each was."""
+    manifest = make_manifest(1)
+    swarm = Swarm(manifest, make_batches(manifest, 1), gap_penalty=penalty)
+    bases, ratios = [swarm.base.copy()], []
+    for number in range(6):
+        swarm.run_round([0])
+        gaps = [float(np.linalg.norm(one - other)) for one, other in itertools.pairwise(bases)]
+        ratios.append(gaps[-1] / gaps[-2] if number > 1 else 1.0)
+        divisor = ratios[-1] if penalty == BY_RATIO else max(1.0, ratios[-1])
+        moved = swarm.workers[0].local - bases[-1]
+        np.testing.assert_allclose(swarm.base, bases[-1] + moved / divisor, atol=1e-6)
+        bases.append(swarm.base.copy())
+    assert min(ratios) < 0.95 and max(ratios) > 1.05, "in both directions"
 
 
 @pytest.mark.parametrize("inner_steps", [STEPS, 40], ids=["between rounds", "within a round"])
