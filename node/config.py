@@ -37,6 +37,8 @@ MANIFEST_FILE = "manifest.shoal"  # in the data folder, from an earlier start
 
 TRAINER = "trainer"
 BOOTSTRAP = "bootstrap"
+IN_MEMORY = "memory"
+ON_DISK = "disk"
 
 Port = Annotated[int, Bound(0, 65_535)]
 Host = Annotated[str, Bound(1, 253)]
@@ -202,6 +204,9 @@ class StoreTable:
     """Of updates and snapshots together; older ones go first, but nothing that the swarm relies on. 0 is no limit."""
     free_gib_min: Annotated[float, Bound(0, 1024)] = 1.0
     """With less free space than this a peer stops voting and says so, before the disk is full."""
+    vectors: Annotated[str, Choice((IN_MEMORY, ON_DISK))] = IN_MEMORY
+    """Where the model's vectors lie, which daemon and trainer share. On the disk they are mapped files, and the system
+    keeps of them in memory what fits: for a model that is too large for this machine's memory. Rounds take longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +268,7 @@ FLAGS: Mapping[str, str] = {
     "tokenizer": "trainer.tokenizer",
     "weights": "trainer.weights",
     "allow-task": "trainer.allow_tasks",
+    "vectors": "store.vectors",
     "log-level": "log.level",
     "log-format": "log.format",
 }

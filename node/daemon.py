@@ -13,8 +13,6 @@ import logging
 from collections.abc import Callable, Coroutine
 from functools import partial
 
-import numpy as np
-
 from shoal.crdt.measurements import HeldOutLoss
 from shoal.node.answers import Answers
 from shoal.node.attach_socket import TRAINER_FOLDER
@@ -37,7 +35,7 @@ from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.line_use import LineUse
 from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
-from shoal.node.local_state import LocalState, Writing, open_stores
+from shoal.node.local_state import LocalState, open_stores
 from shoal.node.log_repair import LogRepair
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
 from shoal.node.membership import Membership, MembershipPorts
@@ -52,17 +50,18 @@ from shoal.node.repair import abstains, open_ledger
 from shoal.node.reporting import Reporter, Subjects
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.running import forget_running, note_running
+from shoal.node.state_vectors import allocate_vectors
 from shoal.node.surroundings import Surroundings
 from shoal.node.task_set import TaskSet
 from shoal.node.tensor_paths import TensorPaths, make_ports
-from shoal.node.trainer import MakeTrainer, SharedParameters
+from shoal.node.trainer import MakeTrainer
 from shoal.node.training.messages import Evaluated
 from shoal.node.web import WebServer
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.effects import Phase, Pledge
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError, Refusal
 from shoal.protocol.identity import Identity, PeerId, short_peer_id
-from shoal.protocol.manifest import Manifest, read_manifest_untrusted
+from shoal.protocol.manifest import read_manifest_untrusted
 from shoal.protocol.messages import Certificate, Presence
 from shoal.protocol.outer_step import rounds_as_specified
 from shoal.protocol.presence import PeerLost, PresenceTable
@@ -182,7 +181,9 @@ class Daemon:
             self.reporter.happen(HappeningKind.DISK, repair.text, Severity.WARNING)
         trains = self.config.node.role == TRAINER
         stores = await asyncio.to_thread(open_stores, folder, self._store, self.config.store, contributes=trains)
-        self.state = LocalState(self.manifest, swarm, stores, *self._allocate(self.manifest))
+        self.vectors = await asyncio.to_thread(allocate_vectors, self.config, self.manifest.layout.elements)
+        made = self.vectors
+        self.state = LocalState(self.manifest, swarm, stores, made.params, made.momentum, made.writing)
         self.exchange = PartExchange(self.me, self.manifest, stores.blobs, stores.snapshots, self.state.memory)
         tensor = self.config.tensor
         link_config = LinkConfig(host=tensor.host, port=tensor.port, congestion_control=tensor.congestion_control)
@@ -255,18 +256,10 @@ class Daemon:
             ),
         )
         if self.config.node.role == TRAINER:
-            assert self._memory is not None
+            assert self.vectors.shared is not None
             make = self._make_trainer or choose_trainer(self.manifest)
             folder = self.config.data_path / TRAINER_FOLDER
-            self.compute.trainer = make(self._memory, self.config.trainer, self.compute.take, folder)
-
-    def _allocate(self, manifest: Manifest) -> tuple[Float32s, Float32s, Writing]:
-        elements = manifest.layout.elements
-        memory = self._memory = SharedParameters(elements) if self.config.node.role == TRAINER else None
-        momentum = np.zeros(elements, np.float32)
-        if memory is None:
-            return np.zeros(elements, np.float32), momentum, contextlib.nullcontext
-        return memory.base, momentum, memory.writing
+            self.compute.trainer = make(self.vectors.shared, self.config.trainer, self.compute.take, folder)
 
     def _assemble_membership(self, choice: SwarmChoice) -> None:
         swarm, rounds = choice.swarm, self.manifest.rounds
@@ -481,9 +474,8 @@ class Daemon:
             await self.control.stop()
         if hasattr(self, "_store"):
             await asyncio.to_thread(self._store.close)
-        if getattr(self, "_memory", None) is not None:
-            assert self._memory is not None
-            self._memory.close()
+        if hasattr(self, "vectors"):
+            self.vectors.close()
 
     # -- presence ----------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ from shoal.node.doctor_findings import (
     judge_configuration,
     judge_disk,
     judge_identity,
+    judge_memory,
     judge_torch,
     judge_versions,
     not_checked,
@@ -83,6 +84,7 @@ from shoal.node.endpoints import format_endpoint, is_public
 from shoal.node.identity_file import IDENTITY_FILE, load_identity
 from shoal.node.interfaces import read_interfaces
 from shoal.node.libp2p_host import Libp2pHost
+from shoal.node.machine_memory import see_memory
 from shoal.node.manifest_source import read_manifest_file
 from shoal.node.peer_book_file import PEER_BOOK_FILE, load_peer_book
 from shoal.node.reachability import ReachState, judge_mapping
@@ -273,7 +275,8 @@ async def _look_around(
 
     async def see_store() -> None:
         with contextlib.suppress(OSError):
-            seen.disk = await look(lambda: see_disk(folder, measure_folder(folder)), 6.0)
+            vector_bytes = seen.status.disk.vector_bytes if seen.status else 0  # in files without a name
+            seen.disk = await look(lambda: see_disk(folder, measure_folder(folder) + vector_bytes), 6.0)
 
     async def see_router() -> None:
         if seen.status is None and config.nat.port_mapping:
@@ -349,6 +352,9 @@ def _judge(
         judge_clock(ClockSeen(synchronized=see_synchronized(), ahead_s=tuple(view.ahead_s.values()))),
         judge_daemon(status, config.data_path),
     ]
+    without_gpu = isinstance(seen.torch, TorchSeen) and bool(seen.torch.version) and not seen.torch.devices
+    on_cpu = config.node.role == TRAINER and (without_gpu or config.trainer.device == "cpu")
+    findings.append(judge_memory(see_memory(), config, model, on_cpu=on_cpu, running=status is not None))
     if seen.disk is None:
         findings.append(not_checked(Check.DISK, Unknown(why=f"{config.data_path} did not answer within 6 s")))
     else:

@@ -15,7 +15,9 @@ from enum import StrEnum
 from statistics import median
 from typing import Any
 
-from shoal.node.config import TRAINER, NodeConfig
+from shoal.node.config import ON_DISK, TRAINER, NodeConfig
+from shoal.node.machine_memory import MachineMemory
+from shoal.node.state_vectors import measure_vectors
 from shoal.node.status import clean_text
 from shoal.node.terminal import format_bytes
 
@@ -28,6 +30,9 @@ TRAINER_BYTES_PER_PARAMETER = 16
 SNAPSHOT_BYTES_PER_PARAMETER = 8
 # Trainer's checkpoints (two of 12) and the residual (8), beside the snapshots.
 PRIVATE_BYTES_PER_PARAMETER = 32
+# Of what is encoded, a round's own contribution, those that others sent, and the update; beside that, a daemon at rest.
+ENCODED_HELD = 3
+DAEMON_BYTES = 250_000_000
 AGAIN = "run `shoal doctor` again when the machine is less busy, or with more time: --within 60"
 
 
@@ -46,6 +51,7 @@ class Check(StrEnum):
     DAEMON = "daemon"
     VERSIONS = "versions"
     TRAINER = "GPU and torch"
+    MEMORY = "memory"
     DISK = "disk"
     CLOCK = "clock"
     PORTS = "ports"
@@ -235,7 +241,37 @@ def _disk_bytes(config: NodeConfig, model: ModelSeen) -> int:
     # Beside the newest snapshots up to three older ones stay, so that every retained round can be rebuilt.
     snapshots = (config.store.snapshots_kept + 3) * SNAPSHOT_BYTES_PER_PARAMETER * model.parameters
     private = PRIVATE_BYTES_PER_PARAMETER * model.parameters if config.node.role == TRAINER else 0
-    return snapshots + private
+    vectors = measure_vectors(config, model.parameters) if config.store.vectors == ON_DISK else 0
+    return snapshots + private + vectors
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def judge_memory(
+    seen: MachineMemory, config: NodeConfig, model: ModelSeen | None, *, on_cpu: bool, running: bool
+) -> Finding:
+    """With `on_cpu` the trainer's own vectors are in this memory, too; beside a `running` daemon what it has already
+    taken is not to be had."""
+    room = f"{format_bytes(seen.total_bytes)} in all, {format_bytes(seen.available_bytes)} to be had"
+    if model is None:
+        return ok(Check.MEMORY, room)
+    vectors = measure_vectors(config, model.parameters)
+    needed = DAEMON_BYTES + (ENCODED_HELD * model.contribution_bytes if config.node.role == TRAINER else 0)
+    needed += TRAINER_BYTES_PER_PARAMETER * model.parameters if on_cpu and not model.attached else 0
+    on_disk = config.store.vectors == ON_DISK
+    held = needed + (0 if on_disk else vectors)
+    text = f"{room}; the swarm's model takes about {format_bytes(held)} of it"
+    text += f", and {format_bytes(vectors)} of the disk" if on_disk else ""
+    if held > seen.total_bytes and (on_disk or needed > seen.total_bytes):
+        return problem(Check.MEMORY, text, "use a machine with more memory, or join a swarm with a smaller model")
+    if held > seen.total_bytes:
+        fix = f'write vectors = "{ON_DISK}" under [store], or give --vectors {ON_DISK}: rounds take longer'
+        return problem(Check.MEMORY, text, fix)
+    if held > seen.available_bytes and not running:
+        other = "" if on_disk else f", or give --vectors {ON_DISK}"
+        return warning(Check.MEMORY, text, f"end what else takes the memory{other}")
+    return ok(Check.MEMORY, text)
 
 
 # -- GPU and torch -----------------------------------------------------------------------------------------------------

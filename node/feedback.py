@@ -20,6 +20,7 @@ same contribution is settled once.
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -178,6 +179,8 @@ class FeedbackStore:
             return replace(self.record, residual=residual, settled=settled, pending=())
 
         self._try_save(write, replace(self.record, settled=settled, pending=()))
+        if not is_whole and not self._is_behind:
+            self._map_again(contributor)
         return included
 
     def forget(self, number: int) -> None:
@@ -241,6 +244,12 @@ class FeedbackStore:
         if self._open is not None:
             self._open.path.unlink(missing_ok=True)
             self._open = None
+
+    def _map_again(self, contributor: Contributor) -> None:
+        """What was changed of the residual is in memory of the process, and by now in a file, too: that suffices."""
+        with suppress(OSError):
+            mapped = map_residual(self._path(self.record.residual), contributor.residual.size)
+            contributor.residual = contributor.residual if mapped is None else mapped
 
     def _map_privately(self, digest: bytes, residual: Float32s) -> Float32s:
         """The residual that was just settled, as its file has it. The view through which it was made would write into

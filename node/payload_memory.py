@@ -5,14 +5,17 @@ Invariants: a piece is used again only when nobody views any of it, so that what
 still reads, stays as it is; what is kept for later is at most `kept_bytes_max`; what a taken place holds is arbitrary.
 """
 
+import mmap
 import threading
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-PIECE_BYTES = 8 << 20  # from 4 MiB on, systems that have large pages give them
+# From 4 MiB on, systems that have large pages give them. What is left of a piece behind its last place is not used.
+PIECE_BYTES = 16 << 20
 KEPT_BYTES_MAX = 512 << 20
 
 
@@ -46,7 +49,7 @@ class PayloadMemory:
             if not pieces:
                 del self._free[nbytes]
         else:
-            piece = np.empty(nbytes, np.uint8)
+            piece = _map_piece(nbytes)
         # Every view of this memory keeps this object alive, and nothing else does.
         watched: Any = piece.view()
         weakref.finalize(watched, self._keep, piece).atexit = False
@@ -57,3 +60,15 @@ class PayloadMemory:
             if self.kept_bytes + piece.nbytes <= self._kept_bytes_max:
                 self.kept_bytes += piece.nbytes
                 self._free.setdefault(piece.nbytes, []).append(piece)
+
+
+def _map_piece(nbytes: int) -> NDArray[np.uint8]:
+    """Memory that goes back to the system at once when it is dropped. That of an allocator need not: glibc's keeps
+    pieces of this size in its heap, once it has seen some of them come and go."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return np.empty(nbytes, np.uint8)
+    mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without large pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapped, np.uint8)

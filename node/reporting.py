@@ -17,7 +17,7 @@ from shoal.node.answers import Answers
 from shoal.node.catchup import CatchUp
 from shoal.node.compute import Compute
 from shoal.node.conduct import Conduct
-from shoal.node.config import TRAINER, NodeConfig
+from shoal.node.config import ON_DISK, TRAINER, NodeConfig
 from shoal.node.control import ControlPlane
 from shoal.node.control_setup import describe_control
 from shoal.node.exchange import PartExchange
@@ -31,6 +31,7 @@ from shoal.node.local_state import LocalState
 from shoal.node.membership import CLOCK_SKEW_WARN_S, Membership
 from shoal.node.metrics import Direction, LedgerHeld, Metrics, PeerState, WayFailure
 from shoal.node.reach_metrics import show_reachability
+from shoal.node.state_vectors import measure_vectors
 from shoal.node.status import (
     CatchUpStatus,
     ControlStatus,
@@ -391,14 +392,17 @@ class Reporter:
     def _disk_status(self) -> DiskStatus:
         stores = self.subjects.state.stores
         rounds = stores.snapshots.rounds()
+        config = self.subjects.config
+        on_disk = config.store.vectors == ON_DISK
         return DiskStatus(
             failing=self._disk is not None,
             errors=self._disk_stops,
-            free_bytes=shutil.disk_usage(self.subjects.config.data_path).free,
+            free_bytes=shutil.disk_usage(config.data_path).free,
             blob_bytes=stores.blobs.stored_bytes,
             ledger_entries=len(self.subjects.ledger.ledger),
             snapshot_round=rounds[-1] if rounds else 0,
             oldest_round=self.subjects.state.oldest_round,
+            vector_bytes=measure_vectors(config, self.subjects.manifest.layout.elements) if on_disk else 0,
         )
 
     def _peer_rows(self, live: Mapping[PeerId, Presence]) -> tuple[PeerStatus, ...]:

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -156,12 +157,27 @@ def _stem(number: int) -> str:
 def load_snapshot(snapshot: Snapshot, params: Float32s, momentum: Float32s) -> bool:
     """Fill the vectors; False when the file is not what its index says."""
     try:
-        with safe_open(snapshot.path, framework="numpy") as file:
-            np.copyto(params, file.get_tensor("params"))
-            np.copyto(momentum, file.get_tensor("momentum"))
+        with safe_open(snapshot.path, framework="numpy"):
+            pass  # the header can be read by others, too
+        # Straight to where they belong, and not through another copy in memory; read and not mapped, so that what a
+        # bad disk cannot give is an error and not a signal.
+        with snapshot.path.open("rb", buffering=0) as file:
+            file.seek(snapshot.data_start)
+            _read_vector(file, momentum)
+            _read_vector(file, params)
         return chunk_digests(params) + chunk_digests(momentum) == snapshot.index.digests
     except (OSError, SafetensorError, ValueError):
         return False
+
+
+def _read_vector(file: FileIO, vector: Float32s) -> None:
+    """Raises OSError, and ValueError where the file ends before."""
+    rest = vector.view(np.uint8).data
+    while rest:
+        taken = file.readinto(rest)
+        if not taken:
+            raise ValueError("the file is shorter than its header says")
+        rest = rest[taken:]
 
 
 def chunk_offset(index: SnapshotIndex, number: int) -> int:

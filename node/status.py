@@ -201,6 +201,7 @@ class DiskStatus:
     ledger_entries: int
     snapshot_round: int
     oldest_round: int  # from here on this disk can rebuild every round
+    vector_bytes: int = 0  # of the model's vectors, where these lie on the disk: in files that have no name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

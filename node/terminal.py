@@ -508,7 +508,7 @@ def _figures(status: Status) -> "Table":
         (
             "disk",
             f"{format_bytes(disk.blob_bytes)} used, {format_bytes(disk.free_bytes)} free, rounds from"
-            f" {disk.oldest_round} on",
+            f" {disk.oldest_round} on{_vectors(disk.vector_bytes)}",
         ),
         ("state root", status.round.state_root[:16] or "none"),
         ("join", clean_text(status.uri, len(status.uri))),
@@ -518,6 +518,10 @@ def _figures(status: Status) -> "Table":
     for title, text in rows:
         table.add_row(Text(title, "dim"), Text(text, overflow="fold"))
     return table
+
+
+def _vectors(nbytes: int) -> str:
+    return f"; the model's vectors lie there, too: {format_bytes(nbytes)}" if nbytes else ""
 
 
 def _describe_control(status: Status) -> str:

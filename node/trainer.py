@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -51,6 +50,7 @@ from shoal.node.training.messages import (
     Work,
     encode_frame,
 )
+from shoal.node.vector_files import open_reserved
 from shoal.protocol.errors import Failure, ManifestError, ProtocolError, ShoalError
 from shoal.protocol.layout import Layout
 from shoal.protocol.manifest import Task
@@ -118,17 +118,13 @@ TrainerEvent = (
 
 
 class SharedParameters:
-    """`base` and `local`, float32[D] each, in anonymous memory that a child process maps by its descriptor."""
+    """`base` and `local`, float32[D] each, in memory, or in a file of `folder`, that a child process maps by its
+    descriptor."""
 
-    def __init__(self, elements: int) -> None:
-        """Raises OSError where the machine has not that much memory."""
-        size_bytes = measure_memory(elements)
-        self.descriptor = _open_anonymous()
+    def __init__(self, elements: int, folder: Path | None = None) -> None:
+        """Raises OSError where the machine has not that much of it."""
+        self.descriptor = open_reserved(measure_memory(elements), folder)
         try:
-            # Reserved now, so that a lack of memory is an error here and not a SIGBUS at some later write.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self.descriptor, 0, size_bytes)
-            os.ftruncate(self.descriptor, size_bytes)
             rows, self._writes = map_memory(self.descriptor)
         except OSError:
             self.close()
@@ -482,12 +478,3 @@ def _python_command(module: str) -> tuple[str, ...]:
 def _require_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         raise TrainerError(Failure.TRAINER_CRASHED, f"torch is not installed; {INSTALL_TORCH}", is_final=True)
-
-
-def _open_anonymous() -> int:
-    """The descriptor of a new file that has no name and lives in memory where the system offers that."""
-    if hasattr(os, "memfd_create"):
-        # Unlike a file in /dev/shm it does not count against that mount's size, 64 MB in a plain container.
-        return os.memfd_create("shoal-parameters")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())

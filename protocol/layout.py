@@ -89,16 +89,17 @@ def make_layout(tensors: tuple[TensorSpec, ...]) -> Layout:
     return Layout(tensors=tensors)
 
 
-def initialise(layout: Layout, seed: U63) -> NDArray[np.float32]:
-    """The parameters of round 0, float32[D]. Every tensor has a stream of its own, keyed by the seed and its name, so
-    that its values do not depend on the tensors before it."""
-    flat = np.zeros(layout.elements, dtype=np.float32)
+def initialise(layout: Layout, seed: U63, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """The parameters of round 0, float32[D], in `out` or in new memory. Every tensor has a stream of its own, keyed by
+    the seed and its name, so that its values do not depend on the tensors before it."""
+    flat = np.empty(layout.elements, dtype=np.float32) if out is None else out
+    assert flat.shape == (layout.elements,), "one place for every element"
     for spec, offset in zip(layout.tensors, layout.offsets, strict=True):
         target = flat[offset : offset + spec.elements]
-        if spec.init == ONES:
-            target.fill(1.0)
-        elif spec.init == UNIFORM:
+        if spec.init == UNIFORM:
             _fill_uniform(target, spec, seed)
+        else:
+            target.fill(1.0 if spec.init == ONES else 0.0)
     return flat
 
 

@@ -67,7 +67,7 @@ class Replica:
 
     def reset(self) -> bytes:
         """Become round 0, as the manifest's seed gives it; returns the state root."""
-        self.params[:] = initialise(self._manifest.layout, self._manifest.seed)
+        initialise(self._manifest.layout, self._manifest.seed, self.params)
         self.momentum.fill(0.0)
         self.round = 0
         return self.root()

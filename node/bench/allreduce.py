@@ -9,6 +9,7 @@ Invariant: every process that was started has ended when `run_allreduce` returns
 
 import json
 import queue
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 import psutil
 
 from shoal.node.bench.peer import PeerSpec
+from shoal.node.config import IN_MEMORY, ON_DISK
 from shoal.node.identity_file import IDENTITY_FILE, create_identity
 from shoal.protocol.aggregators import AGGREGATORS
 from shoal.protocol.codecs import CODECS, UPDATE_CODECS
@@ -46,12 +48,17 @@ from shoal.protocol.manifest import (
 MIB = 1 << 20
 PEERS_MAX = 32
 START_TIMEOUT_S = 120.0
+START_BYTES_PER_S = 20e6  # on top: the first state and the stand-in's values, written to a slow disk
 ROUND_TIMEOUT_S = 600.0
 SETTLE_S = 0.2  # between two rounds, so that none begins in the tail of the last
 WARMUP_ROUNDS = 2
 # What a peer holds: base, local, momentum, two residuals, and what is encoded of it; and what any daemon takes.
 VECTORS_HELD = 6
 PROCESS_MIB = 300
+# With its vectors on the disk: of what is encoded its own contribution, what came of others', and the update. Files are
+# base, local, momentum and two residuals, and the update of every round.
+ENCODED_HELD = 3
+VECTOR_FILES = 5
 
 Say = Callable[[str], None]
 
@@ -81,6 +88,7 @@ class AllreduceOptions:
     rounds: int = 5
     part_elements: int | None = None
     folder: Path | None = None
+    vectors: str = IN_MEMORY
 
     def __post_init__(self) -> None:
         if not 2 <= self.peers <= PEERS_MAX:
@@ -100,12 +108,24 @@ class AllreduceOptions:
         if size is not None and (not 256 <= size <= PART_ELEMENTS_MAX or size % 256):
             fix = f"use a multiple of 256, {PART_ELEMENTS_MAX} at most"
             raise ConfigError("--part-elements", f"is {size}", fix)
+        if self.vectors not in (IN_MEMORY, ON_DISK):
+            raise ConfigError("--vectors", f"is {self.vectors!r}", f"use {IN_MEMORY} or {ON_DISK}")
         if self.folder is not None and not self.folder.is_dir():
             raise ConfigError("--folder", f"{self.folder} is no folder", "make it, or give another")
 
     @property
     def elements(self) -> int:
         return int(self.mib * MIB / 4)
+
+    @property
+    def start_timeout_s(self) -> float:
+        """Until a peer is up, and then until it has its values."""
+        return START_TIMEOUT_S + 4 * self.elements * self.peers / START_BYTES_PER_S
+
+    @property
+    def encoded_mib(self) -> float:
+        """A whole contribution's."""
+        return CODECS[self.codec].encoded_bytes(self.elements) / MIB
 
     @property
     def codec_out(self) -> str:
@@ -146,11 +166,13 @@ class MeasuredRound:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllreduceResult:
     """Errors are those of the last update against the exact mean, in units of the values' standard deviation;
-    `lag_p99_ms` is that of the peer whose loop was latest in the last round."""
+    `lag_p99_ms` is that of the peer whose loop was latest in the last round. `peaks_mib` has the most of each kind of
+    memory that a peer had in the last round (bench.peer.MEMORY_KINDS), empty where the system does not tell."""
 
     options: AllreduceOptions
     rounds: tuple[MeasuredRound, ...]
     peak_rss_mib: float
+    peaks_mib: dict[str, float]
     lag_p99_ms: float
     rms_error: float
     worst_error: float
@@ -168,8 +190,8 @@ class AllreduceResult:
 
 def run_allreduce(options: AllreduceOptions, say: Say, places: Sequence[Place] = ()) -> AllreduceResult:
     """Start the peers, all on loopback without `places`, run rounds, stop them. Raises BenchFailed, and ConfigError
-    where the machine has not memory enough."""
-    _check_memory(options)
+    where the machine has not room enough."""
+    _check_room(options)
     places = places or (Place(),) * options.peers
     with tempfile.TemporaryDirectory(prefix="shoal-bench-", dir=options.folder) as name, ExitStack() as stack:
         folder = Path(name)
@@ -179,26 +201,35 @@ def run_allreduce(options: AllreduceOptions, say: Say, places: Sequence[Place] =
         for number, place in enumerate(places):
             bootstraps = peers[0].addresses if peers else ()
             flags = _make_flags(folder / f"peer{number}", manifest, place.host, bootstraps)
+            flags["vectors"] = options.vectors
             spec = PeerSpec(flags=flags, seed=seeds[number], seeds=seeds)
             say(f"starting peer {number + 1} of {options.peers}")
             peers.append(stack.enter_context(_running(spec, place)))
             if number == 0:
-                peers[0].wait_up()
+                peers[0].wait_up(options.start_timeout_s)
         for peer in peers[1:]:
-            peer.wait_up()
+            peer.wait_up(options.start_timeout_s)
         for peer in peers:
-            peer.wait("idle", START_TIMEOUT_S)
+            peer.wait("idle", options.start_timeout_s)
         return _measure(options, peers, say)
 
 
-def _check_memory(options: AllreduceOptions) -> None:
-    needed_mib = options.peers * (VECTORS_HELD * options.mib + PROCESS_MIB)
+def _check_room(options: AllreduceOptions) -> None:
+    on_disk = options.vectors == ON_DISK
+    held_mib = ENCODED_HELD * options.encoded_mib if on_disk else VECTORS_HELD * options.mib
+    needed_mib = options.peers * (held_mib + PROCESS_MIB)
     free_mib = psutil.virtual_memory().available / MIB
+    what = f"{options.peers} peers of {options.mib:g} MiB take"
     if needed_mib > free_mib:
-        problem = (
-            f"{options.peers} peers of {options.mib:g} MiB take {needed_mib:.0f} MiB of memory, {free_mib:.0f} are free"
-        )
-        raise ConfigError("--mib", problem, "use less of one or the other")
+        problem = f"{what} {needed_mib:.0f} MiB of memory, {free_mib:.0f} are free"
+        fix = "use less of one or the other" + ("" if on_disk else f", or --vectors {ON_DISK}")
+        raise ConfigError("--mib", problem, fix)
+    update_mib = CODECS[options.codec_out].encoded_bytes(options.elements) / MIB
+    files_mib = VECTOR_FILES * options.mib + (WARMUP_ROUNDS + options.rounds) * update_mib
+    free_mib = shutil.disk_usage(options.folder or tempfile.gettempdir()).free / MIB
+    if options.peers * files_mib > free_mib:
+        problem = f"{what} {options.peers * files_mib:.0f} MiB of disk, {free_mib:.0f} are free"
+        raise ConfigError("--mib", problem, "use less of one or the other, fewer --rounds, or another --folder")
 
 
 def _measure(options: AllreduceOptions, peers: Sequence["BenchPeer"], say: Say) -> AllreduceResult:
@@ -225,6 +256,7 @@ def _measure(options: AllreduceOptions, peers: Sequence["BenchPeer"], say: Say) 
         rounds=tuple(rounds),
         lag_p99_ms=max(one["lag_p99_ms"] for one in reports),
         peak_rss_mib=max(one["peak_rss_kib"] for one in peaks) / 1024,
+        peaks_mib={kind: max(one["peaks_mib"][kind] for one in peaks) for kind in peaks[0]["peaks_mib"]},
         rms_error=max(one["rms_error"] for one in reports),
         worst_error=max(one["worst_error"] for one in reports),
         state_root=roots.pop(),
@@ -332,8 +364,8 @@ class BenchPeer:
         assert answer["event"] == event, f"{answer['event']} where {event} was to come"
         return answer
 
-    def wait_up(self) -> None:
-        self.addresses = tuple(self.wait("up", START_TIMEOUT_S)["addresses"])
+    def wait_up(self, timeout_s: float) -> None:
+        self.addresses = tuple(self.wait("up", timeout_s)["addresses"])
 
     def ask(self, question: str, event: str) -> dict[str, Any]:
         self.tell(question)

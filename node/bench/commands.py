@@ -5,13 +5,14 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from shoal.node.config import IN_MEMORY, ON_DISK
 from shoal.node.process import count_cores
 from shoal.protocol.aggregators import AGGREGATORS
 from shoal.protocol.codecs import CODECS
@@ -34,6 +35,7 @@ def add_bench_parsers(bench: argparse.ArgumentParser) -> None:
     allreduce.add_argument("--rounds", type=int, default=REPEATS, help=f"that are measured (default: {REPEATS})")
     allreduce.add_argument("--part-elements", type=int, help="as in the manifest; default: as a swarm would have it")
     allreduce.add_argument("--folder", type=Path, help="where the peers' files lie; default: the system's for such")
+    allreduce.add_argument("--vectors", default=IN_MEMORY, help=f"{IN_MEMORY} or {ON_DISK}, as store.vectors")
     codecs = commands.add_parser("codecs", help="speed, size and error of every codec, on one core")
     links = commands.add_parser("links", help="tensor links between two processes on this machine")
     links.add_argument("--megabytes", type=int, default=1000, help="in each run (default: 1000)")
@@ -111,6 +113,7 @@ def _bench_allreduce(options: argparse.Namespace, data_dir: Path, say: Say) -> t
         rounds=options.rounds,
         part_elements=options.part_elements,
         folder=options.folder,
+        vectors=options.vectors,
     )
     machine = measure_machine(REPEATS, say)
     codec_in, codec_out = (
@@ -136,7 +139,7 @@ def _bench_allreduce(options: argparse.Namespace, data_dir: Path, say: Say) -> t
         ("least time on this machine", f"{limit.wall_s:.3f} s", f"{100 * limit.wall_s / median.step_s:.0f} % reached"),
         ("  of the exchange alone", "", f"{100 * limit.wall_s / median.exchange_s:.0f} % of its time"),
         ("CPU of all peers", f"{median.cpu_s:.2f} s", f"a round; {count_cores()} cores"),
-        ("memory of a peer, at most", f"{result.peak_rss_mib:.0f} MiB", ""),
+        ("memory of a peer, at most", f"{result.peak_rss_mib:.0f} MiB", describe_memory(result.peaks_mib)),
         ("event loop late, p99", f"{result.lag_p99_ms:.1f} ms", "of the worst peer"),
         ("error of the average", f"{result.rms_error:.2g}", f"rms; worst {result.worst_error:.2g}, of values of rms 1"),
     ]
@@ -147,6 +150,13 @@ def _bench_allreduce(options: argparse.Namespace, data_dir: Path, say: Say) -> t
         {"allreduce": result.to_json(), "limit": asdict(limit), "machine": asdict(machine)},
         [head, *format_table(("", "", ""), rows, "<><")[1:]],
     )
+
+
+def describe_memory(peaks_mib: Mapping[str, float]) -> str:
+    """Of which kind it was in the last round, each at its highest."""
+    words = {"anonymous_mib": "its own", "shared_mib": "shared", "file_mib": "mapped files"}
+    found = [f"{peaks_mib[kind]:.0f} {word}" for kind, word in words.items() if kind in peaks_mib]
+    return f"in the last round: {', '.join(found)}" if found else ""
 
 
 def _bench_codecs(options: argparse.Namespace, data_dir: Path, say: Say) -> tuple[dict[str, Any], list[str]]:

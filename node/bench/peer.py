@@ -15,10 +15,11 @@ Invariant: the process ends with its standard input, and with its daemon.
 import asyncio
 import dataclasses
 import json
+import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,11 @@ from shoal.protocol.effects import Phase
 from shoal.protocol.identity import format_peer_id
 
 LAG_PERIOD_S = 0.01
+MEMORY_PERIOD_S = 0.1
+# As /proc/PID/status names it: of the process's own, shared with its trainer, and mapped files.
+MEMORY_KINDS = {"RssAnon": "anonymous_mib", "RssShmem": "shared_mib", "RssFile": "file_mib"}
+STATUS = Path("/proc/self/status")
+PIECE_ELEMENTS = 1 << 22  # a stand-in for a trainer is to take no memory beside its vectors
 TOKENS = 1024  # of every peer alike, so that all weigh the same
 
 
@@ -47,9 +53,11 @@ class PeerSpec:
     seeds: tuple[int, ...]
 
 
-def draw_values(seed: int, elements: int) -> Float32s:
-    """The pseudo-gradient of one peer: normal values."""
-    return np.random.default_rng(seed).standard_normal(elements, np.float32)
+def draw_values(seed: int, elements: int) -> Iterator[Float32s]:
+    """The pseudo-gradient of one peer, normal values, piece by piece."""
+    generator = np.random.default_rng(seed)
+    for first in range(0, elements, PIECE_ELEMENTS):
+        yield generator.standard_normal(min(PIECE_ELEMENTS, elements - first), np.float32)
 
 
 class StandIn:
@@ -88,9 +96,16 @@ class StandIn:
         """Always there."""
 
     async def start(self, work: Work) -> Started:
-        np.subtract(self.base, draw_values(self._seed, self.base.size), out=self.local)
+        await asyncio.to_thread(self._fill)
         self.running = True
         return Started(device="none", elements=self.base.size, train_bytes=0, held_out_bytes=0)
+
+    def _fill(self) -> None:
+        first = 0
+        for values in draw_values(self._seed, self.base.size):
+            piece = slice(first, first + values.size)
+            np.subtract(self.base[piece], values, out=self.local[piece])
+            first += values.size
 
     async def begin(self, round: int, *, adopt: bool) -> None:
         self._begin(round)
@@ -132,29 +147,43 @@ async def watch_lag(lags_s: list[float]) -> None:
         lags_s.append(max(0.0, loop.time() - due_s))
 
 
+async def watch_memory(peaks_mib: dict[str, float]) -> None:
+    """The most of each kind that the process has had, into `peaks_mib`; nothing where the system does not tell."""
+    while STATUS.exists():
+        for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+            name, _, rest = line.partition(":")
+            if name in MEMORY_KINDS:
+                kind = MEMORY_KINDS[name]
+                peaks_mib[kind] = max(peaks_mib.get(kind, 0.0), int(rest.split()[0]) / 1024)
+        await asyncio.sleep(MEMORY_PERIOD_S)
+
+
 async def run_peer(spec: PeerSpec, daemon: Daemon, stand_in: Callable[[], StandIn]) -> None:
     """Serve until standard input ends."""
     lags_s: list[float] = []
+    peaks_mib: dict[str, float] = {}
 
     def tell(ready: Daemon) -> None:
         say(event="up", addresses=ready.control.addresses(), peer=format_peer_id(ready.me))
 
     running = asyncio.ensure_future(daemon.run(tell))
-    lag = asyncio.ensure_future(watch_lag(lags_s))
+    watches = [asyncio.ensure_future(one) for one in (watch_lag(lags_s), watch_memory(peaks_mib))]
     reader = asyncio.StreamReader()
     running.add_done_callback(lambda _: reader.feed_eof())
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     while line := (await reader.readline()).strip():
         if line == b"round":
             lags_s.clear()
+            peaks_mib.clear()
             stand_in().be_ready()
         elif line == b"phases":
-            say(event="phases", **read_phases(daemon))
+            say(event="phases", **read_phases(daemon), peaks_mib=peaks_mib)
         elif line == b"report":
             say(event="report", **await asyncio.to_thread(make_report, spec, daemon, lags_s))
     daemon.stop()
     await running
-    lag.cancel()
+    for watch in watches:
+        watch.cancel()
 
 
 def read_phases(daemon: Daemon) -> dict[str, float]:
@@ -164,21 +193,28 @@ def read_phases(daemon: Daemon) -> dict[str, float]:
 
 def make_report(spec: PeerSpec, daemon: Daemon, lags_s: list[float]) -> dict[str, object]:
     """What the last round has led to, and how late the loop was in it."""
-    update = daemon.state.replica.momentum
-    exact = np.zeros(update.size, np.float64)
-    for seed in spec.seeds:
-        exact += draw_values(seed, update.size)
-    exact /= len(spec.seeds)
-    error = update - exact
+    rms_error, worst_error = compare(daemon.state.replica.momentum, spec.seeds)
     return {
         "round": daemon.core.head.round,
         "state_root": daemon.core.head.state_root.hex(),
-        "rms_error": float(np.sqrt(np.mean(error * error))),
-        "worst_error": float(np.abs(error).max()),
+        "rms_error": rms_error,
+        "worst_error": worst_error,
         "lag_p99_ms": 1e3 * float(np.quantile(lags_s, 0.99)) if lags_s else 0.0,
         "lag_max_ms": 1e3 * max(lags_s, default=0.0),
         "paths": sorted({str(one.path) for one in daemon.links.statistics().peers if one.path}),
     }
+
+
+def compare(update: Float32s, seeds: tuple[int, ...]) -> tuple[float, float]:
+    """Root mean square and largest magnitude of what the update differs by from the exact mean."""
+    first, squares, worst = 0, 0.0, 0.0
+    for drawn in zip(*(draw_values(seed, update.size) for seed in seeds), strict=True):
+        exact = np.mean(np.stack(drawn), axis=0, dtype=np.float64)
+        error = update[first : first + exact.size] - exact
+        squares += float(np.dot(error, error))
+        worst = max(worst, float(np.abs(error).max()))
+        first += exact.size
+    return math.sqrt(squares / update.size), worst
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from shoal.node.doctor_findings import (
     judge_configuration,
     judge_disk,
     judge_identity,
+    judge_memory,
     judge_torch,
     judge_versions,
     list_words,
@@ -38,6 +39,7 @@ from shoal.node.doctor_findings import (
     to_json_tree,
     warning,
 )
+from shoal.node.machine_memory import MachineMemory
 
 GIB = 2**30
 CONFIG = NodeConfig()
@@ -185,6 +187,53 @@ def test_a_disk_too_small_for_the_model_is_told_how_much_it_takes() -> None:
     assert judge_disk(replace(seen, used_bytes=1000), CONFIG, MODEL).verdict is Verdict.OK
     bootstrap = NodeConfig(node=NodeTable(role="bootstrap"))
     assert judge_disk(seen, bootstrap, MODEL).verdict is Verdict.OK
+
+
+def test_vectors_on_the_disk_count_for_the_disk() -> None:
+    config = NodeConfig(store=StoreTable(vectors="disk"))
+    seen = replace(DISK, free_bytes=8_400_000_000 + GIB - 1)
+    expect(judge_disk(seen, config, MODEL), Check.DISK, Verdict.WARNING, "about 8.4 GB more")
+    assert judge_disk(replace(seen, free_bytes=seen.free_bytes + 1), config, MODEL).verdict is Verdict.OK
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def judge(
+    total_bytes: int, available_bytes: int | None = None, vectors: str = "memory", role: str = "trainer", **how: bool
+) -> Finding:
+    """0.25 GB for the daemon, 0.3 for what is encoded, 1.2 for the vectors; on a CPU 1.6 for the trainer's own."""
+    seen = MachineMemory(total_bytes=total_bytes, available_bytes=available_bytes or total_bytes)
+    config = NodeConfig(node=NodeTable(role=role), store=StoreTable(vectors=vectors))
+    return judge_memory(seen, config, MODEL, on_cpu=how.get("on_cpu", False), running=how.get("running", False))
+
+
+def test_memory_that_holds_the_model_is_well() -> None:
+    text = "1.8 GB in all, 1.8 GB to be had; the swarm's model takes about 1.8 GB of it"
+    expect(judge(1_750_000_000), Check.MEMORY, Verdict.OK, text)
+    seen = MachineMemory(total_bytes=1, available_bytes=1)
+    assert judge_memory(seen, CONFIG, None, on_cpu=True, running=False).verdict is Verdict.OK
+    assert judge(1_050_000_000, role="bootstrap").verdict is Verdict.OK
+
+
+def test_a_model_that_memory_does_not_hold_can_have_its_vectors_on_the_disk() -> None:
+    expect(judge(1_749_999_999), Check.MEMORY, Verdict.PROBLEM, "takes about 1.8 GB", 'vectors = "disk" under [store]')
+    text = "takes about 550 MB of it, and 1.2 GB of the disk"
+    expect(judge(1_749_999_999, vectors="disk"), Check.MEMORY, Verdict.OK, text)
+
+
+def test_a_model_that_is_too_large_either_way_is_said_to_be() -> None:
+    for vectors in ("memory", "disk"):
+        text = "takes about 1.8 GB" if vectors == "memory" else "takes about 550 MB"
+        expect(judge(549_999_999, vectors=vectors), Check.MEMORY, Verdict.PROBLEM, text, "a smaller model")
+    expect(judge(2_149_999_999, on_cpu=True), Check.MEMORY, Verdict.PROBLEM, "about 3.4 GB", "a smaller model")
+    assert judge(2_150_000_000, on_cpu=True, vectors="disk").verdict is Verdict.OK
+
+
+def test_memory_that_others_take_is_a_warning_unless_the_daemon_runs_already() -> None:
+    expect(judge(4 * GIB, GIB), Check.MEMORY, Verdict.WARNING, "1.1 GB to be had", "end what else")
+    assert judge(4 * GIB, GIB, running=True).verdict is Verdict.OK
+    assert judge(4 * GIB, GIB, vectors="disk").verdict is Verdict.OK
 
 
 def test_a_slow_disk_is_told_what_waits_for_it() -> None:

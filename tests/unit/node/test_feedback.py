@@ -249,6 +249,18 @@ def test_a_residual_that_is_settled_in_parts_leaves_the_file_of_the_one_before(
         assert np.array_equal(state.contributor.residual, residual)
 
 
+def test_a_residual_that_is_settled_in_parts_is_its_own_file_again(tmp_path: Path) -> None:
+    with alive(tmp_path) as state:
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 1))
+        certificate, encoded = count(state, frozen, frozenset({1}), 1)
+        asyncio.run(commit(state, certificate, encoded))
+        asyncio.run(state.settle(certificate.result, ME))
+        (path,) = (tmp_path / "feedback").iterdir()
+        assert np.array_equal(load_file(path)["residual"], state.contributor.residual)
+        mapped = Path("/proc/self/maps").read_text()
+        assert str(path) in mapped, "memory of the process would be a vector more"
+
+
 def test_what_a_contribution_leaves_is_in_its_file_already(tmp_path: Path) -> None:
     with alive(tmp_path) as state:
         frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 1))

@@ -1,6 +1,7 @@
 """Memory that is used again, and never while anybody looks at it."""
 
 import gc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from shoal.node.payload_memory import PIECE_BYTES, PayloadMemory
 
 LARGE = PIECE_BYTES  # a piece of its own
 SMALL = PIECE_BYTES // 16
+STATUS = Path("/proc/self/status")
 
 
 def address_of(place: memoryview) -> int:
@@ -86,3 +88,20 @@ def test_pieces_of_another_length_are_not_given_out() -> None:
     other = memory.take(LARGE + 1)
     assert other.nbytes == LARGE + 1
     assert memory.kept_bytes == LARGE
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="only Linux tells a process's own memory there")
+def test_what_is_not_kept_goes_back_to_the_system() -> None:
+    def count_mib() -> int:
+        (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:")]
+        return int(line.split()[1]) >> 10
+
+    memory = PayloadMemory(kept_bytes_max=LARGE)
+    before_mib = count_mib()
+    for _ in range(3):  # an allocator may learn from the first pieces that are dropped
+        places = [memory.take(SMALL) for _ in range(160)]
+        for place in places:
+            place[:] = b"\x01" * SMALL
+        assert count_mib() - before_mib >= 160 * SMALL >> 20
+        del places, place
+        assert count_mib() - before_mib <= 3 * LARGE >> 20

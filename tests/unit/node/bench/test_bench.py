@@ -4,13 +4,15 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shoal.node.bench.allreduce import AllreduceOptions, AllreduceResult, MeasuredRound
 from shoal.node.bench.codecs import CodecRates, measure_codec
-from shoal.node.bench.commands import add_bench_parsers, format_table, run_bench
+from shoal.node.bench.commands import add_bench_parsers, describe_memory, format_table, run_bench
 from shoal.node.bench.limit import compute_limit
 from shoal.node.bench.machine import MachineRates
+from shoal.node.bench.peer import PIECE_ELEMENTS, compare, draw_values
 from shoal.node.bench.rates import measure_rate
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.errors import ConfigError
@@ -47,6 +49,23 @@ def test_more_cores_than_peers_do_not_help() -> None:
     assert many == two
 
 
+def test_values_are_drawn_piece_by_piece_and_compared_with_their_mean() -> None:
+    elements = PIECE_ELEMENTS + 1000
+    drawn = [np.concatenate(list(draw_values(seed, elements))) for seed in (1, 2)]
+    assert [one.size for one in drawn] == [elements] * 2 and not np.array_equal(*drawn)
+    assert np.array_equal(drawn[0], np.random.default_rng(1).standard_normal(elements, np.float32))
+    update = np.mean(np.stack(drawn), axis=0, dtype=np.float64).astype(np.float32)
+    assert compare(update, (1, 2)) == pytest.approx((0.0, 0.0), abs=1e-6)
+    update[-1] += 2.0
+    assert compare(update, (1, 2)) == pytest.approx((2.0 / elements**0.5, 2.0), rel=1e-3)
+
+
+def test_memory_is_told_by_its_kinds() -> None:
+    told = describe_memory({"anonymous_mib": 1.4, "shared_mib": 0.0, "file_mib": 20.6})
+    assert told == "in the last round: 1 its own, 0 shared, 21 mapped files"
+    assert describe_memory({}) == ""
+
+
 def test_columns_are_aligned_and_no_line_ends_in_spaces() -> None:
     lines = format_table(("name", "n", "note"), [("a", "10", ""), ("longer", "1", "x")], "<><")
     assert lines == ["name     n  note", "a       10", "longer   1  x"]
@@ -61,6 +80,7 @@ def test_every_figure_has_its_own_median() -> None:
         options=AllreduceOptions(),
         rounds=tuple(rounds),
         peak_rss_mib=1,
+        peaks_mib={},
         lag_p99_ms=1,
         rms_error=0,
         worst_error=0,
@@ -78,6 +98,8 @@ def test_every_figure_has_its_own_median() -> None:
         (["allreduce", "--mib", "nan"], "--mib", "0.0625 to 8192"),
         (["allreduce", "--codec", "zip"], "--codec", "int8"),
         (["allreduce", "--peers", "32", "--mib", "8192"], "--mib", "less"),
+        (["allreduce", "--vectors", "tape"], "--vectors", "memory or disk"),
+        (["allreduce", "--peers", "32", "--mib", "8192", "--vectors", "disk"], "--mib", "less"),
         (["allreduce", "--codec", "topk2"], "--update-codec", "int8"),
         (["allreduce", "--update-codec", "topk2"], "--update-codec", "int8"),
         (["allreduce", "--aggregator", "sum"], "--aggregator", "mean"),
