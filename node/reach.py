@@ -298,9 +298,12 @@ class Reach:
             await asyncio.gather(*asking, return_exceptions=True)
 
     def _choose_address(self, peer: PeerId) -> Address | None:
-        """IPv4: a router that rewrites IPv6 addresses is rare, and an own address of the peer's is no news."""
-        four = [one for one in self._ports.addresses_of(peer) if ":" not in one[0] and not is_loopback(one[0])]
-        return min(four, key=lambda one: not is_public(one[0]), default=None)
+        """IPv4, where this machine has it: a router that rewrites IPv6 addresses is rare, and an own address is no
+        news. Without IPv4 it is still news which of them packets leave from."""
+        hosts = self._ports.hosts()
+        six = bool(hosts) and all(":" in host for host in hosts)
+        found = [one for one in self._ports.addresses_of(peer) if (":" in one[0]) == six and not is_loopback(one[0])]
+        return min(found, key=lambda one: not is_public(one[0]), default=None)
 
     async def _observe_by(self, peer: PeerId) -> bool:
         """Whether this peer has told."""

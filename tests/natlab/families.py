@@ -128,7 +128,8 @@ def main() -> int:
         swarm = LabSwarm(Path(folder), founders=2)
         for number in range(arguments.tries):
             for case in arguments.only:
-                if (case, number) not in {(f"{one.left} / {one.right}", one.number) for one in read_tries(arguments.out)}:
+                done = [(f"{one.left} / {one.right}", one.number) for one in read_tries(arguments.out)]
+                if (case, number) not in done:
                     record(swarm, arguments.out, run_case(swarm, case, number))
     print(write_table(read_tries(arguments.out)))
     return 0
