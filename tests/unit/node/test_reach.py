@@ -248,6 +248,19 @@ async def test_members_say_how_they_see_the_tensor_port(tmp_path: Path) -> None:
         assert reach.observed() == ()
 
 
+async def test_members_are_asked_by_ipv4_unless_there_is_none(tmp_path: Path) -> None:
+    async with open_peer(make_samples(), 0, tmp_path) as peer:
+        told = (("2a00::2", 1), ("10.0.0.2", 1), ("45.0.0.2", 1))
+        for hosts, chosen in (
+            (("10.0.0.1", "2a00::1"), ("45.0.0.2", 1)),
+            (("2a00::1",), ("2a00::2", 1)),
+            ((), ("45.0.0.2", 1)),
+        ):
+            reach = make_reach(peer, ("0.0.0.0", 9), hosts)
+            reach._ports = replace(reach._ports, addresses_of=lambda _: told)
+            assert reach._choose_address(PeerId(b"m" * 32)) == chosen
+
+
 async def test_one_member_that_tells_is_enough_for_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_peers(tmp_path, 3) as (ann, bob, cat):
         reach, asked, ended = ann.paths.reach, [], []
