@@ -85,7 +85,7 @@ from shoal.node.interfaces import read_interfaces
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.manifest_source import read_manifest_file
 from shoal.node.peer_book_file import PEER_BOOK_FILE, load_peer_book
-from shoal.node.reachability import ReachState, judge_mapping
+from shoal.node.reachability import NatMapping, ReachState, judge_mapping
 from shoal.node.running import RUNNING_FILE, read_running
 from shoal.node.status import Status, fetch_status
 from shoal.node.training.custom_task import ATTACHED
@@ -389,12 +389,14 @@ def _judge_reachability(config: NodeConfig, seen: _Observations, reached: bool |
 
 def _judge_routers(config: NodeConfig, seen: _Observations) -> list[Finding]:
     hosts = read_interfaces().hosts()
-    public = any(map(is_public, [host for host in hosts if ":" not in host] or hosts))
+    ipv4 = [host for host in hosts if ":" not in host]
+    public = any(map(is_public, ipv4 or hosts))
+    alone = NatSeen(mapping=NatMapping.NONE) if hosts and not ipv4 else None  # IPv6, of which nobody is asked
     if seen.status is not None:
-        nat: NatSeen | Unknown = see_nat(seen.status.reach, seen.status.router)
+        nat: NatSeen | Unknown = alone or see_nat(seen.status.reach, seen.status.router)
         return [judge_nat(nat), judge_gateway(seen.status.router, public=public), judge_relay(seen.status)]
     view = seen.swarm
-    nat = Unknown(why="no member was reached that could tell how it sees this machine", next_step=NAME_A_SWARM)
+    nat = alone or Unknown(why="no member was reached that could tell how it sees this machine", next_step=NAME_A_SWARM)
     if view.observed:
         observed = tuple(view.observed)
         told = tuple(format_endpoint(one) for one in observed)

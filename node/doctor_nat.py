@@ -68,7 +68,7 @@ def judge_nat(seen: NatSeen | Unknown) -> Finding:
         why = "no member has told how it sees this machine"
         return not_checked(Check.NAT, Unknown(why=why, next_step=START))
     if seen.mapping is NatMapping.NONE:
-        return ok(Check.NAT, "none: members see this machine's own address")
+        return ok(Check.NAT, "none: others see this machine's own address")
     as_seen = f" (seen as {', '.join(clean_text(one) for one in seen.observed[:3])})" if seen.observed else ""
     if seen.observers < OBSERVERS_MIN:
         why = f"a router is on the way{as_seen}; one member alone cannot tell what it does towards others"

@@ -74,7 +74,8 @@ class PunchPorts:
     """What punching needs of the daemon."""
 
     is_member: Callable[[PeerId], bool]
-    own_addresses: Callable[[], Awaitable[tuple[Address, ...]]]  # where others see the tensor port, and the machine's
+    # Where this peer can punch a hole to: the tensor port as others see it, and the machine's own addresses.
+    own_addresses: Callable[[PeerId], Awaitable[tuple[Address, ...]]]
     varies: Callable[[], bool]  # whether everybody sees it at another address
     now: Callable[[], float] = time.monotonic
 
@@ -140,7 +141,7 @@ class Punches:
         if self._find_session(peer) is not None:
             await self._links.wait_linked(peer)
             return
-        own = (await self._ports.own_addresses())[:ADDRESSES_MAX]
+        own = (await self._ports.own_addresses(peer))[:ADDRESSES_MAX]
         if not own:
             raise PunchFailed(peer, Failure.NO_OBSERVED_ADDRESS)
         token, varies = os.urandom(32), self._ports.varies()
@@ -213,7 +214,7 @@ class Punches:
             raise ProtocolError(Refusal.LIMIT, f"one offer in {OFFER_PERIOD_S:g} s")
         session = _Session(token=offer.token, until_s=now + SESSION_LIFE_S)
         self._sessions[peer] = session
-        own = (await self._ports.own_addresses())[:ADDRESSES_MAX]
+        own = (await self._ports.own_addresses(peer))[:ADDRESSES_MAX]
         session.addresses = _list_dialable(offer.addresses, own)
         if not session.addresses:
             self._sessions.pop(peer, None)
@@ -282,7 +283,7 @@ class Punches:
                 await self._links.adopt(connection, peer, dialer=dialer, path=LinkPath.PUNCHED)
                 return
             except LinkLost as lost:
-                log.debug("knocking at %s: %s", format_endpoint(address), lost)
+                log.debug("knocking at %s: %s (%s)", format_endpoint(address), lost, lost.__cause__)
             await asyncio.sleep(KNOCK_PAUSE_S)
 
 

@@ -120,7 +120,7 @@ async def test_pauses_grow_and_end(tmp_path: Path) -> None:
         now = 0.0
         ann.paths.punches._ports = punch.PunchPorts(
             is_member=lambda peer: True,
-            own_addresses=lambda: _nothing(),
+            own_addresses=lambda peer: _nothing(),
             varies=lambda: False,
             now=lambda: now,
         )
@@ -165,7 +165,7 @@ async def test_what_the_control_plane_says_is_the_reason(
 def set_outer(peer: Peer, *addresses: Address, varies: bool = False) -> None:
     """Where the peer believes to be seen, and whether everybody sees it elsewhere."""
 
-    async def tell() -> tuple[Address, ...]:
+    async def tell(_: PeerId) -> tuple[Address, ...]:
         return addresses
 
     peer.paths.punches._ports = replace(peer.paths.punches._ports, own_addresses=tell, varies=lambda: varies)
