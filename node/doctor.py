@@ -87,7 +87,7 @@ from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.machine_memory import see_memory
 from shoal.node.manifest_source import read_manifest_file
 from shoal.node.peer_book_file import PEER_BOOK_FILE, load_peer_book
-from shoal.node.reachability import ReachState, judge_mapping
+from shoal.node.reachability import NatMapping, ReachState, judge_mapping
 from shoal.node.running import RUNNING_FILE, read_running
 from shoal.node.status import Status, fetch_status
 from shoal.node.training.custom_task import ATTACHED
@@ -370,7 +370,8 @@ def _judge_reachability(config: NodeConfig, seen: _Observations, reached: bool |
     ports = [config.control.port, config.tensor.port]
     if seen.status is not None:
         findings.append(judge_listeners(seen.listeners))
-        ports = [port for host, port in seen.listeners if not host.startswith("127.") and host != "::1"]
+        outside = (port for host, port in seen.listeners if not host.startswith("127.") and host != "::1")
+        ports = list(dict.fromkeys(outside))  # most of them for both families
     elif seen.ports is None:
         findings.append(not_checked(Check.PORTS, Unknown(why="binding them took too long")))
     else:
@@ -380,24 +381,28 @@ def _judge_reachability(config: NodeConfig, seen: _Observations, reached: bool |
     else:
         findings.append(judge_firewall(seen.firewall, ports, reached))
     dials = seen.swarm.dials
-    findings += judge_families(count_dials(see_source(4), 4, dials), count_dials(see_source(6), 6, dials))
+    ipv4, ipv6 = see_source(4), see_source(6)
+    findings += judge_families(count_dials(ipv4, 4, dials), count_dials(ipv6, 6, dials))
     findings += _judge_routers(config, seen)
     if seen.status is not None:
         source = f"the running daemon: {seen.status.reach.reason}"
         state = seen.status.reach.state
         told = None if state is ReachState.UNKNOWN else state is ReachState.REACHABLE
-        findings.append(judge_reach(ReachSeen(reached=told, source=source), ports))
+        is_open = bool(ipv6) and is_public(ipv6)
+        findings.append(judge_reach(ReachSeen(reached=told, source=source, ipv4=bool(ipv4), ipv6=is_open), ports))
     return findings
 
 
 def _judge_routers(config: NodeConfig, seen: _Observations) -> list[Finding]:
     hosts = read_interfaces().hosts()
-    public = any(is_public(host) for host in hosts if ":" not in host)
+    ipv4 = [host for host in hosts if ":" not in host]
+    public = any(map(is_public, ipv4 or hosts))
+    alone = NatSeen(mapping=NatMapping.NONE) if hosts and not ipv4 else None  # IPv6, of which nobody is asked
     if seen.status is not None:
-        nat: NatSeen | Unknown = see_nat(seen.status.reach, seen.status.router)
+        nat: NatSeen | Unknown = alone or see_nat(seen.status.reach, seen.status.router)
         return [judge_nat(nat), judge_gateway(seen.status.router, public=public), judge_relay(seen.status)]
     view = seen.swarm
-    nat = Unknown(why="no member was reached that could tell how it sees this machine", next_step=NAME_A_SWARM)
+    nat = alone or Unknown(why="no member was reached that could tell how it sees this machine", next_step=NAME_A_SWARM)
     if view.observed:
         observed = tuple(view.observed)
         told = tuple(format_endpoint(one) for one in observed)

@@ -27,12 +27,14 @@ class NatFiltering(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NatSeen:
-    """`observers` members have told by which address they see one port of this machine; `observed` are those."""
+    """`observers` members have told by which address they see one port of this machine; `observed` are those. `ipv6`:
+    it has a public IPv6 address, too, which no router rewrites."""
 
     mapping: NatMapping
     filtering: NatFiltering = NatFiltering.UNKNOWN
     observers: int = OBSERVERS_MIN
     observed: tuple[str, ...] = ()
+    ipv6: bool = False
 
 
 _MAPPINGS = {
@@ -47,13 +49,16 @@ def see_nat(reach: ReachStatus, router: RouterStatus) -> NatSeen:
     filtering = NatFiltering.UNKNOWN
     for row in reach.addresses:
         endpoint = parse_endpoint_untrusted(row.address)
-        if endpoint is None or not is_public(endpoint[0]) or row.address in router.addresses:
+        # IPv6 passes a firewall, and no NAT that could be told by that.
+        if endpoint is None or ":" in endpoint[0] or not is_public(endpoint[0]) or row.address in router.addresses:
             continue
         if row.state is ReachState.REACHABLE:
             filtering = NatFiltering.ENDPOINT_INDEPENDENT
         elif row.reason is ReachReason.DIAL_BACK_FAILED and filtering is NatFiltering.UNKNOWN:
             filtering = NatFiltering.ENDPOINT_DEPENDENT
-    return NatSeen(mapping=reach.mapping, filtering=filtering)
+    endpoints = (parse_endpoint_untrusted(row.address) for row in reach.addresses)
+    ipv6 = any(one is not None and ":" in one[0] and is_public(one[0]) for one in endpoints)
+    return NatSeen(mapping=reach.mapping, filtering=filtering, ipv6=ipv6)
 
 
 def judge_nat(seen: NatSeen | Unknown) -> Finding:
@@ -63,7 +68,7 @@ def judge_nat(seen: NatSeen | Unknown) -> Finding:
         why = "no member has told how it sees this machine"
         return not_checked(Check.NAT, Unknown(why=why, next_step=START))
     if seen.mapping is NatMapping.NONE:
-        return ok(Check.NAT, "none: members see this machine's own address")
+        return ok(Check.NAT, "none: others see this machine's own address")
     as_seen = f" (seen as {', '.join(clean_text(one) for one in seen.observed[:3])})" if seen.observed else ""
     if seen.observers < OBSERVERS_MIN:
         why = f"a router is on the way{as_seen}; one member alone cannot tell what it does towards others"
@@ -71,7 +76,8 @@ def judge_nat(seen: NatSeen | Unknown) -> Finding:
     filtering = f", {seen.filtering} filtering" if seen.filtering is not NatFiltering.UNKNOWN else ""
     text = f"{_MAPPINGS[seen.mapping]} mapping{filtering}{as_seen}"
     if seen.mapping is NatMapping.ENDPOINT_DEPENDENT:
-        return warning(Check.NAT, f"{text}: no hole can be punched through it", SWITCH_ON)
+        beside = "; to peers with IPv6 there can by that" if seen.ipv6 else ""
+        return warning(Check.NAT, f"{text}: no hole can be punched through it{beside}", SWITCH_ON)
     return ok(Check.NAT, f"{text}: holes can be punched through it")
 
 

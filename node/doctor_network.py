@@ -364,10 +364,13 @@ def _rate(bytes_per_s: float | None, fault: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReachSeen:
-    """`reached` says whether another peer has dialled this one's tensor port; None where nobody could be asked."""
+    """`reached` says whether another peer has dialled this one's tensor port; None where nobody could be asked.
+    `ipv4` and `ipv6`: this machine has an address of the first, and a public one of the second."""
 
     reached: bool | None
     source: str
+    ipv4: bool = True
+    ipv6: bool = False
 
 
 def judge_reach(seen: ReachSeen | Unknown, ports: Sequence[int]) -> Finding:
@@ -380,5 +383,8 @@ def judge_reach(seen: ReachSeen | Unknown, ports: Sequence[int]) -> Finding:
         return not_checked(Check.REACHABILITY, Unknown(why=why, next_step=f"bring a second peer up, then {AGAIN}"))
     text = f"nobody has dialled this peer's tensor port ({seen.source}): it contributes and owns no parts"
     names = " and ".join(str(port) for port in ports if port) or "the two ports (give them fixed numbers first)"
-    fix = f"forward TCP {names} of the router to this machine, or switch on UPnP there; see the firewall line, too"
+    fixes = [f"forward TCP {names} of the router to this machine, or switch on UPnP there"] if seen.ipv4 else []
+    if seen.ipv6:
+        fixes.append(f"let TCP {names} in to this machine in the router's IPv6 firewall")
+    fix = f"{', or '.join(fixes)}; see the firewall line, too" if fixes else "see the lines on IPv4 and IPv6"
     return warning(Check.REACHABILITY, text, fix)

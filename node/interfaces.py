@@ -31,10 +31,13 @@ ROUTES_BYTES_MAX = 64 * 1024  # default routes come first in this file
 NOTICE_BYTES_MAX = 64 * 1024
 NOTICES_READ_MAX = 256
 ROUTES_FILE = Path("/proc/net/route")
+IPV6_BYTES_MAX = 64 * 1024
+IPV6_FILE = Path("/proc/net/if_inet6")
 
 # From linux/rtnetlink.h: links, and addresses and routes of both families.
 _NOTICE_GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 _ROUTE_IS_UP_BY_GATEWAY = 0x1 | 0x2  # from linux/route.h
+_IS_STALE = 0x08 | 0x20 | 0x40  # from linux/if_addr.h: another machine has it; deprecated; not known yet to be free
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -61,7 +64,8 @@ class Gateway:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interfaces:
-    """Everything as of one moment, sorted. No loopback and no link-local addresses, of interfaces that are up."""
+    """Everything as of one moment, sorted. No loopback and no link-local addresses, of interfaces that are up; none
+    that nothing new is sent from any more, as a machine has some of after days of changing them for privacy."""
 
     addresses: tuple[InterfaceAddress, ...] = ()
     gateways: tuple[Gateway, ...] = ()  # IPv4 alone, the best first; empty where the system does not tell
@@ -84,11 +88,12 @@ class Interfaces:
 def read_interfaces() -> Interfaces:
     """As of now; a fraction of a millisecond."""
     up = {name for name, one in psutil.net_if_stats().items() if one.isup}
+    stale = _read_stale()
     found = []
     for name, addresses in psutil.net_if_addrs().items():
         for one in addresses if name in up else ():
             read = _read_address(name, one.address, one.netmask)
-            if read is not None:
+            if read is not None and read.ip not in stale:
                 found.append(read)
     return Interfaces(addresses=tuple(sorted(found)[:ADDRESSES_MAX]), gateways=_read_gateways())
 
@@ -102,6 +107,32 @@ def _read_address(interface: str, text: str, mask: str | None) -> InterfaceAddre
     if ip.is_loopback or ip.is_link_local or ip.is_unspecified:
         return None
     return InterfaceAddress(interface=interface, ip=str(ip), prefix_bits=bits)
+
+
+def _read_stale() -> frozenset[str]:
+    try:
+        with IPV6_FILE.open("rb") as file:
+            text = file.read(IPV6_BYTES_MAX).decode("ascii", "replace")
+    except OSError:
+        return frozenset()  # no Linux, or no IPv6
+    return parse_stale(text)
+
+
+def parse_stale(text: str) -> frozenset[str]:
+    """The IPv6 addresses in the text of /proc/net/if_inet6 that are deprecated or not usable. Deprecated ones count
+    where there is another one: nothing leaves from them then, so no hole leads to them."""
+    stale, fresh = set(), False
+    for line in text.splitlines():
+        cells = line.split()
+        try:
+            ip, flags = ipaddress.IPv6Address(int(cells[0], 16)), int(cells[4], 16)
+        except (ValueError, IndexError):
+            continue
+        if flags & _IS_STALE:
+            stale.add(str(ip))
+        elif not ip.is_loopback and not ip.is_link_local:
+            fresh = True
+    return frozenset(stale) if fresh else frozenset()
 
 
 def _read_gateways() -> tuple[Gateway, ...]:

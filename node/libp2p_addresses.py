@@ -49,6 +49,19 @@ class OwnAddresses:
         self._own = tuple(dict.fromkeys(form for address in listening for form in _dialable_forms(address, hosts)))
         return self._own != before
 
+    @property
+    def lacks(self) -> str | None:
+        """The family that this machine has no address of, where it has one of the other: who has that family alone can
+        neither dial it nor be dialled by it. A private IPv4 address leads to others outside, a private IPv6 one not."""
+        families = {address.net for address in self._own if address.net == "ip4" or address.is_global}
+        if len(families) != 1:
+            return None
+        return "ip4" if "ip6" in families else "ip6"
+
+    def is_bridge(self, relay: Iterable[str]) -> bool:
+        """Whether a relay with these addresses leads here from the family that this machine lacks."""
+        return any(one.net == self.lacks and one.is_global and not one.is_relayed for one in map(parse_address, relay))
+
     def announced(self, confirmed: Sequence[Address], circuits: Sequence[Address]) -> list[Address]:
         """What to tell others."""
         circuits = [replace(address, peer=None) for address in circuits][:CIRCUITS_MAX]

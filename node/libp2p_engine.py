@@ -76,6 +76,8 @@ SETTLE_S = 0.3
 DIRECT_TRIES_MAX = 4
 # A peer that nobody has checked asks for relays, too, but leaves others this long to check it.
 UNKNOWN_GRACE_S = 10.0
+# Places that a peer which others can dial holds at relays, for those who have only an address family that it has not.
+BRIDGES_WANTED = 1
 # How long the circuits to a peer stay that can be reached directly by now: what was asked over them is answered then.
 RETIRE_S = REQUEST_TIMEOUT_S
 IDLE_CONNECTION_S = 600.0
@@ -186,7 +188,7 @@ class ControlEngine:
                     self._note_reach,
                 )
                 self._tasks.start_soon(
-                    self._relays.keep_reserved, self._count_relays_wanted, partial(self._find_serving, HOP_PROTOCOL)
+                    self._relays.keep_reserved, self._count_relays_wanted, self._find_relays, self._leads_here
                 )
                 for peer, addresses in bootstraps.items():
                     self._tasks.start_soon(self._keep_bootstrapped, peer, addresses)
@@ -522,11 +524,26 @@ class ControlEngine:
         self._refresh_addresses()
         self._relays.wake()
 
-    def _count_relays_wanted(self) -> int:
+    def _is_hidden(self) -> bool:
         waits = trio.current_time() < self._started_s + UNKNOWN_GRACE_S
         state = self._reach.state
-        wants = state is ReachState.PRIVATE or (state is ReachState.UNKNOWN and not waits)
-        return self._config.relays_wanted if wants else 0
+        return state is ReachState.PRIVATE or (state is ReachState.UNKNOWN and not waits)
+
+    def _count_relays_wanted(self) -> int:
+        if self._is_hidden():
+            return self._config.relays_wanted
+        is_bridged = self._reach.state is ReachState.REACHABLE and self._own.lacks is not None
+        return min(BRIDGES_WANTED, self._config.relays_wanted) if is_bridged else 0
+
+    def _leads_here(self, relay: PeerId) -> bool:
+        """Whether a place at this relay is of any use: a peer that others can dial has none of it, but for those who
+        have only the family that this machine lacks."""
+        return self._is_hidden() or self._own.is_bridge(self._dialer.known_addresses(relay))
+
+    def _find_relays(self) -> list[PeerId]:
+        """Who may be asked for a place, the best first."""
+        serving = filter(self._leads_here, self._find_serving(HOP_PROTOCOL))
+        return sorted(serving, key=lambda peer: not self._own.is_bridge(self._dialer.known_addresses(peer)))
 
     def _protocols_of(self, peer_id: ID) -> Sequence[str]:
         try:

@@ -102,16 +102,20 @@ class RelayClient:
             self._on_changed()
             self.wake()
 
-    async def keep_reserved(self, wanted: Callable[[], int], relays: Callable[[], Sequence[PeerId]]) -> None:
-        """Hold places at as many of `relays`, the best first, as are `wanted`; for ever."""
+    async def keep_reserved(
+        self, wanted: Callable[[], int], relays: Callable[[], Sequence[PeerId]], leads_here: Callable[[PeerId], bool]
+    ) -> None:
+        """Hold places at as many of `relays`, the best first, as are `wanted`, and only where that `leads_here`; for
+        ever."""
         while True:
             self._wake = trio.Event()
             now_s = trio.current_time()
             before = self.addresses()
             for relay in [relay for relay, until_s in self._refused_until_s.items() if until_s <= now_s]:
                 del self._refused_until_s[relay]
-            for relay in [relay for relay, held in self._held.items() if held.ends_at_s <= now_s or not wanted()]:
-                del self._held[relay]
+            for relay, held in list(self._held.items()):
+                if held.ends_at_s <= now_s or not wanted() or not leads_here(relay):
+                    del self._held[relay]
             for relay in [relay for relay, held in self._held.items() if held.renew_at_s <= now_s]:
                 await self._try(relay)
             for relay in relays():

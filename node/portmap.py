@@ -247,7 +247,11 @@ class PortMapper:
         return interfaces.beside(interfaces.gateways[0]) if interfaces.gateways else None
 
     def _is_public(self) -> bool:
+        """By IPv4; where there is none, by IPv6, which no router maps."""
+        hosts = self._watch.now.hosts()
         own = self._own()
+        if own is None and not any(":" not in host for host in hosts):
+            return any(map(is_public, hosts))
         return own is not None and is_public(own)
 
     def _is_reached(self, host: str) -> bool:

@@ -74,7 +74,8 @@ class PunchPorts:
     """What punching needs of the daemon."""
 
     is_member: Callable[[PeerId], bool]
-    own_addresses: Callable[[], Awaitable[tuple[Address, ...]]]  # where others see the tensor port, and the machine's
+    # Where this peer can punch a hole to: the tensor port as others see it, and the machine's own addresses.
+    own_addresses: Callable[[PeerId], Awaitable[tuple[Address, ...]]]
     varies: Callable[[], bool]  # whether everybody sees it at another address
     now: Callable[[], float] = time.monotonic
 
@@ -84,8 +85,8 @@ class _Session:
     """An offer of another peer that this one has agreed to."""
 
     token: bytes
-    addresses: tuple[Address, ...]
     until_s: float
+    addresses: tuple[Address, ...] = ()
     dialling: "asyncio.Task[None] | None" = None
 
 
@@ -140,7 +141,7 @@ class Punches:
         if self._find_session(peer) is not None:
             await self._links.wait_linked(peer)
             return
-        own = (await self._ports.own_addresses())[:ADDRESSES_MAX]
+        own = (await self._ports.own_addresses(peer))[:ADDRESSES_MAX]
         if not own:
             raise PunchFailed(peer, Failure.NO_OBSERVED_ADDRESS)
         token, varies = os.urandom(32), self._ports.varies()
@@ -153,8 +154,12 @@ class Punches:
                 await self._links.wait_linked(peer)
                 return
             raise PunchFailed(peer, Failure.PUNCH_REFUSED, error.refusal) from error
-        addresses = _list_dialable(answer.addresses)
-        for _ in range(1 if varies or answer.varies else ATTEMPTS_MAX):
+        addresses = _list_dialable(answer.addresses, own)
+        if not addresses:
+            raise PunchFailed(peer, Failure.PUNCH_REFUSED, "no address family in common")
+        # What varies is the IPv4 address behind a NAT; nobody rewrites those of IPv6.
+        is_hopeless = (varies or answer.varies) and not any(":" in host for host, _ in addresses)
+        for _ in range(1 if is_hopeless else ATTEMPTS_MAX):
             if await self._attempt(peer, token, addresses, clock):
                 return
         raise PunchFailed(peer, Failure.PUNCH_TIMEOUT)
@@ -207,10 +212,11 @@ class Punches:
             raise ProtocolError(Refusal.LIMIT, f"{len(self._sessions)} holes are being punched")
         if not self._offers.take(peer, now):
             raise ProtocolError(Refusal.LIMIT, f"one offer in {OFFER_PERIOD_S:g} s")
-        session = _Session(token=offer.token, addresses=_list_dialable(offer.addresses), until_s=now + SESSION_LIFE_S)
+        session = _Session(token=offer.token, until_s=now + SESSION_LIFE_S)
         self._sessions[peer] = session
-        own = (await self._ports.own_addresses())[:ADDRESSES_MAX]
-        if not own or not session.addresses:
+        own = (await self._ports.own_addresses(peer))[:ADDRESSES_MAX]
+        session.addresses = _list_dialable(offer.addresses, own)
+        if not session.addresses:
             self._sessions.pop(peer, None)
             raise ProtocolError(Refusal.NOT_READY, "no address to dial")
         return PunchAnswer(
@@ -277,10 +283,13 @@ class Punches:
                 await self._links.adopt(connection, peer, dialer=dialer, path=LinkPath.PUNCHED)
                 return
             except LinkLost as lost:
-                log.debug("knocking at %s: %s", format_endpoint(address), lost)
+                log.debug("knocking at %s: %s (%s)", format_endpoint(address), lost, lost.__cause__)
             await asyncio.sleep(KNOCK_PAUSE_S)
 
 
-def _list_dialable(texts: tuple[str, ...]) -> tuple[Address, ...]:
-    """What another peer says of itself, without names: they would be looked up first."""
-    return tuple(one for one in parse_endpoints_untrusted(texts) if parse_ip(one[0]) is not None)
+def _list_dialable(texts: tuple[str, ...], own: tuple[Address, ...]) -> tuple[Address, ...]:
+    """What another peer says of itself, without what this one has no address of the family for, and without names:
+    they would be looked up first."""
+    families = {":" in host for host, _ in own}
+    found = (one for one in parse_endpoints_untrusted(texts) if parse_ip(one[0]) is not None)
+    return tuple(one for one in found if (":" in one[0]) in families)

@@ -52,6 +52,7 @@ ASKED_MAX = 3  # members, by one check
 OBSERVERS_MAX = 2
 OBSERVE_TIMEOUT_S = 2.0  # where somebody waits for it
 OWN_HOSTS_MAX = 6
+PUNCH_S = 12.0  # longer than all attempts at a hole
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class Reach:
         self._mapped: dict[str, Address] = {}
         self._observed: dict[PeerId, Address] = {}  # the tensor port, as members see it
         self._observing: dict[PeerId, bytes] = {}  # the links that they see it by
+        self._dials: dict[PeerId, asyncio.Timeout] = {}  # to become such links
+        self._punched: dict[PeerId, float] = {}  # when a hole to a peer was begun
         self._stale_before_s: float | None = None
         self._failed = False
         self._turn = 0
@@ -126,10 +129,15 @@ class Reach:
         """The tensor port as members see it: what a hole can be punched to."""
         return tuple(dict.fromkeys(self._observed.values()))
 
-    async def find_outer(self) -> tuple[Address, ...]:
-        """Where a hole can be punched to: the tensor port as members see it now, and the machine's own addresses, for
-        peers on the same network and for IPv6."""
-        if not any(self._links.has_link(peer, binding) for peer, binding in self._observing.items()):
+    async def find_outer(self, peer: PeerId) -> tuple[Address, ...]:
+        """Where `peer` can punch a hole to: the tensor port as members see it now, and the machine's own addresses, for
+        peers on the same network and for IPv6. A dial of that peer from the port would be in the way, so it ends, and
+        there is none for PUNCH_S."""
+        self._punched = {one: at for one, at in self._punched.items() if self._ports.now() - at < PUNCH_S}
+        self._punched[peer] = self._ports.now()
+        if (dial := self._dials.get(peer)) is not None:
+            dial.reschedule(asyncio.get_running_loop().time())
+        if not any(self._links.has_link(one, binding) for one, binding in self._observing.items()):
             with suppress(TimeoutError):
                 async with asyncio.timeout(OBSERVE_TIMEOUT_S):
                     await self._observe(until_first=True)
@@ -285,7 +293,12 @@ class Reach:
         for peer in [one for one in (*self._observed, *self._observing) if one not in live]:
             self._observed.pop(peer, None)
             self._observing.pop(peer, None)
-        able = [peer for peer in live if self._choose_address(peer) is not None]
+        now = self._ports.now()
+        able = [
+            peer
+            for peer in live
+            if self._choose_address(peer) is not None and now - self._punched.get(peer, -PUNCH_S) >= PUNCH_S
+        ]
         able.sort(key=lambda peer: peer not in self._observing)
         asking = [asyncio.ensure_future(self._observe_by(peer)) for peer in able[:OBSERVERS_MAX]]
         try:
@@ -309,10 +322,13 @@ class Reach:
         binding = self._observing.get(peer, b"")
         if not self._links.has_link(peer, binding):
             try:
-                binding = await self._links.dial_from_port(peer, address)
-            except LinkLost as lost:
-                log.debug("%s cannot say how it sees this port: %s", short_peer_id(peer), lost)
+                async with asyncio.timeout(None) as self._dials[peer]:
+                    binding = await self._links.dial_from_port(peer, address)
+            except (LinkLost, TimeoutError) as lost:
+                log.debug("%s cannot say how it sees this port: %s", short_peer_id(peer), lost or "a hole is punched")
                 return False
+            finally:
+                self._dials.pop(peer, None)
             self._observing[peer] = binding
         else:
             await self._links.touch(peer, binding)

@@ -52,6 +52,8 @@ class Namespace:
         self.name = _own_prefix(os.getpid()) + name
         run("ip", "netns", "add", self.name)
         self.ip("link", "set", "lo", "up")
+        # An IPv6 address may be used as soon as it is there, and none comes that nobody has given.
+        self.set(ipv6__conf__default__accept_dad=0, ipv6__conf__default__accept_ra=0)
 
     @property
     def prefix(self) -> list[str]:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.natlab.daemons import LabPeer, LabSwarm
+from tests.natlab.daemons import LabSwarm
 from tests.natlab.lab import Host, Lab
 from tests.natlab.needs import find_missing
 from tests.natlab.rules import Nat
@@ -58,17 +58,14 @@ class Try:
 
 
 class Pair:
-    """Two hosts behind routers of these kinds, and the public one."""
+    """Two hosts, of which these are the kinds, and one that both can dial."""
 
-    def __init__(self, lab: Lab, swarm: LabSwarm, left: Nat, right: Nat) -> None:
-        self.kinds = left, right
+    def __init__(self, swarm: LabSwarm, kinds: tuple[str, str], relay: Host, left: Host, right: Host) -> None:
+        self.kinds = kinds
         self.swarm = swarm
-        self.relay = self._add(lab.add_host("relay"), "relay")
-        self.left = self._add(lab.add_peer("left", left), "peer1")
-        self.right = self._add(lab.add_peer("right", right), "peer2")
-
-    def _add(self, host: Host, name: str) -> LabPeer:
-        return self.swarm.add_on(host, name)
+        self.relay, self.left, self.right = (
+            swarm.add_on(host, name) for host, name in ((relay, "relay"), (left, "peer1"), (right, "peer2"))
+        )
 
     def run(self, number: int) -> Try:
         for peer in (self.relay, self.left, self.right):
@@ -105,7 +102,7 @@ class Pair:
             if all(peer.contributes_after(0) for peer in (self.left, self.right)):
                 seen.setdefault("round", now_s)
             time.sleep(POLL_S)
-        left, right = (kind.value for kind in self.kinds)
+        left, right = self.kinds
         times = {f"{name}_s": round(at, 2) for name, at in seen.items()}
         every = dict.fromkeys(("met_s", "exchange_s", "linked_s", "round_s")) | times
         return Try(left=left, right=right, number=number, path=path, **every)
@@ -115,7 +112,8 @@ def run_pair(swarm: LabSwarm, left: Nat, right: Nat, number: int = 0) -> Try:
     """One try, in a lab of its own; the swarm is only its manifest and its founders' keys."""
     swarm.peers.clear()
     with Lab() as lab:
-        return Pair(lab, swarm, left, right).run(number)
+        hosts = lab.add_host("relay"), lab.add_peer("left", left), lab.add_peer("right", right)
+        return Pair(swarm, (left.value, right.value), *hosts).run(number)
 
 
 def read_tries(file: Path) -> list[Try]:
@@ -131,11 +129,12 @@ def write_table(tries: Sequence[Try]) -> str:
     for left, right in itertools.product(KINDS, KINDS):
         own = [one for one in tries if (one.left, one.right) == (left.value, right.value)]
         if own:
-            lines.append(_write_row(left.value, right.value, own))
+            lines.append(write_cells(left.value, right.value, own))
     return "\n".join(lines)
 
 
-def _write_row(left: str, right: str, tries: Sequence[Try]) -> str:
+def write_cells(left: str, right: str, tries: Sequence[Try]) -> str:
+    """One row of the table."""
     paths = Counter(one.path for one in tries)
     how = ", ".join(f"{count} {path}" for path, count in paths.most_common())
     linked = sum(one.linked_s is not None for one in tries)
@@ -178,18 +177,20 @@ def main() -> int:
         for number, (left, right) in itertools.product(range(arguments.tries), chosen):
             done = {(one.left, one.right, one.number) for one in read_tries(arguments.out)}
             if (left.value, right.value, number) not in done:
-                _record(swarm, arguments.out, run_pair(swarm, left, right, number))
+                record(swarm, arguments.out, run_pair(swarm, left, right, number))
     print(write_table(read_tries(arguments.out)))
     return 0
 
 
-def _record(swarm: LabSwarm, out: Path, one: Try) -> None:
+def record(swarm: LabSwarm, out: Path, one: Try) -> None:
+    """One more line, and the daemons' logs where no round came about."""
     with out.open("a") as file:
         file.write(json.dumps(asdict(one)) + "\n")
     print(one, flush=True)
     if one.round_s is None:
+        name = f"{out.stem}-{one.left}-{one.right}-{one.number}".replace(" ", "-")
         for peer in swarm.peers:
-            shutil.copy(peer.log_file, out.parent / f"{out.stem}-{one.left}-{one.right}-{one.number}-{peer.name}.log")
+            shutil.copy(peer.log_file, out.parent / f"{name}-{peer.name}.log")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,16 @@
 The mapping of the two cones keeps the port (Linux' masquerade does, as long as no two hosts use the same one towards
 the same destination). The full cone remembers for each outside port who uses it, from the outgoing packets, and lets
 everybody in there; a port that nobody inside has used is closed, as with the others.
+
+IPv6 has no NAT. A home router's firewall lets in what answers to packets from inside (RFC 6092), which is address- and
+port-dependent filtering of addresses that everybody sees as they are.
 """
 
 from dataclasses import dataclass
 from enum import Enum
 
 TABLE = "natlab"
+TABLE6 = "natlab6"
 MAPPING_S = 300
 PORTS_MAX = 65535
 
@@ -29,11 +33,20 @@ class Nat(Enum):
     SYMMETRIC = "symmetric"
 
 
+class Firewall(Enum):
+    """What a router does with IPv6."""
+
+    OPEN = "open"
+    STATEFUL = "stateful"
+    BLACK_HOLE = "black_hole"  # nothing passes and nobody says so, though there are addresses and routes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """How a router treats what passes. `rejects`: unasked packets are answered (RST, ICMP) instead of dropped."""
 
     nat: Nat
+    firewall: Firewall = Firewall.STATEFUL
     rejects: bool = False
     blocks_udp: bool = False
 
@@ -59,7 +72,21 @@ def write_rules(policy: Policy, outside: str) -> str:
     lines += _write_chain(
         "own", "filter hook input priority filter", [known, "icmp type echo-request accept", *refusals]
     )
-    return "\n".join([*lines, "}"]) + "\n"
+    return "\n".join([*lines, "}", *_write_rules6(policy, outside)]) + "\n"
+
+
+def _write_rules6(policy: Policy, outside: str) -> list[str]:
+    refusal = "reject with icmpv6 admin-prohibited" if policy.rejects else "drop"
+    unasked = [f'meta l4proto tcp iifname "{outside}" reject with tcp reset'] if policy.rejects else []
+    unasked.append(f'iifname "{outside}" {refusal}')
+    rules = {
+        Firewall.OPEN: [],
+        Firewall.STATEFUL: ["ct state invalid drop", "ct state established,related accept", *unasked],
+        Firewall.BLACK_HOLE: ["drop"],
+    }[policy.firewall]
+    blocked = ["meta l4proto udp drop"] if policy.blocks_udp else []
+    chain = _write_chain("forward", "filter hook forward priority filter", [*blocked, *rules])
+    return [f"table ip6 {TABLE6}", f"delete table ip6 {TABLE6}", f"table ip6 {TABLE6} {{", *chain, "}"]
 
 
 def _write_chain(name: str, hook: str, rules: list[str]) -> list[str]:

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.natlab import namespace, probes
-from tests.natlab.lab import Host, Lab
-from tests.natlab.rules import Nat
+from tests.natlab.lab import BOTH, Host, Lab
+from tests.natlab.rules import Firewall, Nat
 from tests.natlab.wire import SEGMENT_BYTES, Impairment
 
 NATTED = (Nat.FULL_CONE, Nat.PORT_RESTRICTED, Nat.SYMMETRIC)
 CONES = (Nat.FULL_CONE, Nat.PORT_RESTRICTED)
+PORT6 = 7300
+ANSWER6_S = 3.0  # the first packet also has to find its neighbours
 PROBES = {"tcp": probes.probe_tcp, "udp": probes.probe_udp}
 PUNCHES = {"tcp": probes.punch_tcp, "udp": probes.punch_udp}
 
@@ -188,6 +190,42 @@ def _read(receiver: socket.socket, nbytes: int) -> bytes:
     while len(got) < nbytes and (piece := receiver.recv(1 << 20)):
         got += piece
     return bytes(got)
+
+
+@pytest.mark.parametrize(
+    ("firewall", "goes_out", "lets_in"),
+    [(Firewall.OPEN, True, True), (Firewall.STATEFUL, True, False), (Firewall.BLACK_HOLE, False, False)],
+)
+def test_ipv6_is_filtered_and_not_rewritten(firewall: Firewall, goes_out: bool, lets_in: bool) -> None:
+    with Lab() as lab:
+        server = lab.add_host("server", families=BOTH)
+        router = lab.add_router("home", Nat.SYMMETRIC, families=BOTH, firewall=firewall)
+        peer = router.add_host("peer")
+        assert _see6(peer, server) == (peer.address6 if goes_out else None)
+        assert _see6(server, peer) == (server.address6 if lets_in else None)
+        if goes_out:
+            old = peer.begin_address6()
+            assert _see6(peer, server) == peer.address6 != old, "nothing new leaves from a deprecated address"
+            peer.end_address6(old)
+            router.reboot()
+            assert _see6(peer, server) == peer.address6
+
+
+def _see6(dialer: Host, listener: Host) -> str | None:
+    """As whom the listener sees the dialer by IPv6; None where it is not reached."""
+
+    def listen() -> socket.socket:
+        return socket.create_server(("::", PORT6), family=socket.AF_INET6)
+
+    with listener.call(listen) as listening:
+        listening.settimeout(ANSWER6_S)
+        try:
+            dialer.call(lambda: socket.create_connection((listener.address6, PORT6), ANSWER6_S).close())
+        except TimeoutError:
+            return None
+        accepted, address = listening.accept()
+        accepted.close()
+        return str(address[0])
 
 
 def test_the_machines_own_network_is_left_alone() -> None:

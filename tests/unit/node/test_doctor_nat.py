@@ -45,6 +45,7 @@ def expect(finding: Finding, check: Check, verdict: Verdict, text: str, step: st
         # Somebody comes in there because the router was asked to let everybody in.
         ((OPEN,), ("8.8.4.4:9461",), NatFiltering.UNKNOWN),
         ((replace(OPEN, address="192.168.1.5:9461"),), (), NatFiltering.UNKNOWN),
+        ((replace(SHUT, address="[2a00::5]:9461"),), (), NatFiltering.UNKNOWN),
         ((replace(SHUT, state=ReachState.UNKNOWN, reason=ReachReason.NOT_ASKED),), (), NatFiltering.UNKNOWN),
         ((), (), NatFiltering.UNKNOWN),
     ],
@@ -54,6 +55,7 @@ def test_filtering_follows_from_who_came_in(
 ) -> None:
     seen = see_nat(replace(REACH, addresses=addresses), replace(ROUTER, addresses=mapped))
     assert (seen.mapping, seen.filtering) == (NatMapping.ENDPOINT_INDEPENDENT, filtering)
+    assert seen.ipv6 == any(one.address.startswith("[2a00") for one in addresses)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,12 @@ def test_filtering_follows_from_who_came_in(
             replace(SEEN, mapping=NatMapping.ENDPOINT_DEPENDENT),
             Verdict.WARNING,
             "address-dependent or address-and-port-dependent mapping",
+            "forward the two ports",
+        ),
+        (
+            replace(SEEN, mapping=NatMapping.ENDPOINT_DEPENDENT, ipv6=True),
+            Verdict.WARNING,
+            "no hole can be punched through it; to peers with IPv6 there can by that",
             "forward the two ports",
         ),
         (

@@ -309,6 +309,14 @@ def test_reachability() -> None:
         "owns no parts",
         "forward TCP 9460 and 9461",
     )
+    for ipv4, ipv6, step in (
+        (True, True, "switch on UPnP there, or let TCP 9460 and 9461 in to this machine in the router's IPv6 firewall"),
+        (False, True, "let TCP 9460 and 9461 in to this machine in the router's IPv6 firewall; see the firewall line"),
+        (False, False, "see the lines on IPv4 and IPv6"),
+    ):
+        found = judge_reach(ReachSeen(reached=False, source="s", ipv4=ipv4, ipv6=ipv6), PORTS)
+        expect(found, Check.REACHABILITY, Verdict.WARNING, "owns no parts", step)
+        assert ("forward" in found.next_step) == ipv4
     expect(
         judge_reach(ReachSeen(reached=False, source="s"), (0,)),
         Check.REACHABILITY,

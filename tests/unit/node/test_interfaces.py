@@ -18,6 +18,7 @@ from shoal.node.interfaces import (
     describe_change,
     has_address,
     parse_gateways,
+    parse_stale,
     read_interfaces,
 )
 from tests.unit.node.node_samples import PATIENCE_S
@@ -83,6 +84,29 @@ def test_this_machine_is_read() -> None:
 def test_addresses_that_others_may_use_are_kept(text: str, mask: str | None, bits: int | None) -> None:
     read = interfaces._read_address("eth0", text, mask)
     assert (read.prefix_bits if read else None) == bits
+
+
+IPV6 = """3ffe0045000000000000000000000001 02 40 00 {first} eth0
+3ffe0045000000000000000000000002 02 40 00 {second} eth0
+fe800000000000000000000000000001 02 40 20 80 eth0
+00000000000000000000000000000001 01 80 10 80 lo
+zz 02 40 00 20 eth0
+short
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "stale"),
+    [
+        ("80", "00", ()),
+        ("20", "01", ("3ffe:45::1",)),  # deprecated, beside a temporary one
+        ("40", "08", ()),  # nothing else is there
+        ("20", "20", ()),
+        ("00", "48", ("3ffe:45::2",)),
+    ],
+)
+def test_addresses_that_nothing_leaves_from_are_left_out(first: str, second: str, stale: tuple[str, ...]) -> None:
+    assert parse_stale(IPV6.format(first=first, second=second)) == set(stale)
 
 
 def test_a_change_is_told_once_to_everybody_who_listens() -> None:

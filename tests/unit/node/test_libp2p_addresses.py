@@ -53,6 +53,25 @@ def test_what_is_configured_is_announced_and_nothing_else_but_relays() -> None:
     assert len(addresses.announced([], [CIRCUIT])) == 2
 
 
+@pytest.mark.parametrize(
+    ("hosts", "lacks"),
+    [
+        (["45.0.0.2"], "ip6"),
+        (["10.0.0.2"], "ip6"),
+        (["10.0.0.2", "fd00::2"], "ip6"),
+        (["2a00::2"], "ip4"),
+        (["10.0.0.2", "2a00::2"], None),
+        (["fd00::2"], None),
+    ],
+)
+def test_a_machine_with_one_family_lacks_the_other(hosts: list[str], lacks: str | None) -> None:
+    addresses = own(hosts, "/ip4/0.0.0.0/tcp/9", "/ip6/::/tcp/9")
+    assert addresses.lacks == lacks
+    relay = {"ip4": "/ip4/45.0.0.9/tcp/1", "ip6": "/ip6/2a00::9/tcp/1"}
+    assert [net for net, text in relay.items() if addresses.is_bridge([text])] == ([] if lacks is None else [lacks])
+    assert not addresses.is_bridge(["/ip4/10.0.0.9/tcp/1", "/ip6/fd00::9/tcp/1", f"{CIRCUIT}"])
+
+
 def test_loopback_is_announced_for_want_of_others_only() -> None:
     assert texts(own([], "/ip4/0.0.0.0/tcp/9").announced([], [])) == ["/ip4/127.0.0.1/tcp/9"]
     assert texts(own(["10.0.0.2"], "/ip4/0.0.0.0/tcp/9", "/ip6/::/tcp/9").announced([], [])) == ["/ip4/10.0.0.2/tcp/9"]

@@ -23,7 +23,7 @@ from shoal.node.libp2p_engine import ControlEngine
 from shoal.node.libp2p_hop import HOP_PROTOCOL, _Reservation
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.reachability import ReachState
-from shoal.protocol.identity import PeerId, short_peer_id
+from shoal.protocol.identity import PeerId, format_peer_id, short_peer_id
 from tests.unit.node.control_contract import PATIENCE_S, Member, Members, gossip_until_heard
 
 
@@ -110,6 +110,19 @@ async def test_a_private_peer_is_reached_through_its_relay(net: Net) -> None:
     assert await other.plane.request(private.peer, large) == b"answer to " + large
     assert relay.plane.reach().served.circuits == 1
     assert relay.plane.reach().served.relayed_bytes > len(large)
+
+
+async def test_a_peer_that_others_dial_has_a_place_where_the_other_family_leads_to(net: Net) -> None:
+    """This machine's loopback stands for one that has IPv4 alone."""
+    plain, bridge = await net.start_relay(), await net.start_relay(announce=("/ip6/2a00::1/tcp/9",))
+    member = await net.start_private(plain, relays_wanted=2)
+    await member.plane.connect([f"{engine_of(bridge)._own.bound[0]}/p2p/{format_peer_id(bridge.peer)}"])
+    await until(member, lambda: circuits(member, bridge), "a place at either")
+    engine_of(member)._reach._forced = ReachState.REACHABLE
+    assert isinstance(member.plane, Libp2pHost)
+    member.plane.refresh()
+    await until(member, lambda: not circuits(member, plain), "no place that is of no use")
+    assert circuits(member, bridge)
 
 
 async def test_two_private_peers_reach_each_other_and_gossip(net: Net) -> None:

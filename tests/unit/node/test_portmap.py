@@ -38,6 +38,7 @@ HOME = Interfaces(
     addresses=(InterfaceAddress(interface="eth0", ip="192.168.1.5", prefix_bits=24),),
     gateways=(DefaultGateway(metric=100, interface="eth0", ip="192.168.1.1"),),
 )
+IPV6_ALONE = Interfaces(addresses=(InterfaceAddress(interface="eth0", ip="2a00::5", prefix_bits=64),))
 PUBLIC = Interfaces(
     addresses=(InterfaceAddress(interface="eth0", ip="45.0.0.5", prefix_bits=24),),
     gateways=(DefaultGateway(metric=100, interface="eth0", ip="45.0.0.1"),),
@@ -263,6 +264,7 @@ async def test_all_ports_are_mapped_or_none() -> None:
     ("wanted", "interfaces", "state"),
     [
         (BOTH, PUBLIC, MappingState.NOT_NEEDED),
+        (BOTH, IPV6_ALONE, MappingState.NOT_NEEDED),
         ((Wanted(listener=Listener.TENSOR, host="127.0.0.1", port=1),), HOME, MappingState.OFF),
         ((Wanted(listener=Listener.TENSOR, host="192.168.1.5", port=1),), HOME, MappingState.MAPPED),
         ((Wanted(listener=Listener.TENSOR, host="192.168.1.6", port=1),), HOME, MappingState.OFF),

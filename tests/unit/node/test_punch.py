@@ -7,6 +7,7 @@ other side's listener. The roles of the handshake have to fit in each case.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -119,7 +120,7 @@ async def test_pauses_grow_and_end(tmp_path: Path) -> None:
         now = 0.0
         ann.paths.punches._ports = punch.PunchPorts(
             is_member=lambda peer: True,
-            own_addresses=lambda: _nothing(),
+            own_addresses=lambda peer: _nothing(),
             varies=lambda: False,
             now=lambda: now,
         )
@@ -161,6 +162,49 @@ async def test_what_the_control_plane_says_is_the_reason(
         assert caught.value.failure is failure
 
 
+def set_outer(peer: Peer, *addresses: Address, varies: bool = False) -> None:
+    """Where the peer believes to be seen, and whether everybody sees it elsewhere."""
+
+    async def tell(_: PeerId) -> tuple[Address, ...]:
+        return addresses
+
+    peer.paths.punches._ports = replace(peer.paths.punches._ports, own_addresses=tell, varies=lambda: varies)
+
+
+@pytest.mark.parametrize(
+    ("beside", "attempts"),
+    [((), 1), ((("2a00::1", 1),), punch.ATTEMPTS_MAX)],
+    ids=["a NAT that gives everybody another address", "IPv6 beside it"],
+)
+async def test_what_looks_hopeless_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: tuple[Address, ...], attempts: int
+) -> None:
+    async with open_private(tmp_path) as (ann, bob):
+        for one in (ann, bob):
+            set_outer(one, ("45.0.0.1", 1), *beside, varies=True)
+        tried: list[tuple[Address, ...]] = []
+
+        async def attempt(peer: PeerId, token: bytes, addresses: tuple[Address, ...], clock: object) -> bool:
+            tried.append(addresses)
+            return False
+
+        monkeypatch.setattr(ann.paths.punches, "_attempt", attempt)
+        with pytest.raises(PunchFailed):
+            await ann.paths.punches.punch(bob.me)
+        assert tried == [(("45.0.0.1", 1), *beside)] * attempts
+
+
+async def test_without_a_family_in_common_no_hole_is_tried(tmp_path: Path) -> None:
+    async with open_private(tmp_path) as (ann, bob):
+        set_outer(ann, ("45.0.0.1", 1))
+        set_outer(bob, ("2a00::1", 1))
+        with pytest.raises(PunchFailed) as caught:
+            await ann.paths.punches.punch(bob.me)
+        assert (caught.value.failure, bob.paths.punches._sessions) == (Failure.PUNCH_REFUSED, {})
+    # A peer of an older version answers all the same.
+    assert punch._list_dialable(("[2a00::1]:1", "45.0.0.2:1"), (("45.0.0.1", 1),)) == (("45.0.0.2", 1),)
+
+
 # -- what others may ask -----------------------------------------------------------------------------------------------
 
 
@@ -185,6 +229,8 @@ async def test_offers_are_for_members_and_bounded(tmp_path: Path, monkeypatch: p
         names = offer(TOKEN, "localhost:1", "no address", "0.0.0.0:1")
         assert await refusal_of(ann, bob.me, names) is Refusal.NOT_READY, "names are not looked up for others"
         assert await refusal_of(ann, bob.me, offer()) is Refusal.LIMIT, "one in a while"
+        pass_time(ann, punch.OFFER_PERIOD_S)
+        assert await refusal_of(ann, bob.me, offer(TOKEN, "[2a00::1]:1")) is Refusal.NOT_READY, "no family in common"
         pass_time(ann, punch.OFFER_PERIOD_S)
         assert isinstance(await ann.paths.answer(bob.me, offer()), PunchAnswer)
         pass_time(ann, punch.OFFER_PERIOD_S)

@@ -248,6 +248,38 @@ async def test_members_say_how_they_see_the_tensor_port(tmp_path: Path) -> None:
         assert reach.observed() == ()
 
 
+async def test_a_hole_is_not_kept_from_by_a_dial_of_the_same_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has one connection between two ports."""
+    async with open_peers(tmp_path, 2) as (ann, bob):
+        reach, dialled, ended = ann.paths.reach, asyncio.Event(), asyncio.Event()
+
+        async def dial(peer: PeerId, address: Address) -> bytes:
+            dialled.set()
+            try:
+                await asyncio.Event().wait()  # its router lets nobody in
+                raise AssertionError
+            finally:
+                ended.set()
+
+        await wait_until(lambda: len(ann.membership.table.live()) == 1)
+        monkeypatch.setattr(reach, "_choose_address", lambda peer: ("192.0.2.1", 1))
+        monkeypatch.setattr(ann.links, "dial_from_port", dial)
+        observing = asyncio.create_task(reach._observe())
+        await dialled.wait()
+        await reach.find_outer(bob.me)
+        await observing
+        assert ended.is_set()
+        dialled.clear()
+        await reach._observe()
+        assert not dialled.is_set(), "nor is another one begun"
+        ann.now_s = lambda: 2 * reach_module.PUNCH_S + reach._punched[bob.me]
+        again = asyncio.create_task(reach._observe())
+        await dialled.wait()
+        again.cancel()
+
+
 async def test_one_member_that_tells_is_enough_for_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_peers(tmp_path, 3) as (ann, bob, cat):
         reach, asked, ended = ann.paths.reach, [], []
@@ -266,5 +298,5 @@ async def test_one_member_that_tells_is_enough_for_a_hole(tmp_path: Path, monkey
         monkeypatch.setattr(reach, "_choose_address", lambda peer: ("192.0.2.1", 1))
         monkeypatch.setattr(reach, "_observe_by", observe)
         monkeypatch.setattr(reach_module, "OBSERVE_TIMEOUT_S", 3600.0)
-        assert ("45.0.0.1", 1) in await reach.find_outer()
+        assert ("45.0.0.1", 1) in await reach.find_outer(PeerId(b"p" * 32))
         assert set(asked) == set(ended) == {bob.me, cat.me}
