@@ -37,7 +37,7 @@ from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.line_use import LineUse
 from shoal.node.link_port import Address, LinkConfig
 from shoal.node.links import TensorLinks
-from shoal.node.local_state import LocalState, Writing, open_stores
+from shoal.node.local_state import LocalState, Writing, open_stores, write_alone
 from shoal.node.log_repair import LogRepair
 from shoal.node.manifest_source import SwarmChoice, choose_swarm, fetch_manifest, store_manifest
 from shoal.node.membership import Membership, MembershipPorts
@@ -264,7 +264,7 @@ class Daemon:
         memory = self._memory = SharedParameters(elements) if self.config.node.role == TRAINER else None
         momentum = np.zeros(elements, np.float32)
         if memory is None:
-            return np.zeros(elements, np.float32), momentum, contextlib.nullcontext
+            return np.zeros(elements, np.float32), momentum, write_alone
         return memory.base, momentum, memory.writing
 
     def _assemble_membership(self, choice: SwarmChoice) -> None:
@@ -561,7 +561,7 @@ class Daemon:
             await self.ledger.write_certificate(certificate, live)
 
     async def _record_measured(self, event: Evaluated) -> None:
-        held_out = HeldOutLoss(round=event.round - 1, loss_nats=event.loss_nats, tokens=event.tokens)
+        held_out = HeldOutLoss(round=event.round, loss_nats=event.loss_nats, tokens=event.tokens)
         await self.ledger.write_measurement(held_out, list(self.membership.table.live()))
 
     async def _switch(self, pledge: Pledge) -> None:
