@@ -37,7 +37,9 @@ COMPILED = replace(SETTINGS, compile=True)
 async def train(settings: TrainerTable, made: Layout, folder: Path) -> tuple[list[object], np.ndarray]:
     """What is said up to Ready, and the local parameters."""
     async with make_trainer(settings, made, folder) as (trainer, events):
-        await trainer.start(sine_work(made))
+        work = sine_work(made)
+        # Ready by steps alone: a machine that compiles for longer than the round would hand over fewer.
+        await trainer.start(replace(work, training=replace(work.training, round_time_s=86_400.0)))
         await trainer.begin(1, adopt=True)
         said = await collect(events)
         return said, trainer.local.copy()
