@@ -13,6 +13,7 @@ trainer that keeps failing is given up after RESTARTS_MAX within RESTART_WINDOW_
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 
@@ -81,6 +82,7 @@ class Compute:
         self.loss: float | None = None
         self.tokens = 0  # since the daemon's start
         self.steps = 0
+        self.steps_dropped: Counter[str] = Counter()  # by reason, since the daemon's start
         self.held_out: Evaluated | None = None  # the last look at a base
         self._me = me
         self._manifest = manifest
@@ -197,7 +199,7 @@ class Compute:
             counted = list_members(settled.parts, 8 * len(settled.parts))
             await self.trainer.merge(self._make_merge(number, settled.round, counted, adopt_all=False))
         else:
-            self._missed = max(0, number - resumed.round)
+            self._missed = max(0, number - resumed.since_round)
             stale = self._missed > self._manifest.training.missed_rounds_max
             if stale:
                 log.warning("away for %d rounds: training goes on from the certified base", self._missed)
@@ -277,11 +279,12 @@ class Compute:
             case Evaluated():
                 self.held_out = event
                 found = f"{event.loss_nats:.4f} nats a token, perplexity {event.perplexity:.2f}"
-                log.info("held-out loss of round %d: %s", event.round - 1, found)
+                log.info("held-out loss of round %d: %s", event.round, found)
                 self._ports.measured(event)
             case Failed() if event.reason == NO_EVALUATION:
                 log.info("%s", event.detail)
             case Failed():
+                self.steps_dropped[event.reason] += event.steps_dropped
                 self.error = event.detail
                 self._last_words = event.detail if event.fatal else ""
                 log.warning("trainer: %s: %s", event.reason, event.detail)

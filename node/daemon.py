@@ -554,7 +554,7 @@ class Daemon:
             await self.ledger.write_certificate(certificate, live)
 
     async def _record_measured(self, event: Evaluated) -> None:
-        held_out = HeldOutLoss(round=event.round - 1, loss_nats=event.loss_nats, tokens=event.tokens)
+        held_out = HeldOutLoss(round=event.round, loss_nats=event.loss_nats, tokens=event.tokens)
         await self.ledger.write_measurement(held_out, list(self.membership.table.live()))
 
     async def _switch(self, pledge: Pledge) -> None:

@@ -8,6 +8,7 @@ Invariant: a question is put to at most DONORS_ASKED_MAX donors, one after the o
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.node.fetch import Source
 from shoal.node.link_port import Address, LinkPath
 from shoal.node.links import TensorLinks
+from shoal.node.reminders import Reminders
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.lineage import check_stretch
@@ -58,6 +60,7 @@ class Donors:
     def __init__(
         self, swarm: bytes, authority: Authority, control: ControlPlane, links: TensorLinks, ports: DonorPorts
     ) -> None:
+        self._reminders: Reminders[PeerId] = Reminders()
         self.ports = ports
         self.other_log: PeerId | None = None  # the first donor whose certificates did not follow ours
         self.liars: set[PeerId] = set()  # asked nothing more in this catch-up
@@ -209,5 +212,6 @@ class Donors:
         self.ports.failed(donor, Failure.DONOR_FAILED)
 
     def _note_failure(self, donor: PeerId, error: PeerUnreachable | RequestRefused) -> None:
-        log.info("%s: %s", Failure.DONOR_FAILED, error)
+        if (ending := self._reminders.take(donor, time.monotonic())) is not None:
+            log.info("%s: %s%s", Failure.DONOR_FAILED, error, ending)
         self.ports.failed(donor, Failure.DONOR_FAILED)

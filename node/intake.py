@@ -21,6 +21,7 @@ from shoal.node.happenings import HappeningKind, Severity
 from shoal.node.ledger_sync import LedgerSync
 from shoal.node.membership import Membership
 from shoal.node.metrics import Direction, Plane
+from shoal.node.reminders import Reminders
 from shoal.node.reporting import Reporter
 from shoal.protocol.admission import GetDecrees
 from shoal.protocol.errors import ProtocolError, Refusal
@@ -40,8 +41,8 @@ QUESTIONS_BURST = 256  # of one peer at once; a peer that catches up asks some d
 QUESTIONS_PER_S = 32.0  # and for long; what comes faster is answered that much later
 STRANGER_BURST = 8  # of one that is not admitted
 STRANGER_PER_S = 0.5
-REMIND_S = 60.0  # from one reminder that this peer is not admitted to the next
 BY_OWNER = "by the swarm's owner"
+OWNERS_WORD = (Refusal.NOT_ADMITTED, Refusal.BANNED)  # every member says the same
 TOLD = (Refusal.WRONG_SWARM, Refusal.WRONG_VERSION, Refusal.WRONG_BASE)
 
 log = logging.getLogger("shoal")
@@ -75,7 +76,7 @@ class Intake:
         self._questions: Allowances[PeerId] = Allowances(burst=QUESTIONS_BURST, per_s=QUESTIONS_PER_S)
         self._strangers: Allowances[PeerId] = Allowances(burst=STRANGER_BURST, per_s=STRANGER_PER_S)
         self._told: set[tuple[PeerId, Refusal]] = set()
-        self._reminded_s = -REMIND_S
+        self._reminders: Reminders[tuple[PeerId, str]] = Reminders()
 
     def open(self, control: ControlPlane, ports: IntakePorts) -> None:
         self._control = control
@@ -140,14 +141,12 @@ class Intake:
     def _note_refused(self, ports: IntakePorts, peer: PeerId, message: Refused) -> None:
         told = f"{self._reporter.name_of(peer)} refuses this peer: {message.refusal}"
         if message.refusal == Refusal.NOT_ADMITTED and not ports.gate.is_open:
-            remedy = ports.gate.was_refused(peer)
-            if self._clock() < self._reminded_s + REMIND_S:
-                return
-            self._reminded_s = self._clock()
-            text = f"{told}; {remedy}. It goes on trying"
+            text = f"{told}; {ports.gate.was_refused(peer)}. It goes on trying"
         else:
             text = f"{told} ({message.detail})"
-        self._reporter.happen(HappeningKind.NETWORK, text, Severity.WARNING)
+        who = self._conduct.me if message.refusal in OWNERS_WORD else peer
+        if (ending := self._reminders.take((who, message.refusal), self._clock())) is not None:
+            self._reporter.happen(HappeningKind.NETWORK, text + ending, Severity.WARNING)
 
     async def _take_entries(self, peer: PeerId, message: LedgerEntries) -> None:
         if self._ports is None:
@@ -288,8 +287,10 @@ class Intake:
 
     def _note(self, plane: Plane, peer: PeerId, refusal: Refusal, fault: Fault, detail: str) -> None:
         self._reporter.metrics.refusals[refusal, plane].add()
-        level = logging.WARNING if fault is Fault.LIE else logging.DEBUG
-        log.log(level, "refused something of %s: %s: %s", short_peer_id(peer), refusal, detail)
+        if fault is not Fault.LIE:
+            log.debug("refused something of %s: %s: %s", short_peer_id(peer), refusal, detail)
+        elif (ending := self._reminders.take((peer, refusal), self._clock())) is not None:
+            log.warning("refused something of %s: %s: %s%s", short_peer_id(peer), refusal, detail, ending)
         if self._conduct.note(peer, refusal, fault, self._clock()):
             self._reporter.metrics.hang_ups[refusal].add()
             text = f"hung up on {short_peer_id(peer)}: {refusal} ({detail}), too often; refused for {REFUSED_S:.0f} s"

@@ -45,7 +45,8 @@ PART_THREADS_MAX = 8
 VOTE_NAMESPACE = "round"
 VOTE_KEY = b"vote"
 
-Writing = Callable[[], contextlib.AbstractContextManager[None]]
+# Inside, the parameters are changed; what it gives is told of which round they are.
+Writing = Callable[[], contextlib.AbstractContextManager[Callable[[int], None]]]
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,11 @@ def open_stores(folder: Path, ledger: LedgerStore, limits: StoreTable, *, contri
     )
 
 
+def write_alone() -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """For parameters that nobody else reads."""
+    return contextlib.nullcontext(lambda round: None)
+
+
 class LocalState:
     """`params` may be the trainer's shared memory; they are changed inside of `writing` alone. Everything that blocks
     runs in a thread."""
@@ -88,7 +94,7 @@ class LocalState:
         stores: Stores,
         params: Float32s,
         momentum: Float32s,
-        writing: Writing = contextlib.nullcontext,
+        writing: Writing = write_alone,
     ) -> None:
         self.lock = asyncio.Lock()
         self.stores = stores
@@ -128,8 +134,9 @@ class LocalState:
     def restore_now(self) -> Head:
         """`restore` for a caller without an event loop. Blocking; raises StoreError."""
         self.stores.snapshots.remove_leftovers()
-        with self._writing():
+        with self._writing() as name_round:
             head = self._rebuild()
+            name_round(head.round)
         self.head = head
         self._remember(head)
         return head
@@ -221,8 +228,9 @@ class LocalState:
             log.warning("%s; what was stored ahead is put aside", error)
             self.stores.ledger.abandon_certificates(result.round)
             self.save_certificate(certificate)
-        with self._writing():
+        with self._writing() as name_round:
             head = self._advance(result, encoded)
+            name_round(head.round)
         self._updates[head.round] = self._sizes(result)
         self._remember(head)
         return head
@@ -443,8 +451,9 @@ class LocalState:
         """Take over a whole state that was checked against `head.state_root`."""
         async with self.lock:
             assert head.round > self.head.round, "a snapshot only leads forward"
-            with self._writing():
+            with self._writing() as name_round:
                 await asyncio.to_thread(np.copyto, self.replica.params, params)
+                name_round(head.round)
             await asyncio.to_thread(np.copyto, self.replica.momentum, momentum)
             self.replica.round = head.round
             await asyncio.to_thread(self._forget_residual)

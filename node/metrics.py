@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from shoal.node.link_port import LinkPath
 from shoal.node.port_mapping import MappingFailure, Way
 from shoal.node.reachability import NatMapping, ReachReason, ReachState
+from shoal.node.training import messages
 from shoal.protocol.effects import Phase
 from shoal.protocol.errors import Failure, Refusal
 
@@ -47,6 +48,13 @@ class LedgerHeld(StrEnum):
     CHAIN_UNCONFIRMED = Failure.CHAIN_UNCONFIRMED.value
     CHAIN_CLONED = Failure.CHAIN_CLONED.value
     CHAIN_FORKED = Failure.CHAIN_FORKED.value
+
+
+class StepLoss(StrEnum):
+    """Why inner steps were thrown away."""
+
+    BASE_TORN = messages.BASE_TORN
+    NOT_FINITE = messages.NOT_FINITE
 
 
 class WayFailure(StrEnum):
@@ -304,6 +312,8 @@ class Metrics:
         self.tokens = table.counter("tokens", "Tokens that this peer has trained on.")
         self.tokens_per_s = table.gauge("tokens_per_second", "How fast it trains now.")
         self.inner_steps = table.counter("inner_steps", "Inner steps that this peer has made.")
+        text = "Of these, those that were thrown away before they were in a contribution."
+        self.steps_dropped = table.counters("inner_steps_dropped", text, ("reason", StepLoss))
         self.trainer_running = table.gauge("trainer_running", "1 while the trainer process makes inner steps.")
         self.trainer_restarts = table.counters(
             "trainer_restarts", "How often the trainer process was started again.", ("reason", Failure)

@@ -8,7 +8,6 @@ Invariant: what a machine has no room for is a ConfigError before anything of th
 `store.free_gib_min` stays free beside the vectors.
 """
 
-import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from shoal.node.config import IN_MEMORY, ON_DISK, TRAINER, NodeConfig
-from shoal.node.local_state import Writing
+from shoal.node.local_state import Writing, write_alone
 from shoal.node.machine_memory import see_memory
 from shoal.node.terminal import format_bytes
 from shoal.node.trainer import SharedParameters
@@ -34,7 +33,7 @@ class StateVectors:
 
     params: Float32s
     momentum: Float32s
-    writing: Writing = contextlib.nullcontext
+    writing: Writing = write_alone
     shared: SharedParameters | None = None
 
     def close(self) -> None:

@@ -135,7 +135,8 @@ class Measured:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStatus:
     """The trainer. `steps` of `steps_planned` are made in this round; tokens are counted since the daemon's start.
-    `held_out` is what this peer has last measured of a certified base."""
+    `held_out` is what this peer has last measured of a certified base, `steps_dropped` counts inner steps that were
+    thrown away."""
 
     state: TrainerState
     device: str
@@ -149,6 +150,7 @@ class TrainingStatus:
     loss_last: float | None
     loss_history: tuple[LossPoint, ...]
     held_out: HeldOut | None = None
+    steps_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from shoal.node.config import TensorTable
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.node.links import TensorLinks
 from shoal.node.relay_budget import RelayBudget
+from shoal.node.reminders import Reminders
 from shoal.node.splice import MAGIC, TOKEN_BYTES, Side, Splice
 from shoal.node.status import ReasonCount, TensorRelayStatus
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
@@ -87,6 +88,7 @@ class TensorRelay:
         self.relayed_bytes = 0
         self.ends: Counter[Failure] = Counter()
         self.refusals: Counter[Refusal] = Counter()
+        self._reminders: Reminders[tuple[PeerId, Refusal]] = Reminders()
 
     @property
     def carried(self) -> int:
@@ -119,7 +121,7 @@ class TensorRelay:
         self._links.spawn(self._watch(splice))
         if not await self._call(ask.peer, RelayCall(peer=asker, token=tokens[1])):
             splice.end(Failure.PEER_UNREACHABLE)
-            self._refuse(Refusal.NOT_READY, f"{short_peer_id(ask.peer)} does not take part")
+            self._refuse(asker, Refusal.NOT_READY, f"{short_peer_id(ask.peer)} does not take part")
         return RelayTicket(token=tokens[0])
 
     def _promise(self, asker: PeerId, other: PeerId) -> Splice:
@@ -128,22 +130,22 @@ class TensorRelay:
         if len(pair) != 2 or self._me in pair:
             raise ProtocolError(Refusal.MALFORMED, "a relay is asked for a way between two others")
         if not self._config.relay or not self._ports.reached():
-            self._refuse(Refusal.NOT_READY, "this peer relays nothing")
+            self._refuse(asker, Refusal.NOT_READY, "this peer relays nothing")
         for peer in (asker, other):
             refusal = self._ports.refusal(peer)
             if refusal is not None:
-                self._refuse(refusal, f"{short_peer_id(peer)}: relaying is for members")
+                self._refuse(asker, refusal, f"{short_peer_id(peer)}: relaying is for members")
         if not self._asks.take(asker, now):
-            self._refuse(Refusal.LIMIT, f"{ASKS_BURST} asks at once")
+            self._refuse(asker, Refusal.LIMIT, f"{ASKS_BURST} asks at once")
         if self._budget.left(pair, now) < BUDGET_BYTES_MIN:
-            self._refuse(Refusal.BUDGET_SPENT, "no bytes are left for this hour")
+            self._refuse(asker, Refusal.BUDGET_SPENT, "no bytes are left for this hour")
         known = self._splices.get(pair)
         if known is not None and known.is_wanted(now - REPLACE_AFTER_S):
-            self._refuse(Refusal.DUPLICATE, "there is one between the two")
+            self._refuse(asker, Refusal.DUPLICATE, "there is one between the two")
         others = [one for key, one in self._splices.items() if key != pair]
         busiest = max(sum(peer in one.pair for one in others) for peer in pair)
         if len(others) >= self._config.relay_links_max or busiest >= self._config.relay_links_per_peer_max:
-            self._refuse(Refusal.LIMIT, f"{len(others)} links are relayed")
+            self._refuse(asker, Refusal.LIMIT, f"{len(others)} links are relayed")
         if known is not None:
             known.cut()
         self._splices[pair] = Splice((asker, other), now, self._spend)
@@ -159,9 +161,10 @@ class TensorRelay:
             return False
         return isinstance(answer, RelayTicket) and answer.token == call.token
 
-    def _refuse(self, refusal: Refusal, detail: str) -> NoReturn:
+    def _refuse(self, asker: PeerId, refusal: Refusal, detail: str) -> NoReturn:
         self.refusals[refusal] += 1
-        log.info("a link is not relayed: %s: %s", refusal, detail)
+        if (ending := self._reminders.take((asker, refusal), self._ports.now())) is not None:
+            log.info("a link is not relayed for %s: %s: %s%s", short_peer_id(asker), refusal, detail, ending)
         raise ProtocolError(refusal, detail)
 
     # -- the connections ---------------------------------------------------------------------------------------------

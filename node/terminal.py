@@ -487,6 +487,8 @@ def _figures(status: Status) -> "Table":
     trainer = (
         f"{training.state} on {clean_text(training.device) or 'no device'}, {_plural(training.restarts, 'restart')}"
     )
+    if training.steps_dropped:
+        trainer += f", {_plural(training.steps_dropped, 'step')} dropped"
     sent = format_bytes(traffic.tensor_sent_bytes + traffic.control_sent_bytes)
     received = format_bytes(traffic.tensor_received_bytes + traffic.control_received_bytes)
     aborted = ", ".join(f"{one.count} {one.reason}" for one in status.aborted) or "none"

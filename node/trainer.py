@@ -132,8 +132,8 @@ class SharedParameters:
         self.base: FloatVector = rows[0]
         self.local: FloatVector = rows[1]
 
-    def writing(self) -> AbstractContextManager[None]:
-        """Inside, `base` is written: no trainer takes what is there."""
+    def writing(self) -> AbstractContextManager[Callable[[int], None]]:
+        """Inside, `base` is written, and said of which round it is: no trainer takes what is there."""
         return self._writes.writing()
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ def describe_training(compute: Compute, losses: LossHistory, steps_planned: int)
         state=compute.phase,
         device=compute.device,
         restarts=compute.restarts,
+        steps_dropped=sum(compute.steps_dropped.values()),
         error=clean_text(compute.error, DETAIL_BYTES_MAX),
         steps=0 if compute.progress is None else compute.progress.steps,
         steps_planned=steps_planned,
@@ -28,7 +29,7 @@ def describe_training(compute: Compute, losses: LossHistory, steps_planned: int)
         loss_history=points,
         held_out=None
         if held_out is None
-        else HeldOut(round=held_out.round - 1, loss=held_out.loss_nats, perplexity=held_out.perplexity),
+        else HeldOut(round=held_out.round, loss=held_out.loss_nats, perplexity=held_out.perplexity),
     )
 
 
@@ -66,5 +67,7 @@ def show_training(metrics: Metrics, compute: Compute, measurements: tuple[Measur
     metrics.swarm_held_out_round.set(0 if newest is None else newest.round)
     metrics.tokens.count_to(compute.tokens)
     metrics.inner_steps.count_to(compute.steps)
+    for reason, counter in metrics.steps_dropped.items():
+        counter.count_to(compute.steps_dropped[reason])
     metrics.tokens_per_s.set(measure_tokens_per_s(compute))
     metrics.trainer_running.set(compute.phase is TrainerState.RUNNING)

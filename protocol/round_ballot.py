@@ -10,6 +10,7 @@ Invariants: at most one vote, and one lock, is signed per (round, attempt), and 
 bytes, before it is sent; no attempt lower than a promise is voted in; nothing is committed without a certificate.
 """
 
+import math
 from dataclasses import replace
 
 from shoal.protocol.effects import AttemptFailed, Behind, Commit, FetchBlob, Forked, Persist, Phase
@@ -438,6 +439,7 @@ class RoundBallot(RoundState):
         if not self._follows_reroot(certificate, now) or self._is_update_lost(certificate.result, now):
             return
         self._decided = certificate
+        self._saw_quorum = True
         if self._missing(certificate.result):
             # To whoever takes part the bytes are on their way; everyone else has to ask for them.
             self._fetch_s = now + FETCH_DELAY_S if self._plan else now
@@ -513,6 +515,7 @@ class RoundBallot(RoundState):
         is not left: it signs nothing before a certificate that the others cannot make. A quorum that comes into sight
         stops the timer in every phase."""
         if self._can_certify():
+            self._saw_quorum = True
             self._alone_since_s = None
             return
         if self._alone_since_s is None:
@@ -524,17 +527,26 @@ class RoundBallot(RoundState):
             return
         self._declare_after_s = now + self._rules.commit_timeout_s
         remaining = self._remaining()
-        if not remaining or remaining[0] != self._me:
+        if self._me not in remaining or now < self._find_turn_s(remaining):
             return
         result = make_voters_result(self.head, self._rules.codec_out, remaining)
         self._declaration = result
         self._declared = Lead(attempt=REROOT_ATTEMPT)
-        for peer in remaining[1:]:
-            self._send(peer, Proposal(attempt=REROOT_ATTEMPT, result=result))
+        for peer in remaining:
+            if peer != self._me:
+                self._send(peer, Proposal(attempt=REROOT_ATTEMPT, result=result))
         self._take_declared_vote(self._sign_vote(REROOT_ATTEMPT, result), self._me, now)
 
+    @property
+    def has_seen_quorum(self) -> bool:
+        """Whether this peer knows that there was a quorum once: it had one in sight since its start, or was told of a
+        certified round. Before, the swarm has not begun: nothing is lost by waiting for those who are only late, and
+        who declared would begin a log without them."""
+        return self._saw_quorum or self.head.round > 0
+
     def _may_declare(self, now: float) -> bool:
-        return self._is_timer_over(now) and not self._decided and self.phase is not Phase.APPLY
+        is_open = not self._decided and self.phase is not Phase.APPLY
+        return self._is_timer_over(now) and is_open and self.has_seen_quorum
 
     def _is_timer_over(self, now: float) -> bool:
         since_s = self._alone_since_s
@@ -554,6 +566,15 @@ class RoundBallot(RoundState):
         """The voters that are left; everybody else comes in by contributing."""
         live = {self._me, *(peer for peer, known in self._members.items() if not known.leaving)} - self._abstaining()
         return tuple(peer for peer in self._order if peer in live)
+
+    def _find_turn_s(self, remaining: tuple[PeerId, ...]) -> float:
+        """From when on this one of those that are left may declare: the first one, and nobody else. Before the first
+        round that one may know of no quorum and wait, so the others have their turns after it."""
+        place = remaining.index(self._me)
+        if self.head.round > 0:
+            return 0.0 if place == 0 else math.inf
+        assert self._alone_since_s is not None
+        return self._alone_since_s + self._rules.reroot_after_s + place * self._rules.commit_timeout_s
 
     def _take_declaration(self, message: Proposal, sender: PeerId, now: float) -> None:
         result = message.result

@@ -110,6 +110,7 @@ class RoundState:
         self._alone_since_s: float | None = None
         self._declare_after_s = 0.0
         self._had_quorum = False
+        self._saw_quorum = False  # since the start
         self._members: dict[PeerId, Presence] = {}
         self._lost: set[PeerId] = set()
         self._leaving = False

@@ -50,7 +50,7 @@ from shoal.node.training.messages import (
     trim_detail,
 )
 from shoal.node.training.micro_batches import is_out_of_memory
-from shoal.node.training.round_work import RoundWork
+from shoal.node.training.round_work import RoundWork, tell_torn
 from shoal.protocol.errors import ConfigError, ShoalError
 from shoal.protocol.manifest import DELAYED, EAGER, OVERLAPPED, Training
 
@@ -89,6 +89,8 @@ class AttachedLoop:
         self._rounds: RoundWork | None = None
         self._handed: HandedOver | None = None
         self._hands_again = False
+        self._torn: Failed | None = None  # to be told at the first Begin
+        self._stands_on_half = False  # of a base, which its daemon never finished
         self._anchored = False  # the parameters are a base and the work made since
         self._batches_done = 0
         self.share = (0, 1)  # of the data, by the last Merge: a place among so many
@@ -129,7 +131,10 @@ class AttachedLoop:
         self._base, self._local = memory[0], memory[1]
         self._writes = BaseWrites() if writes is None else writes
         self._attached = True
-        same = self._rounds is not None and before == self._identity and self._anchored
+        known = self._rounds is not None and before == self._identity
+        if known and self._stands_on_half:
+            self._torn = tell_torn(self._count_loose(), self.round)
+        same = known and self._anchored
         resumed = self._resume(work.batches_done) if same else Resumed(batches_done=work.batches_done)
         if resumed.extent != EVERYTHING:
             self._forget(work.training, work.batches_done)
@@ -152,10 +157,12 @@ class AttachedLoop:
             steps=tally.steps,
             tokens=tally.tokens,
             waits=handed is not None,
+            since_round=rounds.since_round,
         )
 
     def _forget(self, training: Training, batches_done: int) -> None:
         self._rounds = RoundWork(training)
+        self._stands_on_half = False
         self._handed, self._hands_again, self._anchored = None, False, False
         self._batches_done = batches_done
 
@@ -179,7 +186,7 @@ class AttachedLoop:
             case Begin():
                 yield from self._begin(command, now_s)
             case Merge():
-                self._merge(command, now_s)
+                yield from self._merge(command, now_s)
             case Freeze():
                 self._work.freeze()
             case Evaluate():
@@ -189,7 +196,14 @@ class AttachedLoop:
             case _:
                 raise AssertionError(f"{type(command).__name__} is the caller's")
 
+    def _count_loose(self) -> int:
+        """Steps that are in nothing that was handed over."""
+        return self._work.local.steps - (0 if self._handed is None else self._handed.tally.steps)
+
     def _begin(self, command: Begin, now_s: float) -> Iterator[Report]:
+        torn, self._torn = self._torn, None
+        if torn is not None:
+            yield torn
         rounds, handed = self._work, self._handed
         if command.adopt:
             self._adopt()
@@ -205,7 +219,8 @@ class AttachedLoop:
         self._handed = None
         rounds.begin(command.round, now_s, adopted=command.adopt)
 
-    def _merge(self, merge: Merge, now_s: float) -> None:
+    def _merge(self, merge: Merge, now_s: float) -> Iterator[Report]:
+        torn = None
         rounds, handed, ahead = self._work, self._handed, self._work.ahead
         rules = rounds.rules
         # No swarm is made for "eager" scripts; one that comes to one loses no step.
@@ -215,24 +230,25 @@ class AttachedLoop:
             self._adopt()
         elif handed is not None and keeps_all:
             # Or the daemon was away: the steps made meanwhile may be many, and go on top of the base with the others.
-            self._merge_parts(merge, partial(self._parameters.rebase, self._base, handed.since))
+            torn = self._merge_parts(merge, partial(self._parameters.rebase, self._base, handed.since))
         else:
             kept = rules.mixing if rules.strategy == OVERLAPPED else 0.0
-            self._merge_parts(merge, partial(self._parameters.merge, self._base, kept=kept))
+            torn = self._merge_parts(merge, partial(self._parameters.merge, self._base, kept=kept))
         adopted = merge.adopt_all or any(merge.included)
         self._replaced |= adopted
         self._handed, self._hands_again = None, False
         self.share = merge.place, merge.places
         rounds.begin(merge.round, now_s, adopted=adopted)
         rounds.training = merge.begin
+        if torn is not None:
+            yield torn
 
-    def _merge_parts(self, merge: Merge, take: Callable[[bytes, int], None]) -> None:
+    def _merge_parts(self, merge: Merge, take: Callable[[bytes, int], None]) -> Failed | None:
         included, size = merge.included, merge.part_elements
         is_whole = self._read_base(
             lambda: take(included, size), lambda: self._parameters.merge(self._base, included, size)
         )
-        if not is_whole:
-            self._work.ahead = None  # what was made beside the exchange stood upon a base that was half another one
+        return None if is_whole else self._work.drop_ahead()
 
     def _adopt(self) -> None:
         self._read_base(lambda: self._parameters.adopt(self._base))
@@ -245,7 +261,11 @@ class AttachedLoop:
             return self._writes.read(take, again)
         except WriterGone as gone:
             if gone.is_torn:
-                self._anchored, self._replaced = False, True  # nothing that is made on it counts
+                self._anchored, self._replaced, self._stands_on_half = (
+                    False,
+                    True,
+                    True,
+                )  # nothing that is made on it counts
             raise
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -310,8 +330,7 @@ class AttachedLoop:
         self._anchored = self._attached
         self._cleared = True
         self._optimizer.state.clear()  # moments that are not finite would spoil every further step
-        fatal = not rounds.start_over(now_s)
-        return Failed(reason=NOT_FINITE, detail=f"not finite: {what}, in round {rounds.round}", fatal=fatal)
+        return rounds.start_over(what, now_s)
 
     def _restart(self) -> None:
         self._parameters.adopt(self._base)
@@ -335,5 +354,5 @@ class AttachedLoop:
             detail = trim_detail(f"the base does not fit beside the training and is not evaluated: {error}")
             return Failed(reason=OUT_OF_MEMORY, detail=detail, fatal=False)
         if not math.isfinite(loss):
-            return Failed(reason=NOT_FINITE, detail=f"not finite: the base of round {self.round}", fatal=False)
-        return Evaluated(round=self.round, loss_nats=float(loss), tokens=int(tokens))
+            return Failed(reason=NOT_FINITE, detail=f"not finite: the base of round {self._writes.round}", fatal=False)
+        return Evaluated(round=self._writes.round, loss_nats=float(loss), tokens=int(tokens))

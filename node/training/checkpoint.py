@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from shoal.node.training.messages import Work
 from shoal.protocol.errors import ProtocolError
-from shoal.protocol.wire import U63, Bytes32, decode_record_untrusted, encode_record
+from shoal.protocol.wire import U63, Bound, Bytes32, Elided, decode_record_untrusted, encode_record
 
 CHECKPOINTS_KEPT = 2
 LIVES_KEPT = 64
@@ -64,13 +65,15 @@ class NumpyRandom:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
     """Where the inner loop stood: `batches_done` batches of its data, in the training for `round`. With `waits` it had
-    handed its parameters over. `local` is what they hold beyond the base, `pace` counts towards the next Ready."""
+    handed its parameters over. `local` is what they hold beyond the base, `pace` counts towards the next Ready. The
+    base was last adopted as the training for `since_round` began; 0: an older version has not written it down."""
 
     round: U63
     batches_done: U63
     waits: bool
     local: Tally
     pace: Tally
+    since_round: Annotated[int, Bound(0, 2**63 - 1), Elided()] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

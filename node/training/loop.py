@@ -178,7 +178,7 @@ class InnerLoop:
                 if position is not None and not command.adopt:
                     yield from self._go_on(position, now_s)
             case Merge():
-                self._merge(command, now_s)
+                yield from self._merge(command, now_s)
             case Freeze():
                 self._rounds.freeze()
             case Evaluate():
@@ -273,25 +273,26 @@ class InnerLoop:
             detail = trim_detail(f"the task's code at batch {self._batches_done - 1} ({counted}) raised {fault}")
             yield Failed(reason=TASK_FAILED, detail=detail, fatal=fatal)
 
-    def _merge(self, merge: Merge, now_s: float) -> None:
-        self._resumes = None
+    def _merge(self, merge: Merge, now_s: float) -> Iterator[Report]:
+        self._resumes, torn = None, None
         if merge.adopt_all:
             self._adopt()
         else:
-            self._merge_parts(merge)
+            torn = self._merge_parts(merge)
         if isinstance(self._batches, DividesData):
             self._batches.take_share(merge.place, merge.places)
         self._rounds.begin(merge.round, now_s, adopted=merge.adopt_all or any(merge.included))
         self._rounds.training = merge.begin
+        if torn is not None:
+            yield torn
 
-    def _merge_parts(self, merge: Merge) -> None:
+    def _merge_parts(self, merge: Merge) -> Failed | None:
         included, size = merge.included, merge.part_elements
         is_whole = self._writes.read(
             lambda: self._strategy.merge(self._base, included, size, merge.gain),
             lambda: self._strategy.take_parts(self._base, included, size),
         )
-        if not is_whole:
-            self._rounds.ahead = None  # what was made beside the exchange stood upon a base that was half another one
+        return None if is_whole else self._rounds.drop_ahead()
 
     def _adopt(self) -> None:
         self._writes.read(lambda: self._strategy.adopt(self._base))
@@ -320,8 +321,7 @@ class InnerLoop:
 
     def _go_back(self, what: str, now_s: float) -> Report:
         self._writes.read(lambda: self._strategy.restart(self._base))
-        fatal = not self._rounds.start_over(now_s)
-        return Failed(reason=NOT_FINITE, detail=f"not finite: {what}, in round {self._rounds.round}", fatal=fatal)
+        return self._rounds.start_over(what, now_s)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -345,6 +345,7 @@ class InnerLoop:
             tokens=position.local.tokens if position else 0,
             waits=position.waits if position else False,
             steps_lost=max(0, ends[-1] - self._batches_done) if ends else 0,
+            since_round=(position.since_round or position.round) if position else 0,
         )
 
     def _take(self, found: Checkpoint) -> str:
@@ -358,7 +359,7 @@ class InnerLoop:
 
     def _go_on(self, position: Position, now_s: float) -> Iterator[Report]:
         """From where the checkpoint stood: what was handed over is handed over again."""
-        self._rounds.take(position.local, position.pace, now_s)
+        self._rounds.take(position.local, position.pace, position.since_round or position.round, now_s)
         if position.waits:
             yield self._freeze(now_s)
 
@@ -372,6 +373,7 @@ class InnerLoop:
             waits=self._rounds.handed_over,
             local=self._rounds.local.read(now_s),
             pace=self._rounds.pace.read(now_s),
+            since_round=self._rounds.since_round,
         )
         try:
             self._checkpoints.save(position, self._strategy.optimizer_tensors() | self._strategy.parameter_tensors())
@@ -400,10 +402,9 @@ class InnerLoop:
             problem = f"the base does not fit beside the training and is not evaluated: {error}"
         else:
             if not np.isfinite(loss):
-                return Failed(
-                    reason=NOT_FINITE, detail=f"not finite: the base of round {self._rounds.round}", fatal=False
-                )
-            return Evaluated(round=self._rounds.round, loss_nats=loss, tokens=tokens)
+                detail = f"not finite: the base of round {self._writes.round}"
+                return Failed(reason=NOT_FINITE, detail=detail, fatal=False)
+            return Evaluated(round=self._writes.round, loss_nats=loss, tokens=tokens)
         self._evaluated = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -41,6 +41,7 @@ NO_TEXT = "no_text"
 NO_EVALUATION = "no_evaluation"
 RANK_LOST = "rank_lost"
 COMPILE_FAILED = "compile_failed"
+BASE_TORN = "base_torn"
 FAILURES = (
     BAD_INPUT,
     OUT_OF_MEMORY,
@@ -50,6 +51,7 @@ FAILURES = (
     NO_EVALUATION,
     RANK_LOST,
     COMPILE_FAILED,
+    BASE_TORN,
 )
 
 NOTHING = "nothing"
@@ -171,10 +173,10 @@ class Stop:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
     """What a trainer took from its checkpoint. With EVERYTHING it stands where it was, in the training for `round`,
-    `steps` and `tokens` beyond the base; with `waits` it had handed its parameters over, and does so again at the next
-    Begin without `adopt`. With OPTIMIZER the checkpoint was older than what has been contributed: of it only the
-    optimizer's state was taken. `steps_lost` are steps of its last life that are in nothing; their batches from
-    `batches_done` on are trained on again."""
+    `steps` and `tokens` beyond the base, which it last adopted as the training for `since_round` began; with `waits`
+    it had handed its parameters over, and does so again at the next Begin without `adopt`. With OPTIMIZER the
+    checkpoint was older than what has been contributed: of it only the optimizer's state was taken. `steps_lost` are
+    steps of its last life that are in nothing; their batches from `batches_done` on are trained on again."""
 
     extent: Annotated[str, Choice((NOTHING, OPTIMIZER, EVERYTHING))] = NOTHING
     round: U63 = 0
@@ -183,6 +185,7 @@ class Resumed:
     tokens: U63 = 0
     waits: bool = False
     steps_lost: U63 = 0
+    since_round: U63 = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +249,7 @@ class Compiling:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
     """The mean loss of `base` over the `tokens` held-out tokens, in nats a token: of byte_gpt that is a byte, of digits
-    an image. `round` is the one that was last begun, so the base is that of the round before."""
+    an image. `round` is the one whose state that base is, also where the trainer has not been told of it yet."""
 
     round: U63
     loss_nats: float
@@ -267,11 +270,13 @@ class Failed:
     """With `fatal` the trainer exits after this. Without, it trains on: after NOT_FINITE from `base`, after
     OUT_OF_MEMORY from where it was, with fewer examples at a time or without having looked at the base, after
     TASK_FAILED with the next batch, after COMPILE_FAILED without torch.compile, and after NO_TEXT and NO_EVALUATION
-    nothing has changed. RANK_LOST is always fatal."""
+    nothing has changed. RANK_LOST is always fatal. BASE_TORN tells that steps stood upon a base that was replaced while
+    it was read. `steps_dropped` are steps that were thrown away for this, and count for nothing."""
 
     reason: Annotated[str, Choice(FAILURES)]
     detail: Detail
     fatal: bool
+    steps_dropped: U63 = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ RESTARTS_MAX times in a row at the base it is over.
 """
 
 from shoal.node.training.checkpoint import Tally
-from shoal.node.training.messages import Progress
+from shoal.node.training.messages import BASE_TORN, NOT_FINITE, Failed, Progress
 from shoal.protocol.manifest import Training
 
 PROGRESS_PERIOD_S = 0.5
@@ -52,6 +52,7 @@ class RoundWork:
         self.rules = training
         self.overlap_steps = training.overlap_steps
         self.round = 0
+        self.since_round = 0  # that was begun with the base that was last adopted
         self.training = False
         self.handed_over = False
         self.local = RunningTally()  # what the local parameters hold beyond the base
@@ -66,6 +67,7 @@ class RoundWork:
         ahead, self.ahead = self.ahead, None
         if adopted:
             self.local = RunningTally() if ahead is None else ahead
+            self.since_round = round
         # A peer that was not ready when its round ended trains on towards its own Ready, however slow it is.
         if ahead is not None:
             self.pace = RunningTally.of(ahead.read(now_s), now_s)
@@ -78,18 +80,32 @@ class RoundWork:
         self.handed_over = False
         self.training = True
 
-    def start_over(self, now_s: float) -> bool:
-        """The local parameters are the base again, and nothing of the work is left; False: that happened too often."""
+    @property
+    def loose_steps(self) -> int:
+        """Steps in the local parameters that no hand-over of this round has."""
+        return self.local.steps if self.ahead is None else self.ahead.steps
+
+    def start_over(self, what: str, now_s: float) -> Failed:
+        """The local parameters are the base again, since `what` was not finite, and nothing of the work is left; fatal
+        where that happened too often."""
+        dropped = self.loose_steps
         waits, self.ahead = self.ahead is not None, None
         self.begin(self.round, now_s, adopted=True)
         if waits:  # what was handed over before may be counted, and nothing else of this round
             self.handed_over, self.ahead = True, RunningTally(since_s=now_s)
         self._restarts += 1
         self.training = self._restarts <= RESTARTS_MAX
-        return self.training
+        detail = f"not finite: {what}, in round {self.round}"
+        return Failed(reason=NOT_FINITE, detail=detail, fatal=not self.training, steps_dropped=dropped)
 
-    def take(self, local: Tally, pace: Tally, now_s: float) -> None:
+    def drop_ahead(self) -> Failed | None:
+        """What was made beside the exchange stood upon a base that was half another one: what to tell of it."""
+        ahead, self.ahead = self.ahead, None
+        return tell_torn(0 if ahead is None else ahead.steps, self.round)
+
+    def take(self, local: Tally, pace: Tally, since_round: int, now_s: float) -> None:
         """Stand where a checkpoint stood."""
+        self.since_round = since_round
         self.local, self.pace = RunningTally.of(local, now_s), RunningTally.of(pace, now_s)
 
     def freeze(self) -> None:
@@ -139,3 +155,12 @@ class RoundWork:
         rate = shown.tokens / (now_s - shown.since_s)
         steps, tokens = self.local.steps, self.local.tokens
         return Progress(round=self.round, steps=steps, tokens=tokens, loss=loss, tokens_per_s=rate)
+
+
+def tell_torn(steps: int, round: int) -> Failed | None:
+    """So many steps were dropped because of a base that was replaced while it was read; None: there were none."""
+    if not steps:
+        return None
+    count = "1 step was" if steps == 1 else f"{steps} steps were"
+    detail = f"{count} dropped, made in round {round} upon a base that was replaced while it was read"
+    return Failed(reason=BASE_TORN, detail=detail, fatal=False, steps_dropped=steps)

@@ -21,6 +21,7 @@ from shoal.protocol.manifest import Manifest
 from shoal.protocol.messages import (
     ROUND_MESSAGES,
     Certificate,
+    Certified,
     Proposal,
     Ready,
     Result,
@@ -85,6 +86,8 @@ class Checker:
         self._books: dict[PeerId, Books] = {}
         self._phases: dict[PeerId, tuple[Phase, float, float]] = {}
         self._quorum_seen_s: dict[PeerId, float] = {}
+        self._begun: set[PeerId] = set()  # those that have seen a quorum since their start
+        self._certified_first = False  # somebody has told of round 1
         self._certified_s: dict[bytes, float] = {}
         self._counted: dict[bytes, frozenset[PeerId]] = {}  # by certified round: of whom any part is in it
 
@@ -104,6 +107,7 @@ class Checker:
             raise broken("rounds are never undone", f"peer {peer.number} woke up at {head.round}")
         self.committed_head[me] = head
         self._quorum_seen_s[me] = peer.clock()
+        self._begun.discard(me)
         self._books[me] = Books(residual=np.zeros(self.manifest.layout.elements, np.float32))
         self._phases.pop(me, None)
 
@@ -289,19 +293,30 @@ class Checker:
         in_sight = len({peer.identity.peer, *signing}.intersection(voters))
         if oracle.is_quorum(in_sight, len(voters), self.manifest.rounds.quorum):
             self._quorum_seen_s[peer.identity.peer] = peer.clock()
+            self._begun.add(peer.identity.peer)
 
     def declared_alone(self, peer: "SimPeer", certificate: Certificate) -> None:
         """Where nobody else has signed a re-root, it is this peer's, or was, when it declared in an earlier life."""
         is_own = [vote.voter for vote in certificate.votes] == [peer.identity.peer]
         if certificate.attempt == REROOT_ATTEMPT and is_own and digest_record(certificate.result) not in self.results:
             self._check_timer(peer, self.manifest.rounds.reroot_after_s)
+            self._check_begun(peer, certificate.result)
 
     def declared(self, peer: "SimPeer", message: ROUND_MESSAGES) -> None:
         """With these messages a peer has a part in a declared re-root: who signs must have missed the quorum, too."""
-        if isinstance(message, Vote) and message.attempt == REROOT_ATTEMPT:
+        if isinstance(message, Certified) and message.certificate.result.round == 1:
+            self._certified_first = True
+        elif isinstance(message, Vote) and message.attempt == REROOT_ATTEMPT:
             self._check_timer(peer, self.manifest.rounds.presence_timeout_s)
         elif isinstance(message, Proposal) and message.attempt == REROOT_ATTEMPT:
             self._check_timer(peer, self.manifest.rounds.reroot_after_s)
+            self._check_begun(peer, message.result)
+
+    def _check_begun(self, peer: "SimPeer", result: Result) -> None:
+        """Before the first round a swarm that is only late looks like one that is gone."""
+        has_begun = result.round > 1 or peer.identity.peer in self._begun or self._certified_first
+        if not has_begun:
+            raise broken("nobody declares before a quorum was there", f"peer {peer.number}")
 
     def _check_timer(self, peer: "SimPeer", wait_s: float) -> None:
         missed_s = peer.clock() - self._quorum_seen_s[peer.identity.peer]

@@ -261,3 +261,9 @@ def timer_not_stopped(patches: Patches) -> None:
             old(self, now)
 
     patches.wrap(RoundCore, "_watch_quorum", watch)
+
+
+@bug(seed=2014656959, by="nobody declares before a quorum was there")
+def late_start_taken_for_loss(patches: Patches) -> None:
+    """Who is there first names itself after the declared timer, though the others are only late."""
+    patches.set(RoundCore, "has_seen_quorum", True)

@@ -501,7 +501,9 @@ class World:
     def _tend_owner(self) -> None:
         """Where the peers that are left cannot go on by themselves, the owner speaks."""
         heaviest = self.checker.logs.heaviest(self._heads())
-        remain = any(self.by_id[peer].up for peer in heaviest.voters) and bool(self.cluster.reroot_after_s)
+        left = [self.by_id[peer].core for peer in heaviest.voters if self.by_id[peer].up]
+        # They declare where one of them knows that there was a quorum once.
+        remain = any(core.has_seen_quorum for core in left) and bool(self.cluster.reroot_after_s)
         if not remain and not self._has_quorum(heaviest):
             self.reroot([peer for peer in self.peers if peer.up])
         self.schedule(OWNER_LOOKS_S, self._tend_owner)

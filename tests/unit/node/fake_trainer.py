@@ -106,7 +106,7 @@ class FakeTrainer:
             self._finish(steps=1)
 
     async def evaluate(self) -> None:
-        self._report(Evaluated(round=self._round, loss_nats=self._loss(self._base), tokens=1))
+        self._report(Evaluated(round=self._round - 1, loss_nats=self._loss(self._base), tokens=1))
 
     async def sample(self, prompt: bytes, size_bytes: int) -> None:
         self._report(Sampled(text=(prompt or b"\n")[:1] * size_bytes))

@@ -13,7 +13,17 @@ from shoal.node import compute
 from shoal.node.compute import RESTARTS_MAX
 from shoal.node.status import TrainerState, judge_health
 from shoal.node.trainer import TrainerError
-from shoal.node.training.messages import OUT_OF_MEMORY, Evaluated, Failed, Merge, Ready, Started, Work
+from shoal.node.training.messages import (
+    BASE_TORN,
+    NOT_FINITE,
+    OUT_OF_MEMORY,
+    Evaluated,
+    Failed,
+    Merge,
+    Ready,
+    Started,
+    Work,
+)
 from shoal.protocol import quorum
 from shoal.protocol.attendance import FRESHNESS, NO_ATTENDANCE, PARTICIPATION, WORK, Attendance
 from shoal.protocol.errors import Failure
@@ -21,6 +31,7 @@ from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import Result, digest_record
 from shoal.protocol.quorum import list_contributors
 from shoal.protocol.replica import find_gain
+from tests.unit.node.exposition import read
 from tests.unit.node.fake_trainer import TOKENS_PER_STEP, FakeTrainer
 from tests.unit.node.node_samples import Peer, fill_folder, make_chain, make_samples, open_peer, wait_until
 
@@ -456,6 +467,19 @@ async def test_a_trainer_that_dies_while_the_peer_stops_stays_dead(tmp_path: Pat
             await asyncio.sleep(0)
         assert trainer.starts == 1 and peer.restarts == []
         assert peer.compute.phase is TrainerState.STOPPED
+
+
+async def test_steps_that_were_thrown_away_are_counted_by_their_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_trainer(tmp_path) as (peer, _):
+        await peer.compute.start()
+        for reason, steps in ((BASE_TORN, 3), (NOT_FINITE, 2), (BASE_TORN, 4), (OUT_OF_MEMORY, 0)):
+            peer.compute.take(Failed(reason=reason, detail="by the test", fatal=False, steps_dropped=steps))
+        assert peer.reporter.build_status().training.steps_dropped == 9
+        assert read(peer, "inner_steps_dropped_total", reason="base_torn") == 7
+        assert read(peer, "inner_steps_dropped_total", reason="not_finite") == 2
+        assert "trainer: base_torn: by the test" in caplog.text
 
 
 async def test_a_loss_that_is_not_finite_is_the_trainers_own_business(tmp_path: Path) -> None:

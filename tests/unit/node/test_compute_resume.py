@@ -12,6 +12,7 @@ from shoal.node import compute
 from shoal.node.feedback import FeedbackFull, FeedbackStore, Settled
 from shoal.node.status import TrainerState
 from shoal.node.training.messages import EVERYTHING, NOTHING, OPTIMIZER, Progress, Ready, Resumed, Started, Work
+from shoal.protocol.attendance import FRESHNESS, Attendance
 from shoal.protocol.quorum import make_bitmap
 from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, wait_until
 from tests.unit.node.test_compute import Trainer
@@ -64,7 +65,7 @@ def settled_in(parts: tuple[int, ...], peer: Peer, batches_done: int = BATCHES) 
     return Settled(round=0, batches_done=batches_done, parts=bitmap)
 
 
-WAITING = Resumed(extent=EVERYTHING, round=1, batches_done=BATCHES, steps=8, tokens=800, waits=True)
+WAITING = Resumed(extent=EVERYTHING, round=1, batches_done=BATCHES, steps=8, tokens=800, waits=True, since_round=1)
 
 
 async def test_without_a_checkpoint_it_begins_with_the_base(tmp_path: Path) -> None:
@@ -168,6 +169,17 @@ async def test_rounds_that_were_missed_before_the_restart_count(tmp_path: Path) 
         assert trainer.begun == [(missed_max + 1, False)]
         await peer.compute.committed(make_chain(peer.swarm, 1).certificates[0].result, ())
         assert [one.adopt_all for one in trainer.merges] == [True]
+
+
+@pytest.mark.parametrize(("since_round", "base_age"), [(4, 0), (2, 2), (1, 3)])
+async def test_the_base_is_as_old_after_a_restart_as_before(tmp_path: Path, since_round: int, base_age: int) -> None:
+    """The checkpoint is of the training for round 4: what was missed before it counts as well."""
+    resumed = replace(WAITING, round=4, since_round=since_round)
+    async with returning(tmp_path, resumed, weights=FRESHNESS) as (peer, trainer, _):
+        peer.state.head = replace(peer.state.head, round=3)
+        await peer.compute.start()
+        assert trainer.begun == [(4, False)]
+        assert await peer.compute._find_attendance() == Attendance(base_age=base_age)
 
 
 async def test_what_is_handed_over_again_and_was_counted_meanwhile_is_not_offered(tmp_path: Path) -> None:

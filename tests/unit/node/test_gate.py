@@ -15,9 +15,10 @@ from shoal.node import gate
 from shoal.node.control import PeerUnreachable, RequestRefused
 from shoal.node.decree_exchange import DECREES_PER_ANSWER, ask_decrees
 from shoal.node.gate import ASKING_SHOWN_S, GRACE_S, PERIOD_S, WAITING_MAX
-from shoal.node.intake import REMIND_S, STRANGER_BURST
+from shoal.node.intake import STRANGER_BURST
 from shoal.node.ledger_sync import make_rules
 from shoal.node.link_port import LinkLost
+from shoal.node.reminders import REMIND_S
 from shoal.protocol.admission import AdmissionProof, GetDecrees, issue_ticket, prove_admission
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
@@ -321,6 +322,7 @@ async def test_who_is_refused_says_so_with_the_next_step_and_not_too_often(tmp_p
         joiner.now_s = lambda: time.monotonic() + REMIND_S
         await founder.tell(joiner, refused)
         await wait_until(lambda: sum(step in one.text for one in joiner.reporter.feed.recent) == 2)
+        assert [one.text for one in joiner.reporter.feed.recent if "times more" in one.text], "it says what it left out"
         admit(joiner, JOINER)
         assert not any("not_admitted" in one for one in joiner.reporter.build_status().warnings)
 

@@ -19,6 +19,7 @@ from shoal.node.control import PeerUnreachable, RequestRefused
 from shoal.node.happenings import HappeningKind
 from shoal.node.ledger_sync import make_rules
 from shoal.node.link_port import LinkLost
+from shoal.node.reminders import REMIND_S
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
 from shoal.protocol.identity import short_peer_id
@@ -273,6 +274,40 @@ async def test_nothing_of_a_refused_peer_is_taken(tmp_path: Path) -> None:
         await push(puppet, peer, *make_part(peer))
         assert peer.tensor_refusals[-1] == (puppet.me, Refusal.MALFORMED), "it is not admitted"
         assert not await peer.membership.connect(puppet.me), "it is not dialled either"
+
+
+async def test_a_refused_peer_that_keeps_trying_is_told_of_once_a_minute(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lines() -> list[str]:
+        return [one.getMessage() for one in caplog.records if "malformed" in one.getMessage()]
+
+    async with open_target(tmp_path) as (peer, puppet):
+        await lie_until_refused(peer, puppet)
+        for _ in range(50):
+            peer.intake.link_refused(puppet.me, Refusal.MALFORMED)
+        assert count_refused(peer, "malformed", "control") == ENOUGH
+        assert count_refused(peer, "malformed", "tensor") == 50, "counted to the last"
+        assert len(lines()) == 2, "that something was refused, and that it was hung up on"
+        peer.now_s = lambda: time.monotonic() + REMIND_S
+        peer.intake.link_refused(puppet.me, Refusal.MALFORMED)
+        assert lines()[2].endswith(f"over a tensor link (and {ENOUGH + 49} times more since it was last said)")
+
+
+async def test_who_is_refused_by_everybody_says_so_once_a_minute(tmp_path: Path) -> None:
+    def told(peer: Peer) -> list[str]:
+        return [one.text for one in peer.reporter.feed.recent if "refuses this peer" in one.text]
+
+    async with open_target(tmp_path) as (peer, puppet), open_puppet(peer.swarm, 2, peer) as other:
+        for one in (puppet, other, puppet):
+            peer.intake.take_message(one.me, one.encode(Refused(refusal="banned", detail="by the swarm's owner")))
+            peer.intake.take_message(one.me, one.encode(Refused(refusal="wrong_base", detail="another log")))
+        owners, *others = told(peer)
+        assert owners.endswith("banned (by the swarm's owner)")
+        assert len(others) == 2 and all("wrong_base" in one for one in others), "of each peer"
+        peer.now_s = lambda: time.monotonic() + REMIND_S
+        peer.intake.take_message(puppet.me, puppet.encode(Refused(refusal="banned", detail="by the swarm's owner")))
+        assert told(peer)[-1].endswith("banned (by the swarm's owner) (and 2 times more since it was last said)")
 
 
 async def test_a_refused_peer_that_connects_again_is_disconnected_at_once(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ class Log:
 
 
 LOG = Log()
+NAMED: list[int] = []  # the rounds of which the parameters were said to be
 
 
 @contextmanager
@@ -83,11 +84,11 @@ def opened(folder: Path, snapshots_kept: int = 2) -> Iterator[LocalState]:
 
 
 @contextmanager
-def writing(params: NDArray[np.float32]) -> Iterator[None]:
+def writing(params: NDArray[np.float32]) -> Iterator[Callable[[int], None]]:
     """What a trainer maps may be changed inside of this alone."""
     params.flags.writeable = True
     try:
-        yield
+        yield NAMED.append
     finally:
         params.flags.writeable = False
 
@@ -114,6 +115,21 @@ async def restarted_at(folder: Path, number: int) -> bool:
     with opened(folder) as state:
         await state.restore()
         return stands_at(state, number)
+
+
+async def test_the_parameters_are_named_by_their_round(tmp_path: Path) -> None:
+    NAMED.clear()
+    await fill(tmp_path, 2)
+    assert NAMED == [0, 1, 2]
+    with opened(tmp_path) as state:
+        await state.restore()
+    assert NAMED[3:] == [2], "at the start, too"
+    (tmp_path / "newcomer").mkdir()
+    with opened(tmp_path / "newcomer") as state:
+        await state.restore()
+        params, momentum = (np.zeros(ELEMENTS, np.float32) for _ in range(2))
+        await state.install(LOG.heads[5], params, momentum)
+    assert NAMED[4:] == [0, 5]
 
 
 async def test_an_empty_folder_is_round_0(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 serves members alone, within its bounds, and sees nothing but sealed bytes."""
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
@@ -280,7 +281,8 @@ async def test_a_change_of_the_own_addresses_ends_the_pause() -> None:
 # -- never an open relay -----------------------------------------------------------------------------------------------
 
 
-async def test_relaying_is_for_members_and_for_both_of_them() -> None:
+async def test_relaying_is_for_members_and_for_both_of_them(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     async with open_village(OPEN) as (village, (ann, bob, relay)):
         assert await ann.ask(relay, STRANGER) is Refusal.NOT_A_MEMBER
         village.strangers.add(ann.me)
@@ -291,6 +293,8 @@ async def test_relaying_is_for_members_and_for_both_of_them() -> None:
         assert await ann.ask(relay, bob.me) is Refusal.BANNED
         assert await bob.ask(relay, ann.me) is Refusal.BANNED
         assert relay.relay.refusals == {Refusal.NOT_A_MEMBER: 3, Refusal.BANNED: 2}
+        lines = [one for one in caplog.messages if "a link is not relayed" in one]
+        assert len(lines) == 4, "one for each who asks and each reason"
         assert not relay.relay._splices and not relay.relay._tickets
 
 

@@ -115,6 +115,28 @@ def test_nobody_else_speaks_for_the_owner(after_s: float) -> None:
 # -- the declared timer ---------------------------------------------------------------------------------------------
 
 
+def test_who_is_there_first_waits_for_the_others_however_late_they_are() -> None:
+    table = Table(5, rules=TIMED)
+    leave_alive(table, 0, 1)
+    for seat in table.up():
+        table.kill(seat)
+    for number in (0, 1):
+        table.restart(table.seats[number])
+    table.make_ready()
+    table.advance(5 * AFTER_S)
+    assert all(seat.committed == [] and seat.said(Proposal) == [] for seat in table.up())
+    table.restart(table.seats[2])
+    table.make_ready()
+    table.run(1)
+    assert {member.peer for member in table.result().members} == set(PEERS[:3]), "one log, with a quorum behind it"
+    # From now on a quorum that is gone is gone, and the timer counts, after a restart, too.
+    leave_alive(table, 0, 1)
+    table.kill(table.seats[0])
+    table.restart(table.seats[0])
+    table.advance(AFTER_S + MARGIN_S)
+    assert set(table.result(2).voters) == set(PEERS[:2])
+
+
 @pytest.mark.parametrize("survivors", [(0, 1), (1, 4), (3,)])
 def test_after_the_declared_timer_the_peers_that_are_left_go_on(survivors: tuple[int, ...]) -> None:
     table = Table(5, rules=replace(TIMED, peers_min=len(survivors)))

@@ -170,7 +170,7 @@ def test_what_was_not_handed_over_goes_on_where_it_stood_when_the_daemon_is_back
     rig.loop.lose(0.0)
     assert rig.train(5) == [], "nobody is there to be told"
     resumed = rig.start(0)
-    assert resumed == Resumed(extent=EVERYTHING, round=1, batches_done=7, steps=7, tokens=70)
+    assert resumed == Resumed(extent=EVERYTHING, round=1, batches_done=7, steps=7, tokens=70, since_round=1)
     rig.tell(Begin(round=3, adopt=False))
     ready = ready_of(rig.train())
     assert (ready.round, ready.steps, ready.batches_done) == (3, 8, 8)
@@ -185,7 +185,7 @@ def test_what_may_still_be_counted_is_handed_over_again_to_the_bit(device: str) 
     assert not rig.loop.waits
     rig.train(4)
     resumed = rig.start(3)
-    assert resumed == Resumed(extent=EVERYTHING, round=1, batches_done=3, steps=3, tokens=30, waits=True)
+    assert resumed == Resumed(extent=EVERYTHING, round=1, batches_done=3, steps=3, tokens=30, waits=True, since_round=1)
     ready = ready_of(rig.tell(Begin(round=1, adopt=False)))
     assert (ready.round, ready.steps, ready.tokens, ready.batches_done) == (1, 3, 30, 3)
     assert (rig.memory[1] == 1.75).all() and rig.loop.waits
@@ -212,7 +212,7 @@ def test_what_the_daemon_never_knew_of_was_not_handed_over() -> None:
     rig.train(3)
     rig.loop.lose(0.0)
     rig.train(1)
-    assert rig.start(0) == Resumed(extent=EVERYTHING, round=1, batches_done=4, steps=4, tokens=40)
+    assert rig.start(0) == Resumed(extent=EVERYTHING, round=1, batches_done=4, steps=4, tokens=40, since_round=1)
     assert rig.tell(Begin(round=1, adopt=False)) == []
     assert ready_of(rig.train()).steps == 5
 
@@ -297,7 +297,7 @@ def test_the_base_is_measured_in_the_scripts_model_which_gets_its_own_back(devic
 
     rig = Rig(evaluate=measure, device=device)
     rig.train(2)
-    assert rig.tell(Evaluate()) == [Evaluated(round=1, loss_nats=0.75, tokens=12)]
+    assert rig.tell(Evaluate()) == [Evaluated(round=0, loss_nats=0.75, tokens=12)]
     assert seen == [1.0] * 4 and (rig.parameters == 1.5).all() and rig.parameters.size == ELEMENTS
 
 

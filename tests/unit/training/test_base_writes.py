@@ -16,6 +16,7 @@ from shoal.node.training.base_writes import BaseWrites, WriterGone, map_memory
 from shoal.node.training.local_parameters import LocalParameters
 from shoal.node.training.loop import InnerLoop
 from shoal.node.training.messages import (
+    BASE_TORN,
     EVERYTHING,
     NOTHING,
     Begin,
@@ -44,14 +45,15 @@ class Daemon:
 
     def __init__(self, memory: NDArray[np.float32]) -> None:
         self.memory = memory
-        self.count = np.zeros(1, np.uint64)
+        self.count = np.zeros(2, np.uint64)
         self._writes = BaseWrites(self.count)
 
-    def write(self, base: NDArray[np.float32]) -> None:
-        with self._writes.writing():
+    def write(self, base: NDArray[np.float32], round: int = 0) -> None:
+        with self._writes.writing() as name_round:
             self.memory[0] = base
+            name_round(round)
 
-    def write_within(self, model: nn.Module, base: NDArray[np.float32], passes: int = 0) -> None:
+    def write_within(self, model: nn.Module, base: NDArray[np.float32], passes: int = 0, round: int = 0) -> None:
         """After so many passes over the parameters that read no base."""
         read, left = model.parameters, [None] * passes
 
@@ -63,7 +65,7 @@ class Daemon:
             del model.parameters
             for place, one in enumerate(read()):
                 if place == 1:
-                    self.write(base)
+                    self.write(base, round)
                 yield one
 
         model.parameters = parameters  # type: ignore[method-assign, assignment]
@@ -107,7 +109,10 @@ def test_parts_that_are_merged_are_those_of_one_base(strategy: str) -> None:
     before = rig.parameters
     rig.write(LATER[0])
     rig.write_within(rig.model, LATER[1])
-    rig.tell(FIRST_HALF)
+    told = rig.tell(FIRST_HALF)
+    assert [(one.reason, one.steps_dropped, one.fatal) for one in told if isinstance(one, Failed)] == (
+        [(BASE_TORN, 1, False)] if ready.trains_on else []
+    )
     np.testing.assert_array_equal(rig.parameters[:HALF], LATER[1][:HALF])
     if strategy != EAGER:  # there what was left out is what was handed over, and what was done since
         np.testing.assert_array_equal(rig.parameters[HALF:], before[HALF:])
@@ -153,10 +158,11 @@ def test_a_base_that_is_measured_is_whole() -> None:
     rig = Rig(DILOCO)
     rig.tell(Evaluate())
     assert rig.loop._evaluated is not None
-    rig.write(LATER[0])
-    rig.write_within(rig.loop._evaluated, LATER[1])
+    rig.write(LATER[0], 1)
+    rig.write_within(rig.loop._evaluated, LATER[1], round=2)
     (torn,) = rig.tell(Evaluate())
     assert rig.tell(Evaluate()) == [torn]
+    assert isinstance(torn, Evaluated) and torn.round == 2, "not the one that it was last told of"
 
 
 # -- a script of one's own ------------------------------------------------------------------------------------------
@@ -211,7 +217,10 @@ def test_parts_that_a_script_merges_are_those_of_one_base(strategy: str) -> None
     held = float(flatten(rig.model)[-1])
     rig.write(rig.base(2.0))
     rig.write_within(rig.model, rig.base(3.0))
-    rig.tell(FIRST_PART)
+    told = rig.tell(FIRST_PART)
+    assert [(one.reason, one.steps_dropped) for one in told if isinstance(one, Failed)] == (
+        [] if strategy == DILOCO else [(BASE_TORN, 1)]
+    )
     assert flatten(rig.model).tolist() == [3.0] * 5 + [held]
     *_, again = rig.train(3)
     assert isinstance(again, Ready) and again.steps == 3, "what was dropped is not counted"
@@ -233,16 +242,17 @@ def test_a_script_starts_again_from_a_whole_base_and_measures_one() -> None:
     assert isinstance(failed, Failed)
     assert flatten(rig.model).tolist() == [3.0] * ELEMENTS
     rig.train(1)
-    rig.write_within(rig.model, rig.base(5.0))
+    rig.write_within(rig.model, rig.base(5.0), round=7)
     (measured,) = rig.tell(Evaluate())
     assert isinstance(measured, Evaluated) and measured.loss_nats == 5.0 * ELEMENTS
+    assert (measured.round, rig.loop.round) == (7, 1), "that of the base, whatever the script was told of"
     assert flatten(rig.model).tolist() == [3.25] * ELEMENTS
 
 
 def test_of_a_base_that_a_daemon_never_finished_a_script_takes_nothing() -> None:
     rig = ScriptRig()
     rig.train(1)
-    rig.count += np.uint64(1)  # it begins to write
+    rig.count[0] += np.uint64(1)  # it begins to write
     with pytest.raises(WriterGone):
         rig.tell(Begin(round=2, adopt=True))
     assert flatten(rig.model).tolist() == [1.25] * ELEMENTS
@@ -257,22 +267,26 @@ def test_of_half_a_base_that_a_script_took_nothing_counts() -> None:
 
     def die() -> None:
         rig.memory[0] = 3.0
-        rig.count += np.uint64(1)
+        rig.count[0] += np.uint64(1)
 
-    rig.write = lambda base: die()  # type: ignore[method-assign]
+    rig.write = lambda base, round: die()  # type: ignore[method-assign]
     rig.write_within(rig.model, rig.base(3.0))
     with pytest.raises(WriterGone):
         rig.tell(FIRST_PART)
     assert rig.loop.take_replaced()
     rig.loop.lose(0.0)
+    rig.train(2)
     assert rig.loop.start(rig.work, rig.memory, "cpu").resumed.extent == NOTHING
+    (torn,) = rig.tell(Begin(round=2, adopt=True))
+    assert isinstance(torn, Failed) and (torn.reason, torn.steps_dropped) == (BASE_TORN, 3)
+    assert rig.tell(Begin(round=2, adopt=True)) == [], "it is told once"
 
 
 # -- the count ------------------------------------------------------------------------------------------------------
 
 
 def test_a_trainer_waits_for_a_writer_and_reads_once() -> None:
-    count, taken = np.ones(1, np.uint64), []
+    count, taken = np.ones(2, np.uint64), []
 
     def rest() -> bool:
         count[0] = 2
@@ -283,7 +297,7 @@ def test_a_trainer_waits_for_a_writer_and_reads_once() -> None:
 
 
 def test_a_write_that_fails_ends_all_the_same() -> None:
-    count = np.zeros(1, np.uint64)
+    count = np.zeros(2, np.uint64)
     with suppress(OSError), BaseWrites(count).writing():
         raise OSError
     assert BaseWrites(count).read(lambda: None)

@@ -36,6 +36,7 @@ from shoal.node.training.messages import (
     Report,
     Resumed,
 )
+from shoal.protocol.wire import decode_record_untrusted, encode_record
 from tests.unit.training.tiny import layout, make_memory, make_start, make_work
 
 POSITION = Position(
@@ -65,6 +66,34 @@ def test_what_was_saved_is_there_after_a_restart(tmp_path: Path) -> None:
     found = open_store(tmp_path).load()
     assert found is not None and found.position == POSITION
     assert all(torch.equal(found.tensors[name], one) for name, one in TENSORS.items())
+
+
+def test_a_checkpoint_of_an_older_version_is_read_as_it_was(tmp_path: Path) -> None:
+    """The field that it has not takes no byte where it is 0."""
+    assert len(encode_record(POSITION)) + 1 == len(encode_record(replace(POSITION, since_round=2)))
+    assert decode_record_untrusted(Position, encode_record(POSITION)).since_round == 0
+
+
+def test_a_restart_knows_when_the_base_was_last_adopted(tmp_path: Path) -> None:
+    """The rounds that were missed before the checkpoint, too."""
+    memory = make_memory()
+    life = Life(tmp_path, memory, 0, [])
+    life.tell(Begin(round=2, adopt=True), 0.0)
+    assert life.step(0.0) is None
+    life.tell(Begin(round=3, adopt=False), 0.0)
+    life.tell(Begin(round=4, adopt=False), 0.0)
+    assert life.step(0.0) is None
+    life.loop.leave(0.0)
+    again = Life(tmp_path, memory, 0, [])
+    assert (again.resumed.round, again.resumed.since_round) == (4, 2)
+    again.tell(Begin(round=5, adopt=False), 0.0)
+    assert again.step(0.0) is None
+    again.loop.leave(0.0)
+    assert Life(tmp_path, memory, 0, []).resumed.since_round == 2, "through two restarts"
+    again.tell(MERGE_ALL, 0.0)
+    assert again.step(0.0) is None
+    again.loop.leave(0.0)
+    assert Life(tmp_path, memory, 0, []).resumed.since_round == MERGE_ALL.round
 
 
 def test_a_fresh_folder_has_none(tmp_path: Path) -> None:
@@ -324,7 +353,7 @@ def test_on_leave_what_was_trained_since_ready_is_kept(tmp_path: Path) -> None:
     life.loop.leave(3.0)
     again = Life(tmp_path, life.memory, 0, drawn)
     assert again.resumed == Resumed(
-        extent=EVERYTHING, round=1, batches_done=3, steps=3, tokens=3 * 8 * 32, waits=False, steps_lost=0
+        extent=EVERYTHING, round=1, batches_done=3, steps=3, tokens=3 * 8 * 32, waits=False, steps_lost=0, since_round=1
     )
     assert again.tell(Begin(round=1, adopt=False), 4.0) is None
     ready = again.step(5.0)
