@@ -158,6 +158,18 @@ async def test_the_file_holds_the_named_tensors_and_says_what_they_are(tmp_path:
     assert [path.name for path in out.parent.iterdir()] == [out.name], "and nothing half-written beside it"
 
 
+async def test_what_cannot_be_written_is_the_persons_to_mend_and_leaves_nothing(tmp_path: Path) -> None:
+    await take_part(tmp_path, 1)
+    model = read_certified_model(tmp_path)
+    (taken := tmp_path / "out" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"--out: .*model.safetensors cannot be written: Is a directory"):
+        write_model(model, taken)
+    assert list(taken.parent.iterdir()) == [taken] and not list(taken.iterdir())
+    (file := tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out: .* cannot be written"):
+        write_model(model, file / "model.safetensors")
+
+
 async def test_an_older_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     await take_part(tmp_path, 1)
     out = tmp_path / "model.safetensors"
