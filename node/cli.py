@@ -256,7 +256,12 @@ def _run_up(options: argparse.Namespace) -> int:
     overrides = {flag: value for flag, value in given.items() if value is not None}
     if options.command == "join":
         overrides["swarm"] = options.uri
-    config = load_config(options.config, overrides)
+    try:
+        config = load_config(options.config, overrides)
+    except ConfigError as error:
+        if options.command == "join" and error.field == "--swarm":
+            raise ConfigError("URI", error.problem, error.fix) from error
+        raise
     set_up_log(config.log.level, config.log.format)
     folder = config.data_path
     with hold_identity(folder / "identity.key") as identity:

@@ -12,7 +12,7 @@ from tests.e2e.swarm import Swarm, run
     ("arguments", "wanted"),
     [
         (("join", "http://x"), "shoal://"),
-        (("join", "shoal://12"), "swarm id"),
+        (("join", "shoal://12"), "URI: swarm id"),
         (("join", "shoal://" + "ab" * 32 + "?bootstrap=1.2.3.4:5"), "bootstrap"),
         (("up",), "shoal swarm create"),
         (("up", "--manifest", "/nonexistent.shoal"), "/nonexistent.shoal"),
