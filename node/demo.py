@@ -106,6 +106,13 @@ def check_demo_options(options: DemoOptions) -> None:
         raise ConfigError("--report", f"{options.report} cannot be written", fix)
 
 
+def explain_standstill(trainers: Sequence[Status | None]) -> str | None:
+    """The last words of a trainer, where all have been given up, so that no round can come any more."""
+    states = [None if one is None else one.training.state for one in trainers]
+    given_up = bool(states) and all(state is TrainerState.STOPPED for state in states)
+    return next((one.training.error for one in trainers if one is not None), None) if given_up else None
+
+
 def _fresh_folder(folder: Path) -> Path:
     """An empty folder; only what an earlier demo made is removed."""
     if folder.exists() and any(folder.iterdir()):
@@ -205,6 +212,8 @@ class _Swarm:
         end = time.monotonic() + TRAIN_LIMIT_S
         while time.monotonic() < end and self._round() < self.rounds:
             self._poll(screen)
+            if (why := explain_standstill([peer.status for peer in self._peers])) is not None:
+                raise ConfigError("demo", f"no trainer goes on: {why}", f"mend that; see {self.folder}/*/log")
             if not self.killed and self._round() >= min(KILL_ROUND, self.rounds // 3):
                 self._kill(screen)
             elif self.killed and not self.joined and self._round() >= min(JOIN_ROUND, self.rounds // 2):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from shoal.node.demo import MARKER, DemoOptions, run_demo
+from shoal.node.demo import MARKER, DemoOptions, explain_standstill, run_demo
+from shoal.node.status import Status, TrainerState
 from shoal.protocol.errors import ConfigError
 
 
@@ -36,3 +37,11 @@ def test_a_file_is_no_folder_for_the_demo(options: DemoOptions, tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"--out: .*file is a file"):
         run_demo(replace(options, folder=tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_demo_whose_trainers_were_all_given_up_says_why(status: Status) -> None:
+    error = "trainer.text: empty.txt has 0 bytes of text"
+    ended = replace(status, training=replace(status.training, state=TrainerState.STOPPED, error=error))
+    assert explain_standstill([ended, ended]) == error
+    assert explain_standstill([ended, status]) is None and explain_standstill([ended, None]) is None
+    assert explain_standstill([]) is None
