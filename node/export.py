@@ -72,7 +72,7 @@ def _read_snapshot(
         if snapshot is not None and snapshots.read(number, params, momentum):
             root = snapshot.index.root
             return CertifiedModel(manifest=manifest, round=number, state_root=root, params=params, is_snapshot=True)
-    fix = "wait for its first snapshot, or stop it"
+    fix = "name a certified round with --round, wait for its first snapshot, or stop it"
     raise ConfigError("--data-dir", "the peer is running and has written no snapshot yet", fix)
 
 

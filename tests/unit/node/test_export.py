@@ -94,6 +94,7 @@ async def test_a_running_peer_without_a_snapshot_is_explained(tmp_path: Path) ->
     with LedgerStore.open(tmp_path / "ledger.sqlite"), pytest.raises(ConfigError) as caught:
         read_certified_model(tmp_path)
     assert caught.value.field == "--data-dir" and "no snapshot yet" in caught.value.problem
+    assert "--round" in caught.value.fix, "retained rounds can be had beside a running peer"
 
 
 async def test_a_peer_that_saw_no_round_gives_round_0(tmp_path: Path) -> None:
