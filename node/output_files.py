@@ -36,7 +36,6 @@ def replacing(option: str, out: Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.replace(out)
-        except BaseException:
+        finally:
             with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+                temporary.unlink(missing_ok=True)  # it is there still where something has failed
