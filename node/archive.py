@@ -19,6 +19,7 @@ from shoal.node.blobs import blob_path
 from shoal.node.certificate_source import CertificateSource, open_certificates
 from shoal.node.config import MANIFEST_FILE
 from shoal.node.manifest_source import read_manifest_file
+from shoal.node.output_files import writing
 from shoal.node.snapshots import SnapshotStore, load_snapshot
 from shoal.protocol.errors import ConfigError, ProtocolError, ShoalError
 from shoal.protocol.manifest import Manifest, genesis_head, read_manifest_untrusted
@@ -68,9 +69,10 @@ class Archive:
             return None
 
     def rebuild(self, number: int) -> RebuiltState:
-        """The state after round `number`. Raises ArchiveError."""
+        """The state after round `number`. Raises ArchiveError, ConfigError where there is no such round."""
         if not 0 <= number <= self.certificates.newest:
-            raise ArchiveError(f"round {number} is not certified: the newest round here is {self.certificates.newest}")
+            newest = self.certificates.newest
+            raise ConfigError("--round", f"{number} is not certified here", f"give a round from 0 to {newest}")
         starts = [one for one in reversed(self.snapshots.rounds()) if one <= number]
         usable = (state for start in starts if (state := self._load(start, number)) is not None)
         state = next(usable, None) or self._begin(number)
@@ -152,8 +154,10 @@ def open_archive(data_dir: Path) -> Iterator[Archive]:
 
 
 def write_checkout(archive: Archive, number: int, out: Path) -> RebuiltState:
-    """Rebuild a round and write it as a snapshot, with the signed manifest beside it. Raises ArchiveError, OSError."""
+    """Rebuild a round and write it as a snapshot, with the signed manifest beside it. Raises ArchiveError, and
+    ConfigError where it cannot be written."""
     state = archive.rebuild(number)
-    SnapshotStore(out).write(state.replica.index(), state.replica.params, state.replica.momentum)
-    (out / MANIFEST_FILE).write_bytes(archive.signed_manifest)
+    with writing("--out", out):
+        SnapshotStore(out).write(state.replica.index(), state.replica.params, state.replica.momentum)
+        (out / MANIFEST_FILE).write_bytes(archive.signed_manifest)
     return state

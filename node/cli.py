@@ -256,7 +256,12 @@ def _run_up(options: argparse.Namespace) -> int:
     overrides = {flag: value for flag, value in given.items() if value is not None}
     if options.command == "join":
         overrides["swarm"] = options.uri
-    config = load_config(options.config, overrides)
+    try:
+        config = load_config(options.config, overrides)
+    except ConfigError as error:
+        if options.command == "join" and error.field == "--swarm":
+            raise ConfigError("URI", error.problem, error.fix) from error
+        raise
     set_up_log(config.log.level, config.log.format)
     folder = config.data_path
     with hold_identity(folder / "identity.key") as identity:
@@ -354,8 +359,13 @@ def _run_doctor(options: argparse.Namespace) -> int:
 
 def _run_create(options: argparse.Namespace) -> int:
     from shoal.node.swarm_create import create_swarm
+    from shoal.node.terminal import show_progress
 
-    return create_swarm(options, _data_dir(options.data_dir), print)
+    lines: list[str] = []
+    with show_progress("describing the model") as noticed:
+        code = create_swarm(options, _data_dir(options.data_dir), lines.append, noticed)
+    print("\n".join(lines))
+    return code
 
 
 def _run_reroot(options: argparse.Namespace) -> int:
@@ -450,18 +460,20 @@ def _run_export(options: argparse.Namespace) -> int:
     from shoal.node.adapters import write_peft_folder
     from shoal.node.export import read_certified_model, read_retained_model, write_model
     from shoal.node.hf_folder import write_hf_folder
+    from shoal.node.output_files import writing
 
     for flag in ("tokenizer", "weights") if options.format != "hf" else ():
         if getattr(options, flag) is not None:
             raise ConfigError(f"--{flag}", "goes into a folder for transformers", "add --format hf")
     folder = _data_dir(options.data_dir)
     model = read_certified_model(folder) if options.round is None else read_retained_model(folder, options.round)
-    if options.format == "hf":
-        write_hf_folder(model, options.out, options.tokenizer, options.weights)
-    elif options.format == "peft":
-        write_peft_folder(model, options.out)
-    else:
-        write_model(model, options.out)
+    with writing("--out", options.out):
+        if options.format == "hf":
+            write_hf_folder(model, options.out, options.tokenizer, options.weights)
+        elif options.format == "peft":
+            write_peft_folder(model, options.out)
+        else:
+            write_model(model, options.out)
     if model.is_snapshot:
         print("the peer is running: this is its newest snapshot; --round takes a later round")
     print(f"{options.out}: {model.params.size:,} parameters at round {model.round}")

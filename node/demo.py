@@ -19,6 +19,7 @@ from pathlib import Path
 
 from shoal.node.demo_report import DemoRecord, finish_report
 from shoal.node.happenings import Happening, HappeningKind, Severity
+from shoal.node.output_files import writing
 from shoal.node.running import read_running
 from shoal.node.status import Status, StatusError, TrainerState, fetch_status
 from shoal.node.terminal import DemoPeer, DemoScreen, DemoView, PeerMark, open_demo_screen
@@ -27,6 +28,7 @@ from shoal.protocol.errors import ConfigError, InputError
 
 PEERS = 4
 ROUNDS = 32
+ROUNDS_MAX = 10_000
 KILL_ROUND = 6  # from this round on, the victim dies in the first exchange that is caught
 KILL_ROUND_MAX = 10  # and in this round at the latest, wherever it stands
 JOIN_ROUND = 12
@@ -75,11 +77,12 @@ class Peer:
 
 def run_demo(options: DemoOptions) -> int:
     """The whole demo; 0 when all survivors ended with one state and the loss fell."""
+    check_demo_options(options)
     folder = _fresh_folder(options.folder)
-    if options.text is not None and not options.text.exists():
-        raise ConfigError("--text", f"{options.text} does not exist", "give a text file or a folder of them")
     started = time.monotonic()
-    swarm = _Swarm(folder=folder, text=options.text, rounds=options.rounds or ROUNDS, started=started)
+    swarm = _Swarm(
+        folder=folder, text=options.text, rounds=ROUNDS if options.rounds is None else options.rounds, started=started
+    )
     try:
         with open_demo_screen() as screen:
             swarm.train(screen)
@@ -90,14 +93,35 @@ def run_demo(options: DemoOptions) -> int:
     return finish_report(record, started, options.report)
 
 
+def check_demo_options(options: DemoOptions) -> None:
+    """Before the earlier demo is removed, and minutes before the report is written; raises ConfigError."""
+    if options.text is not None and not options.text.exists():
+        raise ConfigError("--text", f"{options.text} does not exist", "give a text file or a folder of them")
+    if options.rounds is not None and not 1 <= options.rounds <= ROUNDS_MAX:
+        raise ConfigError("--rounds", f"is {options.rounds}", f"use 1 to {ROUNDS_MAX}")
+    if options.folder.exists() and not options.folder.is_dir():
+        raise ConfigError("--out", f"{options.folder} is a file", "give a folder")
+    if options.report is not None and (options.report.is_dir() or not options.report.absolute().parent.is_dir()):
+        fix = "give a file in a folder that is there"
+        raise ConfigError("--report", f"{options.report} cannot be written", fix)
+
+
+def explain_standstill(trainers: Sequence[Status | None]) -> str | None:
+    """The last words of a trainer, where all have been given up, so that no round can come any more."""
+    states = [None if one is None else one.training.state for one in trainers]
+    given_up = bool(states) and all(state is TrainerState.STOPPED for state in states)
+    return next((one.training.error for one in trainers if one is not None), None) if given_up else None
+
+
 def _fresh_folder(folder: Path) -> Path:
     """An empty folder; only what an earlier demo made is removed."""
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
             raise ConfigError("--out", f"{folder} is not empty and not of an earlier demo", "give another folder")
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
+    with writing("--out", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARKER).touch()
     return folder
 
 
@@ -188,6 +212,8 @@ class _Swarm:
         end = time.monotonic() + TRAIN_LIMIT_S
         while time.monotonic() < end and self._round() < self.rounds:
             self._poll(screen)
+            if (why := explain_standstill([peer.status for peer in self._peers])) is not None:
+                raise ConfigError("demo", f"no trainer goes on: {why}", f"mend that; see {self.folder}/*/log")
             if not self.killed and self._round() >= min(KILL_ROUND, self.rounds // 3):
                 self._kill(screen)
             elif self.killed and not self.joined and self._round() >= min(JOIN_ROUND, self.rounds // 2):

@@ -11,6 +11,7 @@ from pathlib import Path
 from shoal.protocol.errors import ConfigError
 
 SAMPLE_TOKENS = 256
+WINDOWS_MAX = 1 << 16
 
 
 def add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
@@ -29,16 +30,14 @@ def run_evaluate(options: argparse.Namespace, told: Callable[[str], object]) -> 
     from shoal.node.terminal import show_progress
     from shoal.node.trainer import INSTALL_TORCH
 
+    check_evaluate_arguments(options)
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("torch", "is not installed", INSTALL_TORCH)
-    from shoal.node.training.mixture import WINDOWS_MAX, Mixture, describe, encode_json, read_windows
-
-    if not 1 <= options.windows <= WINDOWS_MAX:
-        raise ConfigError("--windows", f"is {options.windows}", f"use 1 to {WINDOWS_MAX}")
-    if options.text is None and options.sample is None:
-        raise ConfigError("--text", "is missing", "name a text to measure on, or give --sample PROMPT")
     lines = []
     with show_progress("models") as tell:
+        tell("starting torch")
+        from shoal.node.training.mixture import Mixture, describe, encode_json, read_windows
+
         mixture = Mixture(options.model, options.tokenizer, options.weights)
         if options.text is not None:
             windows = read_windows(options.text, mixture.tokenizer, mixture.context, options.windows)
@@ -49,3 +48,21 @@ def run_evaluate(options: argparse.Namespace, told: Callable[[str], object]) -> 
             lines.append(mixture.sample(options.sample, SAMPLE_TOKENS).decode(errors="replace"))
     told("\n".join(lines))
     return 0
+
+
+def check_evaluate_arguments(options: argparse.Namespace) -> None:
+    """What can be said before torch is waited for; raises ConfigError."""
+    if not 1 <= options.windows <= WINDOWS_MAX:
+        raise ConfigError("--windows", f"is {options.windows}", f"use 1 to {WINDOWS_MAX}")
+    if options.text is None and options.sample is None:
+        raise ConfigError("--text", "is missing", "name a text to measure on, or give --sample PROMPT")
+    for model in options.model:
+        if not model.is_file():
+            raise ConfigError("MODEL", f"{model} is no file", "name files that `shoal export` wrote")
+    if options.text is not None and not options.text.exists():
+        raise ConfigError("--text", f"{options.text} does not exist", "name a text")
+    if options.tokenizer is not None and not options.tokenizer.is_file():
+        raise ConfigError("--tokenizer", f"{options.tokenizer} is no file", "give the swarms' tokenizer.json")
+    if options.weights is not None and not options.weights.is_dir():
+        fix = "give that of the trained weights that the swarms started from"
+        raise ConfigError("--weights", f"{options.weights} is no folder", fix)

@@ -15,6 +15,7 @@ from shoal.node.config import MANIFEST_FILE
 from shoal.node.ledger_store import LedgerStore, StoreError
 from shoal.node.local_state import LocalState, Stores
 from shoal.node.manifest_source import read_manifest_file
+from shoal.node.output_files import replacing
 from shoal.node.snapshots import SnapshotStore
 from shoal.protocol.codecs import Float32s
 from shoal.protocol.errors import ConfigError, Failure
@@ -71,7 +72,7 @@ def _read_snapshot(
         if snapshot is not None and snapshots.read(number, params, momentum):
             root = snapshot.index.root
             return CertifiedModel(manifest=manifest, round=number, state_root=root, params=params, is_snapshot=True)
-    fix = "wait for its first snapshot, or stop it"
+    fix = "name a certified round with --round, wait for its first snapshot, or stop it"
     raise ConfigError("--data-dir", "the peer is running and has written no snapshot yet", fix)
 
 
@@ -95,8 +96,6 @@ def describe_model(model: CertifiedModel) -> dict[str, str]:
 
 
 def write_model(model: CertifiedModel, out: Path) -> None:
-    """Write the safetensors file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".partial")
-    save_file(split_tensors(model.manifest.layout, model.params), temporary, metadata=describe_model(model))
-    temporary.replace(out)
+    """Write the safetensors file. Raises ConfigError where it cannot be written."""
+    with replacing("--out", out) as temporary:
+        save_file(split_tensors(model.manifest.layout, model.params), temporary, metadata=describe_model(model))

@@ -112,7 +112,7 @@ def describe_notes(notes: Iterable[Note], name: Callable[[PeerId], str], at_s: f
         match note:
             case AttemptFailed():
                 who = f" ({name(note.peer)})" if note.peer is not None else ""
-                told = f"attempt {note.attempt} of round {note.round} failed: {note.reason}{who}"
+                told = f"attempt {note.attempt + 1} of round {note.round} failed: {note.reason}{who}"
                 key = HappeningKind.ATTEMPT_FAILED, f"{told}; {REMEDIES[note.reason]}"
             case PartReassigned():
                 told = (

@@ -13,6 +13,7 @@ Neither torch nor transformers is imported: the files are plain data.
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -207,5 +208,12 @@ def write_hf_folder(
     if out.exists() and not out.is_dir():
         raise ConfigError("--out", f"{out} is a file", "give a folder")
     raw = None if tokenizer is None else read_file(tokenizer)[0]
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    FOLDERS[kind](model, out, raw, weights)
+    try:
+        FOLDERS[kind](model, out, raw, weights)
+    except ConfigError:
+        if is_new:
+            with suppress(OSError):  # not empty: something was written before the fault was found
+                out.rmdir()
+        raise

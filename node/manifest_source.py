@@ -24,6 +24,10 @@ RETRY_S = 1.0
 REMIND_S = 15.0
 LOOK_UP_S = 10.0
 MEMBERS_WANTED = 4
+ALONE = (
+    "no peer of the swarm is connected yet; name one that runs: a URI with bootstrap=…, as its log and `shoal status`"
+    " print it, or --bootstrap ADDRESS"
+)
 
 log = logging.getLogger("shoal")
 
@@ -104,7 +108,7 @@ async def fetch_manifest(control: ControlPlane, swarm: bytes, waiting: Callable[
     loop = asyncio.get_running_loop()
     remind_at = loop.time() + REMIND_S
     look_up_at = loop.time() + RETRY_S
-    problem = "no peer of the swarm is connected yet"
+    problem = ALONE
     while True:
         for one in control.peers():
             try:

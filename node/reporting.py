@@ -250,8 +250,8 @@ class Reporter:
             why = f"re-root, {len(result.voters)} vote from now on" if is_reroot else "a peer leaves"
             self.happen(HappeningKind.ROUND_CERTIFIED, f"round {result.round} changed the voters: {why}")
             return
-        part = "" if included else ", without this peer"
-        text = f"round {result.round} certified by {len(result.members)} peers{part}"
+        part, members = "" if included else ", without this peer", len(result.members)
+        text = f"round {result.round} certified by {members} peer{'' if members == 1 else 's'}{part}"
         self.happen(HappeningKind.ROUND_CERTIFIED, text + (f", loss {loss:.3f}" if loss is not None else ""))
 
     def peer_lost(self, peer: PeerId, reason: Failure) -> None:

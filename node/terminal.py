@@ -173,7 +173,8 @@ def describe_status(status: Status) -> list[str]:
         f" {now.phase} for {format_span(now.phase_s)}{_limit(status)}{_waiting(status)}",
         f"peer {status.peer} {clean_text(status.name)}".rstrip(),
         f"{status.role}, up {format_span(status.uptime_s)}",
-        f"{status.rounds_certified} rounds certified, loss {format_loss(training.loss_last)}{_held_out(training)},"
+        f"{_plural(status.rounds_certified, 'round')} certified since its start,"
+        f" loss {format_loss(training.loss_last)}{_held_out(training)},"
         f" {format_count(training.tokens_per_s)} tokens/s, trainer {training.state} on {clean_text(training.device)}",
         f"{_count_peers(status.peers)}; {now.voters_live} of {now.voters} voters live, {now.votes_needed} needed",
         f"sent {format_bytes(traffic.tensor_sent_bytes + traffic.control_sent_bytes)},"
@@ -182,6 +183,7 @@ def describe_status(status: Status) -> list[str]:
         describe_line(status.line),
         *([RELAY_WITHHELD] if status.line.relay_withheld else []),
         f"state root {now.state_root[:16] or 'none'}",
+        f"others join with: shoal join '{clean_text(status.uri, len(status.uri))}'",
         *(f"swarm's {describe_measured(one)}" for one in status.measured[:1]),
     ]
     for title, verdict in (("unhealthy", judge_health(status)), ("not ready", judge_readiness(status))):
@@ -433,7 +435,7 @@ def _count_peers(peers: Iterable[PeerStatus]) -> str:
     rows = list(peers)
     live = sum(row.alive for row in rows)
     ready = sum(row.ready for row in rows)
-    return f"{live} peers live, {ready} ready, {sum(row.participating for row in rows)} in this round"
+    return f"{_plural(live, 'peer')} live, {ready} ready, {sum(row.participating for row in rows)} in this round"
 
 
 def _plural(count: int, one: str) -> str:
@@ -498,7 +500,7 @@ def _figures(status: Status) -> "Table":
         ("in the swarm", describe_measured(status.measured[0]) if status.measured else "nobody has measured yet"),
         ("trainer", trainer),
         ("speed", f"{format_count(training.tokens_per_s)} tokens/s, {format_count(training.tokens)} tokens trained"),
-        ("rounds", f"{status.rounds_certified} certified; aborted attempts: {aborted}"),
+        ("rounds", f"{status.rounds_certified} certified since its start; aborted attempts: {aborted}"),
         ("peers", f"{_count_peers(status.peers)}; {status.round.voters_live} of {status.round.voters} voters live"),
         ("traffic", f"{sent} sent, {received} received"),
         ("line", describe_line(status.line)),

@@ -340,7 +340,11 @@ def task_options(text: str) -> dict[str, Any]:
 
 def _read_task(text: str) -> dict[str, Any]:
     task = parse_toml(text, ManifestError).get("task", {})
-    if not isinstance(task, dict) or not isinstance(task.get("kind"), str):
+    if not isinstance(task, dict):
+        raise ManifestError(locate(text, "", "task"), "is not one table", 'write it as [task] with kind = "byte_gpt"')
+    if not isinstance(task.get("kind", ""), str):
+        raise ManifestError(locate(text, "task", "kind"), "is no text", 'write it as kind = "byte_gpt"')
+    if "kind" not in task:
         raise ManifestError("task.kind", "is missing", 'add [task] with kind = "byte_gpt"')
     return task
 
@@ -364,6 +368,7 @@ def choose_part_elements(elements: int) -> int:
 
 def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[PeerId, ...]) -> Manifest:
     """The whole manifest; raises ManifestError where the pieces do not fit each other."""
+    check_draft(draft)
     parts = -(-layout.elements // draft.rounds.part_elements)
     if parts > PARTS_MAX:
         fix = f"use at least {-(-layout.elements // PARTS_MAX)}"
@@ -371,9 +376,6 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
     if layout.elements > STATE_ELEMENTS_MAX:
         problem = f"has {layout.elements} parameters, at most {STATE_ELEMENTS_MAX} fit a snapshot's index"
         raise ManifestError("task", problem, "choose a smaller model")
-    if draft.rounds.codec_out not in UPDATE_CODECS:
-        problem = f"is missing, and {draft.rounds.codec} leaves out most values of an update for good"
-        raise ManifestError("rounds.update_codec", problem, f"use one of: {', '.join(UPDATE_CODECS)}")
     for codec in (CODECS[draft.rounds.codec], CODECS[draft.rounds.codec_out]):
         if draft.rounds.part_elements % codec.block_elements:
             problem = f"is no multiple of {codec.block_elements}, the block of {codec.name}"
@@ -381,26 +383,10 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
     if draft.rounds.fragments > parts:
         fix = f"use at most {parts}, or smaller parts (rounds.part_elements)"
         raise ManifestError("rounds.fragments", f"is {draft.rounds.fragments}, of a vector with {parts} parts", fix)
-    if draft.rounds.presence_timeout_s < 2 * draft.rounds.presence_period_s:
-        fix = "use at least twice rounds.presence_period_s"
-        raise ManifestError("rounds.presence_timeout_s", "leaves no room for one lost heartbeat", fix)
-    for one in CONDITIONS:
-        if not one.is_met(draft, is_named=False):
-            raise ManifestError(f"{one.table}.{one.field}", *one.describe_fault(draft))
     if len(founders) > draft.rounds.voters_max:
         problem = f"is {draft.rounds.voters_max}, but {len(founders)} founders vote in the first round"
         raise ManifestError("rounds.voters_max", problem, "raise it or name fewer founders")
-    if draft.training.steps_min > draft.training.inner_steps:
-        raise ManifestError("training.steps_min", "is more than training.inner_steps", "lower it")
-    _check_overlap(draft.training)
-    if draft.training.strategy == EAGER and draft.rounds.fragments > 1:
-        # A trainer does not know which parts the next round exchanges.
-        problem = f"is {draft.rounds.fragments}, and an eager peer estimates the next base as a whole"
-        raise ManifestError("rounds.fragments", problem, f'use 1, or strategy = "{DELAYED}"')
     _check_steps(draft.training, layout)
-    if draft.outer.optimizer == ADAM and draft.training.strategy == EAGER:
-        problem = f"is {EAGER}, whose estimate wants an outer step that is the same for every element"
-        raise ManifestError("training.strategy", problem, f'use "{DELAYED}", or another outer.optimizer')
     return Manifest(
         name=draft.name,
         task=draft.task,
@@ -413,6 +399,29 @@ def make_manifest(draft: Draft, layout: Layout, owner: PeerId, founders: tuple[P
         owner=owner,
         founders=founders,
     )
+
+
+def check_draft(draft: Draft) -> None:
+    """Raises ManifestError where its fields do not fit each other, as far as that does not depend on the model."""
+    if draft.rounds.codec_out not in UPDATE_CODECS:
+        problem = f"is missing, and {draft.rounds.codec} leaves out most values of an update for good"
+        raise ManifestError("rounds.update_codec", problem, f"use one of: {', '.join(UPDATE_CODECS)}")
+    if draft.rounds.presence_timeout_s < 2 * draft.rounds.presence_period_s:
+        fix = "use at least twice rounds.presence_period_s"
+        raise ManifestError("rounds.presence_timeout_s", "leaves no room for one lost heartbeat", fix)
+    for one in CONDITIONS:
+        if not one.is_met(draft, is_named=False):
+            raise ManifestError(f"{one.table}.{one.field}", *one.describe_fault(draft))
+    if draft.training.steps_min > draft.training.inner_steps:
+        raise ManifestError("training.steps_min", "is more than training.inner_steps", "lower it")
+    _check_overlap(draft.training)
+    if draft.training.strategy == EAGER and draft.rounds.fragments > 1:
+        # A trainer does not know which parts the next round exchanges.
+        problem = f"is {draft.rounds.fragments}, and an eager peer estimates the next base as a whole"
+        raise ManifestError("rounds.fragments", problem, f'use 1, or strategy = "{DELAYED}"')
+    if draft.outer.optimizer == ADAM and draft.training.strategy == EAGER:
+        problem = f"is {EAGER}, whose estimate wants an outer step that is the same for every element"
+        raise ManifestError("training.strategy", problem, f'use "{DELAYED}", or another outer.optimizer')
 
 
 def _check_overlap(training: Training) -> None:

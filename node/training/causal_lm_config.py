@@ -197,11 +197,10 @@ def fill_in(kind: str, options: Mapping[str, Any], folder: Path) -> dict[str, An
             raise ManifestError("task.weights", error.problem, error.fix) from error
     if "config" in filled:
         filled["config"] = clean_config(_load_config(filled["config"], folder))
-    tokenizer = filled.get("tokenizer", BYTES)
-    if isinstance(tokenizer, str) and parse_digest(tokenizer) is None:
-        path = folder / Path(tokenizer).expanduser()
+    path = find_tokenizer(options, folder)
+    if path is not None:
         try:
-            raw, ids = read_file(path / TOKENIZER_FILE if path.is_dir() else path)
+            raw, ids = read_file(path)
         except ConfigError as error:
             raise ManifestError("task.tokenizer", error.problem, error.fix) from error
         filled["tokenizer"] = write_digest(blake3(raw).digest())
@@ -215,6 +214,15 @@ def find_weights(kind: str, options: Mapping[str, Any], folder: Path) -> Path | 
     weights = options.get("weights") if kind == CAUSAL_LM else None
     named = isinstance(weights, str) and parse_digest(weights) is None
     return folder / Path(str(weights)).expanduser() if named else None
+
+
+def find_tokenizer(options: Mapping[str, Any], folder: Path) -> Path | None:
+    """The file of the tokenizer that a draft's task names, where it names one and not a digest, or bytes."""
+    tokenizer = options.get("tokenizer", BYTES)
+    if not isinstance(tokenizer, str) or parse_digest(tokenizer) is not None:
+        return None
+    path = folder / Path(tokenizer).expanduser()
+    return path / TOKENIZER_FILE if path.is_dir() else path
 
 
 def _load_config(config: Any, folder: Path) -> Any:

@@ -34,7 +34,6 @@ from shoal.protocol.manifest import Task
 
 EXPERTS_MAX = 64
 TEXT_BYTES_MAX = 1 << 26
-WINDOWS_MAX = 1 << 16
 WINDOWS_AT_A_TIME = 16
 MODEL, TEXT = "MODEL", "--text"
 

@@ -12,7 +12,7 @@ from tests.e2e.swarm import Swarm, run
     ("arguments", "wanted"),
     [
         (("join", "http://x"), "shoal://"),
-        (("join", "shoal://12"), "swarm id"),
+        (("join", "shoal://12"), "URI: swarm id"),
         (("join", "shoal://" + "ab" * 32 + "?bootstrap=1.2.3.4:5"), "bootstrap"),
         (("up",), "shoal swarm create"),
         (("up", "--manifest", "/nonexistent.shoal"), "/nonexistent.shoal"),
@@ -35,6 +35,17 @@ def test_bad_draft_names_field_and_line(tmp_path: Path) -> None:
     draft.write_text('name = "x"\n[task]\nkind = "byte_gpt"\n[rounds]\ncodec = "zip"\n')
     done = run("swarm", "create", str(draft), "--data-dir", str(tmp_path))
     assert done.returncode == 1 and "rounds.codec (line 5)" in done.stderr and "int8" in done.stderr
+
+
+def test_a_swarm_is_made_with_addresses_that_can_be_dialled_and_where_it_can_be_written(tmp_path: Path) -> None:
+    draft = tmp_path / "draft.toml"
+    draft.write_text('name = "x"\n[task]\nkind = "byte_gpt"\nlayers = 1\nheads = 2\nwidth = 8\ncontext = 8\n')
+    create = ("swarm", "create", str(draft), "--data-dir", str(tmp_path / "peer"))
+    done = run(*create, "--bootstrap", "127.0.0.1:9460")
+    assert done.returncode == 1 and "--bootstrap" in done.stderr and "Fix: write it like /ip4/" in done.stderr
+    done = run(*create, "--out", str(tmp_path))
+    assert done.returncode == 1 and f"--out: {tmp_path} cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.partial"))
 
 
 def test_eager_is_not_for_a_script_of_ones_own(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_what_is_missing_is_named(folder: Path, chain: Chain) -> None:
         assert archive.rebuild(9).head == chain.heads[9]
         with pytest.raises(ArchiveError, match=r"part 1 of round 10 is not on this disk, and the newest .* round 8"):
             archive.rebuild(10)
-        with pytest.raises(ArchiveError, match=r"round 13 is not certified: the newest round here is 12"):
+        with pytest.raises(ConfigError, match=r"--round: 13 is not certified here. Fix: give a round from 0 to 12"):
             archive.rebuild(ROUNDS + 1)
 
 
@@ -131,6 +131,12 @@ def test_a_checkout_is_a_snapshot_with_its_manifest(folder: Path, chain: Chain, 
     with safe_open(found.path, framework="numpy") as file:
         assert set(file.keys()) == {"params", "momentum"}
     assert read_manifest_file(out / MANIFEST_FILE) == (swarm.signed, swarm.id)
+
+
+def test_a_checkout_that_cannot_be_written_says_so(folder: Path, tmp_path: Path) -> None:
+    (out := tmp_path / "out").touch()
+    with open_archive(folder) as archive, pytest.raises(ConfigError, match=r"--out: .*out cannot be written: "):
+        write_checkout(archive, 6, out)
 
 
 # -- verifying -------------------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ async def test_a_running_peer_without_a_snapshot_is_explained(tmp_path: Path) ->
     with LedgerStore.open(tmp_path / "ledger.sqlite"), pytest.raises(ConfigError) as caught:
         read_certified_model(tmp_path)
     assert caught.value.field == "--data-dir" and "no snapshot yet" in caught.value.problem
+    assert "--round" in caught.value.fix, "retained rounds can be had beside a running peer"
 
 
 async def test_a_peer_that_saw_no_round_gives_round_0(tmp_path: Path) -> None:
@@ -156,6 +157,18 @@ async def test_the_file_holds_the_named_tensors_and_says_what_they_are(tmp_path:
             "state_root": history[ROUNDS][0].state_root.hex(),
         }
     assert [path.name for path in out.parent.iterdir()] == [out.name], "and nothing half-written beside it"
+
+
+async def test_what_cannot_be_written_is_the_persons_to_mend_and_leaves_nothing(tmp_path: Path) -> None:
+    await take_part(tmp_path, 1)
+    model = read_certified_model(tmp_path)
+    (taken := tmp_path / "out" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"--out: .*model.safetensors cannot be written: Is a directory"):
+        write_model(model, taken)
+    assert list(taken.parent.iterdir()) == [taken] and not list(taken.iterdir())
+    (file := tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out: .* cannot be written"):
+        write_model(model, file / "model.safetensors")
 
 
 async def test_an_older_file_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def test_a_failed_attempt_names_the_reason_the_peer_and_the_remedy() -> None:
     ]
     told = describe_notes(notes, name, 12.0)
     assert [one.text for one in told] == [
-        "attempt 0 of round 5 failed: proposer_lost (ann); the next proposer takes over",
-        "attempt 1 of round 5 failed: no_quorum; training goes on until enough voters are back",
+        "attempt 1 of round 5 failed: proposer_lost (ann); the next proposer takes over",
+        "attempt 2 of round 5 failed: no_quorum; training goes on until enough voters are back",
     ]
     assert {(one.at_s, one.severity, one.kind) for one in told} == {
         (12.0, Severity.WARNING, HappeningKind.ATTEMPT_FAILED)

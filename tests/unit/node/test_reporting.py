@@ -44,7 +44,7 @@ async def test_a_reason_reads_the_same_in_log_metrics_status_and_happenings(
                 assert read(peer, "round_last_failure", reason=reason.value) == 1
             await wait_until(lambda: len(caplog.messages) >= len(Failure))
         for reason, line in zip(Failure, caplog.messages, strict=True):
-            assert f"attempt 3 of round 1 failed: {reason.value} ({short_peer_id(BOB)}); {REMEDIES[reason]}" == line
+            assert f"attempt 4 of round 1 failed: {reason.value} ({short_peer_id(BOB)}); {REMEDIES[reason]}" == line
         assert [one.text for one in peer.reporter.feed.recent] == caplog.messages
 
 

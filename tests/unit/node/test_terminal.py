@@ -202,6 +202,7 @@ def test_a_pipe_is_told_phase_limit_waits_and_failures(status: Status) -> None:
     assert lines[0] == f"tiny: round 128, attempt 2, exchange for 46 s, {limit}, waiting for {names}"
     assert [line.partition(":")[0] for line in lines[-2:]] == ["part moved", "failed attempt"]
     assert "proposer_silent (otter" in lines[-1] and "attempt 3 of round 120, 15 min 50 s ago" in lines[-1]
+    assert f"others join with: shoal join '{status.uri}'" in lines
     idle = replace(status, round=replace(status.round, deadline_s=None, deadline=None, waiting_for=()), failures=())
     assert describe_status(idle)[0] == "tiny: round 128, attempt 2, exchange for 46 s"
     assert not any("failed attempt" in line for line in describe_status(idle))

@@ -26,6 +26,7 @@ from shoal.protocol.manifest import (
     SwarmUri,
     Task,
     Training,
+    check_draft,
     genesis_head,
     make_manifest,
     parse_draft,
@@ -160,7 +161,19 @@ def test_text_that_is_no_toml_is_refused_with_its_place() -> None:
 def test_a_draft_without_a_kind_of_task_is_refused(text: str) -> None:
     with pytest.raises(ManifestError) as caught:
         task_options(text)
-    assert caught.value.field == "task.kind" and "kind =" in caught.value.fix
+    assert caught.value.field.startswith("task") and "kind =" in caught.value.fix
+
+
+def test_a_kind_that_is_there_and_no_text_is_not_called_missing() -> None:
+    with pytest.raises(ManifestError) as caught:
+        task_options("[task]\nkind = 3")
+    assert caught.value.field == "task.kind (line 2)" and caught.value.problem == "is no text"
+
+
+def test_fields_that_do_not_fit_each_other_are_refused_without_a_model() -> None:
+    check_draft(DRAFT)
+    with pytest.raises(ManifestError, match=r"training\.steps_min"):
+        check_draft(replace(DRAFT, training=Training(inner_steps=3, steps_min=4)))
 
 
 # -- pieces that fit each other -------------------------------------------------------------------------------------

@@ -136,6 +136,7 @@ def test_other_weights_are_not_merged_into(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             write_hf_folder(model, tmp_path / "out", None, folder)
         assert caught.value.field == "--weights" and word in caught.value.problem
+        assert not (tmp_path / "out").exists()
     task = make_lm_task(LLAMA)
     manifest = make_manifest(replace(DRAFT, task=task), describe(task), PEERS[0], PEERS[:1])
     plain = replace(model, manifest=manifest, params=np.zeros(manifest.layout.elements, np.float32))
