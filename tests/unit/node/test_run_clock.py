@@ -45,7 +45,8 @@ def test_a_loop_that_is_held_up_for_a_while_has_run() -> None:
 
 async def test_the_declared_timer_does_not_run_while_the_process_is_stopped(tmp_path: Path) -> None:
     swarm = make_samples(founders=2, reroot_after_s=REROOT_AFTER_S)
-    async with open_peer(swarm, 0, tmp_path) as peer:  # the other founder is never there
+    async with open_peer(swarm, 0, tmp_path) as peer:
+        peer.core._saw_quorum = True  # the other founder was there, and is gone for good
         time = Time(asyncio.get_running_loop().time())
         peer.driver.clock = RunClock(time)
 
