@@ -150,7 +150,7 @@ class LinkConfig:
     rate_window_s: float = 10.0
     links_max: int = 256
     inbound_links_max: int = 192
-    links_per_peer_max: int = 8
+    links_per_peer_max: int = 16
     half_open_max: int = 32
     half_open_per_host_max: int = 16
     links_per_host_max: int = 64  # proven ones that others have dialled; processes of this machine have no such limit

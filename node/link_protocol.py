@@ -519,7 +519,8 @@ class Link(asyncio.BufferedProtocol):
                 self._write_header(FrameHeader(kind=FrameKind.PONG, request=header.request))
             case FrameKind.PONG:
                 if self._ping is not None and self._ping[0] == header.request:
-                    self._traffic.round_trip_s = self._loop.time() - self._ping[1]
+                    now = self._loop.time()
+                    self._traffic.add_round_trip(now, now - self._ping[1])
             case FrameKind.FETCH:
                 self._take_fetch(header)
             case FrameKind.MISSING:

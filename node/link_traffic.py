@@ -15,6 +15,8 @@ RATE_PAYLOAD_BYTES_MIN = 256 * 1024
 _MEMORY = 0.75
 # What "of late" means: long enough that the pause between two payloads of a round is not taken for silence.
 RECENT_S = 60.0
+# The least round trip is that of at most twice this: longer than a long exchange, in which every one of them waits.
+LEAST_S = 300.0
 
 
 @dataclass(slots=True)
@@ -59,6 +61,25 @@ class RecentRate:
         return (total - before) / (now - since)
 
 
+class LeastRoundTrip:
+    """What a path takes without the queues that we fill ourselves: the least of LEAST_S to twice that."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._now_s = self._before_s = float("inf")
+
+    def add(self, now: float, seconds: float) -> None:
+        """One round trip that ended now."""
+        if self._since is None or now >= self._since + LEAST_S:
+            self._since, self._before_s, self._now_s = now, self._now_s, seconds
+        self._now_s = min(self._now_s, seconds)
+
+    @property
+    def seconds(self) -> float | None:
+        """None before the first."""
+        return None if self._since is None else min(self._now_s, self._before_s)
+
+
 @dataclass(slots=True)
 class PeerTraffic:
     """One peer's counters over all its links, past and present."""
@@ -72,6 +93,12 @@ class PeerTraffic:
     send_rate: RateMeter = field(default_factory=RateMeter)
     receive_rate: RateMeter = field(default_factory=RateMeter)
     round_trip_s: float | None = None
+    least_round_trip: LeastRoundTrip = field(default_factory=LeastRoundTrip)
+
+    def add_round_trip(self, now: float, seconds: float) -> None:
+        """A ping was answered now, after so long."""
+        self.round_trip_s = seconds
+        self.least_round_trip.add(now, seconds)
 
     def describe(self, peer: PeerId, links: int, path: LinkPath | None) -> PeerLinkStatistics:
         """As of now, of a peer with so many open links, the best of which came about in this way."""

@@ -10,13 +10,13 @@ from shoal.protocol.identity import PeerId
 
 # What one connection keeps under way without trouble where a system has its defaults: a share of its 4 to 6 MiB.
 WINDOW_BYTES = 2 << 20
-LINKS_WANTED_MAX = 4
+LINKS_WANTED_MAX = 8
 WIDEN_RETRY_S = 60.0
 
 
 def count_links_wanted(traffic: PeerTraffic, links: int) -> int:
     """From what payloads, one a link, have measured: the bandwidth-delay product over the window."""
-    rate, round_trip_s = traffic.send_rate.bytes_per_s, traffic.round_trip_s
+    rate, round_trip_s = traffic.send_rate.bytes_per_s, traffic.least_round_trip.seconds
     if rate is None or round_trip_s is None:
         return 1
     return min(LINKS_WANTED_MAX, 1 + int(links * rate * round_trip_s / WINDOW_BYTES))

@@ -24,7 +24,7 @@ def make_path(source: Node, target: Node, round_trip_s: float) -> None:
     """What was measured so far says that the path is fast, and so far."""
     traffic = source.links.traffic_with(target.peer)
     traffic.send_rate.add(1 << 30, 1.0)
-    traffic.round_trip_s = round_trip_s
+    traffic.add_round_trip(0.0, round_trip_s)
 
 
 @on_both_loops

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.node.link_traffic import RECENT_S, RecentRate
+from shoal.node.link_traffic import LEAST_S, RECENT_S, LeastRoundTrip, RecentRate
 
 
 def test_a_recent_rate_is_that_of_the_last_minute() -> None:
@@ -30,3 +30,13 @@ def test_a_recent_rate_looks_back_one_reading_further_than_a_minute_and_no_more(
     since = max((one for one in readings if one <= now - RECENT_S), default=readings[0])
     later = now + 1.0
     assert rate.bytes_per_s(later, int(later)) == (int(later) - int(since)) / (later - since)
+
+
+def test_the_least_round_trip_is_that_of_the_last_stretches() -> None:
+    least = LeastRoundTrip()
+    assert least.seconds is None
+    for now, seconds in ((0.0, 0.3), (1.0, 0.02), (2.0, 0.5), (LEAST_S, 0.4)):
+        least.add(now, seconds)
+    assert least.seconds == 0.02, "queues since then do not count"
+    least.add(2 * LEAST_S, 0.35)
+    assert least.seconds == 0.35, "a path that became longer is believed after a while"

@@ -10,7 +10,8 @@ PEER, OTHER = PeerId(b"p" * 32), PeerId(b"o" * 32)
 
 
 def measured(rate: float, round_trip_s: float) -> PeerTraffic:
-    traffic = PeerTraffic(round_trip_s=round_trip_s)
+    traffic = PeerTraffic()
+    traffic.add_round_trip(0.0, round_trip_s)
     traffic.send_rate.add(int(rate), 1.0)
     return traffic
 
@@ -22,7 +23,8 @@ def measured(rate: float, round_trip_s: float) -> PeerTraffic:
         (100, 0.1, 1, 1),
         (250, 0.1, 1, 2),  # what one window gives on a path for a Gbit/s
         (250, 0.1, 2, 3),
-        (250, 0.1, 4, 4),
+        (250, 0.1, 4, 6),
+        (250, 0.1, 8, 8),
         (10_000, 0.0002, 1, 1),
         (10_000, 0.1, 1, LINKS_WANTED_MAX),
     ],
@@ -33,7 +35,16 @@ def test_the_bandwidth_delay_product_over_the_window(mbit: float, round_trip_s: 
 
 def test_one_link_before_anything_is_measured() -> None:
     assert count_links_wanted(PeerTraffic(), 1) == 1
-    assert count_links_wanted(PeerTraffic(round_trip_s=1.0), 1) == 1
+    traffic = PeerTraffic()
+    traffic.add_round_trip(0.0, 1.0)
+    assert count_links_wanted(traffic, 1) == 1
+
+
+def test_queues_that_the_exchange_fills_do_not_count() -> None:
+    traffic = measured(125e6, 0.02)
+    traffic.add_round_trip(1.0, 0.5)
+    assert traffic.round_trip_s == 0.5
+    assert count_links_wanted(traffic, 1) == 2
 
 
 def test_one_at_a_time_and_a_pause_after_a_failure() -> None:
