@@ -1,7 +1,7 @@
 """What adapters save: bytes of a contribution, a trainer's memory and time, beside the whole model from these weights.
 
     python -m benchmarks.adapters [--layers N] [--width N] [--vocabulary N] [--rank N ...] [--steps N] [--batch N]
-        [--stored TYPE] [--adapters-only]
+        [--stored TYPE] [--adapters-only] [--json FILE]
 
 A GPT-2 of the given size (that of the published one by default) with random values is written to a temporary folder, in
 float32 or in the type that is given.
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from shoal.node.bench.commands import describe_machine
 from shoal.protocol.codecs import CODECS
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Task, Training
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 16], help="default 8 16")
     parser.add_argument("--stored", choices=STORED, default=STORED[0], help="the type of the files (default float32)")
     parser.add_argument("--adapters-only", action="store_true", help="leave the two ways of the whole model out")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.way:
@@ -53,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         "n_positions": CONTEXT,
         "vocab_size": options.vocabulary,
     }
+    figures = {}
     with tempfile.TemporaryDirectory() as folder:
         digest = write_weights(Path(folder), config, options.stored)
         ways: list[tuple[str, dict[str, Any]]] = [("from nothing", {}), ("whole model", {"weights": digest})]
@@ -62,7 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
             way = {"task": {"config": config, "context": CONTEXT, **task}, "folder": folder}
             way |= {"steps": options.steps, "batch": options.batch}
             command = [sys.executable, "-m", "benchmarks.adapters", "--way", json.dumps(way)]
-            print(name, subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), flush=True)
+            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+            print(name, told, flush=True)
+            figures[name] = json.loads(told)
+    if options.json:
+        options.json.write_text(json.dumps({**describe_machine(), "ways": figures}, indent=2) + "\n")
 
 
 def write_weights(folder: Path, config: dict[str, Any], stored: str) -> str:

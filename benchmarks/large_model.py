@@ -1,6 +1,6 @@
 """Rounds of a model that memory does not hold: `shoal bench allreduce`, with a limit of the kernel's on the first peer.
 
-    sudo python -m benchmarks.large_model --mib 3815 --limit-gib 16 --folder /data
+    sudo python -m benchmarks.large_model --mib 3815 --limit-gib 16 --folder /data [--json FILE]
 
 The limit is that of a control group (version 1 or 2, whichever has the memory controller), which counts all that the
 first peer has in memory: its own, and what the system keeps of its mapped files. With less than it needs it would be
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--limit-gib", type=float, default=16.0)
     parser.add_argument("--vectors", default=ON_DISK)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     options = AllreduceOptions(
         peers=given.peers, mib=given.mib, rounds=given.rounds, folder=given.folder, vectors=given.vectors
@@ -78,7 +79,10 @@ def main() -> None:
     with limited_group(given.limit_gib) as (place, used):
         result = run_allreduce(options, say, (place, *[Place()] * (given.peers - 1)))
     figures = {**describe_machine(), "allreduce": result.to_json(), "limited": used}
-    print(json.dumps(figures, indent=2, default=str))
+    text = json.dumps(figures, indent=2, default=str)
+    print(text)
+    if given.json:
+        given.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long the daemon's event loop stands still for the largest messages that it answers or judges.
 
-    python -m benchmarks.loop_pauses [--parts 1000] [--entries 10000]
+    python -m benchmarks.loop_pauses [--parts 1000] [--entries 10000] [--json FILE]
 
 A timer on the loop runs every millisecond; the longest time between two of its runs, less that millisecond, is the
 pause. Judged are a proposal where members may lie (its evidence has a signature for each part, and a READY for each of
@@ -10,14 +10,17 @@ Each is done on the loop, and in the way of the daemon.
 
 import argparse
 import asyncio
+import json
 import random
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from shoal.crdt.anti_entropy import Conversation
 from shoal.crdt.ledger import Ledger
 from shoal.crdt.reconciliation import Answer, answer
 from shoal.crdt.sketch import SALT_BYTES
+from shoal.node.bench.commands import describe_machine
 from shoal.node.verification import Verification
 from shoal.protocol.identity import Identity, PeerId, forget_signatures
 from shoal.protocol.messages import (
@@ -36,6 +39,7 @@ from shoal.protocol.quorum import Authority, Head, QuorumRule, make_bitmap
 from tests.properties.reconciliation_cost import RULES, make_pair, take, write_many
 
 TICK_S = 0.001
+Row = dict[str, str | float]
 MEMBERS = 64
 VOTERS = 31
 SWARM = RULES.swarm
@@ -81,13 +85,13 @@ def make_proposal(parts: int) -> tuple[Proposal, PeerId, Head, Authority]:
     for part, owner in enumerate(plan.owners):
         word = PartDone(round=8, attempt=0, roster_digest=roster, part=part, digest=b"d" * 32, contributors=everybody)
         done[part] = sign_message(by_peer[plan.roster[owner].signed.peer], SWARM, word)
-    result = make_result(plan, done, head, frozenset(), VOTERS)
+    result = make_result(plan, done, head, "int8", frozenset(), VOTERS)
     owner = crowd[0].peer
     authority = Authority(swarm=SWARM, owner=owner, rule=QuorumRule.TWO_THIRDS, may_declare=False, parts=parts)
     return Proposal(attempt=0, result=result, evidence=make_evidence(plan, done)), crowd[0].peer, head, authority
 
 
-async def measure_proposal(parts: int) -> None:
+async def measure_proposal(parts: int) -> list[Row]:
     proposal, proposer, head, authority = make_proposal(parts)
     frame = encode_message(SWARM, proposal)
     judged = asyncio.Event()
@@ -110,14 +114,16 @@ async def measure_proposal(parts: int) -> None:
         await judged.wait()
 
     what = f"proposal of {parts} parts"
-    print_row(f"{what} ({len(frame) / 1e3:.0f} kB), decoded", *await measure_pause(decode))
+    rows = [print_row(f"{what} ({len(frame) / 1e3:.0f} kB), decoded", *await measure_pause(decode))]
     for name, work in (("judged at once", judge_at_once), ("judged as the daemon does", judge_in_turn)):
         forget_signatures()
         judged.clear()
-        print_row(f"{what}, {name}", *await measure_pause(work))
+        rows.append(print_row(f"{what}, {name}", *await measure_pause(work)))
+    return rows
 
 
-async def measure_reconciliation(entries: int) -> None:
+async def measure_reconciliation(entries: int) -> list[Row]:
+    rows = []
     pool = write_many(entries)
     for layout, count, missed_by in (("end", entries - 1, "opener"), ("spread", entries // 2, "both")):
         for name, in_thread in (("on the loop", False), ("as the daemon does", True)):
@@ -125,7 +131,8 @@ async def measure_reconciliation(entries: int) -> None:
             opener, other, _ = make_pair(pool, layout, count, missed_by, entropy)
             pauses = await converse(opener, other, entropy.randbytes(SALT_BYTES), in_thread=in_thread)
             what = f"{count} of {entries} entries ({layout}) missed by {missed_by}, {len(pauses)} answers {name}"
-            print_row(what, max(pause_s for pause_s, _ in pauses), sum(took_s for _, took_s in pauses))
+            rows.append(print_row(what, max(pause_s for pause_s, _ in pauses), sum(took_s for _, took_s in pauses)))
+    return rows
 
 
 async def converse(opener: Ledger, other: Ledger, salt: bytes, *, in_thread: bool) -> list[tuple[float, float]]:
@@ -143,21 +150,24 @@ async def converse(opener: Ledger, other: Ledger, salt: bytes, *, in_thread: boo
     return pauses
 
 
-def print_row(what: str, pause_s: float, took_s: float) -> None:
+def print_row(what: str, pause_s: float, took_s: float) -> Row:
     print(f"{what}: pause {1e3 * pause_s:.1f} ms, took {1e3 * took_s:.1f} ms", flush=True)
+    return {"what": what, "pause_s": pause_s, "took_s": took_s}
 
 
-async def measure(parts: int, entries: int) -> None:
-    await measure_proposal(parts)
-    await measure_reconciliation(entries)
+async def measure(parts: int, entries: int) -> list[Row]:
+    return [*await measure_proposal(parts), *await measure_reconciliation(entries)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="pauses of the event loop")
     parser.add_argument("--parts", type=int, default=1000)
     parser.add_argument("--entries", type=int, default=10_000)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    asyncio.run(measure(options.parts, options.entries))
+    rows = asyncio.run(measure(options.parts, options.entries))
+    if options.json:
+        options.json.write_text(json.dumps({**describe_machine(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a step costs with several processes behind one trainer, and with a compiled loss.
 
     OMP_WAIT_POLICY=PASSIVE python -m benchmarks.ranks [--layers N] [--width N] [--context N] [--batch N]
-        [--threads N] [--steps N]
+        [--threads N] [--steps N] [--json FILE]
 
 On the CPU, with so many threads for all processes together; they sleep while they wait, as the daemon has it. One and
 two processes take turns of a step. The compiled loss is made in a new folder, then once more in a new process that
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from shoal.node.bench.commands import describe_machine
 from shoal.node.training.compiled import open_compiled
 from shoal.node.training.loop import InnerLoop
 from shoal.node.training.messages import Begin, Start, Work
@@ -36,23 +37,28 @@ def main(arguments: list[str] | None = None) -> None:
     for name, value in sizes:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--compiled", type=Path, help="only compile, into this folder, and print two times")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if options.compiled:
         open_compiled(options.compiled)
         first_s, *later_s = measure(make_loop(options, compiled=str(options.compiled)), options.steps)
-        print(f"{first_s:.1f} s, then {statistics.median(later_s):.3f} s a step")
+        print(json.dumps({"first_s": first_s, "median_s": statistics.median(later_s)}))
         return
     with tempfile.TemporaryDirectory() as folder:
-        compare_processes(options, Path(folder))
+        figures: dict[str, object] = {"processes": compare_processes(options, Path(folder))}
         command = [sys.executable, "-m", "benchmarks.ranks", "--compiled", f"{folder}/compiled"]
         command += [word for name, _ in sizes for word in (f"--{name}", str(getattr(options, name)))]
         for name in ("nothing kept", "kept from before"):
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            print(f"compiled, {name}: first step {done.stdout.strip()}")
+            found = json.loads(done.stdout)
+            print(f"compiled, {name}: first step {found['first_s']:.1f} s, then {found['median_s']:.3f} s a step")
+            figures[f"compiled, {name}"] = found
+    if options.json:
+        options.json.write_text(json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
 
 
-def compare_processes(options: argparse.Namespace, folder: Path) -> None:
-    """One and two processes, in turns of a step each."""
+def compare_processes(options: argparse.Namespace, folder: Path) -> dict[int, list[float]]:
+    """One and two processes, in turns of a step each; the seconds of each step."""
     start = make_start(options, rendezvous=str(folder / "rendezvous"))
     ranks = Ranks(start, 2, lambda detail: print(detail, file=sys.stderr))
     try:
@@ -67,6 +73,7 @@ def compare_processes(options: argparse.Namespace, folder: Path) -> None:
         print(f"{describe(start.work.task).elements / 1e6:.2f} M parameters, {options.threads} threads in all")
         for count, found in times_s.items():
             print(f"{count} process(es): {statistics.median(found):.3f} s a step (median of {len(found)})")
+        return times_s
     finally:
         ranks.close()
 

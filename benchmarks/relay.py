@@ -1,6 +1,6 @@
 """What a relay costs: `shoal relay` as its own process, and peers in this one that are reached through it.
 
-    python -m benchmarks.relay --peers 40
+    python -m benchmarks.relay --peers 40 [--json FILE]
 
 Half of the peers connect to the other half through the relay. Printed: the relay's memory before and after and its CPU
 time while nothing is asked, the time of a small request through it, and how fast one large request after another goes.
@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from shoal.dht.addresses import parse_address
+from shoal.node.bench.commands import describe_machine
 from shoal.node.control import FRAME_BYTES_MAX, ControlConfig, ControlHandlers
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.reachability import ReachState
@@ -114,9 +115,13 @@ async def measure(peers: int, folder: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", type=int, default=40)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(asyncio.run(measure(options.peers, Path(folder)))))
+        figures = asyncio.run(measure(options.peers, Path(folder)))
+    print(json.dumps(figures))
+    if options.json:
+        options.json.write_text(json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

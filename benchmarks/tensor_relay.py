@@ -1,6 +1,6 @@
 """What it costs a member to pass on a tensor link between two others: three processes on loopback.
 
-    python -m benchmarks.tensor_relay [--megabytes N] [--repeats N]
+    python -m benchmarks.tensor_relay [--megabytes N] [--repeats N] [--json FILE]
 
 Frames of 1 MiB and 8 MiB, two in flight, first over a direct link and then through the relaying member; all three
 share the machine's cores, so on a busy machine trust what the relaying member moves in a CPU second alone, system time
@@ -15,10 +15,12 @@ import socket
 import statistics
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import uvloop
 
+from shoal.node.bench.commands import describe_machine
 from shoal.node.bench.links import (
     CONFIG,
     RECEIVER,
@@ -154,8 +156,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="a tensor link that a third process passes on")
     parser.add_argument("--megabytes", type=int, default=1000, help="per run (default 1000)")
     parser.add_argument("--repeats", type=int, default=5, help="measured runs per case (default 5)")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    print(json.dumps(uvloop.run(measure(arguments.megabytes, arguments.repeats)), indent=2))
+    figures = uvloop.run(measure(arguments.megabytes, arguments.repeats))
+    print(json.dumps(figures, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
