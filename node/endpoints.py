@@ -8,6 +8,7 @@ Invariant: what parses formats back to the same text; no wildcard, multicast or 
 import ipaddress
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -16,6 +17,8 @@ from shoal.node.link_port import Address
 T = TypeVar("T")
 
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(?:\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*")
+ENDPOINT_CHARS_MAX = 260  # a name's 253, and a port
+ENDPOINTS_KEPT = 4096  # they are asked for with every part that is sent
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 
 
@@ -27,6 +30,11 @@ def format_endpoint(address: Address) -> str:
 
 def parse_endpoint_untrusted(text: str) -> Address | None:
     """Inverse of `format_endpoint`; None for a text that is nothing to dial."""
+    return _parse(text) if len(text) <= ENDPOINT_CHARS_MAX else None
+
+
+@lru_cache(maxsize=ENDPOINTS_KEPT)
+def _parse(text: str) -> Address | None:
     host, _, port = text.rpartition(":")
     if not _PORT.fullmatch(port) or int(port) > 65_535:
         return None

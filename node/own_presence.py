@@ -21,6 +21,8 @@ from shoal.protocol.identity import Identity
 from shoal.protocol.messages import ADDRESSES_MAX, Presence, SignedReady, sign_message
 from shoal.protocol.rounds import RoundCore
 
+RELEASE = version("shoal")  # read from the disk once
+
 # Who waits for a trainer that is only just starting, or hangs, waits for long.
 UNABLE = (TrainerState.WAITING, TrainerState.STARTING, TrainerState.STALLED, TrainerState.STOPPED)
 
@@ -55,7 +57,7 @@ class OwnPresence:
             incarnation=self.incarnation,
             sequence=self.sequence,
             sent_at_s=time.time(),
-            agent=f"shoal/{version('shoal')} {self.config.node.name}".strip(),
+            agent=f"shoal/{RELEASE} {self.config.node.name}".strip(),
             trains=self.config.node.role == TRAINER and self.compute.phase not in UNABLE,
             leaving=self.leaving,
             head_round=head.round,

@@ -10,7 +10,6 @@ import pytest
 from blake3 import blake3
 
 from shoal.node.link_port import LinkEnd, LinkLost
-from shoal.node.link_protocol import UNSENT_HEADERS_MAX
 from shoal.node.link_records import RecordKind
 from shoal.protocol.errors import Refusal
 from shoal.protocol.frames import PART_BYTES_MAX, FrameHeader, FrameKind, encode_header
@@ -30,6 +29,7 @@ from tests.unit.node.link_harness import (
 PING = FrameHeader(kind=FrameKind.PING, request=3)
 NONSENSE = {Refusal.MALFORMED, Refusal.OVERSIZED, Refusal.NOT_AUTHENTIC}
 BIG = bytes(2 * RECORD_BYTES_MAX)
+BIG_RECORDS = -(-PART_BYTES_MAX // RECORD_BYTES_MAX)  # of the largest part
 
 
 def send_unknown_record(raw: RawPeer) -> None:
@@ -233,9 +233,10 @@ async def test_peer_that_does_not_read_its_answers_is_cut_off() -> None:
             await asyncio.sleep(0)
             now_sent = bob.links.statistics().peers[0].wire_bytes_out
             sent, unchanged = now_sent, unchanged + 1 if now_sent == sent else 0
-        for _ in range(UNSENT_HEADERS_MAX + 1):
+        # On a busy machine the kernel may take some more after all: answers count from when it takes nothing.
+        while not bob.sink.ends:
             raw.write_header(PING)
-        await bob.sink.until(lambda: bob.sink.ends)
+            await asyncio.sleep(0)
         assert bob.sink.ends == [(CAROL.peer, LinkEnd.STALLED)]
         await asyncio.gather(pushing, return_exceptions=True)
 
@@ -251,7 +252,7 @@ async def test_headers_pass_a_payload_under_way() -> None:
         await bob.sink.until(lambda: bob.sink.serves)
         raw.write_header(PING)
         kinds = []
-        while kinds.count(RecordKind.PAYLOAD) < PART_BYTES_MAX // RECORD_BYTES_MAX:
+        while kinds.count(RecordKind.PAYLOAD) < BIG_RECORDS:
             kind, _ = await raw.read_record()
             kinds.append(kind)
         assert kinds.count(RecordKind.HEADER) == 2
@@ -320,7 +321,7 @@ async def test_frame_under_way_is_finished_after_the_peers_goodbye() -> None:
         send = asyncio.create_task(bob.links.send(CAROL.peer, (), describe(payload), memoryview(payload)))
         await raw.read_header(FrameKind.CONTRIBUTION)
         raw.write_header(FrameHeader(kind=FrameKind.GOODBYE))
-        received = b"".join([(await raw.read_record())[1] for _ in range(PART_BYTES_MAX // RECORD_BYTES_MAX)])
+        received = b"".join([(await raw.read_record())[1] for _ in range(BIG_RECORDS)])
         await send
         assert received == payload
         assert await raw.reader.read() == b""
