@@ -45,6 +45,7 @@ from shoal.node.status import (
     TrafficStatus,
     Wait,
     clean_text,
+    describe_unused,
     keep_peers,
 )
 from shoal.node.surroundings import Surroundings
@@ -330,7 +331,7 @@ class Reporter:
             control_up=self.control_up,
             round=self._round_status(live),
             training=describe_training(one.compute, self.losses, one.manifest.training.inner_steps),
-            measured=describe_measurements(one.ledger.measurements(), self.name_of),
+            measured=describe_measurements(one.ledger.measurements(), one.compute.loss_unit, self.name_of),
             traffic=self._traffic_status(),
             line=one.line.status(),
             catch_up=CatchUpStatus(
@@ -470,6 +471,8 @@ class Reporter:
             found.append(f"{self.name_of(peer)} misbehaved ({refusal}) and is refused for {left_s:.0f} s more")
         if (next_step := self.subjects.compute.next_step) != "":
             found.append(next_step)
+        if (unused := self.subjects.compute.unused) != ():
+            found.append(describe_unused(unused))
         training = sum(one.trains for one in live.values()) + (self.subjects.config.node.role == TRAINER)
         needed = self.subjects.manifest.rounds.peers_min
         if training < needed:
