@@ -22,6 +22,7 @@ from shoal.protocol.errors import ConfigError, InputError, ShoalError
 if TYPE_CHECKING:
     from shoal.crdt.entries import Batch
     from shoal.node.config import NodeConfig
+    from shoal.node.decrees import AlreadyDecreed
     from shoal.protocol.identity import Identity, PeerId
 
 EXIT_INPUT = 1
@@ -431,18 +432,24 @@ def _run_invite(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_decree(options: argparse.Namespace, sign: "Callable[[Path, Path, PeerId, int], Batch]") -> int:
+def _print_decree(
+    options: argparse.Namespace, sign: "Callable[[Path, Path, PeerId, int], Batch | AlreadyDecreed]"
+) -> int:
     from shoal.protocol.identity import parse_peer_id
 
     peer = parse_peer_id(options.peer)
     return _tell_decree(options, lambda folder, key, now_ms: sign(folder, key, peer, now_ms))
 
 
-def _tell_decree(options: argparse.Namespace, sign: "Callable[[Path, Path, int], Batch]") -> int:
+def _tell_decree(options: argparse.Namespace, sign: "Callable[[Path, Path, int], Batch | AlreadyDecreed]") -> int:
+    from shoal.node.decrees import AlreadyDecreed
     from shoal.node.identity_file import OWNER_FILE
 
     folder = _data_dir(options.data_dir)
     batch = sign(folder, options.owner_key or folder / OWNER_FILE, time.time_ns() // 1_000_000)
+    if isinstance(batch, AlreadyDecreed):
+        print(f"nothing    {batch.text}: decree {batch.seq} of the owner, entry {batch.entry.hex()}")
+        return 0
     print(f"decree     {batch.entries[-1].seq} of the owner, entry {batch.tip.hex()}")
     print(f"next       shoal up --data-dir {folder}   (the others get it from this peer)")
     return 0
