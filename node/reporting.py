@@ -257,7 +257,8 @@ class Reporter:
 
     def peer_lost(self, peer: PeerId, reason: Failure) -> None:
         self.metrics.peers_lost[reason].add()
-        text = f"lost {self.name_of(peer)}: {reason}; {REMEDIES[reason]}"
+        said = "not seen since this peer's start:" if reason is Failure.PEER_UNSEEN else "lost"
+        text = f"{said} {self.name_of(peer)}: {reason}; {REMEDIES[reason]}"
         severity = Severity.INFO if reason is Failure.PEER_LEFT else Severity.WARNING
         self.happen(HappeningKind.PEER_LOST, text, severity)
 

@@ -304,18 +304,6 @@ def print_table(columns: Sequence[str], rows: Iterable[tuple[Sequence[str], str]
     Console().print(table)
 
 
-@contextmanager
-def show_progress(title: str) -> Iterator[Callable[[str], None]]:
-    """A line on the terminal's standard error while something takes its time; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(title) as line:
-        yield lambda text: line.update(f"{title}: {text}")
-
-
 def print_status(status: Status) -> None:
     """The status once: a table on a terminal, plain lines elsewhere."""
     if sys.stdout.isatty():
