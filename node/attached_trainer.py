@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -132,7 +132,7 @@ class AttachedTrainer:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 await script.begin(start, self._memory.descriptor)
-                return await asyncio.shield(script.started)
+                return replace(await asyncio.shield(script.started), unused=self._list_unused())
         except (TimeoutError, OSError) as error:
             detail = f"the script (process {candidate.attach.process}) has gone: {str(error) or 'it does not answer'}"
             raise TrainerError(Failure.TRAINER_CRASHED, detail, has_left=True) from error
@@ -146,6 +146,11 @@ class AttachedTrainer:
 
     async def merge(self, merge: Merge) -> None:
         self._send(merge)
+
+    def _list_unused(self) -> tuple[str, ...]:
+        """What is set here for data and models, which are the script's business."""
+        names = ("text", "dataset", "tokenizer", "weights")
+        return tuple(f"trainer.{name}" for name in names if getattr(self._settings, name) is not None)
 
     async def freeze(self) -> None:
         self._send(Freeze())

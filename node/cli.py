@@ -16,12 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.node.process import loop_factory, set_up_log, stop_on_signals
+from shoal.node.process import leave_with_stdin, loop_factory, set_up_log, stop_on_signals
 from shoal.protocol.errors import ConfigError, InputError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.crdt.entries import Batch
     from shoal.node.config import NodeConfig
+    from shoal.node.decrees import AlreadyDecreed
     from shoal.protocol.identity import Identity, PeerId
 
 EXIT_INPUT = 1
@@ -67,6 +68,8 @@ def _make_parser() -> argparse.ArgumentParser:
         for flag, field in FLAGS.items():
             if not (command is join and flag == "swarm"):
                 command.add_argument(f"--{flag}", metavar="VALUE", help=f"overrides {field}")
+        # For a program that starts daemons of its own, as the demo does: they are not to outlive it.
+        command.add_argument("--leave-with-stdin", action="store_true", help=argparse.SUPPRESS)
         command.set_defaults(run=_run_up)
 
     _add_relay_command(commands)
@@ -264,6 +267,8 @@ def _run_up(options: argparse.Namespace) -> int:
         raise
     set_up_log(config.log.level, config.log.format)
     folder = config.data_path
+    if options.leave_with_stdin:
+        leave_with_stdin()
     with hold_identity(folder / "identity.key") as identity:
         incarnation = next_incarnation(folder / "incarnation", time.time())
         return _run_daemon(config, identity, incarnation)
@@ -340,11 +345,12 @@ def _run_doctor(options: argparse.Namespace) -> int:
     from shoal.node.config import FLAGS
     from shoal.node.doctor import DEADLINE_S, run
     from shoal.node.doctor_findings import Verdict
-    from shoal.node.terminal import print_table, show_progress
+    from shoal.node.progress import show_progress
+    from shoal.node.terminal import print_table
 
     given = {flag: getattr(options, flag.replace("-", "_"), None) for flag in FLAGS} | {"swarm": options.uri}
     overrides = {flag: value for flag, value in given.items() if value is not None}
-    with show_progress("looking at") as noticed:
+    with show_progress("looking at", in_pipe=not options.json) as noticed:
         report = run(options.config, overrides, noticed, DEADLINE_S if options.within is None else options.within)
     if options.json:
         print(report.to_json())
@@ -358,8 +364,8 @@ def _run_doctor(options: argparse.Namespace) -> int:
 
 
 def _run_create(options: argparse.Namespace) -> int:
+    from shoal.node.progress import show_progress
     from shoal.node.swarm_create import create_swarm
-    from shoal.node.terminal import show_progress
 
     lines: list[str] = []
     with show_progress("describing the model") as noticed:
@@ -431,18 +437,24 @@ def _run_invite(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_decree(options: argparse.Namespace, sign: "Callable[[Path, Path, PeerId, int], Batch]") -> int:
+def _print_decree(
+    options: argparse.Namespace, sign: "Callable[[Path, Path, PeerId, int], Batch | AlreadyDecreed]"
+) -> int:
     from shoal.protocol.identity import parse_peer_id
 
     peer = parse_peer_id(options.peer)
     return _tell_decree(options, lambda folder, key, now_ms: sign(folder, key, peer, now_ms))
 
 
-def _tell_decree(options: argparse.Namespace, sign: "Callable[[Path, Path, int], Batch]") -> int:
+def _tell_decree(options: argparse.Namespace, sign: "Callable[[Path, Path, int], Batch | AlreadyDecreed]") -> int:
+    from shoal.node.decrees import AlreadyDecreed
     from shoal.node.identity_file import OWNER_FILE
 
     folder = _data_dir(options.data_dir)
     batch = sign(folder, options.owner_key or folder / OWNER_FILE, time.time_ns() // 1_000_000)
+    if isinstance(batch, AlreadyDecreed):
+        print(f"nothing    {batch.text}: decree {batch.seq} of the owner, entry {batch.entry.hex()}")
+        return 0
     print(f"decree     {batch.entries[-1].seq} of the owner, entry {batch.tip.hex()}")
     print(f"next       shoal up --data-dir {folder}   (the others get it from this peer)")
     return 0
@@ -482,7 +494,7 @@ def _run_export(options: argparse.Namespace) -> int:
 
 
 def _run_tokenize(options: argparse.Namespace) -> int:
-    from shoal.node.terminal import show_progress
+    from shoal.node.progress import show_progress
     from shoal.node.training.shards import SHARD_TOKENS, tokenize_files
     from shoal.node.training.tokenizer import write_digest
 

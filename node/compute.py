@@ -21,8 +21,9 @@ from shoal.node.feedback import FeedbackFull
 from shoal.node.ledger_store import StoreError
 from shoal.node.local_state import LocalState
 from shoal.node.own_rounds import OwnRounds
-from shoal.node.status import TrainerState
+from shoal.node.status import TrainerState, describe_unused
 from shoal.node.trainer import Trainer, TrainerError, TrainerEvent, TrainerExited, TrainerLeft, TrainerStalled
+from shoal.node.training.loss_units import find_loss_unit, has_perplexity, write_loss
 from shoal.node.training.messages import (
     EVERYTHING,
     NO_EVALUATION,
@@ -36,6 +37,7 @@ from shoal.node.training.messages import (
     Ready,
     Resumed,
     Sampled,
+    Started,
     Work,
 )
 from shoal.protocol.attendance import FRESHNESS, NO_ATTENDANCE, PARTICIPATION, Attendance, expect_attendance
@@ -77,6 +79,8 @@ class Compute:
         self.device = ""
         self.error = ""
         self.next_step = ""  # what a person must do so that there is a trainer
+        self.unused: tuple[str, ...] = ()  # settings of this machine that the task ignores
+        self.loss_unit = find_loss_unit(manifest.task.kind)
         self.restarts = 0
         self.progress: Progress | None = None
         self.loss: float | None = None
@@ -139,12 +143,20 @@ class Compute:
                 await self._failed(error.failure, error.detail, is_final=error.is_final)
             return
         self.device = started.device
-        if started.notice:
-            log.warning("trainer: %s", started.notice)
+        self._hear(started)
         if self._generation == self._state.generation:
             await self._resume(started.resumed)
         elif not self._stopping:
             await self._begin_anew()  # it was renewed meanwhile
+
+    def _hear(self, started: Started) -> None:
+        """What it says of its data, its settings and its losses."""
+        if started.notice:
+            log.warning("trainer: %s", started.notice)
+        if started.unused and started.unused != self.unused:
+            log.warning("%s", describe_unused(started.unused))
+        self.unused = started.unused
+        self.loss_unit = started.loss_unit or find_loss_unit(self._manifest.task.kind)
 
     def _await_person(self, next_step: str) -> None:
         self.phase = TrainerState.WAITING
@@ -278,7 +290,8 @@ class Compute:
                 log.info("trainer: torch.compile works on the task's loss: the first step takes minutes")
             case Evaluated():
                 self.held_out = event
-                found = f"{event.loss_nats:.4f} nats a token, perplexity {event.perplexity:.2f}"
+                perplexity = f", perplexity {event.perplexity:.2f}" if has_perplexity(self.loss_unit) else ""
+                found = write_loss(f"{event.loss_nats:.4f}", self.loss_unit) + perplexity
                 log.info("held-out loss of round %d: %s", event.round, found)
                 self._ports.measured(event)
             case Failed() if event.reason == NO_EVALUATION:

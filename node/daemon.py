@@ -17,6 +17,7 @@ from shoal.crdt.measurements import HeldOutLoss
 from shoal.node.answers import Answers
 from shoal.node.attach_socket import TRAINER_FOLDER
 from shoal.node.attached_trainer import choose_trainer
+from shoal.node.ban_watch import BannedTries
 from shoal.node.compute import Compute, ComputePorts
 from shoal.node.conduct import Conduct
 from shoal.node.config import TRAINER, NodeConfig
@@ -272,6 +273,7 @@ class Daemon:
             bootstraps=choice.bootstraps,
             proof=self._proof,
         )
+        tries = BannedTries(self.me, self.ledger.ledger.standing)
         self.membership = Membership(
             me=self.me,
             swarm=swarm,
@@ -287,6 +289,7 @@ class Daemon:
                 refuses=self.intake.refuses,
                 shuns=self.intake.shuns,
                 meet=self.gate.meet,
+                may_dial=lambda peer: tries.may_try(peer.hex(), self.driver.now()),
                 spawn=self._spawn,
                 own=self.ledger.meet_presence,
             ),
@@ -311,6 +314,7 @@ class Daemon:
                 misbehaved=self.intake.misbehaved,
                 donor_failed=lambda peer, reason: self.reporter.metrics.donor_failures[reason].add(),
                 happen=partial(self.reporter.happen, HappeningKind.CATCH_UP),
+                may_catch_up=lambda: tries.may_try("catch-up", self.driver.now()),
                 spawn=self._spawn,
             ),
         )

@@ -25,7 +25,7 @@ PAGES_MAX = 9  # in one go; of decrees about peers that is the whole chain
 
 def list_decrees(ledger: Ledger, first: int) -> LedgerEntries:
     """The answer to GetDecrees."""
-    chain = _list_chain(ledger)
+    chain = list_chain(ledger)
     batches: list[bytes] = []
     held: set[EntryId] = set()
     for entry_id in chain[first : first + DECREES_PER_ANSWER]:
@@ -38,12 +38,17 @@ def list_decrees(ledger: Ledger, first: int) -> LedgerEntries:
     return LedgerEntries(payload=b"", batches=tuple(batches))
 
 
+def list_newest_decrees(ledger: Ledger) -> LedgerEntries:
+    """As much of the end of the owner's chain as an answer holds; who has missed no more than that can take it in."""
+    return list_decrees(ledger, max(0, len(list_chain(ledger)) - DECREES_PER_ANSWER))
+
+
 async def ask_decrees(control: ControlPlane, swarm: bytes, owner: PeerId, ledger: LedgerSync, peer: PeerId) -> bool:
     """Take in the decrees that this peer knows and the own ledger does not; whether there were any. Raises
     PeerUnreachable, RequestRefused, or ProtocolError for an answer that no honest peer gives."""
     found = False
     for _ in range(PAGES_MAX):
-        question = GetDecrees(first=len(_list_chain(ledger.ledger)))
+        question = GetDecrees(first=len(list_chain(ledger.ledger)))
         answer = decode_message_untrusted(swarm, await control.request(peer, encode_message(swarm, question)))
         if not isinstance(answer, LedgerEntries):
             raise ProtocolError(Refusal.UNKNOWN_TYPE, f"{type(answer).__name__} is no answer to GetDecrees")
@@ -57,7 +62,7 @@ async def ask_decrees(control: ControlPlane, swarm: bytes, owner: PeerId, ledger
     return found
 
 
-def _list_chain(ledger: Ledger) -> list[EntryId]:
+def list_chain(ledger: Ledger) -> list[EntryId]:
     """The owner's chain, oldest first."""
     chain: list[EntryId] = []
     name = ledger.standing.last_decree

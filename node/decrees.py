@@ -19,12 +19,15 @@ from shoal.crdt.kinds import (
     TAG_REMOVALS_MAX,
     AdmissionBody,
     BanBody,
+    Body,
     EntryId,
     Kind,
     ReadmissionBody,
+    decode_body_untrusted,
 )
 from shoal.crdt.ledger import Draft, Ledger
 from shoal.node.config import MANIFEST_FILE
+from shoal.node.decree_exchange import list_chain
 from shoal.node.durability import sync_path
 from shoal.node.identity_file import load_identity
 from shoal.node.ledger_store import LedgerStore
@@ -47,37 +50,65 @@ class _ChainEnd:
     entry: Bytes32
 
 
-def ban(data_dir: Path, owner_key: Path, peer: PeerId, reason: str, wall_ms: int) -> Batch:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlreadyDecreed:
+    """What was to be decreed is so already, as `text` says: by which decree of the owner. None is signed."""
+
+    seq: int
+    entry: EntryId
+    text: str
+
+
+def ban(data_dir: Path, owner_key: Path, peer: PeerId, reason: str, wall_ms: int) -> Batch | AlreadyDecreed:
     """From now on nothing counts that `peer` writes."""
 
-    def draft(ledger: Ledger) -> Draft:
+    def draft(ledger: Ledger) -> Draft | AlreadyDecreed:
+        if (held := next((one for one in ledger.standing.bans if one.peer == peer), None)) is not None:
+            told = f"{format_peer_id(peer)} is banned already ({held.reason or 'no reason given'})"
+            found = _find_newest(ledger, told, lambda entry_id, body: entry_id == held.entry)
+            assert found is not None, "a ban that holds is a decree of the chain"
+            return found
         return Draft(kind=Kind.BAN, body=BanBody(peer=peer, reason=reason, removes=()))
 
     return _sign(data_dir, owner_key, draft, wall_ms)
 
 
-def unban(data_dir: Path, owner_key: Path, peer: PeerId, wall_ms: int) -> Batch:
+def unban(data_dir: Path, owner_key: Path, peer: PeerId, wall_ms: int) -> Batch | AlreadyDecreed:
     """Lift all bans of this peer."""
 
-    def draft(ledger: Ledger) -> Draft:
-        bans = [one.entry for one in ledger.fold(wall_ms).verdicts.bans if one.peer == peer]
+    def draft(ledger: Ledger) -> Draft | AlreadyDecreed:
+        bans = [one.entry for one in ledger.standing.bans if one.peer == peer]
         if not bans:
+            decrees = _list_decrees(ledger)
+            past = {entry_id for entry_id, _, body in decrees if isinstance(body, BanBody) and body.peer == peer}
+            told = f"the ban of {format_peer_id(peer)} is lifted already"
+            found = _find_newest(
+                ledger, told, lambda _, body: isinstance(body, BanBody) and bool(past & {*body.removes})
+            )
+            if found is not None:
+                return found
             raise ConfigError("PEER_ID", f"{format_peer_id(peer)} is not banned, as far as this folder knows", _START)
         return Draft(kind=Kind.BAN, body=BanBody(peer=b"", reason="", removes=tuple(bans[:TAG_REMOVALS_MAX])))
 
     return _sign(data_dir, owner_key, draft, wall_ms)
 
 
-def admit(data_dir: Path, owner_key: Path, peers: Collection[PeerId], wall_ms: int) -> Batch:
+def admit(data_dir: Path, owner_key: Path, peers: Collection[PeerId], wall_ms: int) -> Batch | AlreadyDecreed:
     """Let these peers take part in a swarm that is not open. Those who are admitted already are left out."""
     rule = load_swarm(data_dir, owner_key).manifest.admission_rule
     if rule is AdmissionRule.OPEN:
         raise ConfigError("PEER_ID", 'this swarm is open (admission.rule = "open")', "let them join: nobody is refused")
 
-    def draft(ledger: Ledger) -> Draft:
+    def draft(ledger: Ledger) -> Draft | AlreadyDecreed:
         fresh = sorted(frozenset(peers) - ledger.standing.admitted)
         if not fresh:
-            raise ConfigError("PEER_ID", "admitted already, as far as this folder knows", "let them join")
+            named = " and ".join(map(format_peer_id, sorted(peers)))
+            told = f"{named} {'is' if len(peers) == 1 else 'are'} admitted already"
+            found = _find_newest(
+                ledger, told, lambda _, body: isinstance(body, AdmissionBody) and bool({*peers} & {*body.peers})
+            )
+            assert found is not None, "who is admitted is so by a decree of the chain"
+            return found
         if len(fresh) > ADMISSIONS_MAX:
             raise ConfigError("PEER_ID", f"{len(fresh)} peers", f"admit at most {ADMISSIONS_MAX} at once")
         return Draft(kind=Kind.ADMISSION, body=AdmissionBody(peers=tuple(fresh)))
@@ -85,13 +116,25 @@ def admit(data_dir: Path, owner_key: Path, peers: Collection[PeerId], wall_ms: i
     return _sign(data_dir, owner_key, draft, wall_ms)
 
 
-def readmit(data_dir: Path, owner_key: Path, peer: PeerId, wall_ms: int, stands: EntryId | None = None) -> Batch:
+def readmit(
+    data_dir: Path, owner_key: Path, peer: PeerId, wall_ms: int, stands: EntryId | None = None
+) -> Batch | AlreadyDecreed:
     """Forgive what this peer's chain contradicts itself in. `stands`: the last entry of the branch that counts; by
     default the longest branch."""
 
-    def draft(ledger: Ledger) -> Draft:
+    def draft(ledger: Ledger) -> Draft | AlreadyDecreed:
         slot = ledger.forks.get(peer)
         if slot is None:
+            told = f"{format_peer_id(peer)} is readmitted already"
+            found = _find_newest(
+                ledger,
+                told,
+                lambda _, body: (
+                    isinstance(body, ReadmissionBody) and body.author == peer and stands in (None, body.stands)
+                ),
+            )
+            if found is not None:
+                return found
             problem = f"the chain of {format_peer_id(peer)} has no two branches, as far as this folder knows"
             raise ConfigError("PEER_ID", problem, _START)
         entries = _list_entries(ledger, peer)
@@ -135,7 +178,9 @@ def load_swarm(data_dir: Path, owner_key: Path) -> OwnedSwarm:
     return OwnedSwarm(manifest=manifest, swarm=swarm, owner=owner)
 
 
-def _sign(data_dir: Path, owner_key: Path, make_draft: Callable[[Ledger], Draft], wall_ms: int) -> Batch:
+def _sign(
+    data_dir: Path, owner_key: Path, make_draft: Callable[[Ledger], Draft | AlreadyDecreed], wall_ms: int
+) -> Batch | AlreadyDecreed:
     owned = load_swarm(data_dir, owner_key)
     with LedgerStore.open(data_dir / "ledger.sqlite") as store:
         ledger = Ledger(identity=owned.owner, rules=make_rules(owned.manifest, owned.swarm))
@@ -145,11 +190,28 @@ def _sign(data_dir: Path, owner_key: Path, make_draft: Callable[[Ledger], Draft]
             known = ledger.next_seq(PERMANENT_ERA)
             problem = f"this folder knows {known} of the owner's {end.count} decrees"
             raise ConfigError("--data-dir", problem, _START)
-        batch = ledger.write([make_draft(ledger)], wall_ms)
+        draft = make_draft(ledger)
+        if isinstance(draft, AlreadyDecreed):
+            return draft
+        batch = ledger.write([draft], wall_ms)
         # First the note: a decree that is noted and lost is missed, one that is not noted may be signed twice.
         _write_end(owner_key, _ChainEnd(count=batch.entries[-1].seq + 1, entry=batch.tip))
         store.append([batch], own=True)
     return batch
+
+
+def _list_decrees(ledger: Ledger) -> list[tuple[EntryId, int, Body]]:
+    """The owner's chain, as far as it is known, with the place of each decree in it."""
+    entries = ((entry_id, ledger.get(entry_id)) for entry_id in list_chain(ledger))
+    return [(one, entry.seq, decode_body_untrusted(entry.kind, entry.body)) for one, entry in entries if entry]
+
+
+def _find_newest(ledger: Ledger, text: str, matches: Callable[[EntryId, Body], bool]) -> AlreadyDecreed | None:
+    """The newest decree that matches, by which is so what the text says."""
+    for entry_id, seq, body in reversed(_list_decrees(ledger)):
+        if matches(entry_id, body):
+            return AlreadyDecreed(seq=seq, entry=entry_id, text=text)
+    return None
 
 
 def _end_path(owner_key: Path) -> Path:

@@ -155,8 +155,8 @@ class _Swarm:
         local += ["--text", str(self._text.absolute())] if self._text else []
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
-                self._shoal(*arguments, *local),
-                stdin=subprocess.DEVNULL,
+                self._shoal(*arguments, *local, "--leave-with-stdin"),
+                stdin=subprocess.PIPE,  # whose end is closed when this process ends, also by SIGKILL
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -346,7 +346,9 @@ def _judge(
     reached = status.reach.state is ReachState.REACHABLE if status else None
     findings = [
         judge_identity(identity),
-        judge_configuration(str(path) if path else "defaults and options", fault),
+        judge_configuration(
+            str(path) if path else "defaults and options", fault, status.training.unused if status else ()
+        ),
         judge_versions(see_versions(agents, tuple(view.refusing))),
         judge_torch(seen.torch or Unknown(why="importing torch took too long"), config, model),
         judge_clock(ClockSeen(synchronized=see_synchronized(), ahead_s=tuple(view.ahead_s.values()))),

@@ -18,7 +18,7 @@ from typing import Any
 from shoal.node.config import ON_DISK, TRAINER, NodeConfig
 from shoal.node.machine_memory import MachineMemory
 from shoal.node.state_vectors import measure_vectors
-from shoal.node.status import clean_text
+from shoal.node.status import clean_text, describe_unused
 from shoal.node.terminal import format_bytes
 
 CLOCK_SKEW_WARN_S = 30.0
@@ -151,7 +151,11 @@ class ConfigFault:
     fix: str
 
 
-def judge_configuration(source: str, fault: ConfigFault | None) -> Finding:
+def judge_configuration(source: str, fault: ConfigFault | None, unused: tuple[str, ...] = ()) -> Finding:
+    """`unused` are settings that the running daemon's task ignores."""
+    if fault is None and unused:
+        fix = f"take {'it' if len(unused) == 1 else 'them'} out, unless the file serves other swarms, too"
+        return warning(Check.CONFIGURATION, f"{source}: {describe_unused(unused)}", fix)
     if fault is None:
         return ok(Check.CONFIGURATION, f"{source}: every value is usable")
     return problem(Check.CONFIGURATION, f"{fault.field}: {fault.fault}", fault.fix)

@@ -27,7 +27,7 @@ def add_evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
 
 def run_evaluate(options: argparse.Namespace, told: Callable[[str], object]) -> int:
     """Tell what was found; raises ConfigError for what a person must mend."""
-    from shoal.node.terminal import show_progress
+    from shoal.node.progress import show_progress
     from shoal.node.trainer import INSTALL_TORCH
 
     check_evaluate_arguments(options)

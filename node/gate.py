@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from shoal.crdt.standing import Standing
 from shoal.dht.addresses import parse_peer_address
+from shoal.node.ban_watch import find_ban, tell_own_ban
 from shoal.node.control import ControlPlane, PeerUnreachable, RequestRefused
 from shoal.node.decree_exchange import ask_decrees
 from shoal.node.ledger_sync import LedgerSync
@@ -270,8 +271,8 @@ class Gate:
     def warnings(self) -> Iterable[str]:
         """For the status: what keeps this peer out, and who asks to be let in."""
         standing, now = self._standing, self._wall()
-        if self._me in standing.banned:
-            yield f"{Refusal.BANNED}: the swarm's owner has banned this peer; ask the owner"
+        if (ban := find_ban(standing, self._me)) is not None:
+            yield tell_own_ban(ban)
         if self.is_open:
             return
         if not self.admits(self._me):

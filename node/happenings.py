@@ -65,6 +65,7 @@ REMEDIES: Mapping[Failure, str] = {
     Failure.SUPERSEDED: "a later attempt goes on",
     Failure.PEER_LEFT: "the others go on",
     Failure.PEER_LOST: "the others go on",
+    Failure.PEER_UNSEEN: "it is not counted on until it comes",
     Failure.PEER_UNREACHABLE: "its other addresses are tried, and relays",
     Failure.PEER_SLOW: "the others go on",
     Failure.DONOR_FAILED: "another donor is asked",

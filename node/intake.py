@@ -13,9 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from shoal.node.allowances import Allowances
-from shoal.node.ban_watch import BanWatch
+from shoal.node.ban_watch import BanPorts, BanWatch
 from shoal.node.conduct import REFUSED_S, Conduct, Fault, judge
 from shoal.node.control import ControlPlane, PeerUnreachable
+from shoal.node.decree_exchange import list_newest_decrees
 from shoal.node.gate import Gate, GatePorts
 from shoal.node.happenings import HappeningKind, Severity
 from shoal.node.ledger_sync import LedgerSync
@@ -41,6 +42,7 @@ QUESTIONS_BURST = 256  # of one peer at once; a peer that catches up asks some d
 QUESTIONS_PER_S = 32.0  # and for long; what comes faster is answered that much later
 STRANGER_BURST = 8  # of one that is not admitted
 STRANGER_PER_S = 0.5
+DECREES = "decrees"
 BY_OWNER = "by the swarm's owner"
 OWNERS_WORD = (Refusal.NOT_ADMITTED, Refusal.BANNED)  # every member says the same
 TOLD = (Refusal.WRONG_SWARM, Refusal.WRONG_VERSION, Refusal.WRONG_BASE)
@@ -81,7 +83,8 @@ class Intake:
     def open(self, control: ControlPlane, ports: IntakePorts) -> None:
         self._control = control
         self._ports = ports
-        ports.spawn(BanWatch(self._conduct.me, ports.ledger.ledger.standing, self._end_banned).watch())
+        bans = BanPorts(end=self._end_banned, lifted=self._meet_again, tell=self._tell_own_ban)
+        ports.spawn(BanWatch(self._conduct.me, ports.ledger.ledger.standing, bans).watch())
         gate_ports = GatePorts(
             control=control,
             membership=ports.membership,
@@ -139,6 +142,8 @@ class Intake:
             self.misbehaved(peer, error)
 
     def _note_refused(self, ports: IntakePorts, peer: PeerId, message: Refused) -> None:
+        if message.refusal == Refusal.BANNED and self._conduct.me in ports.ledger.ledger.standing.banned:
+            return  # the decree has been told, which says more
         told = f"{self._reporter.name_of(peer)} refuses this peer: {message.refusal}"
         if message.refusal == Refusal.NOT_ADMITTED and not ports.gate.is_open:
             text = f"{told}; {ports.gate.was_refused(peer)}. It goes on trying"
@@ -222,7 +227,7 @@ class Intake:
         if refusal in (None, Refusal.NOT_ADMITTED):
             self._ports.gate.greet(peer)
         elif refusal is Refusal.BANNED:
-            self._ports.spawn(self._dismiss(peer, Refusal.BANNED, BY_OWNER))
+            self._ports.spawn(self._dismiss_banned(peer))
         else:
             self._ports.spawn(self._control.disconnect(peer))
         return refusal is None
@@ -254,7 +259,25 @@ class Intake:
         if self._ports is not None:
             self._ports.hang_up(peer, Refusal.BANNED)
             self._ports.membership.connection_lost(peer)
-            self._ports.spawn(self._dismiss(peer, Refusal.BANNED, BY_OWNER))
+            self._ports.spawn(self._dismiss_banned(peer))
+
+    def _meet_again(self, peer: PeerId) -> None:
+        """It is banned no more, and may not know it: it tries rarely by itself."""
+        if self._ports is not None:
+            self._ports.spawn(self._look_for(self._ports.membership, peer))
+
+    async def _look_for(self, membership: Membership, peer: PeerId) -> None:
+        await membership.connect(peer)
+
+    def _tell_own_ban(self, text: str, banned: bool) -> None:
+        self._reporter.happen(HappeningKind.NETWORK, text, Severity.ERROR if banned else Severity.INFO)
+
+    async def _dismiss_banned(self, peer: PeerId) -> None:
+        """Show it the owner's word first, which proves itself; not each time that it comes."""
+        if self._ports is not None and self._reminders.take((peer, DECREES), self._clock()) is not None:
+            decrees = list_newest_decrees(self._ports.ledger.ledger)
+            await self._tell(peer, encode_message(self._swarm, decrees))
+        await self._dismiss(peer, Refusal.BANNED, BY_OWNER)
 
     async def _dismiss(self, peer: PeerId, refusal: Refusal, detail: str, *, ends: bool = True) -> None:
         await self._tell(peer, encode_message(self._swarm, Refused(refusal=refusal.value, detail=detail)))

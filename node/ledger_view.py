@@ -46,6 +46,7 @@ from shoal.node.manifest_source import read_manifest_file
 from shoal.node.repair import abstains
 from shoal.node.running import read_running
 from shoal.node.status import fetch_status
+from shoal.node.training.loss_units import find_loss_unit, write_loss
 from shoal.protocol.errors import ConfigError, Failure, ProtocolError
 from shoal.protocol.identity import Identity, PeerId, format_peer_id
 from shoal.protocol.manifest import Manifest, read_manifest_untrusted
@@ -283,9 +284,10 @@ def tell_ledger(view: LedgerView) -> Iterator[str]:
 
 def _tell_measurements(view: LedgerView) -> Iterator[str]:
     measured = list_measurements(view.state, view.source.manifest.training.evaluate_every)
+    unit = find_loss_unit(view.source.manifest.task.kind)
     for one in measured:
         said = one.held_out
-        figure = f"round {said.round:,}: {said.loss_nats:.4f} nats a token over {said.tokens:,} tokens"
+        figure = f"round {said.round:,}: {write_loss(f'{said.loss_nats:.4f}', unit)} over {said.tokens:,} tokens"
         yield f"held out      {figure} (measured by {format_peer_id(one.author)})"
     others = sum(tag.name == HELD_OUT_TAG for tag in view.state.tags) - len(measured)
     if others:

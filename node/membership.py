@@ -54,6 +54,7 @@ class MembershipPorts:
     shuns: Callable[[PeerId], bool]  # whether it is not even dialled, as who only is not admitted yet may be
     meet: Callable[[Presence], None]  # before that is asked: it may bring an invitation; raises ProtocolError
     spawn: Callable[[Coroutine[object, object, object]], None]
+    may_dial: Callable[[PeerId], bool] = lambda peer: True  # rarely, where this peer is banned itself
     own: Callable[[Presence], None] = lambda presence: None  # a presence of this peer, as others know it, unchecked
 
 
@@ -174,7 +175,7 @@ class Membership:
             return True
         addresses = self._control_addresses_of(peer)
         fresh = frozenset(addresses) - self._dialling.get(peer, frozenset())
-        if not fresh or self._ports.shuns(peer):
+        if not fresh or self._ports.shuns(peer) or not self._ports.may_dial(peer):
             return False
         self._dialling[peer] = self._dialling.get(peer, frozenset()) | fresh
         if self.table.newest(peer) is not None:

@@ -302,7 +302,7 @@ class Metrics:
     def _declare_training(self, table: "_Table") -> None:
         self.loss = table.gauge("loss", "The trainer's last loss; NaN before the first one.")
         self.loss.set(math.nan)
-        text = "Held-out loss of the certified base that this peer has last measured, nats a token; NaN before."
+        text = "Held-out loss of the certified base that this peer has last measured; NaN before."
         self.held_out_loss = table.gauge("held_out_loss", text)
         self.held_out_loss.set(math.nan)
         text = "Held-out loss of the newest certified base that a member has measured, by its word; NaN before."

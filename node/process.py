@@ -6,7 +6,11 @@ import json
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+
+STDIN = 0
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -30,6 +34,19 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt)
+
+
+def leave_with_stdin() -> None:
+    """Leave as after SIGTERM when nobody holds the other end of standard input any more: whoever started this process
+    has ended, be it by SIGKILL."""
+
+    def watch() -> None:
+        with suppress(OSError):
+            while os.read(STDIN, 4096):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="stdin", daemon=True).start()
 
 
 class _JsonFormatter(logging.Formatter):

@@ -38,6 +38,7 @@ class RejoinPorts:
     misbehaved: Callable[[PeerId, ProtocolError], None]
     donor_failed: Callable[[PeerId, Failure], None]
     happen: Callable[[str, Severity], None]
+    may_catch_up: Callable[[], bool]  # rarely, where this peer is banned
     spawn: Callable[[Coroutine[object, object, object]], None]
 
 
@@ -98,7 +99,7 @@ class Rejoin:
 
     def behind(self, behind: Behind) -> None:
         """A peer has rounds that this one lacks."""
-        if not self.catch_up.active:
+        if not self.catch_up.active and self._ports.may_catch_up():
             self._ports.spawn(self._catch_up(behind))
 
     def forked(self, peer: PeerId) -> None:

@@ -45,6 +45,7 @@ from shoal.node.status import (
     TrafficStatus,
     Wait,
     clean_text,
+    describe_unused,
     keep_peers,
 )
 from shoal.node.surroundings import Surroundings
@@ -256,7 +257,8 @@ class Reporter:
 
     def peer_lost(self, peer: PeerId, reason: Failure) -> None:
         self.metrics.peers_lost[reason].add()
-        text = f"lost {self.name_of(peer)}: {reason}; {REMEDIES[reason]}"
+        said = "not seen since this peer's start:" if reason is Failure.PEER_UNSEEN else "lost"
+        text = f"{said} {self.name_of(peer)}: {reason}; {REMEDIES[reason]}"
         severity = Severity.INFO if reason is Failure.PEER_LEFT else Severity.WARNING
         self.happen(HappeningKind.PEER_LOST, text, severity)
 
@@ -330,7 +332,7 @@ class Reporter:
             control_up=self.control_up,
             round=self._round_status(live),
             training=describe_training(one.compute, self.losses, one.manifest.training.inner_steps),
-            measured=describe_measurements(one.ledger.measurements(), self.name_of),
+            measured=describe_measurements(one.ledger.measurements(), one.compute.loss_unit, self.name_of),
             traffic=self._traffic_status(),
             line=one.line.status(),
             catch_up=CatchUpStatus(
@@ -470,6 +472,8 @@ class Reporter:
             found.append(f"{self.name_of(peer)} misbehaved ({refusal}) and is refused for {left_s:.0f} s more")
         if (next_step := self.subjects.compute.next_step) != "":
             found.append(next_step)
+        if (unused := self.subjects.compute.unused) != ():
+            found.append(describe_unused(unused))
         training = sum(one.trains for one in live.values()) + (self.subjects.config.node.role == TRAINER)
         needed = self.subjects.manifest.rounds.peers_min
         if training < needed:

@@ -15,7 +15,7 @@ import types
 import typing
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -112,7 +112,7 @@ class LossPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """The mean loss of the base of a round on data that nobody trains on, in nats a token, and e to that."""
+    """The mean loss of the base of a round on data that nobody trains on, and e to that where it is in nats."""
 
     round: int
     loss: float | None
@@ -136,7 +136,8 @@ class Measured:
 class TrainingStatus:
     """The trainer. `steps` of `steps_planned` are made in this round; tokens are counted since the daemon's start.
     `held_out` is what this peer has last measured of a certified base, `steps_dropped` counts inner steps that were
-    thrown away."""
+    thrown away. `loss_unit` is what all losses of the swarm's task are in, empty where nobody says; `unused` names the
+    settings of this machine that the task ignores."""
 
     state: TrainerState
     device: str
@@ -151,6 +152,8 @@ class TrainingStatus:
     loss_history: tuple[LossPoint, ...]
     held_out: HeldOut | None = None
     steps_dropped: int = 0
+    loss_unit: str = ""
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -414,6 +417,12 @@ def clean_text(text: str, chars_max: int = 200) -> str:
     """Text that a peer chose, fit for a terminal: without control characters, escapes and direction marks."""
     shown = "".join(character for character in text if character.isprintable())
     return shown if len(shown) <= chars_max else shown[: chars_max - 1] + "…"
+
+
+def describe_unused(names: Sequence[str]) -> str:
+    """Settings of this machine that the swarm's task ignores; one file may serve several swarms."""
+    are, them = ("is", "it") if len(names) == 1 else ("are", "them")
+    return f"{' and '.join(names)} {are} set, and the task of this swarm does not use {them}"
 
 
 def fetch_status(host: str, port: int, timeout_s: float = FETCH_TIMEOUT_S) -> Status:

@@ -28,6 +28,7 @@ from shoal.node.status import (
     judge_health,
     judge_readiness,
 )
+from shoal.node.training.loss_units import write_loss
 from shoal.protocol.effects import Phase
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def describe_status(status: Status) -> list[str]:
         *([RELAY_WITHHELD] if status.line.relay_withheld else []),
         f"state root {now.state_root[:16] or 'none'}",
         f"others join with: shoal join '{clean_text(status.uri, len(status.uri))}'",
-        *(f"swarm's {describe_measured(one)}" for one in status.measured[:1]),
+        *(f"swarm's {describe_measured(one, training.loss_unit)}" for one in status.measured[:1]),
     ]
     for title, verdict in (("unhealthy", judge_health(status)), ("not ready", judge_readiness(status))):
         lines += [f"{title}: {clean_text(reason, REASON_CHARS_MAX)}" for reason in verdict.reasons]
@@ -198,14 +199,16 @@ def _held_out(training: TrainingStatus) -> str:
     if found is None:
         return ""
     perplexity = "" if found.perplexity is None else f", perplexity {found.perplexity:.4g}"
-    return f", held-out loss of round {found.round} {format_loss(found.loss)}{perplexity}"
+    return (
+        f", held-out loss of round {found.round} {write_loss(format_loss(found.loss), training.loss_unit)}{perplexity}"
+    )
 
 
-def describe_measured(one: Measured) -> str:
-    """What a member has measured, and which one."""
+def describe_measured(one: Measured, unit: str) -> str:
+    """What a member has measured, and which one; losses are in `unit`."""
     perplexity = "" if one.perplexity is None else f", perplexity {one.perplexity:.4g}"
     author = clean_text(one.name) or one.peer[-8:]
-    figure = f"held-out loss of round {one.round} {format_loss(one.loss)}{perplexity}"
+    figure = f"held-out loss of round {one.round} {write_loss(format_loss(one.loss), unit)}{perplexity}"
     return f"{figure}, measured by {author} over {_plural(one.tokens, 'token')}"
 
 
@@ -299,18 +302,6 @@ def print_table(columns: Sequence[str], rows: Iterable[tuple[Sequence[str], str]
     for cells, style in rows:
         table.add_row(*(Text(clean_text(cell, 500), style if place < 2 else "") for place, cell in enumerate(cells)))
     Console().print(table)
-
-
-@contextmanager
-def show_progress(title: str) -> Iterator[Callable[[str], None]]:
-    """A line on the terminal's standard error while something takes its time; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(title) as line:
-        yield lambda text: line.update(f"{title}: {text}")
 
 
 def print_status(status: Status) -> None:
@@ -494,10 +485,11 @@ def _figures(status: Status) -> "Table":
     sent = format_bytes(traffic.tensor_sent_bytes + traffic.control_sent_bytes)
     received = format_bytes(traffic.tensor_received_bytes + traffic.control_received_bytes)
     aborted = ", ".join(f"{one.count} {one.reason}" for one in status.aborted) or "none"
+    told = ", ".join(describe_measured(one, training.loss_unit) for one in status.measured[:1])
     rows = [
         ("loss", f"{format_loss(training.loss_first)} → {format_loss(training.loss_last)}  {draw_curve(losses)}"),
         ("held out", _held_out(training).removeprefix(", ") or "not measured here yet"),
-        ("in the swarm", describe_measured(status.measured[0]) if status.measured else "nobody has measured yet"),
+        ("in the swarm", told or "nobody has measured yet"),
         ("trainer", trainer),
         ("speed", f"{format_count(training.tokens_per_s)} tokens/s, {format_count(training.tokens)} tokens trained"),
         ("rounds", f"{status.rounds_certified} certified since its start; aborted attempts: {aborted}"),

@@ -7,6 +7,7 @@ from shoal.crdt.measurements import Measurement
 from shoal.node.compute import Compute
 from shoal.node.metrics import Metrics
 from shoal.node.status import HeldOut, LossHistory, Measured, TrainerState, TrainingStatus, clean_text
+from shoal.node.training.loss_units import has_perplexity
 from shoal.node.training.messages import DETAIL_BYTES_MAX, find_perplexity
 from shoal.protocol.identity import PeerId, format_peer_id
 
@@ -29,7 +30,13 @@ def describe_training(compute: Compute, losses: LossHistory, steps_planned: int)
         loss_history=points,
         held_out=None
         if held_out is None
-        else HeldOut(round=held_out.round, loss=held_out.loss_nats, perplexity=held_out.perplexity),
+        else HeldOut(
+            round=held_out.round,
+            loss=held_out.loss_nats,
+            perplexity=held_out.perplexity if has_perplexity(compute.loss_unit) else None,
+        ),
+        loss_unit=clean_text(compute.loss_unit),
+        unused=compute.unused,
     )
 
 
@@ -40,14 +47,14 @@ def measure_tokens_per_s(compute: Compute) -> float:
 
 
 def describe_measurements(
-    measurements: Iterable[Measurement], name_of: Callable[[PeerId], str]
+    measurements: Iterable[Measurement], loss_unit: str, name_of: Callable[[PeerId], str]
 ) -> tuple[Measured, ...]:
-    """What the ledger has, with whom it is from."""
+    """What the ledger has, with whom it is from; the losses are in `loss_unit`."""
     return tuple(
         Measured(
             round=one.held_out.round,
             loss=one.held_out.loss_nats,
-            perplexity=find_perplexity(one.held_out.loss_nats),
+            perplexity=find_perplexity(one.held_out.loss_nats) if has_perplexity(loss_unit) else None,
             tokens=one.held_out.tokens,
             peer=format_peer_id(one.author),
             name=name_of(one.author),

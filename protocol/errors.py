@@ -65,6 +65,7 @@ class Failure(StrEnum):
     SUPERSEDED = "superseded"
     PEER_LEFT = "peer_left"
     PEER_LOST = "peer_lost"
+    PEER_UNSEEN = "peer_unseen"
     DONOR_FAILED = "donor_failed"
     TRAINER_CRASHED = "trainer_crashed"
     TRAINER_STALLED = "trainer_stalled"

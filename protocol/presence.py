@@ -25,7 +25,7 @@ class PeerSeen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerLost:
-    """A peer is no longer counted as alive."""
+    """A peer is no longer counted as alive: PEER_LOST, or PEER_UNSEEN where it was expected and never heard of."""
 
     peer: PeerId
     reason: Failure
@@ -73,7 +73,7 @@ class PresenceTable:
         """The transport says that the peer's connection is gone and cannot be made again."""
         if self._deadlines.pop(peer, None) is None:
             return None
-        return PeerLost(peer=peer, reason=Failure.PEER_LOST)
+        return self._report(peer)
 
     def next_deadline(self) -> float | None:
         """When `handle_deadline` is due."""
@@ -84,7 +84,7 @@ class PresenceTable:
         late = [peer for peer, deadline in self._deadlines.items() if deadline <= now]
         for peer in late:
             del self._deadlines[peer]
-        return [PeerLost(peer=peer, reason=Failure.PEER_LOST) for peer in late]
+        return [self._report(peer) for peer in late]
 
     def live(self) -> dict[PeerId, Presence]:
         """The newest presence of every live peer, by peer id."""
@@ -93,6 +93,9 @@ class PresenceTable:
     def newest(self, peer: PeerId) -> Presence | None:
         """What was last heard of a peer, alive or not."""
         return self._newest.get(peer)
+
+    def _report(self, peer: PeerId) -> PeerLost:
+        return PeerLost(peer=peer, reason=Failure.PEER_LOST if peer in self._newest else Failure.PEER_UNSEEN)
 
     def _drop_oldest_dead(self) -> None:
         dead = [peer for peer in self._newest if peer not in self._deadlines]

@@ -49,7 +49,7 @@ def add_bench_parsers(bench: argparse.ArgumentParser) -> None:
 
 def run_bench(options: argparse.Namespace, data_dir: Path, tell: Say) -> int:
     """Measure what was asked for, and tell it line by line. Raises ConfigError and BenchFailed."""
-    from shoal.node.terminal import show_progress
+    from shoal.node.progress import show_progress
 
     if options.bench_command != "allreduce" and not 1 <= options.repeats <= 1000:
         raise ConfigError("--repeats", f"is {options.repeats}", "use 1 to 1000")

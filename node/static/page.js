@@ -131,18 +131,20 @@ function describeCaps(line) {
   return `upload cap ${formatCap(line.upload_cap_mbit)}, download cap ${formatCap(line.download_cap_mbit)}${until}${relay}`;
 }
 
-const formatPerplexity = (perplexity) => (perplexity === null ? "no number" : perplexity.toPrecision(4));
+const formatPerplexity = (perplexity) => (perplexity === null ? "–" : perplexity.toPrecision(4));
 
-function describeHeldOut(found) {
+function describeHeldOut(found, unit) {
   const who = found.name ? `, measured by ${found.name}` : "";
-  return `round ${whole.format(found.round)}, perplexity ${formatPerplexity(found.perplexity)}${who}`;
+  const perplexity = found.perplexity === null ? "" : `, perplexity ${formatPerplexity(found.perplexity)}`;
+  return `${unit ? `${unit}, ` : ""}round ${whole.format(found.round)}${perplexity}${who}`;
 }
 
 function tileHeldOut(status) {
   // The own one is the newer one while this peer may not write into the ledger.
   const [swarms, own] = [status.measured[0] ?? null, status.training.held_out];
   const found = own === null || (swarms !== null && swarms.round >= own.round) ? swarms : own;
-  return ["Held-out loss", formatLoss(found?.loss ?? null), found ? describeHeldOut(found) : "not measured yet"];
+  const detail = found ? describeHeldOut(found, status.training.loss_unit) : "not measured yet";
+  return ["Held-out loss", formatLoss(found?.loss ?? null), detail];
 }
 
 function showTiles(status) {

@@ -48,6 +48,7 @@ from shoal.node.training.messages import (
     Started,
     Work,
     trim_detail,
+    trim_unit,
 )
 from shoal.node.training.micro_batches import is_out_of_memory
 from shoal.node.training.round_work import RoundWork, tell_torn
@@ -77,11 +78,16 @@ class AttachedLoop:
     """One script's. `optimizer` is the one that trains the parameters."""
 
     def __init__(
-        self, parameters: LocalParameters, optimizer: torch.optim.Optimizer, evaluate: Evaluation | None = None
+        self,
+        parameters: LocalParameters,
+        optimizer: torch.optim.Optimizer,
+        evaluate: Evaluation | None = None,
+        loss_unit: str = "",
     ) -> None:
         self._parameters = parameters
         self._optimizer = optimizer
         self._evaluation = evaluate
+        self._loss_unit = trim_unit(loss_unit)
         self._identity = b""  # of the work; another one is another swarm, or another life of this one
         self._base: FloatVector = np.zeros(0, np.float32)
         self._local: FloatVector = self._base
@@ -138,7 +144,14 @@ class AttachedLoop:
         resumed = self._resume(work.batches_done) if same else Resumed(batches_done=work.batches_done)
         if resumed.extent != EVERYTHING:
             self._forget(work.training, work.batches_done)
-        return Started(device=device, elements=self._base.size, train_bytes=0, held_out_bytes=0, resumed=resumed)
+        return Started(
+            device=device,
+            elements=self._base.size,
+            train_bytes=0,
+            held_out_bytes=0,
+            resumed=resumed,
+            loss_unit=self._loss_unit,
+        )
 
     def _resume(self, contributed: int) -> Resumed:
         """Of the batches done here the daemon's disk knows `contributed` to be in contributions."""

@@ -427,6 +427,7 @@ def attach(
     *,
     home: str | Path | None = None,
     evaluate: Evaluation | None = None,
+    loss_unit: str = "",
     wait_s: float = 0.0,
 ) -> Attachment:
     """Attach this script to the daemon of the data folder `home` (default: that of `shoal up`), whose swarm's task is
@@ -434,9 +435,10 @@ def attach(
     `optimizer`.
 
     `evaluate(model)` returns the mean loss of the base over held-out data and how many tokens these have; without it
-    this peer measures none. A daemon that is still starting is waited for `wait_s` seconds. In a script of several
-    processes (torchrun; DistributedDataParallel or fully_shard) all of them call it. Raises ConfigError for what a
-    person must mend, and AttachError."""
+    this peer measures none. `loss_unit` is what losses are in, such as "nats a token"; people are shown it. A daemon
+    that is still starting is waited for `wait_s` seconds. In a script of several processes (torchrun;
+    DistributedDataParallel or fully_shard) all of them call it. Raises ConfigError for what a person must mend, and
+    AttachError."""
     whole: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     described = describe_model(whole, optimizer)
     folder = Path(DATA_DIR if home is None else home).expanduser().absolute()
@@ -449,10 +451,10 @@ def attach(
             raise ConfigError("model", problem, "use torch 2.6 or newer, or DistributedDataParallel") from None
         ranks: ScriptRanks | None = (divided := DividedRanks(whole, evaluate))
         parameters = WholeParameters(divided) if divided.is_first else LocalParameters(whole)
-        loop = AttachedLoop(parameters, optimizer, divided.evaluation)
+        loop = AttachedLoop(parameters, optimizer, divided.evaluation, loss_unit)
     else:
         ranks = ScriptRanks(whole) if are_joined() else None
-        loop = AttachedLoop(LocalParameters(whole), optimizer, evaluate)
+        loop = AttachedLoop(LocalParameters(whole), optimizer, evaluate, loss_unit)
     made = Attachment(loop, path, described)
     if ranks is not None:
         made = RankAttachment(loop, path, described, ranks, optimizer)

@@ -158,6 +158,11 @@ class CausalLm:
         return self._options.context
 
     @property
+    def unused(self) -> tuple[str, ...]:
+        tokenizer = ("tokenizer",) if self._options.tokenizer == ByteTokenizer.digest else ()
+        return tokenizer if self._options.weights is not None else (*tokenizer, "weights")
+
+    @property
     def tokens(self) -> tuple[bytes, int]:
         return self._options.tokenizer, self._config.vocab_size
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shoal.node.training.data import Draws
+from shoal.node.training.loss_units import DIGITS
 from shoal.node.training.messages import Work
 from shoal.node.training.model import Linear
 from shoal.node.training.parameters import Shape, list_specs, start_uniform
@@ -28,7 +29,6 @@ from shoal.protocol.layout import ZEROS, Layout, TensorSpec, make_layout
 from shoal.protocol.tables import read_table
 from shoal.protocol.wire import Bound
 
-DIGITS = "digits"
 PIXELS = 64
 SHADES_MAX = 16
 CLASSES = 10
@@ -109,6 +109,8 @@ class Images:
 
 class Digits:
     """Which digit an image shows. Options: the fields of DigitsConfig."""
+
+    unused = ("text",)  # the images are those of scikit-learn
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._config = read_table(DigitsConfig, options, "task", "", ManifestError)

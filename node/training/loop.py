@@ -71,7 +71,9 @@ from shoal.node.training.tasks import (
     TakesFiles,
     TakesWeights,
     WritesText,
+    list_unused,
     make_task,
+    name_loss_unit,
 )
 from shoal.protocol.errors import ConfigError, ManifestError
 
@@ -111,6 +113,7 @@ class InnerLoop:
             self._tokens_per_batch = self._batches.tokens_per_batch
             self._train_bytes, self._held_out_bytes = self._batches.train_bytes, self._batches.held_out_bytes
             self._notice = trim_detail(self._batches.notice)
+            self._unused, self._loss_unit = list_unused(self._task, start), name_loss_unit(self._task, self._kind)
             self._model = self._task.build_model().to(self._device)
             if [tuple(one.shape) for one in self._model.parameters()] != [spec.shape for spec in layout.tensors]:
                 fix = "list the parameters of build_model() in their order: list_specs does"
@@ -163,6 +166,8 @@ class InnerLoop:
             held_out_bytes=self._held_out_bytes,
             resumed=self._resumed,
             notice=self._notice,
+            unused=self._unused,
+            loss_unit=self._loss_unit,
         )
 
     def handle(self, command: Command, now_s: float) -> Iterator[Report]:

@@ -24,6 +24,8 @@ from shoal.protocol.wire import DELTA_BYTES_MAX, U63, Bound, Bytes32, Choice, Sc
 
 FRAME_BYTES_MAX = DELTA_BYTES_MAX
 PROMPT_BYTES_MAX = 1024
+UNIT_BYTES_MAX = 64
+UNUSED_MAX = 8
 SAMPLE_BYTES_MAX = 1024
 DETAIL_BYTES_MAX = 1024
 TASKS_ALLOWED_MAX = 64
@@ -60,6 +62,7 @@ EVERYTHING = "everything"
 
 FloatVector = NDArray[np.float32]
 Detail = Annotated[str, Bound(0, DETAIL_BYTES_MAX)]
+Unit = Annotated[str, Bound(0, UNIT_BYTES_MAX)]
 _LENGTH = struct.Struct(">I")
 
 
@@ -190,7 +193,8 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """It waits for the first Begin. `notice` is what the person at this machine should know of its data."""
+    """It waits for the first Begin. `notice` is what the person at this machine should know of its data, `unused` names
+    the settings of this machine that the task ignores, `loss_unit` what its losses are in, empty where nobody says."""
 
     device: Annotated[str, Bound(1, 128)]
     elements: U63
@@ -198,6 +202,8 @@ class Started:
     held_out_bytes: U63
     resumed: Resumed = Resumed()
     notice: Detail = ""
+    unused: Annotated[tuple[Annotated[str, Bound(1, 64)], ...], Bound(0, UNUSED_MAX)] = ()
+    loss_unit: Unit = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +220,7 @@ class Progress:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """`local` is complete and finite, and holds still until the next Begin or Merge. `steps` and `tokens` are the work
-    in it since the base was last adopted; `loss_mean` is over the steps since the last Ready, in nats a token.
+    in it since the base was last adopted; `loss_mean` is over the steps since the last Ready.
     `batches_done` is its position in its data, `problem` why no checkpoint of it was written, where one should be. With
     `trains_on` it goes on training meanwhile, until Paused or the next Begin or Merge."""
 
@@ -248,8 +254,9 @@ class Compiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """The mean loss of `base` over the `tokens` held-out tokens, in nats a token: of byte_gpt that is a byte, of digits
-    an image. `round` is the one whose state that base is, also where the trainer has not been told of it yet."""
+    """The mean loss of `base` over the `tokens` held-out tokens, a token being a byte of byte_gpt, an image of digits;
+    what it is in has Started said. `round` is the one whose state that base is, also where the trainer has not been
+    told of it yet."""
 
     round: U63
     loss_nats: float
@@ -360,6 +367,11 @@ def encode_frame(message: Command | Report | Described | Undescribed | Attach | 
 def trim_detail(text: str) -> str:
     """As much of the text as a `detail` field holds."""
     return text.encode(errors="replace")[:DETAIL_BYTES_MAX].decode(errors="ignore")
+
+
+def trim_unit(text: str) -> str:
+    """As much of a task's text as a `loss_unit` holds, in one line."""
+    return " ".join(text.split()).encode(errors="replace")[:UNIT_BYTES_MAX].decode(errors="ignore")
 
 
 class FrameReader:

@@ -25,9 +25,19 @@ from shoal.node.training.causal_lm_config import CAUSAL_LM
 from shoal.node.training.custom_task import ATTACHED, CUSTOM, load_builder, load_class, take_path
 from shoal.node.training.data import ByteWindows, read_corpus
 from shoal.node.training.datasets_library import choose_hub_access
-from shoal.node.training.digits import DIGITS, Digits
+from shoal.node.training.digits import Digits
 from shoal.node.training.gpt_config import KIND, SAMPLE_TEMPERATURE, VOCABULARY, parse_options, read_gpt_config
-from shoal.node.training.messages import DatasetChoice, Described, Undescribed, Work, encode_frame, trim_detail
+from shoal.node.training.loss_units import DIGITS, find_loss_unit
+from shoal.node.training.messages import (
+    DatasetChoice,
+    Described,
+    Start,
+    Undescribed,
+    Work,
+    encode_frame,
+    trim_detail,
+    trim_unit,
+)
 from shoal.node.training.model import Gpt, tensor_specs
 from shoal.node.training.parameters import list_specs, start_uniform
 from shoal.node.training.streamed import open_stream
@@ -94,7 +104,7 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        """The mean loss of a batch in nats a token, a float32 scalar."""
+        """The mean loss of a batch a token, a float32 scalar."""
         ...
 
 
@@ -165,6 +175,26 @@ class ReadsDatasets(Protocol):
     def open_dataset(self, choice: DatasetChoice, work: Work, folder: Path | None) -> Batches:
         """Comes in the place of `open_data`. `folder` is the trainer's own, for the place in the data. Raises
         InputError."""
+        ...
+
+
+@runtime_checkable
+class LeavesUnused(Protocol):
+    """A task that has no use for some of what this machine may set for it, beside what it has no method for."""
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of fields of [trainer]: "text", "tokenizer", "weights"."""
+        ...
+
+
+@runtime_checkable
+class NamesLossUnit(Protocol):
+    """A task that is not built in and says what its loss is in."""
+
+    @property
+    def loss_unit(self) -> str:
+        """Such as "nats a token". Where it begins with "nats" a perplexity is shown, too."""
         ...
 
 
@@ -246,6 +276,20 @@ def make_task(choice: TaskChoice, allowed: Sequence[str] = ()) -> Task:
         fix = f"use one of: {', '.join((*TASKS, CUSTOM, ATTACHED))}"
         raise ManifestError("task.kind", f"{choice.kind!r} is no known task", fix)
     return TASKS[choice.kind](options)
+
+
+def list_unused(task: Task, start: Start) -> tuple[str, ...]:
+    """The settings of this machine that the task ignores, by their full names."""
+    given = {"text": start.text, "tokenizer": start.tokenizer, "weights": start.weights}
+    ignored = set(task.unused) if isinstance(task, LeavesUnused) else set()
+    ignored |= {"tokenizer"} if not isinstance(task, TakesFiles) else set()
+    ignored |= {"weights"} if not isinstance(task, TakesWeights) else set()
+    return tuple(f"trainer.{name}" for name, value in given.items() if value is not None and name in ignored)
+
+
+def name_loss_unit(task: Task, kind: str) -> str:
+    """What the loss of the task is in; empty where nobody has said."""
+    return trim_unit(str(task.loss_unit)) if isinstance(task, NamesLossUnit) else find_loss_unit(kind)
 
 
 def describe(choice: TaskChoice, allowed: Sequence[str] = (), weights: Path | None = None) -> Layout:

@@ -35,11 +35,15 @@ def test_a_banned_peer_is_hung_up_on_by_everybody_and_comes_back_when_it_is_unba
     # The owner's key lies in the folder of the first peer. Without it and the banned one two of three voters go on.
     assert first.leave() == 0, first.log()[-2000:]
     decree(first.folder, "ban", banned, "--reason", "it lies")
+    again = run("swarm", "ban", banned, "--reason", "again", "--data-dir", str(first.folder))
+    assert again.returncode == 0 and "is banned already (it lies): decree 0 of the owner" in again.stdout
     first.start("up")
     swarm.wait("everybody has hung up on it", lambda: all("banned" in peer.log() for peer in (first, second, fourth)))
-    swarm.wait("it is told", lambda: "banned" in third.log())
+    swarm.wait("it is told", lambda: "has banned this peer by decree" in third.log())
     at = max(first.head, second.head)
     swarm.wait("the others go on without it", lambda: min(first.round, second.round, fourth.round) >= at + 2)
+    assert third.log().count("has banned this peer by decree") == 1, "once"
+    assert third.log().count("catching up") <= 1, "and it does not try again at once"
     assert "peer3" not in others_of(first) | others_of(second) | others_of(fourth)
 
     assert first.leave() == 0

@@ -7,6 +7,7 @@ network has none of them at any time.
 
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -114,8 +115,20 @@ def _remove(name: str) -> None:
     for pid in run("ip", "netns", "pids", name).split():
         if int(pid) != os.getpid():  # a thread of ours may be inside for a moment
             with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                _kill(int(pid))
     run("ip", "netns", "del", name)
+
+
+def _kill(pid: int) -> None:
+    """It is dead when this returns, whether its parent has collected it or not."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        dead, _, _ = select.select([descriptor], [], [], COMMAND_TIMEOUT_S)
+    finally:
+        os.close(descriptor)
+    if not dead:
+        raise LabError(f"process {pid} does not die of SIGKILL")
 
 
 def list_own() -> list[str]:

@@ -248,12 +248,14 @@ def test_the_machines_own_network_is_left_alone() -> None:
 def test_what_a_dead_run_left_is_removed() -> None:
     """By the next one; what belongs to a run that lives stays."""
     script = """if True:
-        import os, signal
+        import os, signal, subprocess
         from tests.natlab.lab import Lab
         from tests.natlab.namespace import list_own
         from tests.natlab.rules import Nat
         lab = Lab()
-        sleeper = lab.add_router("home", Nat.SYMMETRIC).add_host("peer").popen("sleep", "1000")
+        host = lab.add_router("home", Nat.SYMMETRIC).add_host("peer")
+        sleeper = host.popen("sh", "-c", "echo it is inside; exec sleep 1000", stdout=subprocess.PIPE)
+        sleeper.stdout.readline()
         print(sleeper.pid, *list_own(), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)"""
     with Lab() as lab:

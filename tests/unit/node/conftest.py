@@ -108,6 +108,7 @@ def status() -> Status:
             tokens_per_s=18_412.7,
             loss_first=history[0][1],
             loss_last=history[-1][1],
+            loss_unit="nats a token",
             loss_history=tuple(LossPoint(round=number, loss=loss) for number, loss in history),
         ),
         measured=(

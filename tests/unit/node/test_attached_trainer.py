@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ class Rig:
         self.told: list[str] = []
         self.memory = SharedParameters(LAYOUT.elements)
         self.memory.base[:] = 1.0
-        settings = TrainerTable(stall_timeout_s=stall_timeout_s)
+        settings = TrainerTable(stall_timeout_s=stall_timeout_s, weights=str(home))
         folder = find_socket(home).parent
         self.trainer = AttachedTrainer(self.memory, settings, self.events.append, folder, layout=LAYOUT)
 
@@ -79,7 +80,7 @@ class Rig:
             await self.trainer.begin(round, adopt=started.resumed.extent == "nothing")
         return started
 
-    async def attach(self, width: int = 2, **options: float) -> tuple[Attachment, nn.Module]:
+    async def attach(self, width: int = 2, **options: Any) -> tuple[Attachment, nn.Module]:
         model = build(width)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         attached = await asyncio.to_thread(shoal.attach, model, optimizer, home=self.home, **options)
@@ -103,8 +104,9 @@ async def test_a_script_trains_for_the_daemon_in_the_memory_that_both_map(tmp_pa
     async with open_rig(tmp_path) as rig:
         assert rig.told == [describe_next_step(tmp_path)] and str(tmp_path) in rig.told[0]
         served = asyncio.create_task(rig.serve())
-        script, model = await rig.attach()
+        script, model = await rig.attach(loss_unit="squares a point")
         started = await served
+        assert (started.loss_unit, started.unused) == ("squares a point", ("trainer.weights",))
         assert (started.device, started.elements) == ("cpu", LAYOUT.elements)
         assert rig.trainer.running and script.attached and script.round == 1
         assert (model.weight == 1.0).all()

@@ -1,6 +1,7 @@
 """The trainer at the daemon's side: its work is frozen, merged and anchored anew, and it is restarted when it dies."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from shoal.node import compute
 from shoal.node.compute import RESTARTS_MAX
 from shoal.node.status import TrainerState, judge_health
+from shoal.node.terminal import describe_status
 from shoal.node.trainer import TrainerError
 from shoal.node.training.messages import (
     BASE_TORN,
@@ -46,12 +48,14 @@ class Trainer(FakeTrainer):
         self.merges: list[Merge] = []
         self.stops = 0
         self.refusals: list[TrainerError] = []
-        self.notice = ""
+        self.told = Started(device="", elements=1, train_bytes=1, held_out_bytes=1, loss_unit="nats a token")
 
     async def start(self, work: Work) -> Started:
         if self.refusals:
             raise self.refusals.pop(0)
-        return replace(await super().start(work), notice=self.notice)
+        told = self.told
+        started = await super().start(work)
+        return replace(started, notice=told.notice, unused=told.unused, loss_unit=told.loss_unit)
 
     async def begin(self, round: int, *, adopt: bool) -> None:
         self.begun.append((round, adopt))
@@ -434,9 +438,46 @@ async def test_what_the_trainer_says_of_its_data_is_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
-        trainer.notice = "1 of 2 lines"
+        trainer.told = replace(trainer.told, notice="1 of 2 lines")
         await peer.compute.start()
         assert "trainer: 1 of 2 lines" in caplog.messages
+
+
+async def test_settings_that_the_task_ignores_are_told_once_and_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "trainer.tokenizer and trainer.weights are set, and the task of this swarm does not use them"
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        assert text not in peer.reporter.build_status().warnings
+        trainer.told = replace(trainer.told, unused=("trainer.tokenizer", "trainer.weights"))
+        await peer.compute.start()
+        await die_and_come_back(trainer)
+        assert caplog.messages.count(text) == 1
+        status = peer.reporter.build_status()
+        assert text in status.warnings and status.training.unused == ("trainer.tokenizer", "trainer.weights")
+        trainer.told = replace(trainer.told, unused=())
+        await die_and_come_back(trainer)
+        assert text not in peer.reporter.build_status().warnings
+
+
+@pytest.mark.parametrize(("unit", "told"), [("nats a token", ", perplexity "), ("squares", ""), ("", "")])
+async def test_a_loss_is_shown_with_what_it_is_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, unit: str, told: str
+) -> None:
+    async with open_trainer(tmp_path, round_s=3600.0) as (peer, trainer):
+        peer.compute.loss_unit = "that of before"
+        trainer.told = replace(trainer.told, loss_unit=unit)
+        await peer.compute.start()
+        with caplog.at_level(logging.INFO):
+            peer.compute.take(Evaluated(round=3, loss_nats=1.5, tokens=8))
+        words = f"1.5000 {unit}{told}" if unit else "1.5000"
+        assert any(line.startswith(f"held-out loss of round 3: {words}") for line in caplog.messages)
+        assert ("perplexity" in caplog.text) == bool(told)
+        status = peer.reporter.build_status()
+        assert status.training.held_out is not None
+        assert (status.training.held_out.perplexity is not None) == bool(told)
+        shown = [line for line in describe_status(status) if "held-out loss of round 3 1.500" in line]
+        assert len(shown) == 1 and f"1.500{' ' if unit else ''}{unit}{told or ','}" in shown[0]
 
 
 async def test_a_trainer_that_hangs_is_told_by_the_limit_that_it_exceeds(tmp_path: Path) -> None:

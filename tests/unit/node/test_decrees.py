@@ -14,7 +14,7 @@ from shoal.crdt.ledger import Ledger
 from shoal.node import decrees
 from shoal.node.cli import main
 from shoal.node.config import MANIFEST_FILE
-from shoal.node.decrees import admit, ban, readmit, unban
+from shoal.node.decrees import AlreadyDecreed, admit, ban, readmit, unban
 from shoal.node.ledger_store import LedgerStore
 from shoal.node.ledger_sync import make_rules
 from shoal.protocol.errors import ConfigError
@@ -81,11 +81,34 @@ def test_a_ban_holds_until_it_is_lifted(swarm: Swarm, tmp_path: Path) -> None:
     assert (batch.author, batch.era) == (swarm.manifest.owner, PERMANENT_ERA)
     state = read(swarm, folder)
     assert LIAR.peer not in state.leases and [one.reason for one in state.verdicts.bans] == ["spam"]
-    ban(folder, key, LIAR.peer, "spam again", NOW_MS)
-    unban(folder, key, LIAR.peer, NOW_MS)
+    lifting = unban(folder, key, LIAR.peer, NOW_MS)
     assert LIAR.peer in read(swarm, folder).leases
+    again = ban(folder, key, LIAR.peer, "spam again", NOW_MS)
+    assert [one.seq for one in (*batch.entries, *lifting.entries, *again.entries)] == [0, 1, 2]
+    assert [one.entry for one in read(swarm, folder).verdicts.bans] == [again.tip]
+
+
+def test_what_is_decreed_already_is_not_decreed_again(swarm: Swarm, tmp_path: Path) -> None:
+    folder, key = make_folder(swarm, tmp_path / "peer"), make_key(tmp_path / "owner.key", find_seed())
     with pytest.raises(ConfigError, match="is not banned"):
         unban(folder, key, LIAR.peer, NOW_MS)
+    other = ban(folder, key, PEERS[4], "", NOW_MS)
+    first = ban(folder, key, LIAR.peer, "spam", NOW_MS)
+    name = format_peer_id(LIAR.peer)
+    text = f"{name} is banned already (spam)"
+    assert ban(folder, key, LIAR.peer, "spam again", NOW_MS) == AlreadyDecreed(seq=1, entry=first.tip, text=text)
+    text = f"{format_peer_id(PEERS[4])} is banned already (no reason given)"
+    assert ban(folder, key, PEERS[4], "", NOW_MS) == AlreadyDecreed(seq=0, entry=other.tip, text=text)
+    lifting = unban(folder, key, LIAR.peer, NOW_MS)
+    text = f"the ban of {name} is lifted already"
+    assert unban(folder, key, LIAR.peer, NOW_MS) == AlreadyDecreed(seq=2, entry=lifting.tip, text=text)
+    put(folder, [lie(swarm, [b"one"]), lie(swarm, [b"other", b"longer"])])
+    done = readmit(folder, key, LIAR.peer, NOW_MS)
+    text = f"{name} is readmitted already"
+    assert readmit(folder, key, LIAR.peer, NOW_MS) == AlreadyDecreed(seq=3, entry=done.tip, text=text)
+    with pytest.raises(ConfigError, match="no two branches"):
+        readmit(folder, key, LIAR.peer, NOW_MS, NO_ENTRY)
+    assert ban(folder, key, LIAR.peer, "once more", NOW_MS).entries[0].seq == 4
 
 
 def test_a_readmission_takes_the_longest_branch_or_the_one_that_is_named(swarm: Swarm, tmp_path: Path) -> None:
@@ -158,7 +181,12 @@ def test_the_command_line_does_all_three(swarm: Swarm, tmp_path: Path, capsys: p
     assert main(["swarm", "readmit", *where]) == 0
     assert main(["swarm", "unban", *where]) == 0
     assert read(swarm, folder).leases.keys() == {LIAR.peer}
-    assert main(["swarm", "unban", *where]) == 1
+    capsys.readouterr()
+    assert main(["swarm", "unban", *where]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"nothing    the ban of {where[0]} is lifted already: decree 2 of the owner, entry "
+    )
+    assert main(["swarm", "unban", format_peer_id(PEERS[4]), *where[1:]]) == 1
     assert "is not banned" in capsys.readouterr().err
     assert main(["swarm", "readmit", *where, "--entry", "xyz"]) == 1
     assert "is no entry id" in capsys.readouterr().err
@@ -173,8 +201,8 @@ def test_peers_are_admitted_once_and_some_at_a_time(tmp_path: Path) -> None:
     batch = admit(folder, key, (PEERS[4], LIAR.peer), NOW_MS)
     assert (batch.author, batch.era) == (swarm.manifest.owner, PERMANENT_ERA)
     assert read(swarm, folder).verdicts.admitted == {PEERS[4], LIAR.peer}
-    with pytest.raises(ConfigError, match="admitted already"):
-        admit(folder, key, (LIAR.peer,), NOW_MS)
+    text = f"{format_peer_id(LIAR.peer)} is admitted already"
+    assert admit(folder, key, (LIAR.peer,), NOW_MS) == AlreadyDecreed(seq=0, entry=batch.tip, text=text)
     admit(folder, key, (LIAR.peer, PEERS[5]), NOW_MS)
     assert read(swarm, folder).verdicts.admitted == {PEERS[4], PEERS[5], LIAR.peer}
     crowd = [PeerId(number.to_bytes(32, "big")) for number in range(ADMISSIONS_MAX + 1)]

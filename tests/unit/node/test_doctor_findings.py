@@ -122,6 +122,13 @@ def test_identity() -> None:
 
 def test_configuration() -> None:
     expect(judge_configuration("a.toml", None), Check.CONFIGURATION, Verdict.OK, "a.toml: every value is usable")
+    expect(
+        judge_configuration("a.toml", None, ("trainer.weights",)),
+        Check.CONFIGURATION,
+        Verdict.WARNING,
+        "a.toml: trainer.weights is set, and the task of this swarm does not use it",
+        "take it out, unless the file serves other swarms, too",
+    )
     fault = ConfigFault(field="tensor.port", fault="is 70000", fix="give a port below 65536")
     expect(
         judge_configuration("a.toml", fault),

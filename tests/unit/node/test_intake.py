@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from shoal.crdt.entries import Batch, decode_batch_untrusted, encode_batch
 from shoal.crdt.kinds import BanBody, Kind
 from shoal.crdt.ledger import Draft, Ledger
 from shoal.node import ban_watch
 from shoal.node.conduct import LATE_MAX, LIES_MAX, REFUSED_S
 from shoal.node.control import PeerUnreachable, RequestRefused
-from shoal.node.happenings import HappeningKind
+from shoal.node.happenings import HappeningKind, Severity
 from shoal.node.ledger_sync import make_rules
 from shoal.node.link_port import LinkLost
 from shoal.node.reminders import REMIND_S
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
 from shoal.protocol.frames import FrameHeader, FrameKind
-from shoal.protocol.identity import short_peer_id
+from shoal.protocol.identity import PeerId, short_peer_id
 from shoal.protocol.messages import (
     Contribution,
     GetPeers,
@@ -401,12 +402,32 @@ async def test_lies_over_the_real_control_plane_end_the_tensor_links_too(tmp_pat
 # -- the owner's bans ------------------------------------------------------------------------------------------------
 
 
+def sign_ban(peer: Peer, banned: PeerId) -> Batch:
+    """The owner's decree."""
+    owner = Ledger(identity=IDENTITIES[0], rules=make_rules(peer.swarm.manifest, peer.swarm.id))
+    body = BanBody(peer=banned, reason="it lies", removes=())
+    return owner.write([Draft(kind=Kind.BAN, body=body)], time.time_ns() // 1_000_000)
+
+
 def ban(peer: Peer, banned: Puppet) -> None:
     """The owner's decree reaches this peer's ledger."""
-    owner = Ledger(identity=IDENTITIES[0], rules=make_rules(peer.swarm.manifest, peer.swarm.id))
-    body = BanBody(peer=banned.me, reason="it lies", removes=())
-    batch = owner.write([Draft(kind=Kind.BAN, body=body)], time.time_ns() // 1_000_000)
-    assert peer.ledger.ledger.accept(batch).accepted
+    assert peer.ledger.ledger.accept(sign_ban(peer, banned.me)).accepted
+
+
+async def test_a_peer_that_is_banned_itself_says_so_once_and_lets_nobody_repeat_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ban_watch, "PERIOD_S", 0.01)
+    async with open_target(tmp_path) as (peer, puppet):
+        told = peer.reporter.feed
+        refused = puppet.encode(Refused(refusal="banned", detail="by the swarm's owner"))
+        decree = sign_ban(peer, peer.me)
+        peer.intake.take_message(puppet.me, puppet.encode(LedgerEntries(payload=b"", batches=(encode_batch(decree),))))
+        await wait_until(lambda: any("has banned this peer" in one.text for one in told.recent))
+        peer.intake.take_message(puppet.me, refused)
+        (one,) = (one for one in told.recent if "banned" in one.text)
+        assert one.severity is Severity.ERROR and decree.tip.hex()[:16] in one.text
+        assert any("has banned this peer" in warning for warning in peer.reporter.build_status().warnings)
 
 
 async def test_a_banned_peer_loses_both_planes_at_once_and_is_told(
@@ -425,6 +446,11 @@ async def test_a_banned_peer_loses_both_planes_at_once_and_is_told(
         await wait_until(lambda: puppet.me not in peer.membership.table.live())
         (told,) = hang_ups(peer)
         assert "banned by the swarm's owner (it lies)" in told
+        # It is shown the owner's word before it is told, and not each time that it comes.
+        await wait_until(lambda: bool(puppet.heard(Refused)))
+        (shown,) = puppet.heard(LedgerEntries)
+        assert [decode_batch_untrusted(raw).author for raw in shown.batches] == [IDENTITIES[0].peer]
+        assert puppet.messages.index(shown) < puppet.messages.index(puppet.heard(Refused)[0])
         # It does not come back, on either plane.
         with pytest.raises(LinkLost) as refused:
             await puppet.push(peer, header, payload)
@@ -436,3 +462,4 @@ async def test_a_banned_peer_loses_both_planes_at_once_and_is_told(
             await puppet.tell(peer, Prepare(round=1, attempt=0))
         await wait_until(lambda: not is_connected(peer, puppet))
         assert peer.conduct.refusal(puppet.me, peer.now_s()) is None
+        assert len(puppet.heard(LedgerEntries)) == 1

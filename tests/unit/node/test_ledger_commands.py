@@ -133,7 +133,7 @@ def test_what_members_have_measured_is_told_with_its_author(folder: Path, run: R
     _, out, _ = run("show", "--data-dir", folder)
     lines = out.splitlines()
     assert evaluator is not None
-    told = f"round 4: 3.2500 nats a token over 2,048 tokens (measured by {format_peer_id(evaluator)})"
+    told = f"round 4: 3.2500 over 2,048 tokens (measured by {format_peer_id(evaluator)})"
     assert f"held out      {told}" in lines
     assert "held out      2 more: older, or not by whom their round names" in lines
     assert "\x1b" not in out and any(line.startswith("tag           'red \\x1b[31m' = x (by ") for line in lines)

@@ -76,9 +76,9 @@ def test_a_status_is_drawn(status: Status, tmp_path: Path) -> None:
 def test_what_members_have_measured_is_a_table_and_the_newest_a_tile(status: Status, tmp_path: Path) -> None:
     author = status.measured[0].name
     texts = draw(tmp_path, status)
-    assert texts["measured"] == f"{author} 124 1.934 6.917 32,768 this peer 120 1.951 no number 32,768"
+    assert texts["measured"] == f"{author} 124 1.934 6.917 32,768 this peer 120 1.951 – 32,768"
     assert texts["unmeasured"] is None
-    assert f"Held-out loss 1.934 round 124, perplexity 6.917, measured by {author}" in str(texts["tiles"])
+    assert f"Held-out loss 1.934 nats a token, round 124, perplexity 6.917, measured by {author}" in str(texts["tiles"])
     texts = draw(tmp_path, replace(status, measured=()))
     assert texts["measured"] == "" and texts["unmeasured"] is not None
     assert "Held-out loss – not measured yet" in str(texts["tiles"])

@@ -13,7 +13,7 @@ from shoal.node import reach as reach_module
 from shoal.node.config import TensorTable
 from shoal.node.link_port import Address
 from shoal.node.reach import Reach, ReachPorts
-from shoal.node.reachability import NatMapping, ReachReason, ReachState
+from shoal.node.reachability import NatMapping, Reachability, ReachReason, ReachState
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
@@ -278,6 +278,34 @@ async def test_a_hole_is_not_kept_from_by_a_dial_of_the_same_peer(
         again = asyncio.create_task(reach._observe())
         await dialled.wait()
         again.cancel()
+
+
+async def test_what_a_machine_has_itself_is_no_hole_however_members_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, forwarded, hole = ("45.0.0.9", 4001), ("45.0.0.8", 4001), ("45.0.0.1", 1024)
+    async with open_peers(tmp_path, 2) as (ann, bob):
+        reach = ann.paths.reach
+        await wait_until(lambda: len(ann.membership.table.live()) == 1)
+        monkeypatch.setattr(reach, "_list_own", lambda: (own,))
+        reach.set_mapped("upnp", forwarded)
+
+        def open_only(address: Address) -> None:
+            reach._known = Reachability()
+            reach._known.set_candidates((address,))
+            reach._known.note(address, bob.me, reached=True, reason=ReachReason.LINK_CAME_IN, now=reach._ports.now())
+            reach._observed[bob.me] = address
+            assert reach.reached
+
+        for address in (own, forwarded):
+            open_only(address)
+            assert not reach._relies_on_holes()
+            assert reach._pause_s() == reach_module.REACHABLE_PERIOD_S
+        open_only(hole)
+        assert reach._relies_on_holes()
+        assert reach._pause_s() == reach_module.PRIVATE_PERIOD_S
+        monkeypatch.setattr(reach, "_config", TensorTable(announce_host=hole[0]))
+        assert not reach._relies_on_holes(), "the person says where it can be dialled"
 
 
 async def test_one_member_that_tells_is_enough_for_a_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ class Daemon:
     told: list[tuple[str, Severity]] = field(default_factory=list)
     switched: list[Pledge] = field(default_factory=list)
     begun: list[Coroutine[object, object, object]] = field(default_factory=list)
+    may_catch_up: bool = True
 
     async def switch(self, pledge: Pledge) -> None:
         self.switched.append(pledge)
@@ -55,6 +56,7 @@ def make_rejoin(peer: Peer, daemon: Daemon) -> Rejoin:
             switch=daemon.switch,
             misbehaved=peer.misbehaved,
             donor_failed=lambda donor, reason: peer.donor_failures.update([donor]),
+            may_catch_up=lambda: daemon.may_catch_up,
             happen=lambda text, severity: daemon.told.append((text, severity)),
             spawn=daemon.begun.append,
         ),
@@ -70,6 +72,19 @@ async def test_who_is_behind_says_so_and_catches_up(tmp_path: Path) -> None:
         assert_same_state(newcomer, donor)
         assert daemon.told == [("3 rounds behind: catching up from round 1 to 3", Severity.INFO)]
         assert daemon.switched == [] and newcomer.donor_failures == {}
+
+
+async def test_a_peer_that_may_not_catch_up_now_does_not_begin(tmp_path: Path) -> None:
+    async with open_swarm(tmp_path, ROUNDS, donors=1) as (newcomer, (donor,), _):
+        daemon = Daemon()
+        rejoin = make_rejoin(newcomer, daemon)
+        daemon.may_catch_up = False
+        rejoin.behind(Behind(peer=donor.me, round=ROUNDS))
+        assert (daemon.begun, daemon.told) == ([], [])
+        daemon.may_catch_up = True
+        rejoin.behind(Behind(peer=donor.me, round=ROUNDS))
+        await daemon.finish()
+        assert_same_state(newcomer, donor)
 
 
 async def test_nothing_begins_while_a_catch_up_is_under_way(tmp_path: Path) -> None:

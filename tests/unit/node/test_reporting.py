@@ -193,6 +193,9 @@ async def test_a_peer_that_went_is_told_with_its_reason(tmp_path: Path) -> None:
         assert (left.severity.value, lost.severity.value) == ("info", "warning")
         assert lost.text == f"lost {short_peer_id(BOB)}: peer_lost; {REMEDIES[Failure.PEER_LOST]}"
         assert read(peer, "peers_lost_total", reason="peer_left") == 1
+        peer.reporter.peer_lost(BOB, Failure.PEER_UNSEEN)
+        text = f"not seen since this peer's start: {short_peer_id(BOB)}: peer_unseen; {REMEDIES[Failure.PEER_UNSEEN]}"
+        assert peer.reporter.feed.recent[-1].text == text
 
 
 async def test_the_uri_follows_the_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ async def test_a_store_that_fails_at_the_commit_applies_nothing_and_a_restart_ma
 async def test_a_peer_votes_again_by_itself_once_its_disk_has_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = dict.fromkeys(("plan_timeout_s", "exchange_timeout_s", "commit_timeout_s"), 0.5)
+    limits = dict.fromkeys(("plan_timeout_s", "owner_timeout_s", "exchange_timeout_s", "commit_timeout_s"), 0.5)
     swarm = make_samples(founders=2, grace_s=0.1, **limits)  # both votes are needed
     async with open_peers(tmp_path, 2, swarm) as peers:
         ill, well = peers

@@ -92,7 +92,10 @@ def test_a_status_shows_what_people_ask(status: Status, width: int) -> None:
     assert "failed attempt proposer_silent (otter" in told
     assert "in attempt 3 of round 120, 15 min 50 s ago; the next proposer takes over" in told
     author = f"otter ({status.peers[1].peer[-8:]})"
-    assert f"held-out loss of round 124 1.934, perplexity 6.917, measured by {author} over 32768 tokens" in told
+    assert (
+        f"held-out loss of round 124 1.934 nats a token, perplexity 6.917, measured by {author} over 32768 tokens"
+        in told
+    )
     assert max(len(line) for line in text.splitlines()) <= width
 
 

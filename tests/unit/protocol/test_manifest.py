@@ -220,6 +220,15 @@ def test_fields_that_contradict_each_other_are_refused(draft: Draft, field: str)
     assert error.field == field and error.fix
 
 
+def test_an_owner_gets_no_longer_than_the_exchange_lasts() -> None:
+    rules = replace(RULES, owner_timeout_s=20.0, exchange_timeout_s=20.0)
+    check_draft(replace(DRAFT, rounds=rules))
+    error = refuse_pieces(replace(DRAFT, rounds=replace(rules, exchange_timeout_s=19.5)))
+    assert error.field == "rounds.owner_timeout_s"
+    assert error.problem == "is 20, and the whole exchange ends after rounds.exchange_timeout_s, 19.5"
+    assert error.fix == "lower it, or raise rounds.exchange_timeout_s"
+
+
 def test_muon_wants_weights_in_numbered_layers() -> None:
     draft = replace(DRAFT, training=Training(inner_optimizer="muon", schedule="linear", schedule_rounds=9))
     layout = Layout(tensors=(TensorSpec(name="blocks.0.weight", shape=(30, 30)),))

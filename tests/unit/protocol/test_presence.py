@@ -107,7 +107,8 @@ def test_an_expected_peer_that_never_speaks_is_lost(table: PresenceTable) -> Non
     table.expect((PEERS[0], PEERS[1], PEERS[2]), 1.0)
     assert table.live() == {}
     table.receive(make_presence(1), 2.0)
-    assert [lost.peer for lost in table.handle_deadline(1.0 + TIMEOUT_S)] == [PEERS[2]]
+    unseen = PeerLost(peer=PEERS[2], reason=Failure.PEER_UNSEEN)
+    assert table.handle_deadline(1.0 + TIMEOUT_S) == [unseen], "nobody knows whether it was ever there"
     table.expect((PEERS[1],), 3.0)
     assert table.next_deadline() == 2.0 + TIMEOUT_S, "an expectation is no sign of life"
 

@@ -74,6 +74,7 @@ def test_tied_weights_are_one_parameter_and_stay_tied() -> None:
 @pytest.mark.parametrize("config", [GPT2, TIED], ids=["gpt2", "llama"])
 def test_a_small_model_learns_is_measured_and_writes(config: dict[str, Any]) -> None:
     loop, memory = make_loop(make_lm_task(config))
+    assert (loop.started().loss_unit, loop.started().unused) == ("nats a token", ())
     (measured,) = loop.handle(Evaluate(), 0.0)
     assert isinstance(measured, Evaluated) and abs(measured.loss_nats - math.log(300)) < 0.1, "it knows nothing yet"
     assert not list(loop.handle(Begin(round=1, adopt=True), 0.0))
@@ -95,7 +96,10 @@ def test_it_learns_the_tokens_of_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         make_loop(task)
     assert caught.value.field == "trainer.tokenizer"
+    unused, _ = make_loop(make_lm_task(GPT2), tokenizer=str(path), weights=str(tmp_path))
+    assert unused.started().unused == ("trainer.tokenizer", "trainer.weights"), "a token is a byte"
     loop, _ = make_loop(task, tokenizer=str(path), cache=str(tmp_path / "cache"))
+    assert loop.started().unused == ()
     assert len(list((tmp_path / "cache").iterdir())) == 3
     assert not list(loop.handle(Begin(round=1, adopt=True), 0.0))
     while loop.training:

@@ -30,13 +30,13 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
-def open_sine() -> tuple[InnerLoop, np.ndarray]:
+def open_sine(**settings: str) -> tuple[InnerLoop, np.ndarray]:
     layout = describe(SINE_TASK, [SINE])
     memory = np.full((2, layout.elements), np.nan, dtype=np.float32)
     memory[0] = initialise(layout, SEED)
     training = replace(TRAINING, inner_steps=50, learning_rate=2e-2)
     work = replace(make_work(training), task=SINE_TASK, layout_digest=layout.digest)
-    return InnerLoop(replace(make_start(work), allow_tasks=(SINE,)), memory), memory
+    return InnerLoop(replace(make_start(work), allow_tasks=(SINE,), **settings), memory), memory
 
 
 def measure_plainly(flat: np.ndarray) -> float:
@@ -59,6 +59,7 @@ def test_the_example_of_the_docs_is_short_and_learns_a_sine(folder: Path) -> Non
     before = evaluate(loop)
     assert before.loss_nats == pytest.approx(measure_plainly(memory[0]), rel=1e-4)
     assert before.tokens == 200
+    assert (loop.started().loss_unit, loop.started().unused) == ("", ()), "nobody has said"
     list(loop.handle(Begin(round=1, adopt=True), 0.0))
     reports = [report for _ in range(50) for report in loop.step(0.0)]
     assert isinstance(reports[-1], Ready)
@@ -77,6 +78,14 @@ def test_a_model_that_writes_no_text_says_so_and_trains_on(folder: Path) -> None
     assert "the task custom writes no text" in refused.detail
     list(loop.handle(Freeze(), 0.0))
     assert isinstance(list(loop.step(0.0))[-1], Ready)
+
+
+def test_it_says_what_its_loss_is_in_and_what_it_ignores(folder: Path) -> None:
+    own = '    loss_unit = "squares\\na point"\n    unused = ("text", "tokenizer")\n'
+    write_module(folder, "sine_task", EXAMPLE.replace("class Sine:\n", f"class Sine:\n{own}"))
+    loop, _ = open_sine(weights=str(folder), tokenizer="tokenizer.json")
+    assert loop.started().loss_unit == "squares a point"
+    assert loop.started().unused == ("trainer.text", "trainer.tokenizer", "trainer.weights")
 
 
 def test_a_layout_that_is_not_the_models_is_refused(folder: Path) -> None:

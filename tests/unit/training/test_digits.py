@@ -111,6 +111,7 @@ def test_rounds_of_one_peer_tell_digits_apart() -> None:
     training = replace(TRAINING, inner_steps=100, batch_size=32, learning_rate=1e-2)
     loop = InnerLoop(make_start(replace(make_work(training), task=DIGITS, layout_digest=layout.digest)), memory)
     assert loop.started().train_bytes == (1797 - 179) * 65
+    assert (loop.started().loss_unit, loop.started().unused) == ("nats an image", ("trainer.text",))
     for round in (1, 2, 3):
         list(loop.handle(Begin(round=round, adopt=True), 0.0))
         reports = [report for _ in range(100) for report in loop.step(0.0)]

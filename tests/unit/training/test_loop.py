@@ -321,6 +321,13 @@ def test_what_of_the_text_could_not_be_used_is_told_with_the_first_report(tmp_pa
     assert "1 of 2 lines" in loop.started().notice
 
 
+def test_settings_that_the_task_ignores_are_told_with_the_first_report() -> None:
+    start = replace(make_start(), tokenizer="tokenizer.json", weights="weights")
+    assert InnerLoop(make_start(), make_memory()).started().unused == ()
+    started = InnerLoop(start, make_memory()).started()
+    assert (started.unused, started.loss_unit) == (("trainer.tokenizer", "trainer.weights"), "nats a token")
+
+
 def test_a_task_that_makes_another_layout_is_refused() -> None:
     with pytest.raises(ManifestError, match="layout"):
         InnerLoop(make_start(make_work(changes={"layout_digest": bytes(32)})), make_memory())

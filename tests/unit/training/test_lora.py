@@ -104,6 +104,7 @@ def test_adapters_are_trained_as_by_a_plain_loop(config: dict[str, Any], tmp_pat
     """The reference adds alpha / r * B A to the matrices of the model as transformers loads it."""
     task = make_lm_task(config, weights=write_weights(tmp_path, config), **LORA)
     loop, memory = make_loop(task, weights=str(tmp_path))
+    assert loop.started().unused == ()
     ready = train(loop)
     model, adapters = load_model(tmp_path), split(task, memory[0])
     frozen = {name: one.detach().clone() for name, one in model.named_parameters()}
