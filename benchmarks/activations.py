@@ -20,6 +20,7 @@ import torch
 from shoal.node.bench.commands import describe_machine
 from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.model import Gpt
+from shoal.node.training.tasks import Task as TrainedTask
 from shoal.node.training.tasks import describe, make_task
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Task
@@ -39,13 +40,14 @@ def main(arguments: list[str] | None = None) -> None:
     assert isinstance(model, Gpt)
     load_parameters(model, initialise(layout, 0))
     batch = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (options.batch, options.context + 1)))
-    kept, times_s = {False: 0, True: 0}, {False: [], True: []}
+    kept = {False: 0, True: 0}
+    times_s: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(options.repeats + 1):
         for again in (False, True):
             model.recomputes_blocks = again
             kept[again] = count_kept_bytes(task, model, batch)
             began_s = time.process_time()
-            task.loss(model, batch).backward()
+            task.loss(model, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it so
             if turn:
                 times_s[again].append(time.process_time() - began_s)
             model.zero_grad()
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.json.write_text(json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
 
 
-def count_kept_bytes(task: object, model: Gpt, batch: torch.Tensor) -> int:
+def count_kept_bytes(task: TrainedTask, model: Gpt, batch: torch.Tensor) -> int:
     """What the forward pass leaves behind for the backward pass, each storage once."""
     parameters = {one.untyped_storage().data_ptr() for one in model.parameters()}
     kept: dict[int, int] = {}

@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.steps < 2:
+        parser.error("--steps: use 2 or more; the first is not counted")
     if options.way:
         print(json.dumps(measure(**json.loads(options.way))))
         return
@@ -65,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             way = {"task": {"config": config, "context": CONTEXT, **task}, "folder": folder}
             way |= {"steps": options.steps, "batch": options.batch}
             command = [sys.executable, "-m", "benchmarks.adapters", "--way", json.dumps(way)]
-            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+            told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
             print(name, told, flush=True)
             figures[name] = json.loads(told)
     if options.json:

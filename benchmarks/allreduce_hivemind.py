@@ -8,10 +8,11 @@ Every peer is a DHT node and an averager, each of which hivemind runs in process
 import json
 import sys
 import time
+from typing import Any
 
-import hivemind  # type: ignore[import-not-found]
+import hivemind
 import torch
-from hivemind.compression import Uniform8BitQuantization  # type: ignore[import-not-found]
+from hivemind.compression import Uniform8BitQuantization
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 MATCHMAKING_S = 2.0
@@ -22,7 +23,7 @@ RMS_ERROR_MAX = 0.1  # what it falls back to where its codec fails is an average
 def main() -> None:
     peers, elements, steps = map(int, sys.argv[1:])
     torch.set_num_threads(1)
-    nodes = []
+    nodes: list[Any] = []  # hivemind's classes are unknown where it is not installed
     for _ in range(peers):
         known = [str(address) for node in nodes[:1] for address in node.get_visible_maddrs()]
         nodes.append(hivemind.DHT(initial_peers=known, host_maddrs=[LOOPBACK], start=True))

@@ -94,21 +94,27 @@ def metric(peer: harness.Peer, name: str) -> float:
 
 def measure_start(repeats: int) -> dict[str, Any]:
     """Seconds from `shoal up` to ready, resident memory and CPU share of an idle bootstrap daemon."""
-    ready, memory, cpu = [], [], []
-    for _ in range(repeats):
-        with Bench(draft(TINY, 10, peers_min=1), 1) as swarm:
-            began = time.monotonic()
-            peer = swarm.add("peer1").start("up", "--role", "bootstrap", "--manifest", str(swarm.manifest))
-            swarm.wait("it answers", lambda peer=peer: peer.status() is not None)
-            ready.append(time.monotonic() - began)
-            time.sleep(5)
-            assert peer.process is not None
-            process = psutil.Process(peer.process.pid)
-            used = sum(process.cpu_times()[:2])
-            time.sleep(IDLE_S)
-            cpu.append((sum(process.cpu_times()[:2]) - used) / IDLE_S * 100)
-            memory.append(process.memory_info().rss / 2**20)
-    return {"ready_s": ready, "idle_rss_mib": memory, "idle_cpu_percent": cpu}
+    starts = [_start_idle() for _ in range(repeats)]
+    return {name: [one[name] for one in starts] for name in starts[0]}
+
+
+def _start_idle() -> dict[str, float]:
+    with Bench(draft(TINY, 10, peers_min=1), 1) as swarm:
+        began = time.monotonic()
+        peer = swarm.add("peer1").start("up", "--role", "bootstrap", "--manifest", str(swarm.manifest))
+        swarm.wait("it answers", lambda: peer.status() is not None)
+        ready_s = time.monotonic() - began
+        time.sleep(5)
+        assert peer.process is not None
+        process = psutil.Process(peer.process.pid)
+        used = sum(process.cpu_times()[:2])
+        time.sleep(IDLE_S)
+        cpu_percent = (sum(process.cpu_times()[:2]) - used) / IDLE_S * 100
+        return {
+            "ready_s": ready_s,
+            "idle_rss_mib": process.memory_info().rss / 2**20,
+            "idle_cpu_percent": cpu_percent,
+        }
 
 
 def measure_rounds(model: dict[str, int], rounds: int, steps: int) -> dict[str, Any]:
@@ -156,22 +162,27 @@ def _memory_mib(peer: harness.Peer) -> tuple[float, float]:
 
 def measure_speed(repeats: int) -> dict[str, Any]:
     """Tokens/s of one process alone and of a swarm of four, on the same machine."""
-    alone, together = [], []
+    results: dict[str, list[float]] = {"alone_tokens_per_s": [], "swarm_of_4_tokens_per_s": []}
     for _ in range(repeats):
-        for count, results in ((1, alone), (4, together)):
-            with Bench(draft(TINY, 20, peers_min=count, grace_s=3.0), count) as swarm:
-                peers = start_peers(swarm, count)
-                swarm.wait("two rounds", lambda peers=peers: min(peer.round for peer in peers) >= 2)
-                begin = [(peer.status(), time.monotonic()) for peer in peers]
-                at = peers[0].round
-                swarm.wait("four more", lambda peers=peers, at=at: min(peer.round for peer in peers) >= at + 4)
-                total = 0.0
-                for peer, (earlier, since) in zip(peers, begin, strict=True):
-                    now = peer.status()
-                    assert now is not None and earlier is not None
-                    total += (now.training.tokens - earlier.training.tokens) / (time.monotonic() - since)
-                results.append(total)
-    return {"alone_tokens_per_s": alone, "swarm_of_4_tokens_per_s": together}
+        for count, key in ((1, "alone_tokens_per_s"), (4, "swarm_of_4_tokens_per_s")):
+            results[key].append(_train_together(count))
+    return results
+
+
+def _train_together(count: int) -> float:
+    """Tokens/s of a swarm of so many."""
+    with Bench(draft(TINY, 20, peers_min=count, grace_s=3.0), count) as swarm:
+        peers = start_peers(swarm, count)
+        swarm.wait("two rounds", lambda: min(peer.round for peer in peers) >= 2)
+        begin = [(peer.status(), time.monotonic()) for peer in peers]
+        at = peers[0].round
+        swarm.wait("four more", lambda: min(peer.round for peer in peers) >= at + 4)
+        total = 0.0
+        for peer, (earlier, since) in zip(peers, begin, strict=True):
+            now = peer.status()
+            assert now is not None and earlier is not None
+            total += (now.training.tokens - earlier.training.tokens) / (time.monotonic() - since)
+        return total
 
 
 def measure_catch_up(repeats: int) -> dict[str, Any]:
@@ -179,18 +190,22 @@ def measure_catch_up(repeats: int) -> dict[str, Any]:
     results: dict[str, list[float]] = {"missed_1_s": [], "missed_20_s": []}
     for _ in range(repeats):
         for missed, key in ((1, "missed_1_s"), (20, "missed_20_s")):
-            with Bench(draft(TINY, 3, peers_min=2, grace_s=0.5), 3) as swarm:
-                peers = start_peers(swarm, 3)
-                swarm.wait("two rounds", lambda peers=peers: min(peer.round for peer in peers) >= 2)
-                victim = peers[2]
-                victim.kill()
-                at = peers[0].round
-                swarm.wait("missed rounds", lambda peers=peers, at=at, n=missed: peers[0].round >= at + n)
-                began = time.monotonic()
-                victim.start("up", "--manifest", str(swarm.manifest))
-                swarm.wait("it is back", lambda peers=peers, victim=victim: victim.round >= peers[0].round - 1 > 0)
-                results[key].append(time.monotonic() - began)
+            results[key].append(_come_back(missed))
     return results
+
+
+def _come_back(missed: int) -> float:
+    with Bench(draft(TINY, 3, peers_min=2, grace_s=0.5), 3) as swarm:
+        peers = start_peers(swarm, 3)
+        swarm.wait("two rounds", lambda: min(peer.round for peer in peers) >= 2)
+        victim = peers[2]
+        victim.kill()
+        at = peers[0].round
+        swarm.wait("missed rounds", lambda: peers[0].round >= at + missed)
+        began = time.monotonic()
+        victim.start("up", "--manifest", str(swarm.manifest))
+        swarm.wait("it is back", lambda: victim.round >= peers[0].round - 1 > 0)
+        return time.monotonic() - began
 
 
 BENCHES: dict[str, Callable[[int], dict[str, Any]]] = {

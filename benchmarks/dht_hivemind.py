@@ -10,10 +10,12 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import hivemind  # type: ignore[import-not-found]
-from hivemind.utils.timed_storage import get_dht_time  # type: ignore[import-not-found]
+import hivemind
+from hivemind.utils.timed_storage import get_dht_time
 
 LANES = 4
 BOOTSTRAPS = 3
@@ -22,8 +24,11 @@ STARTUP_TIMEOUT_S = 120
 LIFE_S = 3600
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
+Pair = tuple[Any, str]  # a node and a key; hivemind's classes are unknown where it is not installed
+Outcome = tuple[bool, float]  # whether it succeeded, and its seconds
 
-def summarise(outcomes):
+
+def summarise(outcomes: Sequence[Outcome]) -> dict[str, float]:
     times = sorted(seconds for _, seconds in outcomes)
     return {
         "count": len(outcomes),
@@ -33,22 +38,22 @@ def summarise(outcomes):
     }
 
 
-def each(function, pairs):
+def each(function: Callable[[Any, str], object], pairs: Sequence[Pair]) -> list[Outcome]:
     """Call the function with each (node, ...) of `pairs`, a lane of them at a time."""
-    results = [None] * len(pairs)
+    results: dict[int, Outcome] = {}
 
-    def run(lane):
+    def run(lane: int) -> None:
         for place in range(lane, len(pairs), LANES):
             began = time.perf_counter()
             results[place] = (bool(function(*pairs[place])), time.perf_counter() - began)
 
     with ThreadPoolExecutor(LANES) as pool:
         list(pool.map(run, range(LANES)))
-    return results
+    return [results[place] for place in range(len(pairs))]
 
 
-def start(count, chance):
-    nodes = []
+def start(count: int, chance: random.Random) -> list[Any]:
+    nodes: list[Any] = []
     for number in range(count):
         known = chance.sample(nodes, min(BOOTSTRAPS, number))
         nodes.append(
@@ -62,13 +67,13 @@ def start(count, chance):
     return nodes
 
 
-def main():
+def main() -> None:
     nodes_count, keys, finds = (int(text) for text in sys.argv[1:4])
     churns = [float(text) for text in sys.argv[4:]]
     chance = random.Random(SEED)
     began = time.perf_counter()
     alive = start(nodes_count, chance)
-    figures = {"joined_s": time.perf_counter() - began}
+    figures: dict[str, object] = {"joined_s": time.perf_counter() - began}
     names = [f"key {number}" for number in range(keys)]
     pairs = [(chance.choice(alive), name) for name in names]
     end = get_dht_time() + LIFE_S
@@ -79,9 +84,9 @@ def main():
         for node in going:
             node.shutdown()
 
-        def find(node, name):
+        def find(node: Any, name: str) -> bool:
             found = node.get(name, latest=True)
-            return found is not None and found.value == name
+            return bool(found is not None and found.value == name)
 
         sought = [(chance.choice(alive), chance.choice(names)) for _ in range(finds)]
         figures[f"find after {churn:.0%} gone"] = summarise(each(find, sought))

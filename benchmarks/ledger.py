@@ -224,11 +224,14 @@ def measure_periods(seeds: int) -> list[Row]:
 
 
 def measure_pycrdt() -> Row:
-    """Run the script in an environment of its own, which is made on the first run."""
+    """Run the script in an environment of its own, made on the first run; or why it cannot be had."""
     python = PYCRDT_ENV / "bin" / "python"
-    if not python.exists():
-        venv.create(PYCRDT_ENV, with_pip=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", PYCRDT], check=True)
+    try:
+        if not python.exists():
+            venv.create(PYCRDT_ENV, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", PYCRDT], check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"not measured": str(error)}
     script = Path(__file__).with_name("pycrdt_histories.py")
     done = subprocess.run([python, script, str(ENTRIES), str(PEERS)], check=True, capture_output=True, text=True)
     row: Row = json.loads(done.stdout)

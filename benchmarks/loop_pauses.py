@@ -82,9 +82,9 @@ def make_proposal(parts: int) -> tuple[Proposal, PeerId, Head, Authority]:
     plan = sign_message(crowd[0], SWARM, planned)
     everybody, roster = make_bitmap(frozenset(range(MEMBERS)), MEMBERS), digest_roster(plan.roster)
     done = {}
-    for part, owner in enumerate(plan.owners):
+    for part, place in enumerate(plan.owners):
         word = PartDone(round=8, attempt=0, roster_digest=roster, part=part, digest=b"d" * 32, contributors=everybody)
-        done[part] = sign_message(by_peer[plan.roster[owner].signed.peer], SWARM, word)
+        done[part] = sign_message(by_peer[plan.roster[place].signed.peer], SWARM, word)
     result = make_result(plan, done, head, "int8", frozenset(), VOTERS)
     owner = crowd[0].peer
     authority = Authority(swarm=SWARM, owner=owner, rule=QuorumRule.TWO_THIRDS, may_declare=False, parts=parts)
@@ -109,8 +109,10 @@ async def measure_proposal(parts: int) -> list[Row]:
 
     async def judge_in_turn() -> None:
         tasks: list[asyncio.Task[object]] = []
-        ports = {"drop": lambda *_: None, "spawn": lambda work: tasks.append(asyncio.create_task(work))}
-        Verification(SWARM, deliver=judge, **ports).take(proposal, proposer, head.voters)
+        verification = Verification(
+            SWARM, deliver=judge, drop=lambda *_: None, spawn=lambda work: tasks.append(asyncio.create_task(work))
+        )
+        verification.take(proposal, proposer, head.voters)
         await judged.wait()
 
     what = f"proposal of {parts} parts"

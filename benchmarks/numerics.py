@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -29,7 +30,7 @@ from shoal.node.bench.rates import measure_rate
 from shoal.node.payload_memory import PayloadMemory
 from shoal.protocol.aggregators import AGGREGATORS, Aggregator, Reduction, WeightedPart
 from shoal.protocol.codecs import CODECS, INT8, Codec, take_fresh
-from shoal.protocol.contribution import Contributor
+from shoal.protocol.contribution import Contributor, Frozen
 from shoal.protocol.identity import PeerId
 from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterRates
 from shoal.protocol.state import chunk_digests
@@ -64,17 +65,17 @@ def run(elements: int, repeats: int) -> dict[str, float]:
 def measure_freezing(repeats: int) -> dict[str, dict[str, float]]:
     """CPU milliseconds for freezing a contribution of 64 MiB, and how many of them the kernel took: with fresh memory
     for every round, and with memory that is used again."""
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
     for name, take in (("fresh memory", take_fresh), ("memory used again", PayloadMemory().take)):
         manifest = make_bench_manifest(AllreduceOptions(mib=FREEZE_MIB), (PeerId(bytes(32)),) * 2)
         contributor = Contributor(manifest, take=take)
         entropy = np.random.default_rng(3)
         base, local = (entropy.standard_normal(manifest.layout.elements, np.float32) for _ in range(2))
         spans = []
-        frozen = None
+        held: deque[Frozen] = deque(maxlen=2)  # the last round's is still sent
         for number in range(repeats + 1):
             before = resource.getrusage(resource.RUSAGE_THREAD)
-            frozen = (contributor.freeze(number, base, local), frozen and frozen[0])  # the last round's is still sent
+            held.append(contributor.freeze(number, base, local))
             after = resource.getrusage(resource.RUSAGE_THREAD)
             kernel_s = after.ru_stime - before.ru_stime
             spans.append((after.ru_utime - before.ru_utime + kernel_s, kernel_s))
@@ -105,7 +106,7 @@ print(json.dumps([(psutil.Process().memory_info().rss - before) / 2**20, time.pe
 
 def measure_loading() -> dict[str, float]:
     """What the first round's functions take in a fresh process: where nothing is kept yet, and then where they are."""
-    figures = {}
+    figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for when in ("compiled anew", "kept"):
             ended = subprocess.run(

@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compiled", type=Path, help="only compile, into this folder, and print two times")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
+    if options.steps < 2:
+        parser.error("--steps: use 2 or more; the first is told apart from the others")
     if options.compiled:
         open_compiled(options.compiled)
         first_s, *later_s = measure(make_loop(options, compiled=str(options.compiled)), options.steps)

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,13 @@ class Recovery:
         self.swarm = harness.Swarm(folder, PEERS, self.network, DRAFT)
         config = folder / "config.toml"
         config.write_text("[trainer]\nstep_period_s = 0.2\n")
-        self.peers = [self.swarm.add(f"peer{number}") for number in range(1, PEERS + 1)]
-        for peer in self.peers:
-            self.network.set_line(peer.name, LINE, lambda peer=peer: peer.pid)  # type: ignore[misc]
-            peer.options += ["--config", str(config)]
+        self.peers = [self._add_peer(f"peer{number}", config) for number in range(1, PEERS + 1)]
+
+    def _add_peer(self, name: str, config: Path) -> harness.Peer:
+        peer = self.swarm.add(name)
+        self.network.set_line(name, LINE, lambda: peer.pid)
+        peer.options += ["--config", str(config)]
+        return peer
 
     def __enter__(self) -> "Recovery":
         self.peers[0].start("up", "--manifest", str(self.swarm.manifest))
@@ -120,13 +124,16 @@ class Recovery:
                 return number
             time.sleep(0.02)
 
+    def _await_round(self, number: int) -> None:
+        self.swarm.wait("the round", lambda: self.peers[0].round >= number)
+
     def transfer_s(self) -> float:
         """How long an undisturbed exchange and its commit take."""
         times = []
         for _ in range(3):
             number = self.await_exchange()
             began_s = time.monotonic()
-            self.swarm.wait("the round", lambda number=number: self.peers[0].round >= number)  # type: ignore[misc]
+            self._await_round(number)
             times.append(time.monotonic() - began_s)
         return statistics.median(times)
 
@@ -193,10 +200,10 @@ def measure_rejoin(repeats: int) -> dict[str, Any]:
             victim.kill()
             killed_s = time.monotonic()
             victim.start("up")
-            marks = {
+            marks: dict[str, Callable[[], bool]] = {
                 "answers_s": lambda: victim.status() is not None,
                 "ready_s": lambda: _shows_ready(other, victim),
-                "certified_s": lambda at=at: victim.contributes_after(at),  # type: ignore[misc]
+                "certified_s": partial(victim.contributes_after, at),
             }
             for name, condition in marks.items():
                 run.swarm.wait(name, condition)

@@ -220,7 +220,7 @@ def _make_inner(rounds: int) -> tuple[Arm, ...]:
 
 def _make_speeds(rounds: int) -> tuple[Arm, ...]:
     """In the time in which the slowest makes so many rounds of INNER_STEPS steps."""
-    settings = (
+    settings: tuple[tuple[str, dict[str, Any], float], ...] = (
         (f"{INNER_STEPS} steps, all are waited for", {}, PATIENT_S),
         (f"{INNER_STEPS} steps, grace 2 s", {}, 2.0),
         # The fastest make at most 64 steps in 16 s, so that the number never ends a round.
@@ -286,7 +286,7 @@ def _make_experts(rounds: int) -> tuple[Arm, ...]:
 
 def _make_asynchronous(rounds: int) -> tuple[Arm, ...]:
     """As `speeds`, with rounds that begin as soon as two peers are ready and it does not pay to wait for more."""
-    settings = (
+    settings: tuple[tuple[str, float, dict[str, Any], float], ...] = (
         ("grace 2 s", 2.0, {}, 0.0),
         ("grace 0", 0.0, {}, 0.0),
         ("grace 0, momentum every 2", 0.0, {"momentum_every": 2}, 0.0),

@@ -140,7 +140,7 @@ class Models:
     @torch.no_grad()
     def log_likelihoods(self, bases: Sequence[FloatVector]) -> Iterator[Tensor]:
         """Of what came, by model, window and place: float32 (models, at most PIECE, context)."""
-        for piece in self._windows.split(PIECE):
+        for piece in torch.split(self._windows, PIECE):
             found = []
             for base in bases:
                 load_parameters(self._model, base)

@@ -77,7 +77,8 @@ class Worker:
     def claim_tokens(self, stale_exponent: float) -> int:
         """The tokens by which its contribution weighs, so that its claim, their square over the steps, is less by the
         factor (1 + s)^-`stale_exponent`, s being the rounds that it has missed since it was in one."""
-        return round(self.tokens * (1 + self._missed) ** (-stale_exponent / 2))
+        factor: float = (1 + self._missed) ** (-stale_exponent / 2)
+        return round(self.tokens * factor)
 
     def attend(self, number: int) -> Attendance:
         """What it declares in this round besides its work, by the manifest's rule (node/compute.py)."""

@@ -102,7 +102,7 @@ async def offer_only(host: Libp2pHost, security: list[str]) -> None:
         from libp2p.custom_types import TProtocol
 
         names = {"noise": TProtocol("/noise"), "tls": TProtocol("/tls/1.0.0")}
-        selector: Any = engine._swarm.upgrader.security_multistream._selector  # type: ignore[attr-defined]
+        selector: Any = engine._swarm.upgrader.security_multistream._selector
         for name, protocol in names.items():
             if name not in security:
                 del selector.handlers[protocol]

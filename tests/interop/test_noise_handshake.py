@@ -1,6 +1,7 @@
 """py-libp2p's own Noise implementation shakes hands with a tensor link: same keys, same peer ids, our prologue."""
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 import trio
@@ -77,7 +78,8 @@ def test_libp2p_peer_completes_the_handshake(we_dial: bool) -> None:
 
     async def run() -> None:
         left, right = trio.testing.memory_stream_pair()
-        theirs, raw = make_libp2p_side(), PipeEnd(right)
+        theirs = make_libp2p_side()
+        raw: Any = PipeEnd(right)  # what of a raw connection the handshake uses
         async with trio.open_nursery() as nursery:
             if we_dial:
                 nursery.start_soon(run_theirs, lambda: theirs.handshake_inbound(raw))

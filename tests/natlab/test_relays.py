@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ class Node:
     def reaches(self, other: "Node") -> str:
         return str(self.told()["reached"].get(other.told()["me"], "")) if other.told()["me"] else ""
 
+    def reaches_directly(self, other: "Node") -> bool:
+        return self.reaches(other) == "direct"
+
+    def relays(self) -> set[str]:
+        return set(self.told()["relays"])
+
+    def is_reachable(self) -> bool:
+        return bool(self.told()["state"] == "reachable")
+
 
 class Relay:
     """`shoal relay` on a host."""
@@ -56,6 +66,15 @@ def wait(what: str, holds: Callable[[], object]) -> float:
     return time.monotonic() - began_s
 
 
+def has_relay(node: Node, *, or_is_reachable: bool) -> bool:
+    return bool(node.relays()) or (or_is_reachable and node.is_reachable())
+
+
+def has_two(node: Node, but: str = "") -> bool:
+    """Relays, beside this one."""
+    return len(node.relays() - {but}) == 2
+
+
 @pytest.fixture
 def lab() -> Iterator[Lab]:
     with Lab() as made:
@@ -74,17 +93,14 @@ def test_every_pair_behind_routers_meets_through_a_relay(
     for name, node in nodes.items():
         # A full cone lets everybody in where the peer has dialled from its listening port.
         opens = name.startswith(Nat.FULL_CONE.value)
-        took_s = wait(
-            f"{name} has a relay",
-            lambda node=node, opens=opens: node.told()["relays"] or (opens and node.told()["state"] == "reachable"),
-        )
+        took_s = wait(f"{name} has a relay", partial(has_relay, node, or_is_reachable=opens))
         with capsys.disabled():
             print(f"\n{name}: {node.told()['state']}, relay after {took_s:.1f} s more", end="")
         assert node.told()["state"] == "private" or opens
     for (left, one), (right, other) in itertools.permutations(nodes.items(), 2):
-        wait(f"{left} reaches {right}", lambda one=one, other=other: one.reaches(other))
+        wait(f"{left} reaches {right}", partial(one.reaches, other))
         if "symmetric" not in left + right:
-            wait(f"{left} and {right} need no relay", lambda one=one, other=other: one.reaches(other) == "direct")
+            wait(f"{left} and {right} need no relay", partial(one.reaches_directly, other))
     assert nodes["symmetric-a"].reaches(nodes["symmetric-b"]) == "relayed"
 
 
@@ -109,8 +125,8 @@ def test_a_public_peer_relays_once_others_have_dialled_it(lab: Lab, tmp_path: Pa
     public = Node(lab.add_host("public"), 2, tmp_path, address)
     hidden = Node(lab.add_peer("hidden", Nat.SYMMETRIC), 3, tmp_path, address)
     for node in (first, public):
-        wait("it knows that it can be dialled", lambda node=node: node.told()["state"] == "reachable")
-    wait("two relays", lambda: len(hidden.told()["relays"]) == 2)
+        wait("it knows that it can be dialled", node.is_reachable)
+    wait("two relays", partial(has_two, hidden))
     wait("all meet", lambda: public.reaches(hidden) and hidden.reaches(public) == "direct")
 
 
@@ -119,14 +135,14 @@ def test_a_dead_relay_is_replaced_and_the_pair_meets_again(lab: Lab, tmp_path: P
     addresses = [relay.address for relay in relays]
     pair = [Node(lab.add_peer(f"peer{number}", Nat.SYMMETRIC), number, tmp_path, *addresses) for number in (1, 2)]
     for node in pair:
-        wait("two relays", lambda node=node: len(node.told()["relays"]) == 2)
+        wait("two relays", partial(has_two, node))
     wait("they meet", lambda: pair[0].reaches(pair[1]) and pair[1].reaches(pair[0]))
-    before = set(pair[0].told()["relays"])
+    before = pair[0].relays()
     victim = next(relay for relay in relays if relay.address.rsplit("/", 1)[1][-8:] in before)
     victim.process.kill()
     gone = victim.address.rsplit("/", 1)[1][-8:]
     for node in pair:
-        wait("two others", lambda node=node: len(set(node.told()["relays"]) - {gone}) == 2)
+        wait("two others", partial(has_two, node, but=gone))
     wait("they meet again", lambda: pair[0].reaches(pair[1]) and pair[1].reaches(pair[0]))
 
 
@@ -135,7 +151,7 @@ def test_a_peer_that_moves_into_the_open_needs_no_relay_any_more(lab: Lab, tmp_p
     relay = Relay(lab.add_host("relay"), tmp_path)
     host = lab.add_peer("laptop", Nat.PORT_RESTRICTED)
     laptop = Node(host, 1, tmp_path, relay.address)
-    wait("a relay", lambda: laptop.told()["relays"])
+    wait("a relay", laptop.relays)
     host.move(lab.internet)
-    wait("it can be dialled", lambda: laptop.told()["state"] == "reachable" and not laptop.told()["relays"])
+    wait("it can be dialled", lambda: laptop.is_reachable() and not laptop.relays())
     assert any(host.address in text for text in laptop.told()["addresses"])

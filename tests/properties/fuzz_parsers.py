@@ -1,9 +1,9 @@
 """Every parser of bytes from outside, with valid inputs to start from."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -116,26 +116,27 @@ def take_proof(raw: bytes) -> None:
         assert table.admits(BEN.peer, nobody, NOW_S) == (raw == encode_record(PROOF))
 
 
+def draw_messages() -> list[Any]:
+    """Some of every type."""
+    classes: Iterable[type[Any]] = SCHEMA._classes.values()
+    return [message for cls in classes for message in draw(records(cls), SAMPLES_PER_TYPE)]
+
+
 @cache
 def list_messages() -> list[bytes]:
     made = [encode_message(SWARM, make_presence(1)), encode_message(SWARM, make_presence(1, admission=PROOF))]
-    for cls in SCHEMA._classes.values():
-        made += [encode_message(SWARM, message) for message in draw(records(cls), SAMPLES_PER_TYPE)]
-    return made
+    return made + [encode_message(SWARM, message) for message in draw_messages()]
 
 
 def list_bodies() -> list[bytes]:
     """Messages without their envelope, so that a change is not caught by its checksum or swarm."""
-    bodies = []
-    for cls in SCHEMA._classes.values():
-        bodies += [SCHEMA.encode(message) for message in draw(records(cls), SAMPLES_PER_TYPE)]
-    return bodies
+    return [SCHEMA.encode(message) for message in draw_messages()]
 
 
 CERTIFICATE = certify(make_sample_result(make_head()))
 
 
-def take_record(cls: type) -> Callable[[bytes], object]:
+def take_record(cls: type[Any]) -> Callable[[bytes], object]:
     def take(raw: bytes) -> None:
         value = decode_record_untrusted(cls, raw, DELTA_BYTES_MAX)
         assert encode_record(value) == raw, "one way to write a value"

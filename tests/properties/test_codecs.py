@@ -202,7 +202,8 @@ def encode_blocks(name: str, values: list[float], size: int = BLOCK_ELEMENTS) ->
 def decode_blocks(name: str, raw: bytes, elements: int, size: int = BLOCK_ELEMENTS) -> list[float]:
     per_byte, base = PACKING[name]
     heads = -(-elements // size)
-    packed, values = raw[4 * heads :], []
+    packed = raw[4 * heads :]
+    values: list[float] = []
     for head in struct.iter_unpack("<4s", raw[: 4 * heads]):
         count = min(size, elements - len(values))
         width = -(-count // per_byte)

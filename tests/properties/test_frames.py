@@ -59,7 +59,7 @@ def test_altered_header_is_refused_or_means_something_else(header: FrameHeader, 
     raw = bytearray(encode_header(header))
     raw[at] ^= change
     try:
-        altered = decode_header_untrusted(raw)
+        altered = decode_header_untrusted(bytes(raw))
     except ProtocolError:
         return
     assert altered != header

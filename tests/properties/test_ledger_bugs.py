@@ -16,6 +16,7 @@ from shoal.crdt.ledger import ChainForkedError, Ledger
 from shoal.crdt.own_chain import OwnPositions
 from shoal.crdt.standing import Standing
 from shoal.protocol.identity import PeerId
+from shoal.protocol.messages import digest_record
 from tests.properties.test_ledger_machine import SwarmMachine
 
 BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {}
@@ -54,7 +55,7 @@ def the_first_certificate_of_a_result_stands(patch: pytest.MonkeyPatch) -> None:
     admit = CertifiedChain._admit
 
     def plant(self: CertifiedChain, *given: Any) -> bool:
-        known = self.follows(certified.digest_record(given[0].result))
+        known = self.follows(digest_record(given[0].result))
         return not known and admit(self, *given)
 
     patch.setattr(CertifiedChain, "_admit", plant)

@@ -15,6 +15,7 @@ from shoal.protocol.messages import (
     Plan,
     Presence,
     Ready,
+    S,
     Vote,
     decode_message_untrusted,
     encode_message,
@@ -73,7 +74,7 @@ def test_nearly_good_bodies_decode_or_are_refused(body: bytes) -> None:
     decodes_or_is_refused(encode_record(Envelope(version=PROTOCOL_VERSION, swarm=SWARM, body=body)))
 
 
-def is_signed(message: Presence | Plan | PartDone | Lock | Vote, by: Identity = IDENTITY, swarm: bytes = SWARM) -> bool:
+def is_signed(message: S, by: Identity = IDENTITY, swarm: bytes = SWARM) -> bool:
     try:
         verify_message(by.peer, swarm, message)
     except ProtocolError as error:

@@ -48,7 +48,7 @@ def test_any_altered_byte_ends_the_handshake_without_a_channel(at: int, change: 
             data = bytearray(sender.take_outgoing())
             if number == message:
                 data[at % len(data)] ^= change
-            channel = receiver.receive(data)
+            channel = receiver.receive(bytes(data))
         assert channel is None
     except ProtocolError:
         pass
@@ -70,7 +70,7 @@ def test_records_come_out_as_they_went_in(records: list[tuple[int, bytes]], reke
     for kind, plain in records:
         record = bytearray(len(plain) + RECORD_OVERHEAD_BYTES)
         sealer.seal_into(kind, plain, memoryview(record))
-        assert decode_prefix_untrusted(record[:4]) == (kind, len(plain))
+        assert decode_prefix_untrusted(bytes(record[:4])) == (kind, len(plain))
         out = bytearray(len(plain))
         opener.open_into(memoryview(record), memoryview(out))
         assert out == plain

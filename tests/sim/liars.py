@@ -64,7 +64,9 @@ class Liar(SimPeer):
     def _word(self, frozen: Frozen) -> tuple[Frozen, Ready]:
         if Lie.NAN_SCALE in self.lies:
             part = self.rng.randrange(len(frozen.encoded))
-            encoded = tuple(_NAN + raw[4:] if index == part else raw for index, raw in enumerate(frozen.encoded))
+            encoded = tuple(
+                memoryview(_NAN + raw[4:]) if index == part else raw for index, raw in enumerate(frozen.encoded)
+            )
             digests = tuple(blake3(raw).digest() for raw in encoded)
             frozen = replace(frozen, encoded=encoded, digests=digests, root=contribution_root(digests))
         frozen, said = super()._word(frozen)

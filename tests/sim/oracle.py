@@ -21,7 +21,7 @@ BLOCK = 256
 INT8 = "int8"
 
 
-def decode(codec: str, raw: bytes, elements: int) -> Vector:
+def decode(codec: str, raw: bytes | memoryview, elements: int) -> Vector:
     """What an encoded part stands for: one scale for each block of codes."""
     if codec != INT8:
         out = np.empty(elements, np.float32)

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,14 +31,14 @@ from tests.sim.stage import Stage
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent / "scenarios"
 Play = Callable[[Stage], None]
-SCENARIOS: dict[str, tuple[dict[str, int], Play]] = {}
+SCENARIOS: dict[str, tuple[Callable[[], Stage], Play]] = {}
 
 
-def scenario(**cast: int) -> Callable[[Play], Play]:
+def scenario(*, peers: int, newcomers: int = 0, parts: int = 4) -> Callable[[Play], Play]:
     """Register a scenario with this cast."""
 
     def register(play: Play) -> Play:
-        SCENARIOS[play.__name__] = (cast, play)
+        SCENARIOS[play.__name__] = (partial(Stage, peers, newcomers, parts), play)
         return play
 
     return register
@@ -45,8 +46,8 @@ def scenario(**cast: int) -> Callable[[Play], Play]:
 
 def perform(name: str) -> str:
     """Play one scenario; its transcript."""
-    cast, play = SCENARIOS[name]
-    stage = Stage(**cast)
+    make_stage, play = SCENARIOS[name]
+    stage = make_stage()
     play(stage)
     words = (play.__doc__ or "").split()
     title = name.replace("_", " ")

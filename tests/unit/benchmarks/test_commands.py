@@ -1,5 +1,7 @@
 """Every benchmark is one command that can write its figures to a file."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,16 @@ def find_commands() -> list[Path]:
 
 @pytest.mark.parametrize("path", find_commands(), ids=lambda path: path.stem)
 def test_a_benchmark_writes_its_figures_to_a_file(path: Path) -> None:
-    text = path.read_text()
-    assert '"--json"' in text
-    assert "--json FILE" in text.split('"""')[1], "said in the module's first lines"
+    assert "--json FILE" in path.read_text().split('"""')[1], "said in the module's first lines"
+
+
+@pytest.mark.parametrize("path", find_commands(), ids=lambda path: path.stem)
+def test_a_benchmark_starts_and_tells_its_options(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What no type tells: its imports are there, and its table of options can be made and printed."""
+    monkeypatch.setattr(sys, "argv", [path.stem, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not ended.value.code
+    assert "\n  --json" in capsys.readouterr().out

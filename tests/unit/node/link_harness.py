@@ -5,6 +5,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import uvloop
@@ -163,7 +164,7 @@ class Node:
 
 @contextlib.asynccontextmanager
 async def node(
-    identity: Identity, config: LinkConfig = CONFIG, *, swarm: bytes = SWARM, **changes: float
+    identity: Identity, config: LinkConfig = CONFIG, *, swarm: bytes = SWARM, **changes: Any
 ) -> AsyncIterator[Node]:
     """A started peer; stopped at the end, whatever happened."""
     sink = RecordingSink()
@@ -176,7 +177,7 @@ async def node(
 
 
 @contextlib.asynccontextmanager
-async def pair(**changes: float) -> AsyncIterator[tuple[Node, Node]]:
+async def pair(**changes: Any) -> AsyncIterator[tuple[Node, Node]]:
     """Alice and Bob, both started, not yet linked."""
     async with node(ALICE, **changes) as alice, node(BOB, **changes) as bob:
         yield alice, bob

@@ -217,7 +217,7 @@ def test_one_port_has_one_listener_and_any_number_of_dials() -> None:
 
 @on_both_loops
 async def test_a_wildcard_listener_is_reached_by_both_families() -> None:
-    async with node(BOB, host="::") as bob:  # type: ignore[arg-type]
+    async with node(BOB, host="::") as bob:
         for number, host in enumerate(("127.0.0.1", "::1"), start=1):
             async with node(ALICE) as alice:
                 assert await alice.links.probe(bob.peer, (host, bob.address[1]))

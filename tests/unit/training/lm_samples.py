@@ -53,7 +53,8 @@ def write_weights(folder: Path, config: dict[str, Any], dtype: str = "float32", 
     rest = {key: value for key, value in config.items() if key != "model_type"}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(11)
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **rest))
+        library: Any = AutoModelForCausalLM  # whose functions bear no types
+        model = library.from_config(AutoConfig.for_model(config["model_type"], **rest))
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder, **saved)
