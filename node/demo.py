@@ -33,6 +33,9 @@ KILL_ROUND = 6  # from this round on, the victim dies in the first exchange that
 KILL_ROUND_MAX = 10  # and in this round at the latest, wherever it stands
 JOIN_ROUND = 12
 TRAIN_LIMIT_S = 195.0
+# A slow machine does not come to those rounds before the limit: there it is a share of the time.
+KILL_SHARE = 0.3
+JOIN_SHARE = 0.5
 START_LIMIT_S = 60.0
 STOP_LIMIT_S = 25.0
 POLL_S = 0.25
@@ -111,6 +114,11 @@ def explain_standstill(trainers: Sequence[Status | None]) -> str | None:
     states = [None if one is None else one.training.state for one in trainers]
     given_up = bool(states) and all(state is TrainerState.STOPPED for state in states)
     return next((one.training.error for one in trainers if one is not None), None) if given_up else None
+
+
+def is_due(now_round: int, at_round: int, share: float, at_share: float) -> bool:
+    """Whether what belongs to that round, or on a slow machine to that share of the time, is to happen now."""
+    return now_round >= at_round or (now_round > 0 and share >= at_share)
 
 
 def _fresh_folder(folder: Path) -> Path:
@@ -209,14 +217,15 @@ class _Swarm:
     def train(self, screen: DemoScreen) -> None:
         """Start, let rounds go by, kill one, let one join, until the planned rounds or the time limit."""
         self._start(screen)
-        end = time.monotonic() + TRAIN_LIMIT_S
-        while time.monotonic() < end and self._round() < self.rounds:
+        begin = time.monotonic()
+        while (share := (time.monotonic() - begin) / TRAIN_LIMIT_S) < 1 and self._round() < self.rounds:
             self._poll(screen)
             if (why := explain_standstill([peer.status for peer in self._peers])) is not None:
                 raise ConfigError("demo", f"no trainer goes on: {why}", f"mend that; see {self.folder}/*/log")
-            if not self.killed and self._round() >= min(KILL_ROUND, self.rounds // 3):
-                self._kill(screen)
-            elif self.killed and not self.joined and self._round() >= min(JOIN_ROUND, self.rounds // 2):
+            if not self.killed:
+                if is_due(self._round(), min(KILL_ROUND, self.rounds // 3), share, KILL_SHARE):
+                    self._kill(screen)
+            elif not self.joined and is_due(self._round(), min(JOIN_ROUND, self.rounds // 2), share, JOIN_SHARE):
                 self._join()
         self._await_common_round(screen)
 

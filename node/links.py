@@ -23,6 +23,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import TypeVar
 
 from shoal.node.arrivals import ArrivalLimits, Arrivals
 from shoal.node.cipher_speed import is_chacha20_faster
@@ -66,6 +67,8 @@ _PUSHED = (FrameKind.CONTRIBUTION, FrameKind.RESULT)
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 
 class TensorLinks:
     """All tensor links of this process. Call `start` once, and `stop` before the loop ends."""
@@ -104,7 +107,7 @@ class TensorLinks:
         )
         self._links: dict[PeerId, list[Link]] = {}
         self._dials: dict[PeerId, asyncio.Task[Link]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._waiting = SendQueues(config.sends_queued_max)
         self._width = LinkWidth()
         self._traffic: OrderedDict[PeerId, PeerTraffic] = OrderedDict()
@@ -139,7 +142,7 @@ class TensorLinks:
         await self._wait_closed(None)
         if self._timer is not None:
             self._timer.cancel()
-        running: list[asyncio.Task[None] | asyncio.Task[Link]] = [*self._tasks, *self._dials.values()]
+        running: list[asyncio.Task[object]] = [*self._tasks, *self._dials.values()]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -440,7 +443,7 @@ class TensorLinks:
                 self._forgotten.count_in(self._traffic.pop(other))
         return traffic
 
-    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[None, None, Result]) -> asyncio.Task[Result]:
         """Run `work` until it is done or the links stop."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -449,7 +452,7 @@ class TensorLinks:
 
     # Inside
 
-    def _finish_task(self, task: asyncio.Task[None]) -> None:
+    def _finish_task(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             task.get_loop().call_exception_handler({"message": "a sink failed", "exception": error, "task": task})

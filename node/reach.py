@@ -91,6 +91,7 @@ class Reach:
         self._mapped: dict[str, Address] = {}
         self._observed: dict[PeerId, Address] = {}  # the tensor port, as members see it
         self._observing: dict[PeerId, bytes] = {}  # the links that they see it by
+        self._asking: dict[PeerId, asyncio.Task[bool]] = {}  # who is being asked for that
         self._dials: dict[PeerId, asyncio.Timeout] = {}  # to become such links
         self._punched: dict[PeerId, float] = {}  # when a hole to a peer was begun
         self._stale_before_s: float | None = None
@@ -303,15 +304,16 @@ class Reach:
             if self._choose_address(peer) is not None and now - self._punched.get(peer, -PUNCH_S) >= PUNCH_S
         ]
         able.sort(key=lambda peer: peer not in self._observing)
-        asking = [asyncio.ensure_future(self._observe_by(peer)) for peer in able[:OBSERVERS_MAX]]
-        try:
-            for answered in asyncio.as_completed(asking):
-                if await answered and until_first:
-                    return
-        finally:
-            for one in asking:
-                one.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
+        for answered in asyncio.as_completed([self._begin_observing(peer) for peer in able[:OBSERVERS_MAX]]):
+            if await answered and until_first:
+                return
+
+    def _begin_observing(self, peer: PeerId) -> asyncio.Task[bool]:
+        """One at a time by each member, for all who wait: the kernel has one connection between two ports."""
+        if (asking := self._asking.get(peer)) is None:
+            asking = self._asking[peer] = self._links.spawn(self._observe_by(peer))
+            asking.add_done_callback(lambda _: self._asking.pop(peer))
+        return asking
 
     def _choose_address(self, peer: PeerId) -> Address | None:
         """IPv4: a router that rewrites IPv6 addresses is rare, and an own address of the peer's is no news."""
@@ -326,9 +328,14 @@ class Reach:
         if not self._links.has_link(peer, binding):
             try:
                 async with asyncio.timeout(None) as self._dials[peer]:
+                    # Not at once from the port: what the router would remember of a dial that nobody answers is in the
+                    # way of a hole for minutes.
+                    if not await self._links.probe(peer, address):
+                        return False
                     binding = await self._links.dial_from_port(peer, address)
             except (LinkLost, TimeoutError) as lost:
-                log.debug("%s cannot say how it sees this port: %s", short_peer_id(peer), lost or "a hole is punched")
+                why = "a hole is punched" if isinstance(lost, TimeoutError) else lost
+                log.debug("%s cannot say how it sees this port: %s", short_peer_id(peer), why)
                 return False
             finally:
                 self._dials.pop(peer, None)

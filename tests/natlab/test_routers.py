@@ -1,6 +1,7 @@
 """The lab is what it says: each kind of router maps and filters as named, proved by packets of plain sockets."""
 
 import contextlib
+import errno
 import itertools
 import os
 import socket
@@ -66,6 +67,36 @@ def test_routers_that_answer_unasked_packets(lab: Lab, servers: tuple[Host, Host
     router = lab.add_router("home", Nat.PORT_RESTRICTED, rejects=True)
     found = PROBES[protocol](router.add_host("peer"), *servers)
     assert found.keeps_mapping and not found.other_port and not found.other_host
+
+
+@pytest.mark.parametrize("dialled_before", [True, False])
+def test_a_dial_that_nobody_answered_is_in_the_way_of_a_hole(lab: Lab, dialled_before: bool) -> None:
+    """The router lets the other side's knock in for it, the listener answers, and the router drops that answer, whose
+    numbers are not those of the dial. The half-open connection then has the place that a knock of this side needs."""
+    near, far = (lab.add_router(f"{name}-router", Nat.PORT_RESTRICTED) for name in ("near", "far"))
+    here, there = near.add_host("near"), far.add_host("far")
+    with (
+        probes.open_socket(here, socket.SOCK_STREAM, probes.PORT, listens=True),
+        probes.open_socket(there, socket.SOCK_STREAM, probes.PORT, listens=True),
+    ):
+        if dialled_before:
+            assert _dial_from_port(here, far.address) == errno.ETIMEDOUT
+        assert _dial_from_port(there, near.address) == errno.ETIMEDOUT
+        assert _dial_from_port(here, far.address) == (errno.EADDRNOTAVAIL if dialled_before else errno.ETIMEDOUT)
+
+
+def _dial_from_port(host: Host, address: str) -> int:
+    """What came of it: 0 where somebody answered."""
+    with probes.open_socket(host, socket.SOCK_STREAM, probes.PORT) as one:
+        one.settimeout(probes.SILENCE_S)
+        try:
+            one.connect((address, probes.PORT))
+        except TimeoutError:
+            return errno.ETIMEDOUT
+        except OSError as error:
+            assert error.errno is not None
+            return error.errno
+    return 0
 
 
 def test_double_nat(lab: Lab, servers: tuple[Host, Host]) -> None:

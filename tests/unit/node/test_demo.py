@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.node.demo import MARKER, DemoOptions, explain_standstill, run_demo
+from shoal.node.demo import MARKER, DemoOptions, explain_standstill, is_due, run_demo
 from shoal.node.status import Status, TrainerState
 from shoal.protocol.errors import ConfigError
 
@@ -45,3 +45,9 @@ def test_a_demo_whose_trainers_were_all_given_up_says_why(status: Status) -> Non
     assert explain_standstill([ended, ended]) == error
     assert explain_standstill([ended, status]) is None and explain_standstill([ended, None]) is None
     assert explain_standstill([]) is None
+
+
+def test_a_slow_machine_kills_and_joins_by_the_time_that_is_left() -> None:
+    assert is_due(6, 6, 0.1, 0.3) and not is_due(5, 6, 0.1, 0.3), "by the round, where rounds are quick"
+    assert is_due(3, 6, 0.3, 0.3), "by the time, where they are slow"
+    assert not is_due(0, 6, 0.9, 0.3), "never before anything was certified"
