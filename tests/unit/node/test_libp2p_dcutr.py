@@ -71,14 +71,16 @@ async def test_where_nothing_gets_through_the_circuit_stays_and_there_is_a_pause
 
 
 async def say(member: Member, peer: PeerId, *messages: HolePunch) -> HolePunch | None:
-    """What the peer answers to the first of these messages; None where it hangs up."""
+    """What the peer answers to the first of these messages; None where it hangs up. Nothing more is said after that."""
 
     async def talk() -> HolePunch | None:
         try:
             stream: INetStream = await engine_of(member)._open_stream(peer, DCUTR_PROTOCOL)
             for message in messages:
                 await write_message(stream, message)
-            return await read_message(FrameReader(stream, libp2p_dcutr.MESSAGE_BYTES_MAX), HolePunch())
+            answer: HolePunch = await read_message(FrameReader(stream, libp2p_dcutr.MESSAGE_BYTES_MAX), HolePunch())
+            await stream.reset()  # or the peer waits for the rest until its time is over
+            return answer
         except STREAM_ERRORS:
             return None
 
