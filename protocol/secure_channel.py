@@ -50,8 +50,7 @@ STATIC_KEY_BYTES = 32
 HELLO_BYTES = 14
 HANDSHAKE_MESSAGE_BYTES_MAX = 1024
 
-# Somewhat more than 256 KiB: that many bytes of codes come with their scales, and would else need a second record.
-RECORD_BYTES_MAX = 272 * 1024
+RECORD_BYTES_MAX = 256 * 1024
 PREFIX_BYTES = 4
 TAG_BYTES = 16
 RECORD_OVERHEAD_BYTES = PREFIX_BYTES + TAG_BYTES

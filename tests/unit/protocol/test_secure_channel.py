@@ -313,7 +313,7 @@ def test_keys_are_replaced_in_step() -> None:
 
 
 def test_prefix_is_bounded() -> None:
-    assert decode_prefix_untrusted(b"\x00\x40\x04\x02") == (2, RECORD_BYTES_MAX)
+    assert decode_prefix_untrusted(b"\x00\x00\x04\x02") == (2, RECORD_BYTES_MAX)
     with pytest.raises(ProtocolError) as caught:
-        decode_prefix_untrusted(b"\x01\x40\x04\x02")
+        decode_prefix_untrusted(b"\x01\x00\x04\x02")
     assert caught.value.refusal is Refusal.OVERSIZED
