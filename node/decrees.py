@@ -26,6 +26,7 @@ from shoal.crdt.kinds import (
     decode_body_untrusted,
 )
 from shoal.crdt.ledger import Draft, Ledger
+from shoal.node.ban_watch import find_ban
 from shoal.node.config import MANIFEST_FILE
 from shoal.node.decree_exchange import list_chain
 from shoal.node.durability import sync_path
@@ -63,7 +64,7 @@ def ban(data_dir: Path, owner_key: Path, peer: PeerId, reason: str, wall_ms: int
     """From now on nothing counts that `peer` writes."""
 
     def draft(ledger: Ledger) -> Draft | AlreadyDecreed:
-        if (held := next((one for one in ledger.standing.bans if one.peer == peer), None)) is not None:
+        if (held := find_ban(ledger.standing, peer)) is not None:
             told = f"{format_peer_id(peer)} is banned already ({held.reason or 'no reason given'})"
             found = _find_newest(ledger, told, lambda entry_id, body: entry_id == held.entry)
             assert found is not None, "a ban that holds is a decree of the chain"

@@ -264,10 +264,7 @@ class Intake:
     def _meet_again(self, peer: PeerId) -> None:
         """It is banned no more, and may not know it: it tries rarely by itself."""
         if self._ports is not None:
-            self._ports.spawn(self._look_for(self._ports.membership, peer))
-
-    async def _look_for(self, membership: Membership, peer: PeerId) -> None:
-        await membership.connect(peer)
+            self._ports.spawn(self._ports.membership.connect(peer))
 
     def _tell_own_ban(self, text: str, banned: bool) -> None:
         self._reporter.happen(HappeningKind.NETWORK, text, Severity.ERROR if banned else Severity.INFO)

@@ -418,7 +418,7 @@ class Link(asyncio.BufferedProtocol):
             self._traffic.frames_out += 1
 
     async def _stream(self, header: FrameHeader, payload: memoryview) -> None:
-        began_s, offset, rested = self._loop.time(), 0, 0
+        began_s, offset = self._loop.time(), 0
         self._outgoing, self._outgoing_refused = header, False
         self._write_header(header)
         try:
@@ -426,8 +426,7 @@ class Link(asyncio.BufferedProtocol):
                 await pace(self._host.upload, min(RECORD_BYTES_MAX, header.nbytes - offset))
                 await self._wait_writable()
                 offset = self._write_payload(payload, offset)
-                if offset - rested >= YIELD_BYTES:
-                    rested = offset
+                if offset % YIELD_BYTES == 0:
                     await asyncio.sleep(0)
             await self._wait_writable()
             self._traffic.send_rate.add(offset, self._loop.time() - began_s)

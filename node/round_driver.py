@@ -99,7 +99,6 @@ class RoundDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self.clock = RunClock(self._loop.time)
-        self._settling: asyncio.Handle | None = None
         self._pulse: asyncio.TimerHandle | None = None
         self._verification = Verification(swarm, deliver=self._hand_over, drop=ports.dropped, spawn=ports.spawn)
 
@@ -115,17 +114,11 @@ class RoundDriver:
         self._effects.extend(effects)
         if self._effects:
             self._wake.set()
-        if self._settling is None:
-            # Parts arrive many at a time, and each moves deadlines: they are looked at once, when all have.
-            self._settling = self._loop.call_soon(self._set_timer)
-
-    def _set_timer(self) -> None:
-        self._settling = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         deadline = self.core.next_deadline()
-        if deadline is not None and not self._halted:
+        if deadline is not None:
             self._timer = self._loop.call_at(self.clock.find(deadline), self._on_deadline)
 
     def _on_deadline(self) -> None:
@@ -190,7 +183,7 @@ class RoundDriver:
 
     def stop(self) -> None:
         """No deadline fires any more."""
-        for timer in (self._timer, self._pulse, self._settling):
+        for timer in (self._timer, self._pulse):
             if timer is not None:
                 timer.cancel()
 

@@ -251,15 +251,11 @@ class Swarm:
     def wait(self, what: str, condition: Callable[[], bool]) -> None:
         """Until the condition holds; what it was and every log's end otherwise."""
         end = time.monotonic() + WAIT_S
-        while True:
-            began = time.monotonic()
-            if condition():
-                return
+        while not condition():
             if time.monotonic() > end:
                 logs = "\n".join(f"--- {peer.name}\n{peer.log()[-2500:]}" for peer in self.peers)
                 raise AssertionError(f"not within {WAIT_S:.0f} s: {what}\n{logs}")
-            # What takes long to find out is asked rarely: the daemons need the cores.
-            time.sleep(max(POLL_S, 2 * (time.monotonic() - began)))
+            time.sleep(POLL_S)
 
     def check_roots(self) -> None:
         """Whatever round two peers showed, they showed it with the same state root."""

@@ -29,7 +29,6 @@ from tests.unit.node.link_harness import (
 PING = FrameHeader(kind=FrameKind.PING, request=3)
 NONSENSE = {Refusal.MALFORMED, Refusal.OVERSIZED, Refusal.NOT_AUTHENTIC}
 BIG = bytes(2 * RECORD_BYTES_MAX)
-BIG_RECORDS = -(-PART_BYTES_MAX // RECORD_BYTES_MAX)  # of the largest part
 
 
 def send_unknown_record(raw: RawPeer) -> None:
@@ -252,7 +251,7 @@ async def test_headers_pass_a_payload_under_way() -> None:
         await bob.sink.until(lambda: bob.sink.serves)
         raw.write_header(PING)
         kinds = []
-        while kinds.count(RecordKind.PAYLOAD) < BIG_RECORDS:
+        while kinds.count(RecordKind.PAYLOAD) < PART_BYTES_MAX // RECORD_BYTES_MAX:
             kind, _ = await raw.read_record()
             kinds.append(kind)
         assert kinds.count(RecordKind.HEADER) == 2
@@ -321,7 +320,7 @@ async def test_frame_under_way_is_finished_after_the_peers_goodbye() -> None:
         send = asyncio.create_task(bob.links.send(CAROL.peer, (), describe(payload), memoryview(payload)))
         await raw.read_header(FrameKind.CONTRIBUTION)
         raw.write_header(FrameHeader(kind=FrameKind.GOODBYE))
-        received = b"".join([(await raw.read_record())[1] for _ in range(BIG_RECORDS)])
+        received = b"".join([(await raw.read_record())[1] for _ in range(PART_BYTES_MAX // RECORD_BYTES_MAX)])
         await send
         assert received == payload
         assert await raw.reader.read() == b""

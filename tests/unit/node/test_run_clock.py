@@ -69,7 +69,6 @@ async def test_a_limit_is_waited_for_after_a_stop_as_long_as_before(tmp_path: Pa
         time.now_s += 1000.0
         peer.driver.now()
         peer.driver.pump()
-        await asyncio.sleep(0)
         due_s, timer = peer.core.next_deadline(), peer.driver._timer
         assert due_s is not None and timer is not None
         assert timer.when() - due_s == pytest.approx(1000.0)
