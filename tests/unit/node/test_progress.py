@@ -1,7 +1,8 @@
 """What a command in a pipe says while it works: nothing where it is quick, few lines where it is not."""
 
 import io
-import time
+import sys
+import threading
 
 import pytest
 
@@ -33,13 +34,22 @@ def test_what_is_quick_says_nothing_and_so_does_who_was_not_asked_to(
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_takes_its_time_says_what_it_is_at(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Flushed(io.StringIO):
+    """Tells when a line is whole. Reading a captured stream again and again can lose what is written meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flushed = threading.Event()
+
+    def flush(self) -> None:
+        self.flushed.set()
+
+
+def test_what_takes_its_time_says_what_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Flushed()
     monkeypatch.setattr(progress, "LINE_AFTER_S", 0.001)
-    seen, end_s = "", time.monotonic() + 60
+    monkeypatch.setattr(sys, "stderr", out)
     with show_progress("looking at", in_pipe=True) as tell:
         tell("torch")
-        while not seen and time.monotonic() < end_s:
-            seen = capsys.readouterr().err
-    assert seen == "looking at: torch\n"
+        assert out.flushed.wait(60)
+    assert out.getvalue() == "looking at: torch\n"
