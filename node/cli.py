@@ -16,7 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.node.process import leave_with_stdin, loop_factory, set_up_log, stop_on_signals
+from shoal.node.process import (
+    keep_all_objects,
+    leave_with_stdin,
+    look_for_garbage_seldom,
+    loop_factory,
+    set_up_log,
+    stop_on_signals,
+)
 from shoal.protocol.errors import ConfigError, InputError, ShoalError
 
 if TYPE_CHECKING:
@@ -34,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not __debug__:
         print("shoal: run it without -O: its assertions are part of it", file=sys.stderr)
         return EXIT_INPUT
+    look_for_garbage_seldom()
     options = _make_parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -310,6 +318,7 @@ def _run_daemon(config: "NodeConfig", identity: "Identity", incarnation: int) ->
         stop_on_signals(daemon.stop)
 
         def tell(ready: Daemon) -> None:
+            keep_all_objects()
             log = logging.getLogger("shoal")
             log.info("peer %s of swarm %s", format_peer_id(identity.peer), ready.manifest.name)
             log.info("page and metrics: http://%s:%d/", config.web.host, ready.web_port)

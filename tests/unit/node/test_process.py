@@ -15,6 +15,22 @@ PARENT = """
 import subprocess, sys
 subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE).wait()
 """
+LOADED = """
+import gc
+from shoal.node.process import keep_all_objects, look_for_garbage_seldom
+look_for_garbage_seldom()
+collected = []
+gc.callbacks.append(lambda phase, info: collected.append(phase))
+kept = [[] for _ in range(10_000)]
+print(len(collected), end=" ")
+keep_all_objects()
+print(len(gc.get_objects()) < len(kept))
+"""
+
+
+def test_what_the_start_leaves_is_not_looked_at_again_and_again() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
+    assert done.stdout == "0 True\n"
 
 
 def test_a_child_ends_with_a_parent_that_is_killed() -> None:
