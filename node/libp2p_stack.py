@@ -18,7 +18,7 @@ import collections
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import libp2p.network.connection.swarm_connection
@@ -33,6 +33,7 @@ from libp2p.host.observed_addr_manager import ObservedAddrManager
 from libp2p.identity.identify_push.identify_push import ID_PUSH, identify_push_handler_for, push_identify_to_peer
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.kad_dht.provider_store import ProviderStore
 from libp2p.metrics.swarm import SwarmEvent
 from libp2p.network.auto_connector import AutoConnector
@@ -41,6 +42,7 @@ from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
@@ -316,11 +318,30 @@ class BoundedProviders(ProviderStore):
 
 
 class ServersDht(BoundedDht):
-    """A DHT node whose routing table has no place for those that only ask."""
+    """A DHT node whose routing table has no place for those that only ask, and that names nobody without an address."""
 
     async def add_peer(self, peer_id: ID, *, skip_server_mode_check: bool = False) -> bool:
         # The library takes whoever asks for one that answers, too.
         return await super().add_peer(peer_id)
+
+    def _add_closer_peers_to_response(
+        self, response: Message, closest_peers: Sequence[ID], exclude_peer_id: ID | None = None
+    ) -> None:
+        # The library names the peer that is looked for, itself among them, whether or not it knows where that is, and
+        # who asked takes that for the answer. go-libp2p leaves out whoever has no addresses.
+        places = {peer_id: self._list_addresses(peer_id) for peer_id in closest_peers}
+        named = [peer_id for peer_id in closest_peers if places[peer_id]]
+        super()._add_closer_peers_to_response(response, named, exclude_peer_id)
+        for peer in response.closerPeers:
+            peer.addrs[:] = places[ID(peer.id)]
+
+    def _list_addresses(self, peer_id: ID) -> list[bytes]:
+        if peer_id == self.host.get_id():
+            suffix = Multiaddr(f"/p2p/{peer_id}")
+            return [address.decapsulate(suffix).to_bytes() for address in self.host.get_addrs()]
+        with suppress(PeerStoreError):
+            return [address.to_bytes() for address in self.host.get_peerstore().addrs(peer_id)]
+        return []
 
 
 class SeenMessages(LastSeenCache):

@@ -151,7 +151,7 @@ def test_one_peer_cannot_hold_all_streams_of_the_dht() -> None:
             self.muxed_conn = Muxed(peer)
 
     async def hold() -> None:
-        host, _ = build_host(CONFIG, lambda candidates: candidates)
+        host, _ = build_host(CONFIG, list)
         dht = build_dht(host, serves=True)
         assert isinstance(dht, BoundedDht)
         held: list[Any] = [DhtStream(peer_id(1)) for _ in range(DHT_STREAMS_PER_PEER_MAX + 1)]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import trio
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.records.utils import InvalidRecordType
@@ -111,6 +112,35 @@ def test_the_dht_takes_no_values() -> None:
                 dht.validator.validate(key, b"value")
 
     trio.run(validate)
+
+
+def test_the_dht_names_itself_and_others_only_with_their_addresses() -> None:
+    async def name() -> list[tuple[ID, list[Multiaddr]]]:
+        host, _ = build_host(CONFIG, lambda: [Multiaddr("/ip4/192.0.2.1/tcp/4001")])
+        host.refresh_addrs()
+        dht = build_dht(host, serves=True)
+        located, cleared, stranger, asker = (peer_id(number) for number in range(1, 5))
+        for known in (located, cleared, asker):
+            host.get_peerstore().add_addrs(known, [Multiaddr("/ip4/192.0.2.2/tcp/4002")], 60)
+        host.get_peerstore().clear_addrs(cleared)
+        answer = Message()
+        dht._add_closer_peers_to_response(answer, [host.get_id(), stranger, located, cleared, asker], asker)
+        return [(ID(peer.id), [Multiaddr(address) for address in peer.addrs]) for peer in answer.closerPeers]
+
+    assert trio.run(name) == [
+        (ID(encode_libp2p_peer_id(CONFIG.identity.peer)), [Multiaddr("/ip4/192.0.2.1/tcp/4001")]),
+        (peer_id(1), [Multiaddr("/ip4/192.0.2.2/tcp/4002")]),
+    ]
+
+
+def test_the_dht_does_not_name_itself_before_it_can_be_dialled() -> None:
+    async def name() -> int:
+        host, _ = build_host(CONFIG, list)
+        answer = Message()
+        build_dht(host, serves=True)._add_closer_peers_to_response(answer, [host.get_id()])
+        return len(answer.closerPeers)
+
+    assert trio.run(name) == 0
 
 
 def test_a_failure_is_contained_and_a_cancellation_is_not() -> None:
