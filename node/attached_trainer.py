@@ -141,8 +141,8 @@ class AttachedTrainer:
                 self._script = None
                 await script.stop()
 
-    async def begin(self, round: int, *, adopt: bool) -> None:
-        self._send(Begin(round=round, adopt=adopt))
+    async def begin(self, round: int, *, adopt: bool, shift: bool = False) -> None:
+        self._send(Begin(round=round, adopt=adopt, shift=shift))
 
     async def merge(self, merge: Merge) -> None:
         self._send(merge)

@@ -163,8 +163,9 @@ class Trainer(Protocol):
         """Returns when the trainer waits for its first Begin; raises TrainerError, and nothing is left running."""
         ...
 
-    async def begin(self, round: int, *, adopt: bool) -> None:
-        """Train for `round`, from `base` with `adopt`; answered by Progress and at last by Ready."""
+    async def begin(self, round: int, *, adopt: bool, shift: bool = False) -> None:
+        """Train for `round`, from `base` with `adopt`, or with what stands in `local` added to the parameters that were
+        handed over; answered by Progress and at last by Ready."""
         ...
 
     async def merge(self, merge: Merge) -> None:
@@ -264,8 +265,8 @@ class TrainerProcess:
             if not child.started.done() or child.started.exception():
                 await self.stop()
 
-    async def begin(self, round: int, *, adopt: bool) -> None:
-        await self._send(Begin(round=round, adopt=adopt))
+    async def begin(self, round: int, *, adopt: bool, shift: bool = False) -> None:
+        await self._send(Begin(round=round, adopt=adopt, shift=shift))
 
     async def merge(self, merge: Merge) -> None:
         await self._send(merge)

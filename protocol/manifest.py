@@ -74,7 +74,10 @@ class Training:
     After every `evaluate_every` rounds one of those who contributed measures the base on held-out data; 0: nobody.
 
     With `divide_data` those who were in a round draw from shares of the data that have nothing in common, until the
-    next one: for members who all have the same data."""
+    next one: for members who all have the same data.
+
+    Where for `gossip_after_s` so few voters were in sight that no round can be certified, peers that are ready train
+    on, and first mix what they have with one another, in pairs; 0: they wait."""
 
     strategy: Annotated[str, Choice(STRATEGIES)] = DILOCO
     inner_steps: Annotated[int, Bound(1, 100_000)] = 100
@@ -94,6 +97,7 @@ class Training:
     learning_rate_end: Annotated[float, Bound(0, 1)] = 0.1
     evaluate_every: Annotated[int, Bound(0, 1_000_000)] = 4
     divide_data: bool = False
+    gossip_after_s: Annotated[float, Bound(0, 86_400)] = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -426,6 +430,19 @@ def check_draft(draft: Draft) -> None:
     if draft.outer.optimizer == ADAM and draft.training.strategy == EAGER:
         problem = f"is {EAGER}, whose estimate wants an outer step that is the same for every element"
         raise ManifestError("training.strategy", problem, f'use "{DELAYED}", or another outer.optimizer')
+    _check_gossip(draft)
+
+
+def _check_gossip(draft: Draft) -> None:
+    if not draft.training.gossip_after_s:
+        return
+    field, fix = "training.gossip_after_s", "use 0"
+    if draft.rounds.quorum != QuorumRule.MAJORITY:
+        problem = "is for members who do not lie: of a pair nobody could tell which one does"
+        raise ManifestError(field, problem, f'{fix}, or rounds.quorum = "{QuorumRule.MAJORITY}"')
+    if draft.rounds.fragments > 1:
+        problem = "would mix one fragment alone, that of the open round, and the others never"
+        raise ManifestError(field, problem, f"{fix}, or rounds.fragments = 1")
 
 
 def _check_overlap(training: Training) -> None:

@@ -107,7 +107,7 @@ class StandIn:
             np.subtract(self.base[piece], values, out=self.local[piece])
             first += values.size
 
-    async def begin(self, round: int, *, adopt: bool) -> None:
+    async def begin(self, round: int, *, adopt: bool, shift: bool = False) -> None:
         self._begin(round)
 
     async def merge(self, merge: Merge) -> None:

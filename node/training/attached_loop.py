@@ -51,7 +51,7 @@ from shoal.node.training.messages import (
     trim_unit,
 )
 from shoal.node.training.micro_batches import is_out_of_memory
-from shoal.node.training.round_work import RoundWork, tell_torn
+from shoal.node.training.round_work import RoundWork, tell_torn, tell_unshifted
 from shoal.protocol.errors import ConfigError, ShoalError
 from shoal.protocol.manifest import DELAYED, EAGER, OVERLAPPED, Training
 
@@ -64,8 +64,9 @@ class AttachError(ShoalError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandedOver:
-    """What the last Ready was about. `local` is the memory that it was written to; nobody changes it until the next.
-    `since` is what the steps made after it stand upon: the same, or the base that the parameters went back to."""
+    """What the last Ready was about. `local` is the memory that it was written to, which nobody changes until the next;
+    or a copy of it, where the daemon may write a move there, and die before it has said so. `since` is what the steps
+    made after it stand upon: the same, or the base that the parameters went back to."""
 
     local: FloatVector
     since: FloatVector
@@ -120,7 +121,7 @@ class AttachedLoop:
         return self._rounds
 
     def take_replaced(self) -> bool:
-        """Whether the parameters were replaced since this was asked last."""
+        """Whether the parameters were replaced, or shifted, since this was asked last."""
         replaced, self._replaced = self._replaced, False
         return replaced
 
@@ -183,7 +184,7 @@ class AttachedLoop:
         """The daemon is gone."""
         self._attached = False
         rounds, handed = self._work, self._handed
-        if handed is not None:  # the memory is the daemon's, which may give it to another script
+        if handed is not None and handed.local is self._local:  # which the daemon may give to another script
             local = handed.local.copy()
             self._handed = replace(handed, local=local, since=local if handed.since is handed.local else handed.since)
         if rounds.handed_over and rounds.ahead is None:
@@ -225,12 +226,18 @@ class AttachedLoop:
             rounds.round = command.round
             rounds.training = rounds.overlap_steps > 0 and not rounds.is_far_ahead()
             self._local[:] = handed.local
-            since = self._local if handed.since is handed.local else handed.since
-            self._handed = replace(handed, local=self._local, since=since)
+            if not rounds.rules.gossip_after_s:
+                since = self._local if handed.since is handed.local else handed.since
+                self._handed = replace(handed, local=self._local, since=since)
             yield self._tell_ready()
             return
         self._handed = None
+        shifts = command.shift and rounds.has_handed_work
+        shifted = shifts and self._parameters.shift(self._local)
+        self._replaced |= shifted
         rounds.begin(command.round, now_s, adopted=command.adopt)
+        if shifts and not shifted:
+            yield tell_unshifted(command.round)
 
     def _merge(self, merge: Merge, now_s: float) -> Iterator[Report]:
         torn = None
@@ -308,9 +315,10 @@ class AttachedLoop:
         rounds = self._work
         if not self._parameters.export(self._local):
             return self._go_back("the local parameters", now_s)
+        kept = self._local.copy() if rounds.rules.gossip_after_s else self._local
         self._handed = HandedOver(
-            local=self._local,
-            since=self._local,
+            local=kept,
+            since=kept,
             batches_done=self._batches_done,
             tally=rounds.local.read(now_s),
             loss_mean=rounds.loss_mean,

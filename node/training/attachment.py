@@ -200,8 +200,8 @@ class Attachment:
 
     def step(self, loss: Tensor | float, tokens: int = 1) -> bool:
         """Say that the optimizer has made a step: its loss, a mean over so many tokens (or examples). True where the
-        parameters of the model have been replaced by the swarm's. Where this peer's work is handed over it returns when
-        the round is certified.
+        parameters of the model have been replaced by the swarm's, or moved to the mean with another peer's. Where this
+        peer's work is handed over it returns when the round is certified, or when there is none and it may train on.
 
         Raises AttachError where the training cannot go on: too many losses in a row that are not finite, or a daemon
         that came back with another model."""

@@ -156,6 +156,12 @@ class WholeParameters(LocalParameters):
         super().rebase(base, handed, included, part_elements)
         self._ranks.whole_is_newer = True
 
+    def shift(self, move: FloatVector) -> bool:
+        self._refresh()
+        shifted = super().shift(move)
+        self._ranks.whole_is_newer |= shifted
+        return shifted
+
     def are_finite(self) -> bool:
         self._refresh()
         return super().are_finite()

@@ -44,6 +44,17 @@ class LocalParameters:
                 target.sub_(torch.from_numpy(handed[low:high]).to(target.device))
                 target.add_(torch.from_numpy(base[low:high]).to(target.device))
 
+    @torch.no_grad()
+    def shift(self, move: FloatVector) -> bool:
+        """Add the move, float32[D]; False, and nothing changed, where that would make one of them not finite. Takes
+        the memory of the largest tensor twice for a moment."""
+        for target, low, high in slice_parameters(self.model, 0, move.size):
+            if not bool(torch.isfinite(target + torch.from_numpy(move[low:high]).to(target.device)).all()):
+                return False
+        for target, low, high in slice_parameters(self.model, 0, move.size):
+            target.add_(torch.from_numpy(move[low:high]).to(target.device))
+        return True
+
     def are_finite(self) -> bool:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters)
 

@@ -61,7 +61,7 @@ from shoal.node.training.messages import (
 )
 from shoal.node.training.micro_batches import MicroBatches, is_out_of_memory, tell_next_step
 from shoal.node.training.ranks import RankLost, Ranks
-from shoal.node.training.round_work import PROGRESS_PERIOD_S, RoundWork
+from shoal.node.training.round_work import PROGRESS_PERIOD_S, RoundWork, tell_unshifted
 from shoal.node.training.strategy import STRATEGIES, load_tensors
 from shoal.node.training.task_faults import TaskFault, blame
 from shoal.node.training.tasks import (
@@ -174,14 +174,7 @@ class InnerLoop:
         """Obey; Start and Stop are the caller's."""
         match command:
             case Begin():
-                position, self._resumes = self._resumes, None
-                if command.adopt:
-                    self._adopt()
-                else:
-                    self._strategy.take_back()
-                self._rounds.begin(command.round, now_s, adopted=command.adopt)
-                if position is not None and not command.adopt:
-                    yield from self._go_on(position, now_s)
+                yield from self._begin(command, now_s)
             case Merge():
                 yield from self._merge(command, now_s)
             case Freeze():
@@ -277,6 +270,22 @@ class InnerLoop:
             # The counts come first: of a long fault the end is cut off.
             detail = trim_detail(f"the task's code at batch {self._batches_done - 1} ({counted}) raised {fault}")
             yield Failed(reason=TASK_FAILED, detail=detail, fatal=fatal)
+
+    def _begin(self, begin: Begin, now_s: float) -> Iterator[Report]:
+        position, self._resumes = self._resumes, None
+        unshifted = None
+        if begin.adopt:
+            self._adopt()
+        else:
+            self._strategy.take_back()
+        # A trainer that was started again meanwhile has handed nothing over: it does so now, and is not shifted.
+        if begin.shift and self._rounds.has_handed_work and not self._strategy.shift(self._local):
+            unshifted = tell_unshifted(begin.round)
+        self._rounds.begin(begin.round, now_s, adopted=begin.adopt)
+        if unshifted is not None:
+            yield unshifted
+        if position is not None and not begin.adopt:
+            yield from self._go_on(position, now_s)
 
     def _merge(self, merge: Merge, now_s: float) -> Iterator[Report]:
         self._resumes, torn = None, None

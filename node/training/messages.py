@@ -2,7 +2,9 @@
 
 Frames are a big-endian u32 length and one canonical message. The memory is float32[2, D]: row 0 is `base`, the
 certified parameters, which the daemon alone writes; row 1 is `local`, the trainer's, which it writes before Ready and
-never between Ready and the next Begin or Merge. How `base` is read while it may be written is said in base_writes.py.
+never between Ready and the next Begin or Merge; in that time the daemon may write a move there, for the Begin with
+`shift` that follows, and then sends no Merge before it. How `base` is read while it may be written is said in
+base_writes.py.
 
 Invariant: neither side believes the other beyond this schema; a frame that breaks it ends the connection.
 """
@@ -126,10 +128,18 @@ class Start:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begin:
-    """Train for `round`: from `base` with `adopt`, else on from the local parameters."""
+    """Train for `round`: from `base` with `adopt`, else on from the local parameters. With `shift` what stands in
+    `local` is added to these first: a move away from what was handed over, on top of which stays what was done since.
+    It means nothing to a trainer whose parameters do not hold what it handed over: one that has begun anew meanwhile,
+    or gone back to the base."""
 
     round: U63
     adopt: bool
+    shift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.adopt and self.shift:
+            raise ValueError("Begin has either adopt or shift")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,11 +284,12 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """With `fatal` the trainer exits after this. Without, it trains on: after NOT_FINITE from `base`, after
-    OUT_OF_MEMORY from where it was, with fewer examples at a time or without having looked at the base, after
-    TASK_FAILED with the next batch, after COMPILE_FAILED without torch.compile, and after NO_TEXT and NO_EVALUATION
-    nothing has changed. RANK_LOST is always fatal. BASE_TORN tells that steps stood upon a base that was replaced while
-    it was read. `steps_dropped` are steps that were thrown away for this, and count for nothing."""
+    """With `fatal` the trainer exits after this. Without, it trains on: after NOT_FINITE from `base`, or, where it is
+    about a Begin's `shift`, without that, after OUT_OF_MEMORY from where it was, with fewer examples at a time or
+    without having looked at the base, after TASK_FAILED with the next batch, after COMPILE_FAILED without
+    torch.compile, and after NO_TEXT and NO_EVALUATION nothing has changed. RANK_LOST is always fatal. BASE_TORN tells
+    that steps stood upon a base that was replaced while it was read. `steps_dropped` are steps that were thrown away
+    for this, and count for nothing."""
 
     reason: Annotated[str, Choice(FAILURES)]
     detail: Detail

@@ -85,6 +85,12 @@ class RoundWork:
         """Steps in the local parameters that no hand-over of this round has."""
         return self.local.steps if self.ahead is None else self.ahead.steps
 
+    @property
+    def has_handed_work(self) -> bool:
+        """Whether the local parameters hold what was handed over for this round. After a way back to the base they do
+        not, and nobody can move them away from it."""
+        return self.handed_over and self.local.steps > (0 if self.ahead is None else self.ahead.steps)
+
     def start_over(self, what: str, now_s: float) -> Failed:
         """The local parameters are the base again, since `what` was not finite, and nothing of the work is left; fatal
         where that happened too often."""
@@ -164,3 +170,9 @@ def tell_torn(steps: int, round: int) -> Failed | None:
     count = "1 step was" if steps == 1 else f"{steps} steps were"
     detail = f"{count} dropped, made in round {round} upon a base that was replaced while it was read"
     return Failed(reason=BASE_TORN, detail=detail, fatal=False, steps_dropped=steps)
+
+
+def tell_unshifted(round: int) -> Failed:
+    """The parameters stay where they are."""
+    detail = f"not finite: the local parameters with the move that begins round {round}; training goes on without it"
+    return Failed(reason=NOT_FINITE, detail=detail, fatal=False)

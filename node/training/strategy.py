@@ -13,9 +13,10 @@ comes takes the place of what was handed over, and the steps made since stay upo
 "eager" (Kale et al., arXiv 2502.12996): as "delayed", but beside the exchange it trains on from its own estimate of the
 base that will come.
 
-Invariants: a pseudo-gradient is made of steps and of nothing else: what a peer trains on may be an estimate, what it
-hands over stands upon the base; a step whose loss or gradient is not finite changes no parameter and no optimizer
-state; no step, taken or refused, leaves anything of its gradient for the next one.
+Invariants: a pseudo-gradient is made of steps and of nothing else, its own and, after a shift, another peer's: what a
+peer trains on may be an estimate, what it hands over stands upon the base; a step whose loss or gradient is not finite
+changes no parameter and no optimizer state; no step, taken or refused, leaves anything of its gradient for the next
+one.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,11 +59,17 @@ class Strategy(Protocol):
 
     def hand_over(self, base: FloatVector, local: FloatVector) -> None:
         """Training goes on beside the exchange of `local`, which was exported just now and holds still until the next
-        `merge`, `adopt` or `take_back`. `base` is the newest there is, and may be changing."""
+        `merge` or `adopt`. Before a `take_back` it may have been written over, where `training.gossip_after_s` is not
+        0. `base` is the newest there is, and may be changing."""
         ...
 
     def take_back(self) -> None:
         """No round has counted what was handed over last: all work is in the local parameters again."""
+        ...
+
+    def shift(self, move: FloatVector) -> bool:
+        """After a `take_back`: add this move, float32[D], to the local parameters; the inner optimizer keeps its state.
+        False, and nothing changed, where one of them would not be finite."""
         ...
 
     def merge(self, base: FloatVector, included: bytes, part_elements: int, gain: float) -> None:
@@ -126,6 +133,9 @@ class DiLoCo:
     def take_back(self) -> None:
         pass
 
+    def shift(self, move: FloatVector) -> bool:
+        return self._local.shift(move)
+
     def merge(self, base: FloatVector, included: bytes, part_elements: int, gain: float) -> None:
         self.take_parts(base, included, part_elements)
 
@@ -168,6 +178,10 @@ class Delayed(DiLoCo):
     def hand_over(self, base: FloatVector, local: FloatVector) -> None:
         self._since = local
 
+    def take_back(self) -> None:
+        # Not only because there is nothing to stand upon: from here on others write to that memory.
+        self._since = None
+
     def merge(self, base: FloatVector, included: bytes, part_elements: int, gain: float) -> None:
         if self._since is None:
             self._local.merge(base, included, part_elements)
@@ -197,7 +211,8 @@ class Eager(Delayed):
     momentum, too: eta * mu^2 times this peer's share of it, for which a peer would have to keep that share.
 
     The gain is that of the last round that included this peer; until there is one it is as "delayed". Takes one vector
-    of float32[D] more, on the CPU."""
+    of float32[D] more, on the CPU; with `training.gossip_after_s` two, because what was handed over is to be stood upon
+    again when the daemon has written a move over it."""
 
     def __init__(self, model: nn.Module, layout: Layout, training: Training) -> None:
         super().__init__(model, layout, training)
@@ -211,14 +226,15 @@ class Eager(Delayed):
     def hand_over(self, base: FloatVector, local: FloatVector) -> None:
         super().hand_over(base, local)
         if self._gain:
-            self._handed = local
+            self._handed = local.copy() if self._training.gossip_after_s else local
             self._since = base + np.float32(self._gain) * (local - base)
             self._local.adopt(self._since)
 
     def take_back(self) -> None:
         if self._handed is not None:
             self._stand_on(self._handed, b"\x01", self._handed.size)
-        self._handed = self._since = None
+        self._handed = None
+        super().take_back()
 
     def merge(self, base: FloatVector, included: bytes, part_elements: int, gain: float) -> None:
         if self._handed is not None:

@@ -22,6 +22,7 @@ LATER = {
             "learning_rate_end",
             "evaluate_every",
             "divide_data",
+            "gossip_after_s",
         ),
     ),
 }

@@ -81,10 +81,13 @@ class FakeTrainer:
         self.silent = False
         return Started(device="fake", elements=self._base.size, train_bytes=1, held_out_bytes=1)
 
-    async def begin(self, round: int, *, adopt: bool) -> None:
+    async def begin(self, round: int, *, adopt: bool, shift: bool = False) -> None:
+        assert not (adopt and shift), "either of them"
         if self._work:
             if adopt:
                 self._adopt(slice(None))
+            if shift:
+                self._parameters += self._local
             self._begin(round)
 
     async def merge(self, merge: Merge) -> None:

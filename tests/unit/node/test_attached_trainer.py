@@ -123,6 +123,14 @@ async def test_a_script_trains_for_the_daemon_in_the_memory_that_both_map(tmp_pa
         await rig.trainer.merge(ALL)
         assert await step, "the parameters were replaced"
         assert (model.weight == 3.0).all() and script.round == 2
+        rig.events.clear()
+        assert not await asyncio.to_thread(script.step, 0.5)
+        step = asyncio.create_task(asyncio.to_thread(script.step, 0.5))
+        await wait_until(lambda: any(isinstance(one, Ready) for one in rig.events))
+        rig.trainer.local[:] = 0.25
+        await rig.trainer.begin(3, adopt=False, shift=True)
+        assert await step, "the parameters were moved"
+        assert (model.weight == 3.25).all() and script.round == 3
         script.close()
         await wait_until(lambda: isinstance(rig.events[-1], TrainerLeft))
         assert not rig.trainer.running

@@ -57,9 +57,9 @@ class Trainer(FakeTrainer):
         started = await super().start(work)
         return replace(started, notice=told.notice, unused=told.unused, loss_unit=told.loss_unit)
 
-    async def begin(self, round: int, *, adopt: bool) -> None:
+    async def begin(self, round: int, *, adopt: bool, shift: bool = False) -> None:
         self.begun.append((round, adopt))
-        await super().begin(round, adopt=adopt)
+        await super().begin(round, adopt=adopt, shift=shift)
 
     async def merge(self, merge: Merge) -> None:
         self.merges.append(merge)

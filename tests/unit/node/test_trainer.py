@@ -141,6 +141,13 @@ async def check_one_life(trainer: TrainerProcess, events: Events) -> None:
     await trainer.freeze()
     assert (await events.next(Ready)).batches_done > ready.batches_done
 
+    moved = trainer.local + 0.25
+    trainer.local[:] = 0.25
+    await trainer.begin(3, adopt=False, shift=True)
+    await trainer.freeze()
+    await events.next(Ready)
+    assert 0.0 < np.abs(trainer.local - moved).max() < 0.1, "a step from there"
+
 
 @pytest.mark.parametrize("loops", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def test_a_child_starts_trains_merges_evaluates_samples_and_stops(loops: Loops) -> None:
@@ -357,6 +364,11 @@ def test_the_fake_keeps_the_ports_word() -> None:
         moved = trainer.local - held
         assert moved[:256].mean() > 0.25, "from the new base towards the target"
         assert 0.0 < moved[256:].mean() < 0.25, "from where it was towards the target"
+        held = trainer.local.copy()
+        trainer.local[:] = 5.0
+        await trainer.begin(3, adopt=False, shift=True)
+        await events.next(Ready)
+        assert 4.0 < (trainer.local - held).mean() < 5.0, "as far as it was told, and then towards the target"
 
         fake.diverge()
         assert not (await events.next(Failed)).fatal

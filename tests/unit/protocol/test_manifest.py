@@ -1,6 +1,7 @@
 """The manifest: what a person may write, what its owner signs, and the URI that names it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -320,6 +321,17 @@ def test_adam_has_factors_of_its_own_and_nothing_to_estimate_by() -> None:
         assert error.field == f"outer.{field}" and "adam" in error.fix
     eager = replace(adam.training, strategy=EAGER, overlap_steps=1, inner_steps=20)
     assert refuse_pieces(replace(adam, training=eager)).field == "training.strategy"
+
+
+@pytest.mark.parametrize(
+    ("rules", "problem"), [({"quorum": "two_thirds"}, "who do not lie"), ({"fragments": 2}, "one fragment alone")]
+)
+def test_pairs_are_for_members_who_do_not_lie_and_for_whole_contributions(rules: dict[str, Any], problem: str) -> None:
+    draft = replace(DRAFT, training=Training(gossip_after_s=60.0))
+    check_draft(draft)
+    with pytest.raises(ManifestError, match=problem) as told:
+        check_draft(replace(draft, rounds=replace(DRAFT.rounds, **rules)))
+    assert told.value.field == "training.gossip_after_s"
 
 
 @pytest.mark.parametrize("fragments", [1, 3])

@@ -107,6 +107,7 @@ def main(rank: int) -> None:
         if ranks.is_first:
             for one, other in zip(ranks.whole, alone.parameters(), strict=True):
                 assert torch.equal(one, other), "the parameters"
+                one.detach().fill_(torch.nan)  # nobody believes what was gathered before
 
     def command(given: Command, base: int | None = None) -> None:
         def act(side: Side) -> list[Report]:
@@ -116,17 +117,24 @@ def main(rank: int) -> None:
 
         both(act)
 
-    def catch_up(first: Merge, second: Merge) -> None:
+    def catch_up(first: Command, second: Merge) -> None:
         """Two commands before a word of rank 0, so that the second finds what is not divided yet."""
 
         def act(side: Side) -> list[Report]:
             reports: list[Report] = []
-            for number, merge in enumerate((first, second)):
+            for number, one in enumerate((first, second)):
                 side.memory[0] = make_base(elements, 10 + number)
-                reports += side.loop.handle(merge, 0.0)
+                reports += side.loop.handle(one, 0.0)
             return reports
 
         both(act)
+
+    def write_move(last: float = 0.125) -> None:
+        """What two peers that have met are moved by; the last element by so much."""
+        if ranks.is_first:
+            for side in (divided, whole):
+                side.memory[1] = make_base(elements, 20)
+                side.memory[1, -1] = last
 
     def step(number: int, bad: bool = False) -> None:
         loss = divided.train(number)
@@ -163,7 +171,18 @@ def main(rank: int) -> None:
     command(Evaluate())
     step(11)
     catch_up(merge(5, 0, adopt_all=True), merge(6, 0b01))
-    step(12)
+    for number in range(12, 17):
+        step(number)
+    write_move()
+    command(Begin(round=7, adopt=False, shift=True))
+    for number in range(17, 20):
+        step(number)
+    write_move()
+    catch_up(Begin(round=8, adopt=False, shift=True), merge(9, 0b01))
+    for number in range(20, 23):
+        step(number)
+    write_move(float("nan"))
+    command(Begin(round=10, adopt=False, shift=True))
     print(f"rank {rank}: {' '.join(seen)}", flush=True)
     distributed.destroy_process_group()
 

@@ -236,6 +236,91 @@ def test_nothing_of_other_work_is_gone_on_from(changes: dict[str, object]) -> No
     assert rig.start(0, **changes).extent == NOTHING
 
 
+# -- a shift -----------------------------------------------------------------------------------------------------------
+
+GOSSIP = replace(TRAINING, gossip_after_s=60.0)
+AHEAD = replace(GOSSIP, strategy=OVERLAPPED, overlap_steps=2)
+SHIFT = Begin(round=2, adopt=False, shift=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("training", "ahead"), [(GOSSIP, 0), (AHEAD, 2)], ids=["waiting", "ahead"])
+def test_a_shift_moves_the_parameters_and_the_script_hears_of_it(training: Training, ahead: int, device: str) -> None:
+    rig = Rig(training, device=device)
+    rig.loop.take_replaced()
+    rig.train(3)
+    rig.train(ahead)
+    assert rig.loop.waits
+    rig.memory[1] = [0.5, -0.5, 2.0, 0.0, 1.0, 0.25]  # the daemon's from Ready on
+    assert rig.tell(SHIFT) == []
+    assert rig.parameters.tolist() == [1.75 + 0.25 * ahead + one for one in (0.5, -0.5, 2.0, 0.0, 1.0, 0.25)]
+    assert rig.loop.take_replaced() and not rig.loop.waits and rig.loop.round == 2
+    ready = ready_of(rig.train(3 - ahead))
+    assert (ready.round, ready.steps, ready.batches_done) == (2, 6, 6)
+    assert (rig.memory[1] == rig.parameters).all()
+
+
+def test_what_was_shifted_is_plain_work_when_the_daemon_goes_after_it() -> None:
+    rig = Rig(GOSSIP)
+    rig.train(3)
+    rig.memory[1] = 0.5
+    rig.tell(SHIFT)
+    rig.loop.lose(0.0)
+    rig.train()
+    resumed = rig.start(3)
+    assert resumed == Resumed(extent=EVERYTHING, round=2, batches_done=4, steps=4, tokens=40, since_round=1)
+    assert rig.tell(Begin(round=2, adopt=False)) == []
+    assert (rig.parameters == 2.5).all()
+
+
+def test_a_daemon_that_dies_before_it_has_said_shift_gets_the_same_once_more() -> None:
+    rig = Rig(GOSSIP)
+    rig.train(3)
+    for _ in range(2):
+        rig.memory[1] = np.nan  # half of a move
+        rig.loop.lose(0.0)
+        assert rig.start(3).waits
+        ready = ready_of(rig.tell(SHIFT))
+        assert (ready.round, ready.steps, ready.batches_done) == (2, 3, 3)
+        assert (rig.memory[1] == 1.75).all() and (rig.parameters == 1.75).all(), "and nothing is shifted"
+    rig.memory[1] = np.nan
+    rig.loop.lose(0.0)
+    rig.train(2)
+    rig.start(3)
+    rig.tell(SHIFT)
+    rig.memory[1] = 0.5
+    assert rig.tell(replace(SHIFT, round=3)) == []
+    assert (rig.parameters == 2.75).all(), "with the two steps made while it was away"
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_move_that_is_not_finite_changes_nothing_and_is_told(poison: float) -> None:
+    rig = Rig(GOSSIP)
+    rig.loop.take_replaced()
+    rig.train(3)
+    rig.memory[1] = 0.5
+    rig.memory[1, -1] = poison
+    (failed,) = rig.tell(SHIFT)
+    assert isinstance(failed, Failed) and (failed.reason, failed.fatal) == (NOT_FINITE, False)
+    assert (rig.parameters == 1.75).all() and not rig.loop.take_replaced()
+    assert ready_of(rig.train(3)).steps == 6
+
+
+def test_who_went_back_to_the_base_since_is_not_shifted() -> None:
+    rig = Rig(AHEAD)
+    rig.train(3)
+    rig.train(1, math.nan)
+    rig.train(2)
+    rig.loop.take_replaced()
+    rig.memory[1] = 0.5
+    assert rig.tell(SHIFT) == []
+    assert (rig.parameters == 1.5).all() and not rig.loop.take_replaced()
+    assert ready_of(rig.train()).steps == 3
+
+
+# -- what is not finite, and what cannot be done -----------------------------------------------------------------------
+
+
 def test_a_daemon_that_dies_before_it_says_where_to_begin_leaves_nothing_to_resume() -> None:
     model = nn.Linear(2, 2)
     loop = AttachedLoop(LocalParameters(model), torch.optim.SGD(model.parameters()))

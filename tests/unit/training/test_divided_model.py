@@ -28,4 +28,6 @@ def test_two_ranks_with_half_of_the_model_each_do_what_one_does_with_all_of_it(t
         for one in ranks:
             one.kill()
     assert [one.returncode for one in ranks] == [0, 0], "\n".join(stderr for _, stderr in said)
-    assert said[0][0] == "rank 0: Ready Paused Evaluated Ready Failed Paused Paused Ready Evaluated\n"
+    made = "Ready Paused Evaluated Ready Failed Paused Paused Ready Evaluated"
+    shifted = "Ready Paused Ready Paused Ready Failed"
+    assert said[0][0] == f"rank 0: {made} {shifted}\n"

@@ -29,6 +29,7 @@ MESSAGES = (
     make_start(text=None),
     replace(make_start(), allow_tasks=("a.b:C", "d:E")),
     Begin(round=3, adopt=True),
+    Begin(round=3, adopt=False, shift=True),
     Merge(round=4, included=b"\x05\x00", part_elements=256, adopt_all=False, begin=True, gain=0.25),
     Freeze(),
     Ready(round=3, steps=4, tokens=1024, loss_mean=2.5, batches_done=9),
@@ -55,6 +56,13 @@ def test_a_frame_that_is_too_long_is_refused_by_its_header() -> None:
 def test_a_frame_of_rubbish_is_refused() -> None:
     with pytest.raises(ProtocolError):
         list(FrameReader().feed(b"\x00\x00\x00\x02hi"))
+
+
+def test_a_begin_that_both_adopts_and_shifts_is_refused() -> None:
+    raw = encode_frame(Begin(round=3, adopt=False, shift=True))
+    assert raw.endswith(b"\xc2\xc3"), "adopt and shift"
+    with pytest.raises(ProtocolError, match="either adopt or shift"):
+        list(FrameReader().feed(raw[:-2] + b"\xc3\xc3"))
 
 
 def test_a_detail_fits_its_field_and_stays_text() -> None:
