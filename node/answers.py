@@ -16,6 +16,7 @@ from shoal.node.ledger_view import make_page
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
 from shoal.node.membership import Membership
+from shoal.node.pair_mixing import PairMixing
 from shoal.node.tensor_paths import TensorPaths
 from shoal.node.upload_meter import UploadMeter
 from shoal.protocol.admission import GetDecrees
@@ -41,6 +42,7 @@ from shoal.protocol.messages import (
     decode_message_untrusted,
     encode_message,
 )
+from shoal.protocol.pairing import AskPair
 from shoal.protocol.wire import DELTA_BYTES_MAX, encode_record
 
 ANSWER_BYTES_MAX = DELTA_BYTES_MAX - 1024
@@ -57,6 +59,7 @@ class Answers:
     membership: Membership
     links: TensorLinks
     paths: TensorPaths
+    mixing: PairMixing
     upload_meter: UploadMeter = field(default_factory=UploadMeter)
 
     async def answer(self, peer: PeerId, raw: bytes) -> bytes:
@@ -81,6 +84,8 @@ class Answers:
                 answer = await asyncio.to_thread(_cut_base, self.ledger.ledger.base, question.offset)
             case GetDecrees():
                 answer = list_decrees(self.ledger.ledger, question.first)
+            case AskPair():
+                answer = self.mixing.answer(peer, question)
             case _:
                 answer = await self.paths.answer(peer, question)
         return encode_message(self.swarm, answer)

@@ -41,6 +41,7 @@ from shoal.node.training.messages import (
     Work,
 )
 from shoal.protocol.attendance import FRESHNESS, NO_ATTENDANCE, PARTICIPATION, Attendance, expect_attendance
+from shoal.protocol.codecs import Float32s
 from shoal.protocol.contribution import Frozen, NonFiniteContribution
 from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId
@@ -87,6 +88,9 @@ class Compute:
         self.tokens = 0  # since the daemon's start
         self.steps = 0
         self.steps_dropped: Counter[str] = Counter()  # by reason, since the daemon's start
+        self.pairs_mixed = 0  # without a quorum, since the daemon's start
+        self.pair_failures: Counter[Failure] = Counter()  # why it trained on alone, likewise
+        self.pair_failure: Failure | None = None  # of the last turn
         self.held_out: Evaluated | None = None  # the last look at a base
         self._me = me
         self._manifest = manifest
@@ -103,7 +107,10 @@ class Compute:
         self._steps_resumed = 0
         self._last_words = ""  # of a trainer that has said why it ends
         self._failures_s: list[float] = []
+        self._frozen_root: bytes | None = None  # of the contribution that was made of what the trainer handed over last
+        self._was_alone = False  # it has trained on in the open round, upon what was offered to that
         self._freezing = asyncio.Lock()
+        self._shifting = asyncio.Lock()  # held while the daemon writes what the trainer shares with it
         self._stopping = False
         self._restarting = False
         self._generation = b""  # of the memory of contributions that the trainer was started with
@@ -145,7 +152,8 @@ class Compute:
         self.device = started.device
         self._hear(started)
         if self._generation == self._state.generation:
-            await self._resume(started.resumed)
+            async with self._shifting:
+                await self._resume(started.resumed)
         elif not self._stopping:
             await self._begin_anew()  # it was renewed meanwhile
 
@@ -353,6 +361,7 @@ class Compute:
                 log.error("the contribution to round %d is not offered: %s", self._state.head.round + 1, error)
                 return
             if self._ready is ready and frozen.round == self._state.head.round + 1:
+                self._frozen_root = frozen.root
                 self._ports.frozen(frozen, ready, attendance)
 
     async def _find_attendance(self) -> Attendance:
@@ -364,6 +373,10 @@ class Compute:
 
     async def committed(self, result: Result, included: tuple[int, ...]) -> None:
         """A round is applied; `included` are the parts that were certified with this peer in them."""
+        async with self._shifting:
+            await self._go_on(result, included)
+
+    async def _go_on(self, result: Result, included: tuple[int, ...]) -> None:
         if self._generation not in (b"", self._state.generation):
             self._ports.resumed("a contribution of an older life was counted: training goes on from the certified base")
             self._ports.spawn(self._renew())
@@ -371,6 +384,7 @@ class Compute:
         if not result.parts:
             return  # nothing moved; what is ready is offered to the next round
         self._missed = 0 if included else self._missed + 1
+        was_alone, self._was_alone = self._was_alone, False
         restart = self._missed > self._manifest.training.missed_rounds_max
         if restart:
             log.warning("missed %d rounds in a row: training goes on from the certified base", self._missed)
@@ -379,6 +393,9 @@ class Compute:
         if self.phase in (TrainerState.WAITING, TrainerState.STARTING, TrainerState.STOPPED):
             return
         self._in_step = bool(included) or restart
+        if was_alone and included and self._frozen_root not in [one.contribution_root for one in result.members]:
+            # It was planned before the quorum was lost. The parameters have gone on, and stand where they stand.
+            self._in_step = False
         if not self._in_step:
             await self._train_on()  # what it will have is anchored at the new base
             return
@@ -433,7 +450,40 @@ class Compute:
     async def rebase(self) -> None:
         """The base is that of another log now. The local work stays, and the next pseudo-gradient is anchored there."""
         self._in_step = False
-        await self._train_on()
+        async with self._shifting:
+            await self._train_on()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the trainer has handed over what it has and stands still until there is a round with it."""
+        return self._ready is not None and self.phase is TrainerState.PAUSED
+
+    async def train_alone(self, find_move: Callable[[Float32s], None] | None) -> bool:
+        """No round is to be had and the READY is taken back: train on from the local parameters, and first move them by
+        what this writes, float32[D]; whether they were moved. Raises what `find_move` raises, after which the trainer
+        is training, too."""
+        async with self._shifting:
+            if not self.waits:
+                return False
+            self._ready = self._frozen_root = None
+            self._in_step, self._was_alone = False, True
+            self.phase = TrainerState.RUNNING
+            is_shifted = False
+            try:
+                if find_move is not None:
+                    await asyncio.to_thread(find_move, self.trainer.local)
+                    is_shifted = True
+            finally:
+                await self.trainer.begin(self._state.head.round + 1, adopt=False, shift=is_shifted)
+            return is_shifted
+
+    def note_pair(self, failure: Failure | None) -> None:
+        """A turn without a quorum is over: mixed with another peer, or not."""
+        self.pair_failure = failure
+        if failure is None:
+            self.pairs_mixed += 1
+        else:
+            self.pair_failures[failure] += 1
 
     async def _train_on(self) -> None:
         """From the local parameters, until the others are ready again: nobody gains by a trainer that waits."""
@@ -450,12 +500,13 @@ class Compute:
 
     async def adopt_base(self) -> None:
         """Drop the local work: the state has jumped and its base is gone, or it cannot be used."""
-        self._ready = None
-        self._missed = 0
-        self._in_step = False
-        self._counted_tokens = self._counted_steps = 0
-        if self.trainer.running:
-            self.phase = TrainerState.RUNNING
-            await self.trainer.begin(self._state.head.round + 1, adopt=True)
-        else:
-            self._jumped = True
+        async with self._shifting:
+            self._ready = None
+            self._missed = 0
+            self._in_step = False
+            self._counted_tokens = self._counted_steps = 0
+            if self.trainer.running:
+                self.phase = TrainerState.RUNNING
+                await self.trainer.begin(self._state.head.round + 1, adopt=True)
+            else:
+                self._jumped = True

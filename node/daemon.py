@@ -43,6 +43,7 @@ from shoal.node.membership import Membership, MembershipPorts
 from shoal.node.metered_control import MeteredControl
 from shoal.node.metrics import Metrics
 from shoal.node.own_presence import OwnPresence
+from shoal.node.pair_mixing import PairMixing
 from shoal.node.peer_book_file import PEER_BOOK_FILE, load_peer_book, save_peer_book
 from shoal.node.providers import Providers
 from shoal.node.ready_offer import ReadyOffer
@@ -247,7 +248,7 @@ class Daemon:
             state=self.state,
             ports=ComputePorts(
                 frozen=lambda frozen, ready, attendance: self.ready_offer.make(frozen, ready, attendance),
-                restarted=self._trainer_restarted,
+                restarted=self.reporter.trainer_restarted,
                 gave_up=self._trainer_gave_up,
                 spawn=self._spawn,
                 resumed=lambda text: self.reporter.happen(HappeningKind.TRAINER, text, Severity.WARNING),
@@ -349,15 +350,7 @@ class Daemon:
             announce=lambda: self.membership.announce(),
             pump=self.driver.pump,
         )
-        answers = Answers(
-            swarm=self.swarm,
-            signed_manifest=self._signed_manifest,
-            state=self.state,
-            ledger=self.ledger,
-            membership=self.membership,
-            links=self.links,
-            paths=self.paths,
-        )
+        answers = self._assemble_answers()
         ports = IntakePorts(
             round_message=self.driver.receive,
             membership=self.membership,
@@ -368,8 +361,7 @@ class Daemon:
             spawn=self._spawn,
         )
         self._begin_reports()
-        sources = self.reporter.make_sources(answers)
-        self.web = WebServer(config.web.host, config.web.port, sources)
+        self.web = WebServer(config.web.host, config.web.port, self.reporter.make_sources(answers))
         self.web_port = await self.web.start()
         for work in (
             self.driver.run(),
@@ -389,6 +381,29 @@ class Daemon:
             self._peer_connected(one.peer)
         if config.node.role == TRAINER:
             self._spawn(self.compute.start())
+            self._spawn(self.mixing.run())
+
+    def _assemble_answers(self) -> Answers:
+        self.mixing = PairMixing(
+            manifest=self.manifest,
+            driver=self.driver,
+            state=self.state,
+            exchange=self.exchange,
+            membership=self.membership,
+            presence=self.presence,
+            misbehaved=self.intake.misbehaved,
+            tell=self.reporter.pair_told,
+        )
+        return Answers(
+            swarm=self.swarm,
+            signed_manifest=self._signed_manifest,
+            state=self.state,
+            ledger=self.ledger,
+            membership=self.membership,
+            links=self.links,
+            paths=self.paths,
+            mixing=self.mixing,
+        )
 
     def _mend_disk(self) -> tuple[Coroutine[object, object, object], ...]:
         tell, donors = partial(self.reporter.happen, HappeningKind.DISK), self.rejoin.catch_up.donors
@@ -493,9 +508,7 @@ class Daemon:
         self.reporter.check_clock()
         head = self.core.head
         if presence.head_digest == head.digest and presence.state_root != head.state_root:
-            detail = (
-                f"round {head.round} has root {presence.state_root.hex()[:16]} there, {head.state_root.hex()[:16]} here"
-            )
+            detail = f"round {head.round} has root {presence.state_root.hex()[:16]}, not {head.state_root.hex()[:16]}"
             self.intake.misbehaved(presence.peer, ProtocolError(Refusal.WRONG_BASE, detail))
 
     def _lost(self, lost: PeerLost) -> None:
@@ -575,11 +588,6 @@ class Daemon:
         self.reporter.happen(HappeningKind.CATCH_UP, f"took over the snapshot of round {head.round}")
         if self.config.node.role == TRAINER:
             self._spawn(self.compute.adopt_base())
-
-    def _trainer_restarted(self, reason: Failure, detail: str) -> None:
-        self.reporter.metrics.trainer_restarts[reason].add()
-        text = f"the trainer failed: {reason} ({detail}); it is started again from the last certified state"
-        self.reporter.happen(HappeningKind.TRAINER, text, Severity.WARNING)
 
     def _trainer_gave_up(self, detail: str) -> None:
         text = f"the trainer is not started again: {detail}"

@@ -73,6 +73,7 @@ class PartExchange:
         self._snapshots = snapshots
         self._parts: dict[tuple[PeerId, int, bytes], memoryview] = {}
         self._results: dict[bytes, memoryview] = {}
+        self._lent: dict[bytes, memoryview] = {}  # parts of the own contribution, for the other one of a pair
         self._pushed: Counter[tuple[PeerId, int]] = Counter()  # results, by who sent them
         self._resends: Counter[tuple[PeerId, int]] = Counter()
         self._donors_failed: set[PeerId] = set()  # of this round, and among the core's candidates
@@ -87,6 +88,7 @@ class PartExchange:
         """The round is applied: let go of everything that belonged to it."""
         self._parts.clear()
         self._results.clear()
+        self._lent.clear()
         self._pushed.clear()
         self._resends.clear()
         self._donors_failed.clear()
@@ -178,7 +180,7 @@ class PartExchange:
         log.debug("%s refuses part %d of round %d: %s", short_peer_id(peer), header.part, header.round, header.refusal)
 
     async def serve(self, peer: PeerId, digest: bytes) -> memoryview | Refusal | None:
-        held = self._results.get(digest)
+        held = self._results.get(digest) or self._lent.get(digest)
         if held is not None:
             return held
         raw = await asyncio.to_thread(self._read_blob, digest)
@@ -189,6 +191,14 @@ class PartExchange:
         if raw is None and (found := self._snapshots.find_chunk(digest)):
             raw = read_chunk(*found)
         return raw
+
+    def lend(self, frozen: Frozen) -> None:
+        """Whoever asks for parts of this contribution gets them, until another one is lent or the round is over."""
+        self._lent = dict(zip(frozen.digests, frozen.encoded, strict=True))
+
+    async def fetch_lent(self, peer: PeerId, digest: bytes, buffer: memoryview) -> None:
+        """A part of the contribution that this peer lends. Raises LinkLost and FetchFailed."""
+        await self.links.fetch(peer, self.ports.addresses_of(peer), digest, buffer, FETCH_TIMEOUT_S)
 
     def link_up(self, peer: PeerId) -> None:
         log.debug("tensor link to %s", short_peer_id(peer))

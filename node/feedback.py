@@ -189,6 +189,11 @@ class FeedbackStore:
         # On the disk the next write says so; until then a restart looks it up in the certificates.
         self.record = replace(self.record, pending=kept)
 
+    def release(self, root: bytes) -> None:
+        """Nobody can count this contribution any more."""
+        # On the disk the next write says so; a restart before it has one more pending than it needs.
+        self.record = replace(self.record, pending=tuple(one for one in self.record.pending if one.root != root))
+
     def clear(self) -> None:
         """The residual is zeros from now on. What is pending may be counted all the same."""
         cleared = replace(self.record, residual=bytes(32))

@@ -68,6 +68,8 @@ REMEDIES: Mapping[Failure, str] = {
     Failure.PEER_UNSEEN: "it is not counted on until it comes",
     Failure.PEER_UNREACHABLE: "its other addresses are tried, and relays",
     Failure.PEER_SLOW: "the others go on",
+    Failure.NO_PARTNER: "training goes on, and others are asked again when it is ready",
+    Failure.PARTNER_LOST: "training goes on, and others are asked again when it is ready",
     Failure.DONOR_FAILED: "another donor is asked",
     Failure.TRAINER_CRASHED: "it is started again from the last certified state",
     Failure.TRAINER_STALLED: "it is started again from the last certified state",

@@ -297,6 +297,13 @@ class LocalState:
         self._pending[frozen.root] = frozen
         return frozen
 
+    async def release(self, frozen: Frozen) -> None:
+        """This contribution was offered, and nobody can have planned with it: it is as if it had not been made."""
+        async with self.lock:
+            self._pending.pop(frozen.root, None)
+            if self.stores.feedback is not None:
+                self.stores.feedback.release(frozen.root)
+
     async def settle(self, result: Result, me: PeerId) -> tuple[int, ...]:
         """A round is applied: the parts in which this peer's contribution was counted."""
         async with self.lock:

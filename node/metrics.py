@@ -57,6 +57,20 @@ class StepLoss(StrEnum):
     NOT_FINITE = messages.NOT_FINITE
 
 
+class TrainerFailure(StrEnum):
+    """Those failures after which the trainer is started again."""
+
+    TRAINER_CRASHED = Failure.TRAINER_CRASHED.value
+    TRAINER_STALLED = Failure.TRAINER_STALLED.value
+
+
+class PairFailure(StrEnum):
+    """Those failures for which a peer without a quorum trains on alone."""
+
+    NO_PARTNER = Failure.NO_PARTNER.value
+    PARTNER_LOST = Failure.PARTNER_LOST.value
+
+
 class WayFailure(StrEnum):
     """Those failures that end one way to a peer which cannot be dialled."""
 
@@ -314,9 +328,12 @@ class Metrics:
         self.inner_steps = table.counter("inner_steps", "Inner steps that this peer has made.")
         text = "Of these, those that were thrown away before they were in a contribution."
         self.steps_dropped = table.counters("inner_steps_dropped", text, ("reason", StepLoss))
+        self.pairs_mixed = table.counter("pairs_mixed", "Mixings with another peer while there was no quorum.")
+        text = "Times that it trained on without a quorum and mixed with nobody."
+        self.pair_failures = table.counters("pair_failures", text, ("reason", PairFailure))
         self.trainer_running = table.gauge("trainer_running", "1 while the trainer process makes inner steps.")
         self.trainer_restarts = table.counters(
-            "trainer_restarts", "How often the trainer process was started again.", ("reason", Failure)
+            "trainer_restarts", "How often the trainer process was started again.", ("reason", TrainerFailure)
         )
 
     def _declare_traffic(self, table: "_Table") -> None:

@@ -29,7 +29,7 @@ from shoal.node.link_port import LinkPath
 from shoal.node.links import TensorLinks
 from shoal.node.local_state import LocalState
 from shoal.node.membership import CLOCK_SKEW_WARN_S, Membership
-from shoal.node.metrics import Direction, LedgerHeld, Metrics, PeerState, WayFailure
+from shoal.node.metrics import Direction, LedgerHeld, Metrics, PeerState, TrainerFailure, WayFailure
 from shoal.node.reach_metrics import show_reachability
 from shoal.node.state_vectors import measure_vectors
 from shoal.node.status import (
@@ -139,6 +139,7 @@ class Reporter:
         self.control_up = True
         self._disk: tuple[Failure, str] | None = None  # what keeps this peer from voting
         self._disk_stops = 0
+        self._pair_failure: Failure | None = None  # of the last turn without a quorum
         self.control_bytes: dict[Direction, int] = dict.fromkeys(Direction, 0)
         self.losses = LossHistory()
         self.rounds_certified = 0
@@ -277,6 +278,26 @@ class Reporter:
         """One way to a peer that cannot be dialled has led nowhere."""
         self.metrics.way_failures[WayFailure(reason)].add()
         log.info("no way to %s: %s; %s", self.name_of(peer), reason, REMEDIES[reason])
+
+    def trainer_restarted(self, reason: Failure, detail: str) -> None:
+        """The trainer has failed."""
+        self.metrics.trainer_restarts[TrainerFailure(reason)].add()
+        self.happen(
+            HappeningKind.TRAINER, f"the trainer failed: {reason} ({detail}); {REMEDIES[reason]}", Severity.WARNING
+        )
+
+    def pair_told(self, peer: PeerId | None, failure: Failure | None) -> None:
+        """While there is no quorum this peer trains on, mixed with that one or not. What is so again is told once."""
+        before, self._pair_failure = self._pair_failure, failure
+        if failure is None:
+            assert peer is not None, "nobody mixes alone"
+            text = f"{Failure.NO_QUORUM}: mixed with {self.name_of(peer)}; training goes on"
+        else:
+            if failure is before:
+                return
+            who = f" ({self.name_of(peer)})" if peer is not None else ""
+            text = f"{Failure.NO_QUORUM}: mixed with nobody: {failure}{who}; {REMEDIES[failure]}"
+        self.happen(HappeningKind.TRAINER, text)
 
     def disk_stopped(self, reason: Failure, detail: str) -> None:
         """This peer does not vote, because of its disk."""

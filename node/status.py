@@ -137,7 +137,8 @@ class TrainingStatus:
     """The trainer. `steps` of `steps_planned` are made in this round; tokens are counted since the daemon's start.
     `held_out` is what this peer has last measured of a certified base, `steps_dropped` counts inner steps that were
     thrown away. `loss_unit` is what all losses of the swarm's task are in, empty where nobody says; `unused` names the
-    settings of this machine that the task ignores."""
+    settings of this machine that the task ignores. `pairs_mixed` counts mixings with other peers while there was no
+    quorum, `pair_failure` is why the last turn of that kind was none, or empty."""
 
     state: TrainerState
     device: str
@@ -154,6 +155,8 @@ class TrainingStatus:
     steps_dropped: int = 0
     loss_unit: str = ""
     unused: tuple[str, ...] = ()
+    pairs_mixed: int = 0
+    pair_failure: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,7 +176,8 @@ def describe_status(status: Status) -> list[str]:
         f"{status.role}, up {format_span(status.uptime_s)}",
         f"{_plural(status.rounds_certified, 'round')} certified since its start,"
         f" loss {format_loss(training.loss_last)}{_held_out(training)},"
-        f" {format_count(training.tokens_per_s)} tokens/s, trainer {training.state} on {clean_text(training.device)}",
+        f" {format_count(training.tokens_per_s)} tokens/s, trainer {training.state} on {clean_text(training.device)}"
+        f"{_mixed(training)}",
         f"{_count_peers(status.peers)}; {now.voters_live} of {now.voters} voters live, {now.votes_needed} needed",
         f"sent {format_bytes(traffic.tensor_sent_bytes + traffic.control_sent_bytes)},"
         f" received {format_bytes(traffic.tensor_received_bytes + traffic.control_received_bytes)};"
@@ -202,6 +203,11 @@ def _held_out(training: TrainingStatus) -> str:
     return (
         f", held-out loss of round {found.round} {write_loss(format_loss(found.loss), training.loss_unit)}{perplexity}"
     )
+
+
+def _mixed(training: TrainingStatus) -> str:
+    """What it has done without a quorum; empty where there was one."""
+    return f", mixed in {_plural(training.pairs_mixed, 'pair')} without a quorum" if training.pairs_mixed else ""
 
 
 def describe_measured(one: Measured, unit: str) -> str:
@@ -482,6 +488,7 @@ def _figures(status: Status) -> "Table":
     )
     if training.steps_dropped:
         trainer += f", {_plural(training.steps_dropped, 'step')} dropped"
+    trainer += _mixed(training)
     sent = format_bytes(traffic.tensor_sent_bytes + traffic.control_sent_bytes)
     received = format_bytes(traffic.tensor_received_bytes + traffic.control_received_bytes)
     aborted = ", ".join(f"{one.count} {one.reason}" for one in status.aborted) or "none"

@@ -9,6 +9,7 @@ from shoal.node.metrics import Metrics
 from shoal.node.status import HeldOut, LossHistory, Measured, TrainerState, TrainingStatus, clean_text
 from shoal.node.training.loss_units import has_perplexity
 from shoal.node.training.messages import DETAIL_BYTES_MAX, find_perplexity
+from shoal.protocol.errors import Failure
 from shoal.protocol.identity import PeerId, format_peer_id
 
 
@@ -37,6 +38,8 @@ def describe_training(compute: Compute, losses: LossHistory, steps_planned: int)
         ),
         loss_unit=clean_text(compute.loss_unit),
         unused=compute.unused,
+        pairs_mixed=compute.pairs_mixed,
+        pair_failure=compute.pair_failure or "",
     )
 
 
@@ -76,5 +79,8 @@ def show_training(metrics: Metrics, compute: Compute, measurements: tuple[Measur
     metrics.inner_steps.count_to(compute.steps)
     for reason, counter in metrics.steps_dropped.items():
         counter.count_to(compute.steps_dropped[reason])
+    metrics.pairs_mixed.count_to(compute.pairs_mixed)
+    for failure, counter in metrics.pair_failures.items():
+        counter.count_to(compute.pair_failures[Failure(failure)])
     metrics.tokens_per_s.set(measure_tokens_per_s(compute))
     metrics.trainer_running.set(compute.phase is TrainerState.RUNNING)

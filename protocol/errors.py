@@ -66,6 +66,8 @@ class Failure(StrEnum):
     PEER_LEFT = "peer_left"
     PEER_LOST = "peer_lost"
     PEER_UNSEEN = "peer_unseen"
+    NO_PARTNER = "no_partner"
+    PARTNER_LOST = "partner_lost"
     DONOR_FAILED = "donor_failed"
     TRAINER_CRASHED = "trainer_crashed"
     TRAINER_STALLED = "trainer_stalled"

@@ -92,6 +92,11 @@ class Inbox:
         oldest = min(strangers, key=lambda peer: (self.heard_s[peer], peer))
         del self.digests[oldest], self.roots[oldest]
 
+    def forget(self, sender: PeerId) -> None:
+        """What came of this one counts for nothing any more, and may come again."""
+        for table in (self.digests, self.roots, self.received):
+            table.pop(sender, None)
+
     def check_part(self, sender: PeerId, part: int, digest: bytes) -> Refusal | None:
         """Whether a part that is about to arrive may be stored."""
         if part >= self.parts:

@@ -15,6 +15,7 @@ from shoal.protocol.admission import AdmissionProof, GetDecrees
 from shoal.protocol.attendance import NO_ATTENDANCE, Attendance
 from shoal.protocol.errors import ProtocolError, Refusal
 from shoal.protocol.identity import PROTOCOL_VERSION, Identity, PeerId, verify_signature
+from shoal.protocol.pairing import AskPair, PairAnswer
 from shoal.protocol.wire import (
     DELTA_BYTES_MAX,
     MESSAGE_BYTES_MAX,
@@ -511,8 +512,7 @@ SCHEMA = Schema(
         37: LedgerEntries,
         38: GetPeers,
         39: PeersAnswer,
-        # 40 and 41 asked for the reachability of one address; they are not used again.
-        42: ProbeAddresses,
+        42: ProbeAddresses,  # 40 and 41 asked for the reachability of one address; they are not used again
         43: ProbeAnswer,
         44: GetObserved,
         45: ObservedAnswer,
@@ -531,6 +531,8 @@ SCHEMA = Schema(
         58: GetDecrees,
         60: MeasureUpload,
         61: UploadAnswer,
+        62: AskPair,
+        63: PairAnswer,
     }
 )
 # What may be larger than MESSAGE_BYTES_MAX: answers that carry state. Everything else is refused past it.
@@ -552,8 +554,7 @@ def decode_message_untrusted(swarm: bytes, raw: bytes | memoryview) -> object:
     """The message in a control frame of this swarm; raises ProtocolError and nothing else."""
     envelope = decode_record_untrusted(Envelope, raw, DELTA_BYTES_MAX + 256)
     if envelope.version != PROTOCOL_VERSION:
-        detail = f"peer speaks version {envelope.version}, we speak {PROTOCOL_VERSION}"
-        raise ProtocolError(Refusal.WRONG_VERSION, detail)
+        raise ProtocolError(Refusal.WRONG_VERSION, f"it speaks version {envelope.version}, we speak {PROTOCOL_VERSION}")
     if envelope.swarm != swarm:
         raise ProtocolError(Refusal.WRONG_SWARM, f"peer is in swarm {envelope.swarm.hex()[:16]}")
     message: object = SCHEMA.decode_untrusted(envelope.body, DELTA_BYTES_MAX)

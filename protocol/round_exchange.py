@@ -147,6 +147,7 @@ class RoundExchange(RoundBallot):
         entry = plan.roster[mine] if mine is not None else None
         root = entry.signed.ready.contribution_root if entry else None
         if self._offer and self._offer.signed.ready.contribution_root == root:
+            self._is_planned = True
             self._send_parts(self._offer)
 
     def _note_given_share(self, plan: Plan) -> None:

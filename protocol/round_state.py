@@ -135,6 +135,7 @@ class RoundState:
             self._abstain_in_round(self._abstention, self._began_s)
         self._order = proposer_order(head.digest, head.voters)
         self._offer: Offer | None = None
+        self._is_planned = False  # the offer was in a plan
         self._inbox = Inbox(parts=self._parts)
         self._held: set[bytes] = set()
         self._wanted: Result | None = None  # and which of its digests are not held
@@ -296,6 +297,16 @@ class RoundState:
         known = self._members.get(peer)
         own = peer == self._me and self._abstention is not None and not self._abstention.goes_on
         return peer in self._lost or own or (known is not None and known.phase == ABSTAINING)
+
+    @property
+    def sees_quorum(self) -> bool:
+        """Whether enough voters are in sight to certify anything."""
+        return self._has_quorum()
+
+    @property
+    def may_withdraw(self) -> bool:
+        """Whether `withdraw` would take the offer back."""
+        return self._offer is not None and self._waits_for_quorum()
 
     def _waits_for_quorum(self) -> bool:
         return self.phase in (Phase.GATHER, Phase.PREPARE) and not self._has_quorum()

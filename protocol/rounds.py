@@ -123,6 +123,19 @@ class RoundCore(RoundExchange):
         self._evaluate(now)
         return True
 
+    def withdraw(self, now: float) -> bool | None:
+        """Take the offer back, so that another one can be made in this round: nobody can plan with it while no quorum
+        is in sight. Whether somebody has planned with it before, so that it may be counted all the same. None, and
+        nothing is changed, where a quorum is in sight, a plan stands, or there is no offer."""
+        if not self.may_withdraw:
+            return None
+        was_planned, self._is_planned = self._is_planned, False
+        self._offer = None
+        self._inbox.forget(self._me)  # a plan that was made before may still come, and may not count it here
+        self._sent.clear()  # of another contribution everything is to be sent
+        self._evaluate(now)
+        return was_planned
+
     def leave(self, now: float) -> None:
         """This peer is about to stop: it becomes ready for nothing more and asks not to be counted as a voter."""
         self._leaving = True
@@ -255,11 +268,11 @@ class RoundCore(RoundExchange):
         """Go on as after a restart, because the shell could not make durable what it was asked to: `vote` is what is.
         What was wanted after that was never done, so nobody has heard of it. What others have sent stays: they would
         not send it again."""
-        inbox, held, offer = self._inbox, self._held, self._offer
+        inbox, held, offer, is_planned = self._inbox, self._held, self._offer, self._is_planned
         self._saved_vote = self._vote = vote
         self._began_s = now
         self._clear_round(self.head)
-        self._inbox, self._held, self._offer = inbox, held, offer
+        self._inbox, self._held, self._offer, self._is_planned = inbox, held, offer, is_planned
         self._begin_attempt(now)
         self._evaluate(now)
 

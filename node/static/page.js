@@ -159,6 +159,7 @@ function showTiles(status) {
   const sent = traffic.tensor_sent_bytes + traffic.control_sent_bytes;
   const received = traffic.tensor_received_bytes + traffic.control_received_bytes;
   const restarts = training.restarts ? `, ${count(training.restarts, "restart")}` : "";
+  const pairs = training.pairs_mixed ? `, mixed in ${count(training.pairs_mixed, "pair")} without a quorum` : "";
   const tiles = [
     ["Loss", formatLoss(training.loss_last), training.loss_first === null ? "" : `began at ${formatLoss(training.loss_first)}`],
     tileHeldOut(status),
@@ -170,7 +171,7 @@ function showTiles(status) {
     ["Tensors, Mbit/s", `${formatRate(line.sent_mbit)} up, ${formatRate(line.received_mbit)} down`, describeCaps(line)],
     ["Reachable", reach.state, open.length ? open.join(", ") : reach.reason],
     ["Router", status.router.state.replace("_", " "), status.router.reason || status.router.addresses.join(", ")],
-    ["Trainer", training.state, `${training.device || "no device"}${restarts}`],
+    ["Trainer", training.state, `${training.device || "no device"}${restarts}${pairs}`],
     ["On disk", formatBytes(disk.blob_bytes), `${formatBytes(disk.free_bytes)} free, rounds from ${disk.oldest_round} on, snapshot of ${disk.snapshot_round}`],
   ];
   at("tiles").replaceChildren(

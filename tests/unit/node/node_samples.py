@@ -18,7 +18,6 @@ import numpy as np
 from shoal.dht.peer_book import PeerBook
 from shoal.node.answers import Answers
 from shoal.node.blobs import BlobStore
-from shoal.node.catchup import CatchUp, CatchUpPorts
 from shoal.node.compute import Compute, ComputePorts
 from shoal.node.conduct import Conduct
 from shoal.node.config import BOOTSTRAP, TRAINER, NodeConfig, NodeTable
@@ -36,7 +35,7 @@ from shoal.node.metered_control import MeteredControl
 from shoal.node.metrics import Metrics
 from shoal.node.own_presence import OwnPresence
 from shoal.node.providers import Providers
-from shoal.node.reporting import Reporter, Subjects
+from shoal.node.reporting import Reporter
 from shoal.node.round_driver import DriverPorts, RoundDriver
 from shoal.node.snapshots import SnapshotStore
 from shoal.node.training.messages import Ready as TrainerReady
@@ -54,12 +53,13 @@ from shoal.protocol.manifest import (
     Manifest,
     Rounds,
     Task,
+    Training,
     genesis_head,
     make_manifest,
     read_manifest_untrusted,
     sign_manifest,
 )
-from shoal.protocol.messages import Certificate, Certified, Presence, Ready, digest_record, encode_message, sign_ready
+from shoal.protocol.messages import Certificate, Presence, Ready, digest_record, encode_message, sign_ready
 from shoal.protocol.presence import PeerLost, PresenceTable
 from shoal.protocol.quorum import Head, is_reroot
 from shoal.protocol.replica import Replica
@@ -68,7 +68,13 @@ from shoal.protocol.rounds import RoundCore
 from shoal.protocol.state import SnapshotIndex, chunk_digests
 from shoal.protocol.wire import encode_record
 from tests.sim.memory_control import MemoryNetwork
-from tests.unit.node.path_samples import make_gate, make_line, make_paths, make_surroundings
+from tests.unit.node.path_samples import (
+    make_catch_up,
+    make_gate,
+    make_mixing,
+    make_paths,
+    make_subjects,
+)
 from tests.unit.node.planes import MakeControl, in_memory
 from tests.unit.protocol.samples import IDENTITIES, PEERS, make_update
 
@@ -108,12 +114,25 @@ async def wait_until(condition: Callable[[], object], patience_s: float = PATIEN
                 handle.cancel()
 
 
-def make_samples(elements: int = TINY_ELEMENTS, founders: int = 2, admission: str = "open", **rules: object) -> "Swarm":
+def make_samples(
+    elements: int = TINY_ELEMENTS,
+    founders: int = 2,
+    admission: str = "open",
+    training: Training | None = None,
+    **rules: object,
+) -> "Swarm":
     """A swarm that its first `founders` peers vote in; `rules` are other values of RULES."""
     layout = Layout(tensors=(TensorSpec(name="w", shape=(elements,), init="uniform", std=0.02),))
     part_elements = RULES.part_elements if elements == TINY_ELEMENTS else 1 << 18
     changed = replace(RULES, **{"part_elements": part_elements, **rules})  # type: ignore[arg-type]
-    draft = Draft(name="samples", task=Task(kind="none"), seed=3, rounds=changed, admission=Admission(rule=admission))
+    draft = Draft(
+        name="samples",
+        task=Task(kind="none"),
+        seed=3,
+        rounds=changed,
+        training=training or Training(),
+        admission=Admission(rule=admission),
+    )
     signed = sign_manifest(make_manifest(draft, layout, PEERS[0], PEERS[:founders]), IDENTITIES[0])
     manifest, swarm = read_manifest_untrusted(signed)
     return Swarm(manifest=manifest, id=swarm, signed=signed)
@@ -246,6 +265,7 @@ class Peer:
         self.restarts: list[Failure] = []
         self.given_up: list[str] = []
         self.offers: list[Frozen] = []
+        self.turns: list[tuple[PeerId | None, Failure | None]] = []  # of mixing without a quorum
         self.reach_changes: list[str] = []
         self.hosts: tuple[str, ...] = ()  # of this machine, as its pieces are told
         self.donor_failures: Counter[PeerId] = Counter()
@@ -378,25 +398,8 @@ class Peer:
                 own=self.ledger.meet_presence,
             ),
         )
-        self.catch_up = CatchUp(
-            manifest=manifest,
-            swarm=swarm.id,
-            control=self.control,
-            links=self.links,
-            state=self.state,
-            folder=self.folder / "catchup",
-            ports=CatchUpPorts(
-                live=self.membership.table.live,
-                addresses_of=swarm.addresses_of,
-                take_certificate=lambda one, peer: self.driver.receive(Certified(certificate=one), peer),
-                wait_past=self._wait_past,
-                other_log=self.other_logs.append,
-                install=self.driver.install,
-                misbehaved=self.misbehaved,
-                donor_failed=lambda peer, reason: self.donor_failures.update([peer]),
-                find_donors=lambda first, last: self.providers.find(first, last, self.membership),
-            ),
-        )
+        self.catch_up = make_catch_up(self)
+        self.mixing = make_mixing(self)
         self.answers = Answers(
             swarm=swarm.id,
             signed_manifest=swarm.signed,
@@ -405,28 +408,10 @@ class Peer:
             membership=self.membership,
             links=self.links,
             paths=self.paths,
+            mixing=self.mixing,
         )
         self.answer = self.answers.answer
-        self.reporter.subjects = Subjects(
-            config=self.config,
-            me=self.me,
-            swarm=swarm.id,
-            manifest=manifest,
-            core=self.core,
-            state=self.state,
-            exchange=self.exchange,
-            control=self.control,
-            links=self.links,
-            line=make_line(self),
-            paths=self.paths,
-            surroundings=make_surroundings(self),
-            ledger=self.ledger,
-            membership=self.membership,
-            compute=self.compute,
-            catch_up=self.catch_up,
-            conduct=self.conduct,
-            gate=self.gate,
-        )
+        self.reporter.subjects = make_subjects(self)
 
     async def stop(self) -> None:
         """End everything, in the daemon's order."""

@@ -206,3 +206,28 @@ async def test_the_uri_follows_the_addresses(tmp_path: Path, monkeypatch: pytest
             assert parse_uri(peer.reporter.build_status().uri) == SwarmUri(swarm=peer.swarm.id, bootstraps=(address,))
         peer.reporter.control_up = False
         assert parse_uri(peer.reporter.build_status().uri) == SwarmUri(swarm=peer.swarm.id)
+
+
+async def test_a_turn_without_a_quorum_is_told_and_a_reason_only_once_in_a_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_reporter(tmp_path) as peer:
+        reporter, bob = peer.reporter, short_peer_id(BOB)
+        with caplog.at_level(logging.INFO, logger="shoal"):
+            for _ in range(3):
+                reporter.pair_told(None, Failure.NO_PARTNER)
+            reporter.pair_told(BOB, Failure.PARTNER_LOST)
+            for _ in range(2):
+                reporter.pair_told(BOB, None)
+            reporter.pair_told(None, Failure.NO_PARTNER)
+        alone = f"no_quorum: mixed with nobody: no_partner; {REMEDIES[Failure.NO_PARTNER]}"
+        assert caplog.messages == [
+            alone,
+            f"no_quorum: mixed with nobody: partner_lost ({bob}); {REMEDIES[Failure.PARTNER_LOST]}",
+            *[f"no_quorum: mixed with {bob}; training goes on"] * 2,
+            alone,
+        ]
+        assert [one.text for one in reporter.feed.recent] == caplog.messages
+        for outcome in (None, Failure.NO_PARTNER):
+            peer.compute.note_pair(outcome)
+        assert "mixed in 1 pair without a quorum" in "\n".join(describe_status(reporter.build_status()))

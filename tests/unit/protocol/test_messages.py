@@ -77,6 +77,7 @@ from shoal.protocol.messages import (
     verify_message,
     verify_ready,
 )
+from shoal.protocol.pairing import AskPair, PairAnswer, PairOffer
 from shoal.protocol.wire import DELTA_BYTES_MAX, MESSAGE_BYTES_MAX, encode_record
 from tests.unit.protocol.samples import (
     IDENTITIES,
@@ -119,6 +120,7 @@ PART_DONE = sign_message(
 )
 LOCK = sign_message(IDENTITIES[1], SWARM, Lock(voter=PEERS[1], round=1, attempt=2, result_digest=digest_record(RESULT)))
 LOCKS = LockCertificate(attempt=2, locks=(LOCK,))
+OFFER = PairOffer(round=1, base_root=HEAD.state_root, tokens=300, steps=5, digests=make_digests("a"))
 SAMPLES = (
     make_presence(1, ready=READY, tensor_addresses=("/ip4/1.2.3.4/tcp/5",)),
     Refused(refusal="wrong_swarm", detail="elsewhere"),
@@ -157,6 +159,8 @@ SAMPLES = (
     RelayTicket(token=b"t" * 32),
     MeasureUpload(digest=b"u" * 32, nbytes=1),
     UploadAnswer(seconds=0.5),
+    AskPair(offer=OFFER),
+    PairAnswer(offer=OFFER),
     GetCheckpoints(after_round=9),
     CheckpointsAnswer(checkpoints=(Checkpoint(before=RESULT, certificate=CERTIFICATE),)),
     GetLedgerBase(offset=0),
@@ -211,6 +215,11 @@ def largest_plan() -> Plan:
 
 def largest_locks() -> LockCertificate:
     return LockCertificate(attempt=U32_MAX, locks=(replace(LOCK, round=U63_MAX, attempt=U32_MAX),) * VOTERS_MAX)
+
+
+def largest_offer() -> PairOffer:
+    digests = (b"d" * 32,) * PARTS_MAX
+    return PairOffer(round=U63_MAX, base_root=bytes(32), tokens=U63_MAX, steps=2**40, digests=digests)
 
 
 def largest_evidence() -> Evidence:
@@ -271,6 +280,7 @@ def test_only_answers_that_carry_state_may_be_large() -> None:
     [
         (largest_plan(), MESSAGE_BYTES_MAX),
         (Contribution(round=U63_MAX, digests=(b"d" * 32,) * PARTS_MAX), MESSAGE_BYTES_MAX),
+        (PairAnswer(offer=largest_offer()), MESSAGE_BYTES_MAX),
         (Proposal(attempt=U32_MAX, result=largest_result(), evidence=largest_evidence()), DELTA_BYTES_MAX),
         (Locked(round=U63_MAX, certificate=largest_locks()), MESSAGE_BYTES_MAX),
         (

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 
-from shoal.protocol import admission, messages
+from shoal.protocol import admission, messages, pairing
 from shoal.protocol.attendance import Attendance
 from shoal.protocol.effects import VoteRecord
 from shoal.protocol.errors import Refusal
@@ -30,6 +30,7 @@ RECORDS = (
     messages.Evidence,
     messages.Certificate,
     messages.Checkpoint,
+    pairing.PairOffer,
     admission.Invitation,
     admission.AdmissionProof,
     admission.Ticket,
