@@ -108,7 +108,7 @@ def run_arm(arm: Arm, seed: int) -> Run:
     except (Diverged, NonFiniteContribution) as error:
         problem = str(error)
     if arm.mix:
-        contributed = MIXES[arm.mix].vectors * 4 * manifest.layout.elements
+        contributed = MIXES[arm.mix].count_bytes(manifest)
     else:
         contributed = 0 if arm.synchronous else sum(map(manifest.contribution_bytes, manifest.list_parts(1)))
     return Run(

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.experiments import churn
 from benchmarks.experiments.arms import Arm, run_arm
-from benchmarks.experiments.islands import APART, AVERAGED, EACH, ENSEMBLE, MEAN, NOLOCO, POSTERIOR
+from benchmarks.experiments.islands import APART, AVERAGED, CONTRIBUTED, EACH, ENSEMBLE, MEAN, NOLOCO, POSTERIOR
 from benchmarks.experiments.report import draw_churn, draw_plot, format_churn, format_table, format_times
 from benchmarks.experiments.swarm import BY_GROWTH, BY_RATIO
 from benchmarks.experiments.texts import MIXED, PACKAGE
@@ -267,7 +267,11 @@ def _make_gossip(rounds: int) -> tuple[Arm, ...]:
     """Pairs that mix, and nobody who does; each worker's model by itself, and the mean of all of them."""
     swarm = Arm(name="diloco", draft=DRAFT, workers=(WORKERS,) * rounds)
     settings = ((NOLOCO, EACH), (NOLOCO, MEAN), (AVERAGED, EACH), (AVERAGED, MEAN), (APART, EACH))
-    return swarm, *(replace(swarm, name=f"{mix}, {measure}", mix=mix, measure=measure) for mix, measure in settings)
+    arms = [replace(swarm, name=f"{mix}, {measure}", mix=mix, measure=measure) for mix, measure in settings]
+    for codec in ("int8", "int4"):
+        mixed = replace(swarm, draft=replace(DRAFT, rounds=replace(DRAFT.rounds, codec=codec)), mix=CONTRIBUTED)
+        arms += [replace(mixed, name=f"contributed, {codec}, {one}", measure=one) for one in (EACH, MEAN)]
+    return swarm, *arms
 
 
 def _make_experts(rounds: int) -> tuple[Arm, ...]:

@@ -1,7 +1,8 @@
 """Workers without a common base: each has parameters of its own, which pairs of them mix between rounds, or nobody.
 
 Training is node/training's, as in swarm.py. How pairs mix is an entry of MIXES, what counts as the loss of so many
-models one of MEASURES. The daemon has nothing of this: it is here so that swarms with rounds can be compared with it.
+models one of MEASURES. The daemon's pairs without a quorum are one of them (`mix_contributed`, by protocol.pairing);
+the others are here so that swarms with rounds can be compared with them.
 
 Invariants: the same manifest and batches give the same bits; a round changes a worker by its own batches and by what
 its partner of that round has.
@@ -22,10 +23,12 @@ from shoal.node.training.data import ByteWindows
 from shoal.node.training.local_parameters import load_parameters
 from shoal.node.training.messages import FloatVector
 from shoal.node.training.tasks import make_task
+from shoal.protocol.codecs import CODECS
 from shoal.protocol.layout import initialise
 from shoal.protocol.manifest import Manifest
+from shoal.protocol.pairing import find_move
 
-NOLOCO, AVERAGED, APART = "noloco", "averaged", "apart"
+NOLOCO, AVERAGED, CONTRIBUTED, APART = "noloco", "averaged", "contributed", "apart"
 EACH, MEAN, ENSEMBLE, POSTERIOR = "each", "mean", "ensemble", "posterior"
 # NoLoCo's published values; gamma is beta in its code.
 NOLOCO_ALPHA, NOLOCO_BETA, NOLOCO_GAMMA = 0.5, 0.7, 0.7
@@ -42,6 +45,8 @@ class Island:
         self._batches_done = 0
         self.base: FloatVector = initialise(manifest.layout, manifest.seed)
         self.local = self.base.copy()
+        self.anchor = self.base.copy()  # what contributions are made from: the base that everybody began with
+        self.codec = CODECS[manifest.rounds.codec]
         self.momentum = np.zeros_like(self.base)
         self.strategy.adopt(self.base)
 
@@ -75,25 +80,43 @@ def mix_averaged(group: Sequence[Island]) -> None:
         one.strategy.adopt(one.base)
 
 
+def mix_contributed(group: Sequence[Island]) -> None:
+    """Both move to the mean, as far as the codec lets the contributions through."""
+    if len(group) == 1:
+        mix_nothing(group)
+        return
+    encoded = [[one.codec.encode(one.anchor - one.local)] for one in group]
+    for one, own, other in zip(group, encoded, reversed(encoded), strict=True):
+        find_move(one.codec, own, other, 0.5, [one.base])
+        one.base += one.local
+        one.strategy.adopt(one.base)
+
+
 def mix_nothing(group: Sequence[Island]) -> None:
     """Each goes on from where it is."""
     for one in group:
         one.base[:] = one.local
 
 
+def count_contribution_bytes(manifest: Manifest) -> int:
+    """Of all parts, encoded."""
+    return sum(map(manifest.contribution_bytes, range(manifest.parts)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """`vectors` is how many float32[D] a worker sends in a round."""
+    """`count_bytes` is how many a worker sends in a round."""
 
     mix: Callable[[Sequence[Island]], None]
-    vectors: int
+    count_bytes: Callable[[Manifest], int]
 
 
 MIXES: Mapping[str, Mix] = MappingProxyType(
     {
-        NOLOCO: Mix(mix=mix_noloco, vectors=2),
-        AVERAGED: Mix(mix=mix_averaged, vectors=1),
-        APART: Mix(mix=mix_nothing, vectors=0),
+        NOLOCO: Mix(mix=mix_noloco, count_bytes=lambda manifest: 8 * manifest.layout.elements),
+        AVERAGED: Mix(mix=mix_averaged, count_bytes=lambda manifest: 4 * manifest.layout.elements),
+        CONTRIBUTED: Mix(mix=mix_contributed, count_bytes=count_contribution_bytes),
+        APART: Mix(mix=mix_nothing, count_bytes=lambda manifest: 0),
     }
 )
 

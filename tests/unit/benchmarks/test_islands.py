@@ -11,6 +11,7 @@ from benchmarks.experiments.arms import held_out_windows, run_arm
 from benchmarks.experiments.islands import (
     APART,
     AVERAGED,
+    CONTRIBUTED,
     EACH,
     ENSEMBLE,
     MEAN,
@@ -64,6 +65,22 @@ def test_averaged_a_pair_has_the_mean_and_goes_on_from_it() -> None:
         np.testing.assert_allclose(one.base, middle, atol=2e-6)
         again = np.empty_like(one.base)
         assert one.strategy.export(again) and np.array_equal(again, one.base)
+
+
+def test_contributed_a_pair_comes_as_near_to_its_mean_as_the_codec_lets_it_and_keeps_it() -> None:
+    plain = make_manifest(2)
+    manifest = replace(plain, rounds=replace(plain.rounds, codec="int8"))
+    islands = Islands(manifest, make_batches(manifest, 2), CONTRIBUTED)
+    islands.run_round()
+    middle = np.mean([one.local for one in islands.workers], axis=0)
+    apart = np.abs(islands.workers[0].local - middle).max()
+    for one in islands.workers:
+        assert np.abs(one.base - middle).max() < apart / 20
+        again = np.empty_like(one.base)
+        assert one.strategy.export(again) and np.array_equal(again, one.base)
+    np.testing.assert_allclose(np.mean(islands.bases, axis=0), middle, atol=1e-7)
+    assert MIXES[AVERAGED].count_bytes(plain) == MIXES[CONTRIBUTED].count_bytes(plain), "fp32 is fp32"
+    assert MIXES[CONTRIBUTED].count_bytes(manifest) < MIXES[AVERAGED].count_bytes(manifest) / 3
 
 
 def test_noloco_is_the_published_rule() -> None:
