@@ -67,7 +67,7 @@ class PairMixing:
         self._tell = tell
         self._pairing = Pairing(presence.identity.peer, secrets.choice)
         self._alone_since_s: float | None = None
-        self._began_s: float | None = None  # to train after the last turn
+        self._began_s: float | None = None  # to train after the last turn since there was a quorum
 
     async def run(self) -> None:
         """Until cancelled; at once where the manifest has peers wait."""
@@ -86,7 +86,7 @@ class PairMixing:
         """Whether no round could be certified for so long that it is not waited for any more."""
         now = self._driver.now()
         if self._core.sees_quorum:
-            self._alone_since_s = None
+            self._alone_since_s = self._began_s = None
         elif self._alone_since_s is None:
             self._alone_since_s = now
         since_s = self._alone_since_s

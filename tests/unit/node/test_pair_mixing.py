@@ -120,6 +120,8 @@ async def test_rounds_go_on_with_all_of_the_work_when_a_quorum_is_back(tmp_path:
             await wait_until(lambda: all(peer.commits for peer in (*peers, third)))
             assert len({peer.commits[0].state_root for peer in (*peers, third)}) == 1
             assert [len(peer.turns) for peer in peers] == [3, 3]
+            # When it is lost again nobody waits for as long as rounds were made meanwhile.
+            await wait_until(lambda: all(peer.mixing._began_s is None for peer in peers))
             # The pseudo-gradient is of everything since the base: of four stretches, not of the last one.
             (certificate,) = third.state.load_certificates(1, 1)
             tokens = {one.peer: one.tokens for one in certificate.result.members}
