@@ -5,7 +5,7 @@ of books, and every certified part is aggregated again (tests.sim.oracle).
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,8 +52,8 @@ class Books:
     """The second set of books on one life of one peer: what error feedback must leave behind."""
 
     residual: Vector
-    frozen: Frozen | None = None
-    residual_next: Vector | None = None
+    frozen: Frozen | None = None  # the newest
+    left: dict[bytes, tuple[Frozen, Vector]] = field(default_factory=dict)  # by root: what each offered one would leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,9 @@ class Checker:
         self._readies: dict[tuple[PeerId, int], set[oracle.Claim]] = {}
         self._reductions: dict[tuple[int, int, bytes], list[Reduction]] = {}
         self._books: dict[PeerId, Books] = {}
+        self._released: set[bytes] = (
+            set()
+        )  # roots of contributions that were taken back before anybody planned with them
         self._phases: dict[PeerId, tuple[Phase, float, float]] = {}
         self._quorum_seen_s: dict[PeerId, float] = {}
         self._begun: set[PeerId] = set()  # those that have seen a quorum since their start
@@ -134,7 +137,16 @@ class Checker:
             expected[first:end] = produced[first:end] - decoded
         if not np.array_equal(frozen.residual_next, expected):
             raise broken("error feedback is exact", f"peer {peer.number} changed what round {frozen.round} left alone")
-        books.frozen, books.residual_next = frozen, expected
+        books.frozen = frozen
+        if any(one.round != frozen.round for one, _ in books.left.values()):
+            books.left.clear()
+        books.left[frozen.root] = frozen, expected
+
+    def released(self, peer: "SimPeer", frozen: Frozen) -> None:
+        """The peer has taken this one back, and its core has told it that nobody planned with it."""
+        if peer.identity.peer not in self.suspects:
+            del self._books[peer.identity.peer].left[frozen.root]
+            self._released.add(frozen.root)
 
     def contributed(self, peer: PeerId, frozen: Frozen) -> dict[tuple[int, int], Vector]:
         """These parts are this peer's word in this round; what they decode to, by their first and last element."""
@@ -155,10 +167,10 @@ class Checker:
         if peer.identity.peer in self.suspects:
             return
         books, number = self._books[peer.identity.peer], result.round
-        frozen = books.frozen
-        counted = frozen is not None and result.members[index].contribution_root == frozen.root
-        expected = oracle.list_parts_with(result, index) if counted else ()
-        if included != expected or frozen is None or frozen.round != number or books.residual_next is None:
+        root = result.members[index].contribution_root
+        frozen, residual_next = books.left.get(root, (books.frozen, books.residual))
+        expected = oracle.list_parts_with(result, index) if root in books.left else ()
+        if included != expected or frozen is None or frozen.round != number:
             raise broken("error feedback is exact", f"peer {peer.number} settled {included}, not {expected}")
         for part in included:
             known = self._reductions.get((number, part, result.parts[part].digest), [])
@@ -169,7 +181,7 @@ class Checker:
                     f"peer {peer.number} settled a contribution that is not the certified one, {number}/{part}",
                 )
             first, end = oracle.find_span(self.manifest, number, part)
-            books.residual[first:end] = books.residual_next[first:end]
+            books.residual[first:end] = residual_next[first:end]
         if not np.array_equal(peer.contributor.residual, books.residual):
             raise broken("error feedback is exact", f"peer {peer.number} kept a wrong residual in round {number}")
 
@@ -247,10 +259,17 @@ class Checker:
             by_owner = certificate.votes[0].voter == self.manifest.owner
             self.reroots["signed by the owner" if by_owner else "declared"] += 1
         self._check_members(result)
+        self._check_released(result)
         self._check_attendance(result)
         self._counted[digest] = frozenset(list_contributors(result))
         for part in range(len(result.parts)):
             self._check_part(result, part, peer)
+
+    def _check_released(self, result: Result) -> None:
+        """Of what was taken back and never planned no part is in the result: its residual is gone."""
+        for index, member in enumerate(result.members):
+            if member.contribution_root in self._released and oracle.list_parts_with(result, index):
+                raise broken("what was taken back is not counted", f"round {result.round}, member {index}")
 
     def _note_share(self, world: "World", result: Result) -> None:
         began_s = self._certified_s.get(result.previous, 0.0)

@@ -11,12 +11,13 @@ from shoal.protocol.attendance import FRESHNESS, PARTICIPATION, WORK
 from shoal.protocol.codecs import CODECS, UPDATE_CODECS
 from shoal.protocol.identity import Identity
 from shoal.protocol.layout import Layout, TensorSpec
-from shoal.protocol.manifest import Draft, Manifest, Rounds, Task, make_manifest
+from shoal.protocol.manifest import Draft, Manifest, Rounds, Task, Training, make_manifest
 from tests.sim.faults import Population
 
 PEERS_MAX = 12
 FRAGMENTED = 0.15  # the share of the swarms
 ATTENDED = 0.2  # the share in which weights go by more than work
+GOSSIPING = 0.2  # the share in which peers without a quorum train on
 RULES: dict[str, Any] = {
     "grace_s": 2.0,
     "part_elements": 256,
@@ -50,6 +51,7 @@ class Cluster:
     reroot_after_s: float | None = None  # 0: by the owner only; None: quorums come back, and a second log is a failure
     grace_s: float = RULES["grace_s"]
     weights: str = WORK
+    gossip_after_s: float = 0.0
 
     @property
     def may_part(self) -> bool:
@@ -115,6 +117,13 @@ def let_weights_differ(cluster: Cluster, rng: random.Random) -> Cluster:
     return cluster if rng.random() >= ATTENDED else replace(cluster, weights=rng.choice((PARTICIPATION, FRESHNESS)))
 
 
+def let_train_on(cluster: Cluster, rng: random.Random) -> Cluster:
+    """In some swarms peers without a quorum take back what they offered, train on and offer more."""
+    if rng.random() >= GOSSIPING or cluster.quorum != "majority" or cluster.fragments > 1:
+        return cluster
+    return replace(cluster, gossip_after_s=rng.choice((1.0, 5.0, 20.0)))
+
+
 def make_world_manifest(cluster: Cluster, owner: Identity, founders: tuple[Identity, ...]) -> Manifest:
     layout = Layout(tensors=(TensorSpec(name="w", shape=(cluster.elements,), init="uniform", std=0.02),))
     known = {field.name for field in fields(Rounds)}
@@ -124,5 +133,6 @@ def make_world_manifest(cluster: Cluster, owner: Identity, founders: tuple[Ident
     if cluster.reroot_after_s is not None:
         drawn["reroot_after_s"] = cluster.reroot_after_s
     rules = {name: value for name, value in (RULES | drawn).items() if name in known}
-    draft = Draft(name="sim", task=Task(kind="sim"), seed=1, rounds=Rounds(**rules))
+    training = Training(gossip_after_s=cluster.gossip_after_s)
+    draft = Draft(name="sim", task=Task(kind="sim"), seed=1, rounds=Rounds(**rules), training=training)
     return make_manifest(draft, layout, owner.peer, tuple(one.peer for one in founders))

@@ -63,7 +63,7 @@ from tests.sim.machine import SimMachine
 from tests.sim.oracle import find_span
 from tests.sim.parting import ask_where_parted, restore
 from tests.sim.trace import describe
-from tests.sim.training import STEPS, end_training, find_attendance, merge, train
+from tests.sim.training import STEPS, end_training, find_attendance, merge, train, train_alone
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 CONTROL_BYTES = 1000
 FETCH_TIMEOUT_S = 1.5
 LEAVE_TIMEOUT_S = 12.0
+PENDING_MAX = 4
 
 
 class SimPeer(SimMachine):
@@ -101,6 +102,8 @@ class SimPeer(SimMachine):
         self.contributor = Contributor(self.manifest)
         self.frozen: Frozen | None = None
         self.ready: SignedReady | None = None
+        self.taken_back: list[Frozen] = []  # of the open round, where a plan had them before
+        self.alone_since_s: float | None = None
         self.steps = 0
         self.missed = 0
         self.training = 0
@@ -165,6 +168,8 @@ class SimPeer(SimMachine):
         """Freeze what was handed over, and become ready with it unless the round is over already."""
         if self.core.phase is Phase.APPLY or self.leaving or self.replica.round != self.core.head.round:
             return  # the next round begins with another try
+        if len(self.taken_back) == PENDING_MAX:
+            return  # as node/feedback.py, which keeps no more residuals for one round
         frozen = self.contributor.freeze(self.core.head.round + 1, self.replica.params, self.local)
         self.world.checker.froze(self, frozen)
         frozen, said = self._word(frozen)
@@ -208,6 +213,8 @@ class SimPeer(SimMachine):
             self.core.lose(lost.peer, self.clock())
         self.beats += 1
         self.later(self.manifest.rounds.presence_period_s, self._tick, self.beats)
+        if self.world.cluster.gossip_after_s:
+            train_alone(self)
 
     def _presence(self) -> Presence:
         head = self.core.head
@@ -539,6 +546,7 @@ class SimPeer(SimMachine):
     def finish_round(self) -> None:
         """Let go of what was for this round alone."""
         self.frozen, self.ready = None, None
+        self.taken_back.clear()
         self.inbox.clear()
         self.blobs.clear()
         self.fetching.clear()

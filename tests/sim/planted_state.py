@@ -69,6 +69,16 @@ def residual_settled_early(patches: Patches) -> None:
     patches.wrap(Contributor, "freeze", freeze)
 
 
+@bug(seed=65, by="what was taken back is not counted")
+def taken_back_and_planned(patches: Patches) -> None:
+    """A peer without a quorum takes for unplanned what it takes back, whether or not a plan had it."""
+
+    def withdraw(old: Any, self: RoundCore, now: float) -> bool | None:
+        return None if old(self, now) is None else False
+
+    patches.wrap(RoundCore, "withdraw", withdraw)
+
+
 @bug(seed=1, by=FEEDBACK)
 def old_base(patches: Patches) -> None:
     """Work that missed a round stays anchored at the base from which it started."""

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from shoal.protocol.errors import Refusal
+from shoal.protocol.rounds import RoundCore
 from tests.sim.campaign import main
 from tests.sim.checkers import InvariantBroken
 from tests.sim.clusters import Cluster
@@ -21,6 +23,8 @@ from tests.sim.world import World
 # forgotten its votes and all quorums need it. In the last one voters that would suffice are paused behind a partition.
 SEEDS = (*range(702, 710), 2310198129, 297342268, 3585178878)
 SEEDS_THAT_PART = (15, 24, 71, 125, 154, 169, 186, 187, 220, 266, 303, 314)
+# Peers without a quorum train on in these, and some of what they take back was in a plan before.
+SEEDS_ALONE = (60127, 60662, 61309, 62294)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -34,6 +38,25 @@ def test_seed_in_which_logs_may_part_ends_on_one_log(seed: int) -> None:
     world = World(seed)
     assert world.cluster.may_part
     assert world.run().rounds >= 3
+
+
+@pytest.mark.parametrize("seed", SEEDS_ALONE)
+def test_seed_in_which_peers_train_on_without_a_quorum_breaks_no_invariant(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken_back = Counter[bool | None]()
+    withdraw = RoundCore.withdraw
+
+    def counted(core: RoundCore, now: float) -> bool | None:
+        was_planned = withdraw(core, now)
+        taken_back[was_planned] += 1
+        return was_planned
+
+    monkeypatch.setattr(RoundCore, "withdraw", counted)
+    world = World(seed)
+    assert world.cluster.gossip_after_s
+    assert world.run().rounds >= 3
+    assert taken_back[False] and taken_back[True], "never planned, and planned before"
 
 
 def test_two_sides_declare_and_meet_and_the_heavier_one_stays() -> None:

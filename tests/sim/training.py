@@ -70,21 +70,52 @@ def _become_ready(peer: "SimPeer", training: int) -> None:
     peer.offer()
 
 
+def train_alone(peer: "SimPeer") -> None:
+    """What the daemon does without a quorum (node/pair_mixing.py) where it finds nobody: a pair would move the local
+    parameters, which are noise here."""
+    core, now = peer.core, peer.clock()
+    if core.sees_quorum:
+        peer.alone_since_s = None
+        return
+    # With every beat: where a READY is said and taken back there may be no tick for long, and the bounds stand still.
+    peer.world.checker.check_bounds(peer)
+    since_s = peer.alone_since_s = now if peer.alone_since_s is None else peer.alone_since_s
+    frozen = peer.frozen
+    is_due = now >= since_s + peer.world.cluster.gossip_after_s
+    if not is_due or frozen is None or not peer.waiting or peer.leaving or not core.may_withdraw:
+        return
+    was_planned = core.withdraw(now)
+    if was_planned:
+        peer.taken_back.append(frozen)
+    else:
+        peer.world.checker.released(peer, frozen)
+    peer.frozen = peer.ready = None
+    train(peer)
+
+
 def merge(peer: "SimPeer", certificate: Certificate) -> bool:
     """What the daemon and its trainer do with a certificate: settle the residual, merge the new base. True when what
     was handed over waits for the next round."""
     result = certificate.result
     members = [member.peer for member in result.members]
     included: tuple[int, ...] = ()
-    frozen = peer.frozen
-    if frozen is not None and frozen.round == result.round and peer.identity.peer in members:
+    offered = [one for one in (peer.frozen, *peer.taken_back) if one is not None and one.round == result.round]
+    frozen = offered[0] if offered else None
+    if frozen is not None and peer.identity.peer in members:
         index = members.index(peer.identity.peer)
+        root = result.members[index].contribution_root
+        frozen = next((one for one in offered if one.root == root), frozen)
         included = peer.contributor.settle(frozen, result, index)
         peer.world.checker.settled(peer, result, index, included)
     if not result.parts:
         return peer.waiting  # nothing moved
     peer.missed = 0 if included else peer.missed + 1
     restart = peer.missed > MISSED_ROUNDS_MAX
+    if included and frozen in peer.taken_back and not restart:
+        # The parameters have gone on since, and stand where they stand.
+        if peer.waiting:
+            train(peer)
+        return False
     parts = peer.manifest.list_parts(result.round)
     for part in range(peer.manifest.parts) if restart else [parts[place] for place in included]:
         first, end = peer.manifest.part_range(part)

@@ -35,6 +35,7 @@ from tests.sim.clusters import (
     let_codecs_differ,
     let_fragments_alternate,
     let_part,
+    let_train_on,
     let_weights_differ,
     make_world_manifest,
 )
@@ -100,6 +101,7 @@ class World:
             # With these numbers the seeds that tests name keep their worlds.
             cluster = let_fragments_alternate(cluster, random.Random(f"{seed}/fragments 3793"))
             cluster = let_weights_differ(cluster, random.Random(f"{seed}/weights 37314"))
+            cluster = let_train_on(cluster, random.Random(f"{seed}/gossip 1419"))
         self.cluster = cluster
         self.rates = rates or draw_rates(rng, may_lie=bool(self.cluster.liars))
         drawn = draw_faults(random.Random(f"{seed}/faults"), self.rates, self.cluster.population())
