@@ -9,18 +9,22 @@ is that of the payload bytes which a line must carry one way, at its whole rate.
 4.4 % of it and acknowledgements some 2 %, so that 94 % is the most that can be reached. A line holds half a second
 of bytes before it drops packets. With --slow-mbit the last peer's line is of that rate; what it must carry at least is
 then its contribution one way and the update the other, since such a peer need own no parts. --congestion is the
-congestion control of the peers' TCP, such as cubic or bbr; without it the machine's own.
+congestion control of the peers' TCP, such as cubic or bbr; without it the machine's own. After the rounds, and where
+all lines are alike, plain TCP moves as many bytes between the same hosts over the same lines, by one connection a pair
+and by four (benchmarks/plain_tcp.py): the better one is what these lines can do at most.
 """
 
 import argparse
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plain_tcp import measure_plain
 from shoal.node.bench.allreduce import AllreduceOptions, Place, run_allreduce
 from shoal.node.bench.commands import describe_machine
 from shoal.node.pacer import BYTES_PER_MBIT
@@ -31,7 +35,7 @@ from tests.natlab.wire import Impairment
 
 SEGMENTED_MBIT_MAX = 100  # faster lines carry some dozens of packets at once, or this program could not keep up
 LINES_PER_WAY = 4  # to the other peer and back again: two lines each
-
+PLAIN_LINKS = (1, 4)
 
 CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
@@ -49,7 +53,8 @@ def run_case(
         used = {host.space.call(CONGESTION.read_text).strip() for host in hosts}
         places = [Place(host=host.address, prefix=tuple(host.space.prefix)) for host in hosts]
         result = run_allreduce(options, lambda text: None, places)
-    encoded = [CODECS[name].encoded_bytes(options.elements) for name in (options.codec, options.codec_out)]
+        plain_s = None if slow is not None else _measure_plain(options, places)
+    encoded = _count_encoded(options)
     # A peer sends the parts that others own, and those that it owns to all others.
     least_s = (options.peers - 1) / options.peers * sum(encoded) / line.bytes_per_s
     if slow is not None:
@@ -62,7 +67,20 @@ def run_case(
         "least_s": least_s,
         "share_of_exchange": least_s / result.median.exchange_s,
         "share_of_round": least_s / result.median.step_s,
+        "plain_tcp_s": plain_s,
+        "share_of_plain_tcp": None if plain_s is None else plain_s / result.median.exchange_s,
     }
+
+
+def _count_encoded(options: AllreduceOptions) -> list[int]:
+    """The bytes of a whole contribution and of a whole update."""
+    return [CODECS[name].encoded_bytes(options.elements) for name in (options.codec, options.codec_out)]
+
+
+def _measure_plain(options: AllreduceOptions, places: Sequence[Place]) -> float:
+    """To each other peer go its parts of the contribution, and one's own of the update."""
+    nbytes = sum(_count_encoded(options)) // options.peers
+    return min(measure_plain(places, nbytes, links, options.rounds) for links in PLAIN_LINKS)
 
 
 def main() -> int:
@@ -115,6 +133,8 @@ def main() -> int:
         f"least {figures['least_s']:.2f} s: {figures['share_of_exchange']:.0%} of the exchange, "
         f"{figures['share_of_round']:.0%} of the round; loop p99 {figures['lag_p99_ms']:.0f} ms"
     )
+    if figures["plain_tcp_s"] is not None:
+        print(f"plain TCP {figures['plain_tcp_s']:.2f} s: {figures['share_of_plain_tcp']:.0%} of the exchange")
     if options.json:
         options.json.write_text(json.dumps({**describe_machine(), **figures}, indent=2, default=str) + "\n")
     return 0
