@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from shoal.protocol.codecs import CHUNK_ELEMENTS, Codec, Encoded, Float32s, load_kernels
+from shoal.protocol.codecs import CHUNK_ELEMENTS, Codec, Encoded, Float32s, load_kernels, take_fresh
 
 # How often the center moves.
 CLIP_STEPS = 3
@@ -46,9 +46,16 @@ class Aggregator(Protocol):
     @property
     def name(self) -> str: ...
 
-    def aggregate(self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> None:
-        """Write the aggregate of `parts`, at least one, in roster order, into contiguous float32[elements]. The parts
-        have passed `codec.check_untrusted`, so that this cannot fail half-way."""
+    @property
+    def is_by_value(self) -> bool:
+        """Whether each value of an aggregate is made of the members' values in its own place alone."""
+
+    def aggregate(
+        self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s, start: int = 0, elements: int | None = None
+    ) -> None:
+        """Write the aggregate of `parts`, at least one, in roster order, into contiguous float32, which is all of it;
+        where it is made by value, this may be values start .. start + len(out) of `elements`, `start` a multiple of
+        CHUNK_ELEMENTS. The parts have passed `codec.check_untrusted`, so that this cannot fail half-way."""
 
 
 class Mean:
@@ -56,9 +63,13 @@ class Mean:
 
     __slots__ = ()
     name = "mean"
+    is_by_value = True
 
-    def aggregate(self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> None:
-        _average(codec, parts, [np.float32(part.weight) for part in parts], out)
+    def aggregate(
+        self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s, start: int = 0, elements: int | None = None
+    ) -> None:
+        factors = [np.float32(part.weight) for part in parts]
+        _average(codec, parts, factors, out, start, out.size if elements is None else elements)
 
 
 class NormClippedMean:
@@ -66,9 +77,13 @@ class NormClippedMean:
 
     __slots__ = ()
     name = "norm_clipped_mean"
+    is_by_value = True
 
-    def aggregate(self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> None:
-        _average(codec, parts, [np.float32(part.weight) * np.float32(part.clip_factor) for part in parts], out)
+    def aggregate(
+        self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s, start: int = 0, elements: int | None = None
+    ) -> None:
+        factors = [np.float32(part.weight) * np.float32(part.clip_factor) for part in parts]
+        _average(codec, parts, factors, out, start, out.size if elements is None else elements)
 
 
 class Median:
@@ -77,11 +92,14 @@ class Median:
 
     __slots__ = ()
     name = "median"
+    is_by_value = True
 
-    def aggregate(self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> None:
+    def aggregate(
+        self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s, start: int = 0, elements: int | None = None
+    ) -> None:
         _check_shares(parts)
         low, high = (len(parts) - 1) // 2, len(parts) // 2
-        for target, rows in _sorted_spans(codec, parts, out):
+        for target, rows in _sorted_spans(codec, parts, out, start, out.size if elements is None else elements):
             np.add(rows[low], rows[high], out=target)
             np.multiply(target, np.float32(0.5), out=target)
 
@@ -92,12 +110,15 @@ class TrimmedMean:
 
     __slots__ = ()
     name = "trimmed_mean"
+    is_by_value = True
 
-    def aggregate(self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> None:
+    def aggregate(
+        self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s, start: int = 0, elements: int | None = None
+    ) -> None:
         _check_shares(parts)
         trimmed = min(-(-len(parts) // 4), (len(parts) - 1) // 2)
         kept = len(parts) - 2 * trimmed
-        for target, rows in _sorted_spans(codec, parts, out):
+        for target, rows in _sorted_spans(codec, parts, out, start, out.size if elements is None else elements):
             target.fill(0)
             for row in rows[trimmed : trimmed + kept]:
                 np.add(target, row, out=target)
@@ -111,19 +132,23 @@ class CenteredClip:
 
     __slots__ = ()
     name = "centered_clip"
+    is_by_value = False
 
-    def aggregate(self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> None:
+    def aggregate(
+        self, codec: Codec, parts: Sequence[WeightedPart], out: Float32s, start: int = 0, elements: int | None = None
+    ) -> None:
+        assert not start and elements in (None, out.size), "made of whole vectors"
         MEDIAN.aggregate(codec, parts, out)
         kernels, weights = load_kernels(), _sum_weights(parts)
         term, total = (np.empty(min(out.size, CHUNK_ELEMENTS), np.float32) for _ in range(2))
         for _ in range(CLIP_STEPS):
             pulls = clip_factors([math.sqrt(_squared_distance(codec, part, out, term)) for part in parts])
-            for start in range(0, out.size, CHUNK_ELEMENTS):
-                center = out[start : start + CHUNK_ELEMENTS]
+            for first in range(0, out.size, CHUNK_ELEMENTS):
+                center = out[first : first + CHUNK_ELEMENTS]
                 away, shift = term[: center.size], total[: center.size]
                 shift.fill(0)
                 for part, pull in zip(parts, pulls, strict=True):
-                    codec.decode_range(part.encoded, out.size, start, away)
+                    codec.decode_range(part.encoded, out.size, first, away)
                     np.subtract(away, center, out=away)
                     kernels.add_scaled(away, np.float32(part.weight) * pull, shift)
                 np.divide(shift, weights, out=shift)
@@ -151,9 +176,17 @@ class Reduction:
         too, then applies what these bytes decode to."""
         for part in parts:
             self.codec_in.check_untrusted(part.encoded, elements)
-        aggregate = np.empty(elements, np.float32)
-        self.aggregator.aggregate(self.codec_in, parts, aggregate)
-        return self.codec_out.encode(aggregate, out)
+        size = self.codec_out.encoded_bytes(elements)
+        target = take_fresh(size) if out is None else out
+        assert target.nbytes == size, "exactly the update's bytes"
+        # What is made by value never leaves the cache as float32.
+        span = CHUNK_ELEMENTS if self.aggregator.is_by_value else elements
+        scratch = np.empty(min(span, elements), np.float32)
+        for start in range(0, elements, span):
+            aggregate = scratch[: elements - start]
+            self.aggregator.aggregate(self.codec_in, parts, aggregate, start, elements)
+            self.codec_out.encode_range(aggregate, elements, start, target)
+        return target
 
 
 def planned_weights(tokens: Iterable[int], steps: Iterable[int], factors: Iterable[float] | None = None) -> Float32s:
@@ -213,19 +246,26 @@ def _level(claims: list[float]) -> float:
     raise AssertionError("with all but one share capped, the level is the sum of the rest")
 
 
-def _average(codec: Codec, parts: Sequence[WeightedPart], factors: Sequence[np.float32], out: Float32s) -> None:
+def _average(
+    codec: Codec,
+    parts: Sequence[WeightedPart],
+    factors: Sequence[np.float32],
+    out: Float32s,
+    start: int,
+    elements: int,
+) -> None:
     """out = (sum of factor * decoded) / (sum of weights); a chunk stays in cache while every member is added to it."""
     _check_shares(parts)
-    add_scaled, weights = load_kernels().add_scaled, _sum_weights(parts)
+    weights = _sum_weights(parts)
     scratch = np.empty(min(out.size, CHUNK_ELEMENTS), np.float32)
-    for start in range(0, out.size, CHUNK_ELEMENTS):
-        total = out[start : start + CHUNK_ELEMENTS]
+    for first in range(0, out.size, CHUNK_ELEMENTS):
+        total = out[first : first + CHUNK_ELEMENTS]
         total.fill(0)
         term = scratch[: total.size]
         for part, factor in zip(parts, factors, strict=True):
-            codec.decode_range(part.encoded, out.size, start, term)
-            add_scaled(term, factor, total)
-        np.divide(total, weights, out=total)
+            codec.add_range(part.encoded, elements, start + first, factor, total, term)
+        if weights != 1:  # else every quotient is its dividend
+            np.divide(total, weights, out=total)
 
 
 def _check_shares(parts: Sequence[WeightedPart]) -> None:
@@ -239,15 +279,17 @@ def _sum_weights(parts: Sequence[WeightedPart]) -> np.float32:
     return weights
 
 
-def _sorted_spans(codec: Codec, parts: Sequence[WeightedPart], out: Float32s) -> Iterator[tuple[Float32s, Float32s]]:
+def _sorted_spans(
+    codec: Codec, parts: Sequence[WeightedPart], out: Float32s, start: int, elements: int
+) -> Iterator[tuple[Float32s, Float32s]]:
     """Stretches of `out`, and float32[members, stretch]: what the members have there, every column ascending."""
     sort = load_kernels().sort_rows
     span = max(SORTED_ELEMENTS // len(parts) // codec.block_elements, 1) * codec.block_elements
-    for start in range(0, out.size, span):
-        target = out[start : start + span]
+    for first in range(0, out.size, span):
+        target = out[first : first + span]
         rows = np.empty((len(parts), target.size), np.float32)
         for row, part in zip(rows, parts, strict=True):
-            codec.decode_range(part.encoded, out.size, start, row)
+            codec.decode_range(part.encoded, elements, start + first, row)
         sort(rows)
         yield target, rows
 

@@ -99,13 +99,19 @@ class Codec(Protocol):
         """Decode the values start .. start + len(out) of `elements`: blocks of `block_elements`, whole but for the last
         one of all. `raw` has passed `check_untrusted`."""
 
+    def add_range(
+        self, raw: Encoded, elements: int, start: int, factor: np.float32, total: Float32s, scratch: Float32s
+    ) -> None:
+        """total = total + decoded * factor, rounded after each operation, for the values that `decode_range` would
+        write. `scratch` is as long as `total`; what it holds afterwards is arbitrary."""
+
     def decode_untrusted(self, raw: Encoded, elements: int, out: Float32s) -> None:
         """Check `raw` and decode all of it into contiguous float32[elements]; raises ProtocolError, and then leaves
         `out` as it was."""
 
 
 class _WholeVectors:
-    """`encode` and `decode_untrusted` in terms of the methods that differ between codecs."""
+    """What all codecs have, in terms of the methods that differ between them."""
 
     __slots__ = ()
     is_sparse: ClassVar[bool] = False
@@ -114,6 +120,12 @@ class _WholeVectors:
         target = _target(self, values, out)
         self.encode_range(values, values.size, 0, target)
         return target
+
+    def add_range(
+        self: Codec, raw: Encoded, elements: int, start: int, factor: np.float32, total: Float32s, scratch: Float32s
+    ) -> None:
+        self.decode_range(raw, elements, start, scratch)
+        load_kernels().add_scaled(scratch, factor, total)
 
     def decode_untrusted(self: Codec, raw: Encoded, elements: int, out: Float32s) -> None:
         assert out.size == elements, "one place for every value"
@@ -203,9 +215,22 @@ class _BlockCodec(_WholeVectors, ABC):
             raise _refuse(False, "a code")
 
     def decode_range(self, raw: Encoded, elements: int, start: int, out: Float32s) -> None:
-        heads_place, codes_place = self._places(elements, start, out.size)
-        heads, codes = _read(raw, self._head, *heads_place), _read(raw, np.uint8, *codes_place)
+        heads, codes = self._read_blocks(raw, elements, start, out.size)
         load_kernels().BLOCK_KERNELS[self.name].decode(heads, codes, self.block_elements, out)
+
+    def add_range(
+        self, raw: Encoded, elements: int, start: int, factor: np.float32, total: Float32s, scratch: Float32s
+    ) -> None:
+        add = load_kernels().BLOCK_KERNELS[self.name].add
+        if add is None:
+            _WholeVectors.add_range(self, raw, elements, start, factor, total, scratch)
+            return
+        heads, codes = self._read_blocks(raw, elements, start, total.size)
+        add(heads, codes, self.block_elements, factor, total)
+
+    def _read_blocks(self, raw: Encoded, elements: int, start: int, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        heads_place, codes_place = self._places(elements, start, count)
+        return _read(raw, self._head, *heads_place), _read(raw, np.uint8, *codes_place)
 
     @property
     @abstractmethod

@@ -55,8 +55,15 @@ class TensorSpec:
         return len(self.shape) >= 2 and any(piece.isdecimal() for piece in self.name.split("."))
 
 
+class _Counted:
+    """What is asked of a layout for each part that comes and goes, and costs a look at every tensor."""
+
+    __slots__ = ("_elements",)
+    _elements: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class Layout(_Counted):
     """The tensors of the flat vector, one after the other without gaps. Raises ValueError where they break a bound;
     whoever builds one from a person's input calls `make_layout`."""
 
@@ -65,11 +72,12 @@ class Layout:
     def __post_init__(self) -> None:
         if fault := _find_fault(self.tensors):
             raise ValueError(f"{fault[0]} {fault[1]}")
+        object.__setattr__(self, "_elements", sum(spec.elements for spec in self.tensors))
 
     @property
     def elements(self) -> int:
         """D, the length of the flat vector."""
-        return sum(spec.elements for spec in self.tensors)
+        return self._elements
 
     @property
     def offsets(self) -> tuple[int, ...]:

@@ -178,6 +178,32 @@ def test_chunks_leave_no_trace(name: str) -> None:
         assert piece[:768].tobytes() == whole[first : first + 768].tobytes()
 
 
+@pytest.mark.parametrize("codec_out", ["int8", "fp32", "int4"])
+@pytest.mark.parametrize("codec_in", ["int8", "e3m0", "topk8"])
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_a_part_is_reduced_in_pieces_as_it_would_be_whole(name: str, codec_in: str, codec_out: str) -> None:
+    random = np.random.default_rng(9)
+    elements = 2 * CHUNK_ELEMENTS + 513
+    parts = [
+        WeightedPart(
+            encoded=CODECS[codec_in].encode(random.standard_normal(elements).astype(np.float32)),
+            weight=weight,
+            clip_factor=factor,
+        )
+        for weight, factor in ((0.5, 1.0), (0.25, 0.75), (0.125, 0.5))
+    ]
+    whole = np.empty(elements, np.float32)
+    AGGREGATORS[name].aggregate(CODECS[codec_in], parts, whole)
+    reduction = Reduction(codec_in=CODECS[codec_in], aggregator=AGGREGATORS[name], codec_out=CODECS[codec_out])
+    assert reduction.reduce_part(parts, elements).tobytes() == CODECS[codec_out].encode(whole).tobytes()
+
+
+def test_what_is_made_of_whole_vectors_is_not_made_in_pieces() -> None:
+    assert [name for name, one in AGGREGATORS.items() if not one.is_by_value] == ["centered_clip"]
+    with pytest.raises(AssertionError, match="whole vectors"):
+        AGGREGATORS["centered_clip"].aggregate(CODECS["fp32"], [part([1.0], 1.0)], np.empty(1, np.float32), 0, 2)
+
+
 @pytest.mark.parametrize(
     ("values", "median", "trimmed"),
     [

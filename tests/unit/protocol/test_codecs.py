@@ -13,6 +13,7 @@ from shoal.protocol.codecs import (
     CHUNK_ELEMENTS,
     CODECS,
     FLOAT16_MAX,
+    HEAD_BYTES,
     INT8_SCALE_MAX,
     MAGNITUDE_MAX,
     SCALE_MIN,
@@ -355,6 +356,24 @@ def test_fault_in_the_last_chunk_is_found(codec: Codec) -> None:
     )
     with pytest.raises(ProtocolError):
         codec.check_untrusted(raw, elements)
+
+
+@pytest.mark.parametrize(
+    ("name", "codes"), [("int8", [0x80]), ("int4", [0x08, 0x80, 0x8F, 0xF8]), ("e3m0", [0x08, 0x80, 0x8F, 0xF8])]
+)
+def test_one_wrong_code_is_found_wherever_it_is(name: str, codes: list[int]) -> None:
+    elements = 1001 if name == "int8" else 2001
+    raw = bytearray(CODECS[name].encode(lattice(3, elements)))
+    for place in range(HEAD_BYTES * -(-elements // BLOCK_ELEMENTS), len(raw)):
+        for code in codes:
+            wrong = raw.copy()
+            wrong[place] = code
+            with pytest.raises(ProtocolError):
+                CODECS[name].check_untrusted(wrong, elements)
+    every = bytes(code for code in range(256) if not {code & 15, code >> 4} & {8})
+    good = every * 20 if name != "int8" else bytes(code for code in range(256) if code != 0x80) * 20
+    values = len(good) * (1 if name == "int8" else 2)
+    CODECS[name].check_untrusted(struct.pack("<f", 1.0) * -(-values // BLOCK_ELEMENTS) + good, values)
 
 
 @every_codec
