@@ -52,6 +52,7 @@ START_BYTES_PER_S = 20e6  # on top: the first state and the stand-in's values, w
 ROUND_TIMEOUT_S = 600.0
 SETTLE_S = 0.2  # between two rounds, so that none begins in the tail of the last
 WARMUP_ROUNDS = 2
+TENSORS = 148  # those of GPT-2's smallest: what a peer does for each of them again and again would show
 # What a peer holds: base, local, momentum, two residuals, and what is encoded of it; and what any daemon takes.
 VECTORS_HELD = 6
 PROCESS_MIB = 300
@@ -298,11 +299,13 @@ def _make_manifest(folder: Path, options: AllreduceOptions) -> Path:
 
 
 def make_bench_manifest(options: AllreduceOptions, founders: tuple[PeerId, ...]) -> Manifest:
-    """One tensor of the wanted size. The outer step leaves the base as it is."""
+    """As many tensors as a model has, of the wanted size together. The outer step leaves the base as it is."""
+    sizes = [options.elements // TENSORS] * (TENSORS - 1)
+    sizes.append(options.elements - sum(sizes))
+    tensors = tuple(TensorSpec(name=f"values.{number}", shape=(size,)) for number, size in enumerate(sizes))
     outer = Outer(learning_rate=0.0, momentum=0.0)
     draft = Draft(name="bench", task=Task(kind="bench"), outer=outer, rounds=options.make_rounds())
-    layout = Layout(tensors=(TensorSpec(name="values", shape=(options.elements,)),))
-    return make_manifest(draft, layout, founders[0], founders)
+    return make_manifest(draft, Layout(tensors=tensors), founders[0], founders)
 
 
 def _make_flags(folder: Path, manifest: Path, host: str, bootstraps: Sequence[str]) -> dict[str, str]:
