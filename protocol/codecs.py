@@ -10,7 +10,7 @@ no temporary memory grows with the vector.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
@@ -92,6 +92,10 @@ class Codec(Protocol):
         """Write values start .. start + len(values) of `elements` to their places in `out`: blocks of `block_elements`,
         whole but for the last one of all."""
 
+    def split_range(self, values: Float32s, elements: int, start: int, out: memoryview, scratch: Float32s) -> None:
+        """As `encode_range`, and `values` is then what the code loses: value - decoded, each rounded. `scratch` is as
+        long; what it holds afterwards is arbitrary."""
+
     def check_untrusted(self, raw: Encoded, elements: int) -> None:
         """Raise ProtocolError unless `raw` decodes to `elements` values within `magnitude_max`."""
 
@@ -120,6 +124,13 @@ class _WholeVectors:
         target = _target(self, values, out)
         self.encode_range(values, values.size, 0, target)
         return target
+
+    def split_range(
+        self: Codec, values: Float32s, elements: int, start: int, out: memoryview, scratch: Float32s
+    ) -> None:
+        self.encode_range(values, elements, start, out)
+        self.decode_range(out, elements, start, scratch)
+        np.subtract(values, scratch, out=values)
 
     def add_range(
         self: Codec, raw: Encoded, elements: int, start: int, factor: np.float32, total: Float32s, scratch: Float32s
@@ -201,10 +212,22 @@ class _BlockCodec(_WholeVectors, ABC):
         return HEAD_BYTES * self._count_blocks(elements) + self._codes_bytes(elements)
 
     def encode_range(self, values: Float32s, elements: int, start: int, out: memoryview) -> None:
+        self._encode(load_kernels().BLOCK_KERNELS[self.name].encode, values, elements, start, out)
+
+    def split_range(self, values: Float32s, elements: int, start: int, out: memoryview, scratch: Float32s) -> None:
+        split = load_kernels().BLOCK_KERNELS[self.name].split
+        if split is None:
+            _WholeVectors.split_range(self, values, elements, start, out, scratch)
+        else:
+            self._encode(split, values, elements, start, out)
+
+    def _encode(
+        self, kernel: Callable[..., None], values: Float32s, elements: int, start: int, out: memoryview
+    ) -> None:
         assert is_finite(values), "only finite values have a code"
         heads_place, codes_place = self._places(elements, start, values.size)
         heads, codes = np.frombuffer(out, self._head, *heads_place), np.frombuffer(out, np.uint8, *codes_place)
-        load_kernels().BLOCK_KERNELS[self.name].encode(values, self.block_elements, *self._limits, heads, codes)
+        kernel(values, self.block_elements, *self._limits, heads, codes)
 
     def check_untrusted(self, raw: Encoded, elements: int) -> None:
         _check_length(self, raw, elements)
@@ -445,15 +468,18 @@ def encode_with_feedback(
     scratch = np.empty(min(delta.size, CHUNK_ELEMENTS), np.float32)
     # One chunk after the other, so that all passes but the first find it in the cache.
     for start in range(0, delta.size, CHUNK_ELEMENTS):
-        chunk = residual_next[start : start + CHUNK_ELEMENTS]
-        carried, decoded = residual[start : start + CHUNK_ELEMENTS], scratch[: chunk.size]
-        if kept != 1.0:
-            carried = np.multiply(carried, np.float32(kept), out=decoded)
-        np.add(delta[start : start + CHUNK_ELEMENTS], carried, out=chunk)
-        codec.encode_range(chunk, delta.size, start, target)
-        codec.decode_range(target, delta.size, start, decoded)
-        np.subtract(chunk, decoded, out=chunk)
+        stop = start + CHUNK_ELEMENTS
+        chunk = residual_next[start:stop]
+        add_residual(delta[start:stop], residual[start:stop], kept, chunk, scratch[: chunk.size])
+        codec.split_range(chunk, delta.size, start, target, scratch[: chunk.size])
     return target
+
+
+def add_residual(delta: Float32s, residual: Float32s, kept: float, out: Float32s, scratch: Float32s) -> None:
+    """out = delta + kept * residual, rounded after each operation; `kept` 1 is none. All are of one length, `out` may
+    be `delta`, and what `scratch` holds afterwards is arbitrary."""
+    carried = residual if kept == 1.0 else np.multiply(residual, np.float32(kept), out=scratch)
+    np.add(delta, carried, out=out)
 
 
 def _read(raw: Encoded, dtype: Any, count: int = -1, offset: int = 0) -> NDArray[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from blake3 import blake3
 
 from shoal.protocol.aggregators import squared_norm
-from shoal.protocol.codecs import CODECS, Float32s, encode_with_feedback, is_encodable, take_fresh
+from shoal.protocol.codecs import CHUNK_ELEMENTS, CODECS, Float32s, add_residual, is_encodable, take_fresh
 from shoal.protocol.each import Each
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.manifest import Manifest
@@ -75,16 +75,18 @@ class Contributor:
 
         def freeze_part(part: int) -> tuple[float, bytes]:
             first, end = ranges[part]
-            # The pseudo-gradient is made where its residual will be: it is still in the cache then.
-            delta = np.subtract(base[first:end], local[first:end], out=residual_next[first:end])
-            if not is_encodable(delta):
-                problem = (
-                    f"part {parts[part]} of the pseudo-gradient of round {round_number} is not finite or has exploded"
-                )
-                raise NonFiniteContribution(problem)
-            square = squared_norm(delta)
-            residual = self.residual[first:end]
-            encode_with_feedback(self._codec, delta, residual, delta, encoded[part], kept=self._kept)
+            square, scratch = 0.0, np.empty(min(end - first, CHUNK_ELEMENTS), np.float32)
+            # One chunk after the other, so that all passes but the first find it in the cache. The pseudo-gradient is
+            # made where its residual will be.
+            for low in range(first, end, CHUNK_ELEMENTS):
+                high = min(low + CHUNK_ELEMENTS, end)
+                delta = np.subtract(base[low:high], local[low:high], out=residual_next[low:high])
+                if not is_encodable(delta):
+                    which = f"part {parts[part]} of the pseudo-gradient of round {round_number}"
+                    raise NonFiniteContribution(f"{which} is not finite or has exploded")
+                square += squared_norm(delta)
+                add_residual(delta, self.residual[low:high], self._kept, delta, scratch[: delta.size])
+                self._codec.split_range(delta, end - first, low - first, encoded[part], scratch[: delta.size])
             return square, blake3(encoded[part]).digest()
 
         square = 0.0

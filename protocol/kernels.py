@@ -175,6 +175,20 @@ def encode_int8(
 
 
 @compiled
+def split_int8(
+    values: Float32s, block: int, scale_min: np.float32, scale_max: np.float32, scales: Float32s, codes: Uint8s
+) -> None:
+    """As `encode_int8`, and value = value - code * scale, two roundings."""
+    for number in range(scales.size):
+        row, out = values[number * block : number * block + block], codes[number * block : number * block + block]
+        scale = _take_scale(row, np.float32(127), scale_min, scale_max, scales[number : number + 1])
+        for index in range(row.size):
+            code = min(max(np.rint(row[index] / scale), np.float32(-127)), np.float32(127))
+            out[index] = np.uint8(np.int32(code))
+            row[index] = row[index] - np.float32(np.int32(code)) * scale
+
+
+@compiled
 def decode_int8(scales: Float32s, codes: Uint8s, block: int, out: Float32s) -> None:
     """code * scale."""
     for number in range(scales.size):
@@ -488,16 +502,18 @@ class BlockKernels(NamedTuple):
     """encode(values, block, low, high, heads, codes), decode(heads, codes, block, out), and has_other_codes(codes,
     block, elements): whether there is a code, or something behind the last one, that no encoder writes. A block of so
     many values has a head: a scale between the limits low and high, or two levels that these two decide about.
-    add(heads, codes, block, factor, total) is `decode` and then `add_scaled`; None where no kernel does both."""
+    Two that save passes, None where a codec has none: split, as `encode`, leaves in `values` what the code loses;
+    add(heads, codes, block, factor, total) is `decode` and then `add_scaled`."""
 
     encode: Callable[[Float32s, int, Any, Any, Any, Uint8s], None]
     decode: Callable[[Any, Uint8s, int, Float32s], None]
     has_other_codes: Callable[[Uint8s, int, int], bool]
+    split: Callable[[Float32s, int, Any, Any, Any, Uint8s], None] | None = None
     add: Callable[[Any, Uint8s, int, np.float32, Float32s], None] | None = None
 
 
 BLOCK_KERNELS: dict[str, BlockKernels] = {
-    "int8": BlockKernels(encode_int8, decode_int8, has_other_bytes, add_int8),
+    "int8": BlockKernels(encode_int8, decode_int8, has_other_bytes, split_int8, add_int8),
     "int4": BlockKernels(encode_int4, decode_int4, has_other_nibbles),
     "e3m0": BlockKernels(encode_e3m0, decode_e3m0, has_other_nibbles),
     "ternary": BlockKernels(encode_ternary, decode_ternary, has_other_trits),

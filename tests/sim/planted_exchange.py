@@ -99,8 +99,10 @@ def _add_otherwise(patches: Patches, choose: Callable[[SimPeer, Reduce], list[Ad
 def denominator_of_whole_roster(patches: Patches) -> None:
     """The sum is divided by the weights of all members of the plan, the missing ones included."""
 
-    def average(old: Any, codec: Codec, parts: Sequence[aggregators.WeightedPart], factors: Any, out: Float32s) -> None:
-        old(codec, parts, factors, out)
+    def average(
+        old: Any, codec: Codec, parts: Sequence[aggregators.WeightedPart], factors: Any, out: Float32s, *place: int
+    ) -> None:
+        old(codec, parts, factors, out, *place)
         weights = np.float32(0)
         for part in parts:
             weights = weights + np.float32(part.weight)
@@ -114,8 +116,8 @@ def denominator_of_whole_roster(patches: Patches) -> None:
 def equal_weights(patches: Patches) -> None:
     """The plan's weights are not used: every contribution weighs the same."""
 
-    def average(old: Any, codec: Codec, parts: Any, factors: Any, out: Float32s) -> None:
-        old(codec, [replace(part, weight=0.5) for part in parts], [np.float32(0.5)] * len(parts), out)
+    def average(old: Any, codec: Codec, parts: Any, factors: Any, out: Float32s, *place: int) -> None:
+        old(codec, [replace(part, weight=0.5) for part in parts], [np.float32(0.5)] * len(parts), out, *place)
 
     patches.wrap(aggregators, "_average", average)
 

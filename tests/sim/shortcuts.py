@@ -28,6 +28,7 @@ class RememberingCodec:
         self.encoded_bytes = codec.encoded_bytes
         self.encode = codec.encode
         self.encode_range = codec.encode_range
+        self.split_range = codec.split_range
         self.add_range = codec.add_range
 
     def check_untrusted(self, raw: Encoded, elements: int) -> None:

@@ -10,7 +10,7 @@ import benchmarks
 
 HERE = Path(next(iter(benchmarks.__path__)))
 # Started by another benchmark, in an environment of its own or as one of its processes.
-PARTS = {"allreduce_hivemind", "dht_hivemind", "pycrdt_histories"}
+PARTS = {"allreduce_hivemind", "dht_hivemind", "plain_tcp", "pycrdt_histories"}
 
 
 def find_commands() -> list[Path]:

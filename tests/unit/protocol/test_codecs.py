@@ -377,6 +377,26 @@ def test_one_wrong_code_is_found_wherever_it_is(name: str, codes: list[int]) -> 
 
 
 @every_codec
+@pytest.mark.parametrize(("start", "count"), [(0, CHUNK_ELEMENTS), (CHUNK_ELEMENTS, 777)])
+def test_what_saves_passes_has_the_bits_of_the_passes(codec: Codec, start: int, count: int) -> None:
+    elements = CHUNK_ELEMENTS + 777
+    values = lattice(7, elements)[start : start + count]
+    values[::5] = -0.0
+    values[3:400] = 0.0
+    encoded, split = (memoryview(bytearray(codec.encoded_bytes(elements))) for _ in range(2))
+    codec.encode_range(values, elements, start, encoded)
+    decoded, scratch, lost = np.empty(count, np.float32), np.empty(count, np.float32), values.copy()
+    codec.decode_range(encoded, elements, start, decoded)
+    codec.split_range(lost, elements, start, split, scratch)
+    assert split == encoded
+    assert lost.tobytes() == np.subtract(values, decoded).tobytes()
+    total = lattice(8, count)
+    expected = total + decoded * np.float32(0.3)
+    codec.add_range(encoded, elements, start, np.float32(0.3), total, scratch)
+    assert total.tobytes() == expected.tobytes()
+
+
+@every_codec
 @pytest.mark.parametrize(
     "elements", [1, 255, 256, 257, CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS + 1, 2 * CHUNK_ELEMENTS + 777]
 )
