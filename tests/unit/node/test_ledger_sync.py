@@ -93,7 +93,7 @@ async def test_two_ledgers_that_grew_apart_become_equal(tmp_path: Path) -> None:
         await wait_until(lambda: len(bob.ledger.ledger) == 10)
         assert ann.ledger.ledger.heads == bob.ledger.ledger.heads
         assert await bob.ledger.reconcile(ann.me) == 0
-        assert len(bob.state.stores.ledger.load()) == 10
+        await wait_until(lambda: len(bob.state.stores.ledger.load()) == 10)  # stored a moment after it counts
 
 
 async def test_a_certificate_is_entered_once(tmp_path: Path) -> None:
