@@ -72,12 +72,15 @@ class Layout(_Counted):
     def __post_init__(self) -> None:
         if fault := _find_fault(self.tensors):
             raise ValueError(f"{fault[0]} {fault[1]}")
-        object.__setattr__(self, "_elements", sum(spec.elements for spec in self.tensors))
 
     @property
     def elements(self) -> int:
         """D, the length of the flat vector."""
-        return self._elements
+        try:
+            return self._elements
+        except AttributeError:  # nobody has asked; a copy has the fields alone, too
+            object.__setattr__(self, "_elements", sum(spec.elements for spec in self.tensors))
+            return self._elements
 
     @property
     def offsets(self) -> tuple[int, ...]:

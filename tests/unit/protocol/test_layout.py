@@ -1,5 +1,6 @@
 """The model's layout and the bits of round 0."""
 
+import copy
 import math
 import struct
 from dataclasses import replace
@@ -82,6 +83,12 @@ def test_the_state_root_of_round_0() -> None:
             assert [float(one).hex() for one in flat[offset : offset + 4]] == GOLDEN_FIRST[spec.name]
     root = state_root(0, flat.size, chunk_digests(flat), chunk_digests(np.zeros_like(flat)))
     assert root.hex() == GOLDEN_ROOT
+
+
+def test_its_elements_are_counted_of_a_copy_and_of_a_changed_one_too() -> None:
+    assert LAYOUT.elements == sum(spec.elements for spec in LAYOUT.tensors)
+    assert copy.deepcopy(LAYOUT).elements == LAYOUT.elements and copy.deepcopy(LAYOUT) == LAYOUT
+    assert replace(LAYOUT, tensors=LAYOUT.tensors[:1]).elements == LAYOUT.tensors[0].elements
 
 
 def test_each_tensor_starts_as_its_spec_says() -> None:
