@@ -142,7 +142,10 @@ class ControlEngine:
         self._hop: HopService | None = None
         if config.relay is not None:
             self._hop = HopService(
-                config.relay, self._direct_addresses, self._open_connected_stream, self._swarm.is_directly_connected
+                config.relay,
+                self._direct_addresses,
+                self._host.open_connected_stream,
+                self._swarm.is_directly_connected,
             )
         self._peers: dict[PeerId, _ConnectedPeer] = {}
         self._outboxes: dict[PeerId, Outbox] = {}
@@ -389,10 +392,8 @@ class ControlEngine:
     async def _open_direct_stream(self, peer: PeerId, protocol: TProtocol) -> INetStream:
         if not self._dialer.is_directly_connected(peer):
             raise PeerUnreachable(peer, Failure.PEER_LOST, "not connected")
-        return await self._open_stream(peer, protocol)
-
-    async def _open_connected_stream(self, peer_id: ID, protocol: TProtocol) -> INetStream:
-        return await self._host.new_stream(peer_id, [protocol])
+        with trio.fail_after(OPEN_STREAM_TIMEOUT_S):
+            return await self._host.open_connected_stream(libp2p_id(peer), protocol)
 
     async def _dial_known(self, peer_id: ID) -> None:
         peer = ed25519_peer(peer_id)

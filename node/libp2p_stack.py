@@ -7,7 +7,7 @@ What this module adds to 0.8.1, because without it a peer could end, deafen or f
 - bounds on unread bytes per connection, streams per peer, provider records, known peers and seen messages;
 - a listen port that is taken is an error (the library shares it by SO_REUSEPORT), links that died are noticed by the
   kernel (TCP user timeout) or, where something on the way answers for a peer that is gone, by pings without an answer,
-  and nothing dials peers that nobody asked for.
+  and nothing dials peers that nobody asked for, or who have gone while they were to be told of something.
 
 Secure channel: Noise, and TLS (libp2p_tls). Multiplexer: Yamux only. Discovery: identify, ping, kad-dht, gossipsub,
 by their standard protocol ids (libp2p specifications). Imported only in a process that starts a host: importing libp2p
@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import libp2p.network.connection.swarm_connection
@@ -39,6 +40,7 @@ from libp2p.metrics.swarm import SwarmEvent
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
@@ -95,6 +97,9 @@ PUSHES_AT_ONCE_MAX = 8
 PUSH_TIMEOUT_S = 5.0
 
 _log = logging.getLogger(__name__)
+
+# Whether what runs here is for peers that are connected: the library would call back who has gone meanwhile.
+_dials_nobody: ContextVar[bool] = ContextVar("dials_nobody", default=False)
 
 
 def quiet_libp2p() -> None:
@@ -157,7 +162,7 @@ class _NoAutoConnector(AutoConnector):
 class BoundedSwarm(Swarm):
     """A swarm that listens on given sockets and frees the place of an accepted connection when it closes.
 
-    Whatever in the library needs a connection gets it from `dial_known`.
+    Whatever in the library needs a connection gets it from `dial_known`, unless it must use one that is there.
     """
 
     dial_known: Callable[[ID], Awaitable[None]]
@@ -170,6 +175,8 @@ class BoundedSwarm(Swarm):
         self.punching: dict[tuple[str, int], ID] = {}
 
     async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        if _dials_nobody.get():
+            raise SwarmException(f"no connection to {peer_id} is left")
         await self.dial_known(peer_id)
         return self.get_connections(peer_id)
 
@@ -271,12 +278,21 @@ class BoundedHost(BasicHost):
         places = trio.CapacityLimiter(PUSHES_AT_ONCE_MAX)
 
         async def push(peer_id: ID) -> None:
+            _dials_nobody.set(True)  # in this task alone
             with Contained(f"telling {peer_id}"), trio.move_on_after(PUSH_TIMEOUT_S):
                 await push_identify_to_peer(self, peer_id, limit=places)
 
         async with trio.open_nursery() as pushes:
             for peer_id in self.get_connected_peers():
                 pushes.start_soon(push, peer_id)
+
+    async def open_connected_stream(self, peer_id: ID, protocol: TProtocol) -> INetStream:
+        """A stream on a connection that stands; raises the library's errors where there is none (any more)."""
+        before = _dials_nobody.set(True)
+        try:
+            return await self.new_stream(peer_id, [protocol])
+        finally:
+            _dials_nobody.reset(before)
 
     async def _serve_push(self, stream: INetStream) -> None:
         await self._take_push(stream)

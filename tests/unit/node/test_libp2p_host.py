@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
+from libp2p.network.exceptions import SwarmException
+from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from shoal.dht.addresses import parse_peer_address
@@ -20,13 +22,14 @@ from shoal.node.control import (
     ControlPlane,
     PeerUnreachable,
 )
-from shoal.node.interfaces import has_address
 from shoal.node.libp2p_connections import UNREAD_BYTES_PER_CONNECTION_MAX
+from shoal.node.libp2p_dialer import Dialer
 from shoal.node.libp2p_discovery import libp2p_id
 from shoal.node.libp2p_host import Libp2pHost
 from shoal.node.libp2p_stack import STREAMS_PER_PEER_MAX
+from shoal.node.libp2p_streams import CONTROL_PROTOCOL
 from shoal.protocol.errors import Failure, ProtocolError, Refusal
-from shoal.protocol.identity import Identity, format_peer_id
+from shoal.protocol.identity import Identity, PeerId, format_peer_id
 from tests.e2e.shaping_proxy import ShapedNetwork
 from tests.unit.node.control_contract import PATIENCE_S, SWARM, ControlContract, Member, Members, gossip_until_heard
 
@@ -187,6 +190,10 @@ async def test_a_peer_that_something_else_answers_for_is_lost(
         network.close()
 
 
+async def refuse_to_dial(dialer: Dialer, peer: PeerId, *_: object, **__: object) -> None:
+    raise PeerUnreachable(peer, Failure.PEER_UNREACHABLE, "nobody is dialled here")
+
+
 async def test_connections_of_an_address_that_is_gone_end_at_once(
     members: Members, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,11 +201,12 @@ async def test_connections_of_an_address_that_is_gone_end_at_once(
     other.plane.refresh()
     assert await other.plane.request(one.peer, b"there?") == b"answer to there?", "the address is still there"
     assert not await other.hears()
-    monkeypatch.setattr(libp2p_connections, "has_address", lambda host: host != "127.0.0.1")
-    other.plane.refresh()
-    assert await other.find("lost") == (one.peer,)
-    assert await one.find("lost") == (other.peer,)
-    monkeypatch.setattr(libp2p_connections, "has_address", has_address)
+    with monkeypatch.context() as patch:
+        patch.setattr(libp2p_connections, "has_address", lambda host: host != "127.0.0.1")
+        patch.setattr(Dialer, "connect", refuse_to_dial)  # whoever is dialled at once is not lost
+        other.plane.refresh()
+        assert await other.find("lost") == (one.peer,)
+        assert await one.find("lost") == (other.peer,)
     await other.plane.connect(one.plane.addresses())
     assert await other.plane.request(one.peer, b"there?") == b"answer to there?"
 
@@ -268,6 +276,50 @@ async def test_a_connection_that_comes_about_while_its_peer_is_hung_up_on_ends_t
     assert not dials and one.plane.peers() == ()
     await one.plane.connect(other.plane.addresses())
     assert await one.plane.request(other.peer, b"there?") == b"answer to there?"
+
+
+async def test_a_stream_for_a_connected_peer_calls_nobody_back_who_has_gone(members: Members) -> None:
+    one, other = await members.start(2)
+    assert isinstance(one.plane, Libp2pHost)
+    host, thread = one.plane._running()._host, one.plane._thread
+
+    async def open_stream() -> bool:
+        try:
+            await host.open_connected_stream(libp2p_id(other.peer), CONTROL_PROTOCOL)
+        except SwarmException:
+            return False
+        return True
+
+    assert await thread.call(open_stream)
+    await one.plane.disconnect(other.peer)
+    assert await one.find("lost") == (other.peer,)
+    assert not await thread.call(open_stream)
+    assert one.plane.peers() == ()
+    await thread.call(one.plane._running()._open_stream, other.peer, CONTROL_PROTOCOL)
+    assert [peer.peer for peer in one.plane.peers()] == [other.peer], "it could be dialled all the time"
+
+
+async def test_nobody_is_called_back_to_be_told_of_addresses(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = await members.start(2)
+    assert isinstance(one.plane, Libp2pHost)
+    engine, thread = one.plane._running(), one.plane._thread
+    await one.plane.disconnect(other.peer)
+    assert await one.find("lost") == (other.peer,)
+    dialled: list[ID] = []
+
+    async def note_dial(peer_id: ID) -> None:
+        dialled.append(peer_id)
+
+    monkeypatch.setattr(engine._swarm, "dial_known", note_dial)
+    told: list[ID] = []
+
+    def connected_before() -> list[ID]:
+        told.append(libp2p_id(other.peer))
+        return told
+
+    monkeypatch.setattr(engine._host, "get_connected_peers", connected_before)  # what was true a moment before
+    await thread.call(engine._host.push_identify)
+    assert told and not dialled
 
 
 async def test_stopping_leaves_no_thread(members: Members) -> None:
