@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shoal.node.bench.allreduce import AllreduceOptions, Place, run_allreduce
+from shoal.node.bench.allreduce import AllreduceOptions, run_allreduce
 from shoal.node.bench.commands import describe_machine
+from shoal.node.bench.processes import Place
 from shoal.node.config import ON_DISK
 
 GROUPS = Path("/sys/fs/cgroup")

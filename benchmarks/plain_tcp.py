@@ -4,24 +4,21 @@ Nothing is encoded, sealed, reduced or decided, no byte waits for another one: w
 can reach at most. Connections stay from one transfer to the next, as those of a swarm do. Used by
 benchmarks.shaped_lines, which runs one process of this module at each host:
 
-    python -m benchmarks.plain_tcp SPEC     # a PlainSpec as JSON; every line of standard input is one transfer
+    python -m benchmarks.plain_tcp     # standard input: a PlainSpec as JSON, then a line for every transfer
 """
 
 import json
-import queue
 import socket
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Self
 
-from shoal.node.bench.allreduce import WARMUP_ROUNDS, BenchFailed, Place
+from shoal.node.bench.allreduce import WARMUP_ROUNDS
+from shoal.node.bench.processes import Place, measured
 
 PORT = 4801
 BUFFER_BYTES = 1 << 18
@@ -44,9 +41,10 @@ def measure_plain(places: Sequence[Place], nbytes: int, links: int, rounds: int)
     """The median of the seconds until the last host has all bytes. Raises BenchFailed."""
     hosts = tuple(place.host for place in places)
     with ExitStack() as stack:
+        specs = [PlainSpec(me=number, hosts=hosts, links=links, nbytes=nbytes) for number in range(len(hosts))]
         ends = [
-            stack.enter_context(PlainHost(place, PlainSpec(me=number, hosts=hosts, links=links, nbytes=nbytes)))
-            for number, place in enumerate(places)
+            stack.enter_context(measured(place, ("-m", "benchmarks.plain_tcp"), asdict(spec)))
+            for place, spec in zip(places, specs, strict=True)
         ]
         for end in ends:
             end.wait("connected", CONNECT_TIMEOUT_S)
@@ -55,52 +53,11 @@ def measure_plain(places: Sequence[Place], nbytes: int, links: int, rounds: int)
             time.sleep(PAUSE_S)
             began_s = time.monotonic()
             for end in ends:
-                end.go()
+                end.tell("go")
             for end in ends:
                 end.wait("done", TRANSFER_TIMEOUT_S)
             times_s.append(time.monotonic() - began_s)
     return statistics.median(times_s[WARMUP_ROUNDS:])
-
-
-class PlainHost:
-    """A process of this module."""
-
-    def __init__(self, place: Place, spec: PlainSpec) -> None:
-        command = (*place.prefix, sys.executable, "-m", "benchmarks.plain_tcp", json.dumps(asdict(spec)))
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._thread.join()
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            stream.close()
-
-    def go(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-
-    def wait(self, word: str, timeout_s: float) -> None:
-        try:
-            line = self._lines.get(timeout=timeout_s)
-        except queue.Empty:
-            raise BenchFailed(f"plain TCP did not say {word!r} within {timeout_s:.0f} s") from None
-        if line != word:
-            raise BenchFailed(f"plain TCP said {line!r} in the place of {word!r}")
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line.strip())
-        self._lines.put("nothing more")
 
 
 def _connect(spec: PlainSpec) -> list[socket.socket]:
@@ -148,13 +105,13 @@ def _transfer(links: Sequence[socket.socket], nbytes: int) -> None:
 
 
 def main() -> int:
-    fields = json.loads(sys.argv[1])
+    fields = json.loads(sys.stdin.readline())
     spec = PlainSpec(**{**fields, "hosts": tuple(fields["hosts"])})
     links = _connect(spec)
-    print("connected", flush=True)
+    print('{"event": "connected"}', flush=True)
     for _ in sys.stdin:
         _transfer(links, spec.nbytes // spec.links)
-        print("done", flush=True)
+        print('{"event": "done"}', flush=True)
     return 0
 
 

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plain_tcp import measure_plain
-from shoal.node.bench.allreduce import AllreduceOptions, Place, run_allreduce
+from shoal.node.bench.allreduce import AllreduceOptions, run_allreduce
 from shoal.node.bench.commands import describe_machine
+from shoal.node.bench.processes import Place
 from shoal.node.pacer import BYTES_PER_MBIT
 from shoal.protocol.codecs import CODECS
 from tests.natlab.lab import Lab

@@ -7,17 +7,12 @@ and the outer step. Only training is left out.
 Invariant: every process that was started has ended when `run_allreduce` returns, and its folder is gone.
 """
 
-import json
-import queue
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,12 +20,13 @@ from typing import Any
 import psutil
 
 from shoal.node.bench.peer import PeerSpec
+from shoal.node.bench.processes import BenchFailed, BenchProcess, Place, measured
 from shoal.node.config import IN_MEMORY, ON_DISK
 from shoal.node.identity_file import IDENTITY_FILE, create_identity
 from shoal.protocol.aggregators import AGGREGATORS
 from shoal.protocol.codecs import CODECS, UPDATE_CODECS
 from shoal.protocol.effects import Phase
-from shoal.protocol.errors import ConfigError, ShoalError
+from shoal.protocol.errors import ConfigError
 from shoal.protocol.identity import PeerId
 from shoal.protocol.layout import Layout, TensorSpec
 from shoal.protocol.manifest import (
@@ -47,6 +43,7 @@ from shoal.protocol.manifest import (
 
 MIB = 1 << 20
 PEERS_MAX = 32
+PEER_ARGUMENTS = ("-P", "-m", "shoal.node.bench.peer")
 START_TIMEOUT_S = 120.0
 START_BYTES_PER_S = 20e6  # on top: the first state and the stand-in's values, written to a slow disk
 ROUND_TIMEOUT_S = 600.0
@@ -62,18 +59,6 @@ ENCODED_HELD = 3
 VECTOR_FILES = 5
 
 Say = Callable[[str], None]
-
-
-class BenchFailed(ShoalError):
-    """A measured process ended or did not answer; the text says what it said last."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a peer runs: its IP address, and what its command has in front so that it is there."""
-
-    host: str = "127.0.0.1"
-    prefix: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,19 +182,19 @@ def run_allreduce(options: AllreduceOptions, say: Say, places: Sequence[Place] =
     with tempfile.TemporaryDirectory(prefix="shoal-bench-", dir=options.folder) as name, ExitStack() as stack:
         folder = Path(name)
         manifest = _make_manifest(folder, options)
-        peers: list[BenchPeer] = []
+        peers: list[BenchProcess] = []
+        addresses: tuple[str, ...] = ()
         seeds = tuple(range(1, options.peers + 1))
         for number, place in enumerate(places):
-            bootstraps = peers[0].addresses if peers else ()
-            flags = _make_flags(folder / f"peer{number}", manifest, place.host, bootstraps)
+            flags = _make_flags(folder / f"peer{number}", manifest, place.host, addresses)
             flags["vectors"] = options.vectors
             spec = PeerSpec(flags=flags, seed=seeds[number], seeds=seeds)
             say(f"starting peer {number + 1} of {options.peers}")
-            peers.append(stack.enter_context(_running(spec, place)))
+            peers.append(stack.enter_context(measured(place, PEER_ARGUMENTS, asdict(spec))))
             if number == 0:
-                peers[0].wait_up(options.start_timeout_s)
+                addresses = tuple(peers[0].wait("up", options.start_timeout_s)["addresses"])
         for peer in peers[1:]:
-            peer.wait_up(options.start_timeout_s)
+            peer.wait("up", options.start_timeout_s)
         for peer in peers:
             peer.wait("idle", options.start_timeout_s)
         return _measure(options, peers, say)
@@ -233,7 +218,7 @@ def _check_room(options: AllreduceOptions) -> None:
         raise ConfigError("--mib", problem, "use less of one or the other, fewer --rounds, or another --folder")
 
 
-def _measure(options: AllreduceOptions, peers: Sequence["BenchPeer"], say: Say) -> AllreduceResult:
+def _measure(options: AllreduceOptions, peers: Sequence[BenchProcess], say: Say) -> AllreduceResult:
     rounds: list[MeasuredRound] = []
     for number in range(WARMUP_ROUNDS + options.rounds):
         say(f"round {number + 1} of {WARMUP_ROUNDS + options.rounds}")
@@ -246,7 +231,7 @@ def _measure(options: AllreduceOptions, peers: Sequence["BenchPeer"], say: Say) 
         if number >= WARMUP_ROUNDS:
             rounds.append(_compare(before, after, max(one["at_s"] for one in done) - began_s))
     peaks = _look(peers)  # before the peers make the exact mean
-    reports = [peer.ask("report", "report") for peer in peers]
+    reports = [peer.ask("report", "report", ROUND_TIMEOUT_S) for peer in peers]
     roots = {one["state_root"] for one in reports}
     if len(roots) != 1:
         raise BenchFailed(f"the peers' states differ: {', '.join(sorted(root[:16] for root in roots))}")
@@ -264,10 +249,10 @@ def _measure(options: AllreduceOptions, peers: Sequence["BenchPeer"], say: Say) 
     )
 
 
-def _look(peers: Sequence["BenchPeer"]) -> list[dict[str, Any]]:
+def _look(peers: Sequence[BenchProcess]) -> list[dict[str, Any]]:
     """The peers' counters, when the last round has come to rest."""
     time.sleep(SETTLE_S)
-    return [peer.ask("phases", "phases") for peer in peers]
+    return [peer.ask("phases", "phases", ROUND_TIMEOUT_S) for peer in peers]
 
 
 def _compare(before: list[dict[str, Any]], after: list[dict[str, Any]], step_s: float) -> MeasuredRound:
@@ -320,81 +305,3 @@ def _make_flags(folder: Path, manifest: Path, host: str, bootstraps: Sequence[st
         "log-level": "warning",
     }
     return flags | ({"bootstrap": ",".join(bootstraps)} if bootstraps else {})
-
-
-class BenchPeer:
-    """A process of shoal.node.bench.peer, and what it has said."""
-
-    def __init__(self, spec: PeerSpec, place: Place) -> None:
-        self.addresses: tuple[str, ...] = ()
-        command = (*place.prefix, sys.executable, "-P", "-m", "shoal.node.bench.peer")
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-        self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._errors: list[str] = []
-        self._threads = [threading.Thread(target=read, daemon=True) for read in (self._read, self._read_errors)]
-        for thread in self._threads:
-            thread.start()
-        self.tell(json.dumps(asdict(spec)))
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._answers.put(json.loads(line))
-        self._answers.put(None)
-
-    def _read_errors(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self._errors = [*self._errors[-19:], line.rstrip()]
-
-    def tell(self, line: str) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self._failed("ended") from error
-
-    def wait(self, event: str, timeout_s: float) -> dict[str, Any]:
-        """The next answer, which is of this kind."""
-        try:
-            answer = self._answers.get(timeout=timeout_s)
-        except queue.Empty:
-            raise self._failed(f"did not say {event!r} within {timeout_s:.0f} s") from None
-        if answer is None:
-            raise self._failed("ended")
-        assert answer["event"] == event, f"{answer['event']} where {event} was to come"
-        return answer
-
-    def wait_up(self, timeout_s: float) -> None:
-        self.addresses = tuple(self.wait("up", timeout_s)["addresses"])
-
-    def ask(self, question: str, event: str) -> dict[str, Any]:
-        self.tell(question)
-        return self.wait(event, ROUND_TIMEOUT_S)
-
-    def stop(self) -> None:
-        """At once: nothing that it has is of use to anybody."""
-        self.process.kill()
-        self.process.wait()
-        for thread in self._threads:
-            thread.join()
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            assert stream is not None
-            with suppress(BrokenPipeError):
-                stream.close()
-
-    def _failed(self, what: str) -> BenchFailed:
-        time.sleep(0.2)  # its last lines are under way
-        said = "\n    ".join(self._errors) or "nothing"
-        return BenchFailed(f"a measured peer {what}; its last lines:\n    {said}")
-
-
-@contextmanager
-def _running(spec: PeerSpec, place: Place) -> Iterator[BenchPeer]:
-    peer = BenchPeer(spec, place)
-    try:
-        yield peer
-    finally:
-        peer.stop()
