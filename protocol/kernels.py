@@ -162,6 +162,11 @@ def _take_scale(row: Float32s, steps: Scalar, scale_min: Scalar, scale_max: Scal
 
 
 @compiled
+def _int8(value: Scalar, scale: Scalar) -> Scalar:
+    return np.int32(min(max(np.rint(value / scale), np.float32(-127)), np.float32(127)))
+
+
+@compiled
 def encode_int8(
     values: Float32s, block: int, scale_min: np.float32, scale_max: np.float32, scales: Float32s, codes: Uint8s
 ) -> None:
@@ -170,8 +175,7 @@ def encode_int8(
         row, out = values[number * block : number * block + block], codes[number * block : number * block + block]
         scale = _take_scale(row, np.float32(127), scale_min, scale_max, scales[number : number + 1])
         for index in range(row.size):
-            code = np.rint(row[index] / scale)
-            out[index] = np.uint8(np.int32(min(max(code, np.float32(-127)), np.float32(127))))
+            out[index] = np.uint8(_int8(row[index], scale))
 
 
 @compiled
@@ -183,9 +187,9 @@ def split_int8(
         row, out = values[number * block : number * block + block], codes[number * block : number * block + block]
         scale = _take_scale(row, np.float32(127), scale_min, scale_max, scales[number : number + 1])
         for index in range(row.size):
-            code = min(max(np.rint(row[index] / scale), np.float32(-127)), np.float32(127))
-            out[index] = np.uint8(np.int32(code))
-            row[index] = row[index] - np.float32(np.int32(code)) * scale
+            code = _int8(row[index], scale)
+            out[index] = np.uint8(code)
+            row[index] = row[index] - np.float32(code) * scale
 
 
 @compiled
