@@ -26,7 +26,7 @@ import numpy as np
 
 from shoal.node.bench.allreduce import AllreduceOptions, make_bench_manifest
 from shoal.node.bench.codecs import find_error, measure_codecs
-from shoal.node.bench.rates import measure_rate
+from shoal.node.bench.rates import measure_rate, measure_span
 from shoal.node.payload_memory import PayloadMemory
 from shoal.protocol.aggregators import AGGREGATORS, Aggregator, Reduction, WeightedPart
 from shoal.protocol.codecs import CODECS, INT8, Codec, take_fresh
@@ -36,6 +36,7 @@ from shoal.protocol.outer_step import OUTER_OPTIMIZERS, OuterRates
 from shoal.protocol.state import chunk_digests
 
 MEMBERS = 8
+PART_ELEMENTS = 1 << 19  # what a swarm with a model of 64 MiB has
 FREEZE_MIB = 64.0
 
 
@@ -60,6 +61,19 @@ def run(elements: int, repeats: int) -> dict[str, float]:
         "outer step (Nesterov)": rate(lambda: optimizer.apply(values, momentum, update, rates), values.nbytes),
         "chunk digests": rate(lambda: chunk_digests(values), values.nbytes),
     }
+
+
+def measure_parts(repeats: int) -> dict[str, float]:
+    """Microseconds of one core for a part of PART_ELEMENTS in int8: looking whether it decodes, and its mean of few."""
+    entropy = np.random.default_rng(4)
+    encoded = [INT8.encode(entropy.standard_normal(PART_ELEMENTS, dtype=np.float32)) for _ in range(MEMBERS)]
+    parts = [WeightedPart(encoded=one, weight=1.0, clip_factor=1.0) for one in encoded]
+    reduce_part = make_reduction(AGGREGATORS["mean"]).reduce_part
+    works: dict[str, Callable[[], object]] = {
+        "check": partial(INT8.check_untrusted, encoded[0], PART_ELEMENTS),
+        **{f"mean of {count}": partial(reduce_part, parts[:count], PART_ELEMENTS) for count in (2, 4, MEMBERS)},
+    }
+    return {f"{name}, us": round(1e6 * measure_span(work, repeats, time.thread_time)) for name, work in works.items()}
 
 
 def measure_freezing(repeats: int) -> dict[str, dict[str, float]]:
@@ -147,6 +161,7 @@ def main() -> None:
     figures = {
         "codecs": codecs,
         **run(options.elements, options.repeats),
+        "a part": measure_parts(options.repeats),
         "freezing": measure_freezing(options.repeats),
         "first use": measure_loading(),
     }

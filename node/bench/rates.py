@@ -10,12 +10,17 @@ GB = 1e9
 def measure_rate(work: Callable[[], object], nbytes: int, repeats: int, clock: Callable[[], float]) -> float:
     """GB (10^9 bytes) a second by this clock, the median: `time.thread_time` where one core is what counts and others
     may use the machine, `time.perf_counter` where more than this thread works."""
-    rates = []
+    return nbytes / GB / measure_span(work, repeats, clock)
+
+
+def measure_span(work: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    """Seconds by this clock, the median, after a first time that does not count."""
+    spans = []
     for _ in range(repeats + 1):
         began_s = clock()
         work()
-        rates.append(nbytes / GB / max(clock() - began_s, 1e-9))
-    return statistics.median(rates[1:])
+        spans.append(max(clock() - began_s, 1e-9))
+    return statistics.median(spans[1:])
 
 
 def measure_latency(work: Callable[[], object], repeats: int) -> tuple[float, float]:
