@@ -73,7 +73,12 @@ def balance_uploads(speeds: Mapping[PeerId, float], members: int, update_ratio: 
 
 
 def assign_parts(order: tuple[PeerId, ...], shares: Mapping[PeerId, float], parts: int) -> tuple[PeerId, ...]:
-    """The owner of every part: in turn, and in proportion to the shares (smooth weighted round robin)."""
+    """The owner of every part: in turn, and in proportion to the shares (smooth weighted round robin).
+
+    Of n peers with a share none has a whole part too many, and none lacks more than 1/2 + 1/3 + ... + 1/n of one: the
+    mean credit of the k with the most grows only when somebody with as much credit as they is served, and then by
+    1/(k + 1) at most. A small share gets its first part early, so that who is slow can show that it no longer is.
+    """
     able = [peer for peer in order if shares.get(peer, 1.0) > 0.0] or list(order)
     weights = [shares.get(peer, 1.0) or 1.0 for peer in able]
     total = sum(weights)
