@@ -89,7 +89,7 @@ class Daemon:
         self._incarnation = incarnation
         self._book_lock = asyncio.Lock()
         self._stop = asyncio.Event()
-        self._tasks = TaskSet()
+        self._tasks = TaskSet(self.stop)
         self._spawn = self._tasks.spawn
         self.reporter = Reporter(Metrics(), HappeningFeed())
         self.conduct = Conduct(self.me)
@@ -107,7 +107,7 @@ class Daemon:
         self._stop.set()
 
     async def run(self, on_ready: Callable[["Daemon"], None]) -> None:
-        """Start, serve until `stop`, leave. Raises ConfigError for what a person must mend."""
+        """Start, serve until `stop`, leave. Raises ConfigError for what a person must mend, and DaemonFailed."""
         if not await asyncio.to_thread(rounds_as_specified):
             fix = "find the library that was built with -ffast-math and remove it"
             raise ConfigError("this machine", "float32 arithmetic is not IEEE 754 (subnormals are flushed)", fix)
@@ -116,6 +116,7 @@ class Daemon:
             await self._start_control(choice)
             signed = choice.signed or await self._until_stopped(self._fetch_manifest(choice))
             if signed is None:
+                self._tasks.check()
                 return
             store_manifest(self.config, signed)
             self._signed_manifest = signed
@@ -125,6 +126,7 @@ class Daemon:
             on_ready(self)
             await self._stop.wait()
             await self._leave()
+            self._tasks.check()
         finally:
             await self._shut_down()
 
@@ -363,9 +365,9 @@ class Daemon:
         self._begin_reports()
         self.web = WebServer(config.web.host, config.web.port, self.reporter.make_sources(answers))
         self.web_port = await self.web.start()
+        for vital in (self.driver.run(), self.membership.beat()):
+            self._spawn(vital, vital=True)
         for work in (
-            self.driver.run(),
-            self.membership.beat(),
             self.membership.discover(),
             self.ledger.keep_up(self.membership.table.live, self._incarnation),
             self.paths.reach.watch(),
@@ -462,7 +464,7 @@ class Daemon:
     def _is_needed(self) -> bool:
         """Whether a round in work, the next vote, or the certificate that only this peer may hold, counts on it."""
         live, head = self.membership.table.live(), self.core.head
-        if not live:
+        if not live or self._tasks.failure:
             return False
         busy = self.core.phase is not Phase.GATHER and self.me in self.core.view().roster
         others_vote = any(voter in live and not live[voter].leaving for voter in head.voters)
@@ -545,7 +547,9 @@ class Daemon:
 
     def _control_crashed(self, detail: str) -> None:
         self.reporter.control_up = False
-        self.reporter.happen(HappeningKind.NETWORK, f"the control plane has stopped: {detail}", Severity.ERROR)
+        failure = f"the control plane has stopped: {detail}"
+        self.reporter.happen(HappeningKind.NETWORK, failure, Severity.ERROR)
+        self._tasks.fail(failure)
 
     # -- rounds ------------------------------------------------------------------------------------------------------
 

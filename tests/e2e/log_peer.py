@@ -14,17 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import uvloop
 
-from shoal.node.config import BOOTSTRAP, load_config
+from shoal.node.config import BOOTSTRAP, ON_DISK, load_config
 from shoal.node.daemon import Daemon
 from shoal.node.identity_file import hold_identity, load_or_create_identity, next_incarnation
 from shoal.node.process import set_up_log
-from shoal.protocol.codecs import Float32s
 from shoal.protocol.errors import Refusal
 from shoal.protocol.identity import PeerId, format_peer_id
-from shoal.protocol.manifest import Manifest
 from tests.e2e.certified_log import spoil
 from tests.e2e.shaping_proxy import HOST
 
@@ -163,16 +160,6 @@ class _Process:
         self.tell("ready", head=daemon.core.head.round)
 
 
-class _LeanDaemon(Daemon):
-    """Its state lies in a file that the system may write back when memory is short."""
-
-    def _allocate(self, manifest: Manifest) -> tuple[Float32s, Float32s]:
-        self._memory = None
-        path = self.config.data_path / "state"
-        state: Float32s = np.memmap(path, np.float32, "w+", shape=(2, manifest.layout.elements))
-        return state[0], state[1]
-
-
 def main() -> None:
     given = json.loads(sys.argv[1])
     options = LogPeer(**given | {"bootstraps": tuple(given["bootstraps"])})
@@ -187,13 +174,15 @@ def main() -> None:
     }
     if options.bootstraps:
         overrides["bootstrap"] = ",".join(options.bootstraps)
+    if options.lean:
+        overrides["vectors"] = ON_DISK
     config = load_config(None, overrides)
     set_up_log("info", "text")
     with hold_identity(config.data_path / "identity.key") as identity:
         incarnation = next_incarnation(config.data_path / "incarnation", time.time())
 
         async def serve() -> None:
-            daemon = (_LeanDaemon if options.lean else Daemon)(config, identity, incarnation)
+            daemon = Daemon(config, identity, incarnation)
             await daemon.run(_Process(options, daemon).change)
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

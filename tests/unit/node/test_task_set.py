@@ -7,7 +7,7 @@ import pytest
 
 from shoal.node import task_set
 from shoal.node.control import ControlStopped
-from shoal.node.task_set import TaskSet
+from shoal.node.task_set import DaemonFailed, TaskSet
 from tests.unit.node.node_samples import wait_until
 
 
@@ -28,6 +28,30 @@ async def test_a_defect_is_logged_with_its_trace_and_everything_else_goes_on(cap
     assert record.levelno == logging.ERROR
     assert "a defect in" in record.getMessage() and "fail" in record.getMessage()
     assert record.exc_info is not None and record.exc_info[0] is ValueError
+    await tasks.end()
+
+
+async def test_the_daemon_gives_up_once_when_a_defect_ends_what_is_vital() -> None:
+    given_up = []
+    tasks = TaskSet(lambda: given_up.append(tasks.failure))
+
+    async def fail() -> None:
+        raise ValueError("by the test")
+
+    async def end() -> None:
+        return
+
+    tasks.spawn(fail())
+    tasks.spawn(end(), vital=True)
+    await wait_until(lambda: len(asyncio.all_tasks()) == 1)
+    tasks.check()  # neither of them is one
+    assert given_up == []
+    tasks.spawn(fail(), vital=True)
+    await wait_until(lambda: bool(given_up))
+    tasks.fail("what follows from it")
+    assert len(given_up) == 1 and "a defect has ended" in given_up[0]
+    with pytest.raises(DaemonFailed, match=r"fail; the log has the trace, .* start the peer again"):
+        tasks.check()
     await tasks.end()
 
 
