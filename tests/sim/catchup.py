@@ -143,6 +143,7 @@ def _install(peer: "SimPeer", head: Head, snapshot: Snapshot) -> None:
     peer.replica.round = snapshot.round
     peer.world.checker.installed(peer, head)
     peer.contributor.clear()
+    peer.parted.clear()
     peer.world.checker.restarted_from_base(peer)
     peer.local = peer.replica.params.copy()
     peer.steps = peer.missed = 0

@@ -138,8 +138,8 @@ class Checker:
         if not np.array_equal(frozen.residual_next, expected):
             raise broken("error feedback is exact", f"peer {peer.number} changed what round {frozen.round} left alone")
         books.frozen = frozen
-        if any(one.round != frozen.round for one, _ in books.left.values()):
-            books.left.clear()
+        # Later ones are of a log that was left.
+        books.left = {root: made for root, made in books.left.items() if made[0].round >= frozen.round}
         books.left[frozen.root] = frozen, expected
 
     def released(self, peer: "SimPeer", frozen: Frozen) -> None:
@@ -169,7 +169,10 @@ class Checker:
         books, number = self._books[peer.identity.peer], result.round
         root = result.members[index].contribution_root
         frozen, residual_next = books.left.get(root, (books.frozen, books.residual))
-        expected = oracle.list_parts_with(result, index) if root in books.left else ()
+        is_known = root in books.left and frozen is not None and frozen.round == number
+        if not is_known:
+            frozen, residual_next = books.frozen, books.residual
+        expected = oracle.list_parts_with(result, index) if is_known else ()
         if included != expected or frozen is None or frozen.round != number:
             raise broken("error feedback is exact", f"peer {peer.number} settled {included}, not {expected}")
         for part in included:
@@ -227,6 +230,7 @@ class Checker:
             raise broken("bit parity", f"peer {peer.number} installed another state of round {head.round}")
         if not self.logs.leads_to(before, head):
             raise broken("rounds are never undone", f"peer {peer.number} installed another log")
+        self._books[peer.identity.peer].left.clear()
         self.committed_head[peer.identity.peer] = head
 
     def rewound(self, peer: "SimPeer", first: int, theirs: bytes, found: list[Head]) -> None:

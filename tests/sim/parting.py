@@ -126,6 +126,9 @@ def _rewind(peer: "SimPeer", donor: "SimPeer", first: int, last: Result) -> None
 
 
 def _switch(peer: "SimPeer", donor: "SimPeer", head: Head, last: int) -> None:
+    # Logs that parted may lead to the same state, and what was offered on one be counted on the other.
+    offered = (peer.frozen, *peer.taken_back, *peer.parted)
+    peer.parted = [one for one in offered if one is not None and one.round > head.round]
     peer.finish_round()
     peer.replay.clear()
     peer.core.take_effects()

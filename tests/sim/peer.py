@@ -103,6 +103,7 @@ class SimPeer(SimMachine):
         self.frozen: Frozen | None = None
         self.ready: SignedReady | None = None
         self.taken_back: list[Frozen] = []  # of the open round, where a plan had them before
+        self.parted: list[Frozen] = []  # made on a log that was left; their rounds are to come again on the other one
         self.alone_since_s: float | None = None
         self.steps = 0
         self.missed = 0
@@ -168,7 +169,8 @@ class SimPeer(SimMachine):
         """Freeze what was handed over, and become ready with it unless the round is over already."""
         if self.core.phase is Phase.APPLY or self.leaving or self.replica.round != self.core.head.round:
             return  # the next round begins with another try
-        if len(self.taken_back) == PENDING_MAX:
+        again = [one for one in self.parted if one.round == self.core.head.round + 1]
+        if len(self.taken_back) + len(again) >= PENDING_MAX:
             return  # as node/feedback.py, which keeps no more residuals for one round
         frozen = self.contributor.freeze(self.core.head.round + 1, self.replica.params, self.local)
         self.world.checker.froze(self, frozen)
@@ -554,6 +556,7 @@ class SimPeer(SimMachine):
 
     def begin_round(self, head: Head) -> None:
         self.finish_round()
+        self.parted = [one for one in self.parted if one.round > head.round]
         self.table.expect(head.voters, self.clock())
         self.core.applied(head, self.clock())
         self.busy = False

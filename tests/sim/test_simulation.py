@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from shoal.protocol.errors import Refusal
+from shoal.protocol.messages import Result
 from shoal.protocol.rounds import RoundCore
 from tests.sim.campaign import main
-from tests.sim.checkers import InvariantBroken
+from tests.sim.checkers import Checker, InvariantBroken
 from tests.sim.clusters import Cluster
 from tests.sim.disk import Disk
 from tests.sim.faults import DiskFate, Fault, FaultKind, Lie, Moment
+from tests.sim.peer import SimPeer
 from tests.sim.shrink import RUNS_MAX, shrink
 from tests.sim.world import World
 
@@ -57,6 +59,21 @@ def test_seed_in_which_peers_train_on_without_a_quorum_breaks_no_invariant(
     assert world.cluster.gossip_after_s
     assert world.run().rounds >= 3
     assert taken_back[False] and taken_back[True], "never planned, and planned before"
+
+
+def test_what_was_offered_on_a_log_that_was_left_is_settled_where_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logs parted by re-roots alone, which move nothing: what was made on one has its base on the other, too."""
+    counted: list[tuple[int, ...]] = []
+    settled = Checker.settled
+
+    def note(checker: Checker, peer: SimPeer, result: Result, index: int, included: tuple[int, ...]) -> None:
+        if result.members[index].contribution_root in [one.root for one in peer.parted]:
+            counted.append(included)
+        settled(checker, peer, result, index, included)
+
+    monkeypatch.setattr(Checker, "settled", note)
+    World(2730861223).run()
+    assert any(counted)
 
 
 def test_two_sides_declare_and_meet_and_the_heavier_one_stays() -> None:

@@ -99,7 +99,8 @@ def merge(peer: "SimPeer", certificate: Certificate) -> bool:
     result = certificate.result
     members = [member.peer for member in result.members]
     included: tuple[int, ...] = ()
-    offered = [one for one in (peer.frozen, *peer.taken_back) if one is not None and one.round == result.round]
+    held = (peer.frozen, *peer.taken_back, *peer.parted)
+    offered = [one for one in held if one is not None and one.round == result.round]
     frozen = offered[0] if offered else None
     if frozen is not None and peer.identity.peer in members:
         index = members.index(peer.identity.peer)
