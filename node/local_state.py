@@ -312,8 +312,10 @@ class LocalState:
     def _settle(self, result: Result, me: PeerId) -> tuple[int, ...]:
         roots = [member.contribution_root for member in result.members if member.peer == me]
         frozen = self._pending.get(roots[0]) if roots else None
+        if frozen is not None and frozen.round != result.round:
+            frozen = None  # the same work, offered to another round, on a log that was left
         included: tuple[int, ...] = ()
-        if frozen is not None and frozen.round == result.round:
+        if frozen is not None:
             if self.stores.feedback is None:
                 index = [member.peer for member in result.members].index(me)
                 included = self.contributor.settle(frozen, result, index)

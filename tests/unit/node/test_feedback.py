@@ -308,6 +308,18 @@ def test_a_damaged_residual_is_named_and_not_used(tmp_path: Path, caplog: pytest
     assert "the residual of the error feedback is damaged" in caplog.text
 
 
+def test_work_that_was_offered_again_to_another_round_is_not_applied_twice(tmp_path: Path) -> None:
+    """A log that was left had the round without it, and the same bytes were offered to the next one."""
+    with alive(tmp_path) as state:
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 1), 10))
+        certificate, encoded = count(state, frozen, frozenset(range(PARTS)), 7)
+        state._pending[frozen.root] = replace(frozen, round=frozen.round + 1)
+        generation = state.generation
+        asyncio.run(commit(state, certificate, encoded))
+        assert asyncio.run(state.settle(certificate.result, ME)) == ()
+        assert state.generation != generation, "the local parameters, where it is in, are given up"
+
+
 def test_work_that_a_life_unknown_here_contributed_is_not_applied_twice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
