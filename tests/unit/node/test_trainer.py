@@ -261,7 +261,7 @@ sys.exit(f"at a time: {start.micro_batch}, again: {start.checkpoint_activations}
 
 
 def test_a_child_that_breaks_the_protocol_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import os, sys, time; os.write(int(sys.argv[1]), b'\\xff' * 8); time.sleep(3600)"
+    code = "import os, signal, sys; os.write(int(sys.argv[1]), b'\\xff' * 8); signal.pause()"
     monkeypatch.setattr(module, "_python_command", lambda _: (sys.executable, "-c", code))
     monkeypatch.setattr(module, "STOP_GRACE_S", 0.1)
 
@@ -274,7 +274,7 @@ def test_a_child_that_breaks_the_protocol_is_ended(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_child_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)"
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"
     monkeypatch.setattr(module, "_python_command", lambda _: (sys.executable, "-c", code))
     for name in ("START_TIMEOUT_S", "STOP_GRACE_S", "TERMINATE_GRACE_S"):
         monkeypatch.setattr(module, name, 0.2)
