@@ -8,7 +8,6 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from shoal.protocol.errors import ShoalError
 
 LAST_LINES_MAX = 20
+LAST_WORDS_S = 2.0  # until what a process that ended has said last is here
 
 
 class BenchFailed(ShoalError):
@@ -72,7 +72,7 @@ class BenchProcess:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
         except BrokenPipeError as error:
-            raise self._failed("ended") from error
+            raise self._ended() from error
 
     def wait(self, event: str, timeout_s: float) -> dict[str, Any]:
         """The next answer, which is of this kind."""
@@ -81,7 +81,7 @@ class BenchProcess:
         except queue.Empty:
             raise self._failed(f"did not say {event!r} within {timeout_s:.0f} s") from None
         if answer is None:
-            raise self._failed("ended")
+            raise self._ended()
         assert answer["event"] == event, f"{answer['event']} where {event} was to come"
         return answer
 
@@ -89,8 +89,11 @@ class BenchProcess:
         self.tell(question)
         return self.wait(event, timeout_s)
 
+    def _ended(self) -> BenchFailed:
+        self._threads[-1].join(LAST_WORDS_S)  # which reads them
+        return self._failed("ended")
+
     def _failed(self, what: str) -> BenchFailed:
-        time.sleep(0.2)  # its last lines are under way
         said = "\n    ".join(self._errors) or "nothing"
         return BenchFailed(f"a measured process {what}; its last lines:\n    {said}")
 
