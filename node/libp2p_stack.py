@@ -17,8 +17,8 @@ takes a second.
 import collections
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -100,6 +100,16 @@ _log = logging.getLogger(__name__)
 
 # Whether what runs here is for peers that are connected: the library would call back who has gone meanwhile.
 _dials_nobody: ContextVar[bool] = ContextVar("dials_nobody", default=False)
+
+
+@contextmanager
+def connected_only() -> Iterator[None]:
+    """Within it the library dials nobody."""
+    before = _dials_nobody.set(True)
+    try:
+        yield
+    finally:
+        _dials_nobody.reset(before)
 
 
 def quiet_libp2p() -> None:
@@ -278,8 +288,7 @@ class BoundedHost(BasicHost):
         places = trio.CapacityLimiter(PUSHES_AT_ONCE_MAX)
 
         async def push(peer_id: ID) -> None:
-            _dials_nobody.set(True)  # in this task alone
-            with Contained(f"telling {peer_id}"), trio.move_on_after(PUSH_TIMEOUT_S):
+            with connected_only(), Contained(f"telling {peer_id}"), trio.move_on_after(PUSH_TIMEOUT_S):
                 await push_identify_to_peer(self, peer_id, limit=places)
 
         async with trio.open_nursery() as pushes:
@@ -288,11 +297,8 @@ class BoundedHost(BasicHost):
 
     async def open_connected_stream(self, peer_id: ID, protocol: TProtocol) -> INetStream:
         """A stream on a connection that stands; raises the library's errors where there is none (any more)."""
-        before = _dials_nobody.set(True)
-        try:
+        with connected_only():
             return await self.new_stream(peer_id, [protocol])
-        finally:
-            _dials_nobody.reset(before)
 
     async def _serve_push(self, stream: INetStream) -> None:
         await self._take_push(stream)
