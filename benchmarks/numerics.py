@@ -45,8 +45,7 @@ def run(elements: int, repeats: int) -> dict[str, float]:
     optimizer, rates = OUTER_OPTIMIZERS["nesterov"], OuterRates(learning_rate=0.7, momentum=0.9)
     entropy = np.random.default_rng(1)
     values, momentum, update = (entropy.standard_normal(elements, dtype=np.float32) for _ in range(3))
-    encoded = [INT8.encode(entropy.standard_normal(elements, dtype=np.float32)) for _ in range(MEMBERS)]
-    parts = [WeightedPart(encoded=one, weight=1.0, clip_factor=1.0) for one in encoded]
+    parts = draw_parts(entropy, elements)
 
     def rate(work: Callable[[], object], nbytes: int) -> float:
         return round(measure_rate(work, nbytes, repeats, time.thread_time), 1)
@@ -63,14 +62,18 @@ def run(elements: int, repeats: int) -> dict[str, float]:
     }
 
 
+def draw_parts(entropy: np.random.Generator, elements: int) -> list[WeightedPart]:
+    """One of every member, normal values in int8."""
+    drawn = [INT8.encode(entropy.standard_normal(elements, dtype=np.float32)) for _ in range(MEMBERS)]
+    return [WeightedPart(encoded=one, weight=1.0, clip_factor=1.0) for one in drawn]
+
+
 def measure_parts(repeats: int) -> dict[str, float]:
     """Microseconds of one core for a part of PART_ELEMENTS in int8: looking whether it decodes, and its mean of few."""
-    entropy = np.random.default_rng(4)
-    encoded = [INT8.encode(entropy.standard_normal(PART_ELEMENTS, dtype=np.float32)) for _ in range(MEMBERS)]
-    parts = [WeightedPart(encoded=one, weight=1.0, clip_factor=1.0) for one in encoded]
+    parts = draw_parts(np.random.default_rng(4), PART_ELEMENTS)
     reduce_part = make_reduction(AGGREGATORS["mean"]).reduce_part
     works: dict[str, Callable[[], object]] = {
-        "check": partial(INT8.check_untrusted, encoded[0], PART_ELEMENTS),
+        "check": partial(INT8.check_untrusted, parts[0].encoded, PART_ELEMENTS),
         **{f"mean of {count}": partial(reduce_part, parts[:count], PART_ELEMENTS) for count in (2, 4, MEMBERS)},
     }
     return {f"{name}, us": round(1e6 * measure_span(work, repeats, time.thread_time)) for name, work in works.items()}
