@@ -13,8 +13,8 @@ was contributed since may have been counted. And a certificate that counts a con
 does not know tells of such a life, too, as after a whole folder was put back. Then the residual, and the local
 parameters with it, are partly in what was counted: all of that is dropped, told, and not applied a second time.
 
-Invariants: at most PENDING_MAX contributions of one round are kept, and none is forgotten while its round is open; the
-same contribution is settled once.
+Invariants: at most PENDING_MAX contributions are kept, and none to the open round is forgotten while that is open; the
+same contribution is settled once, and none that the record does not know.
 """
 
 import logging
@@ -154,12 +154,19 @@ class FeedbackStore:
         open_round = tuple(one for one in self.record.pending if one.round == frozen.round)
         if any(one.root == frozen.root for one in open_round):
             return
-        if len(open_round) == PENDING_MAX:
+        room = PENDING_MAX - 1 - len(open_round)
+        if room < 0:
             raise FeedbackFull(f"{PENDING_MAX} contributions to round {frozen.round} are pending")
+        # Those to later rounds were offered on a log that was left, and it may be gone back to.
+        later = tuple(one for one in self.record.pending if one.round > frozen.round and one.root != frozen.root)
         pending = Pending(
             round=frozen.round, root=frozen.root, batches_done=batches_done, residual=self._write(frozen.residual_next)
         )
-        self._save(replace(self.record, pending=(*open_round, pending)))
+        self._save(replace(self.record, pending=(*later[:room], *open_round, pending)))
+
+    def knows(self, frozen: Frozen) -> bool:
+        """Whether this contribution is pending: only then `settle` is durable."""
+        return any((one.round, one.root) == (frozen.round, frozen.root) for one in self.record.pending)
 
     def settle(self, contributor: Contributor, frozen: Frozen, result: Result, me: PeerId) -> tuple[int, ...]:
         """Take over what a counted contribution leaves; which parts it was counted in."""

@@ -312,8 +312,8 @@ class LocalState:
     def _settle(self, result: Result, me: PeerId) -> tuple[int, ...]:
         roots = [member.contribution_root for member in result.members if member.peer == me]
         frozen = self._pending.get(roots[0]) if roots else None
-        if frozen is not None and frozen.round != result.round:
-            frozen = None  # the same work, offered to another round, on a log that was left
+        if frozen is not None and (frozen.round != result.round or not self._remembers(frozen)):
+            frozen = None  # offered on a log that was left; since then the same work was offered, or counted, elsewhere
         included: tuple[int, ...] = ()
         if frozen is not None:
             if self.stores.feedback is None:
@@ -329,6 +329,9 @@ class LocalState:
                 self.stores.feedback.renew()
             self.stores.feedback.forget(result.round)
         return included
+
+    def _remembers(self, frozen: Frozen) -> bool:
+        return self.stores.feedback is None or self.stores.feedback.knows(frozen)
 
     def _is_forgotten(self, result: Result, me: PeerId) -> bool:
         """Whether work is in the result that this peer has done in a life of which its disk knows nothing. A round that

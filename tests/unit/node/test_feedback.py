@@ -320,6 +320,57 @@ def test_work_that_was_offered_again_to_another_round_is_not_applied_twice(tmp_p
         assert state.generation != generation, "the local parameters, where it is in, are given up"
 
 
+def offer_then_leave_log(state: LocalState) -> Frozen:
+    """A contribution to round 2 of a log whose round 1 had nothing of this peer; then the log is left at its start."""
+    certificate, encoded = count(state, None, frozenset(), 7)
+    asyncio.run(commit(state, certificate, encoded))
+    asyncio.run(state.settle(certificate.result, ME))
+    frozen = asyncio.run(state.freeze(work_on(state.replica.params, 2), 20))
+    asyncio.run(state.rewind(1))
+    return frozen
+
+
+def test_what_was_offered_on_a_log_that_was_left_is_settled_durably_when_it_is_counted(tmp_path: Path) -> None:
+    with alive(tmp_path) as state:
+        left = offer_then_leave_log(state)
+        for seed in range(PENDING_MAX - 1):
+            asyncio.run(state.freeze(work_on(state.replica.params, 30 + seed), 30 + seed))
+    with alive(tmp_path) as state:
+        asyncio.run(advance(state, left, Step(frozenset(), False, False, True), 8))
+        certificate, encoded = count(state, left, frozenset(range(PARTS)), 9)
+        asyncio.run(commit(state, certificate, encoded))
+        assert asyncio.run(state.settle(certificate.result, ME)) == tuple(range(PARTS))
+    with alive(tmp_path) as state:
+        assert np.array_equal(state.contributor.residual, left.residual_next)
+        assert state.settled is not None and state.settled.batches_done == 20
+
+
+def test_of_what_was_offered_on_a_log_that_was_left_only_what_there_is_room_for_is_known(tmp_path: Path) -> None:
+    with alive(tmp_path) as state:
+        left = offer_then_leave_log(state)
+        for seed in range(PENDING_MAX):
+            asyncio.run(state.freeze(work_on(state.replica.params, 30 + seed), 30 + seed))
+        assert len(list((tmp_path / "feedback").iterdir())) == PENDING_MAX
+        asyncio.run(advance(state, left, Step(frozenset(), False, False, True), 8))
+        certificate, encoded = count(state, left, frozenset(range(PARTS)), 9)
+        generation = state.generation
+        asyncio.run(commit(state, certificate, encoded))
+        assert asyncio.run(state.settle(certificate.result, ME)) == ()
+        assert state.generation != generation, "what the disk cannot know is not settled in memory alone"
+
+
+def test_work_that_was_counted_is_not_settled_again_by_what_was_offered_on_a_log_that_was_left(tmp_path: Path) -> None:
+    with alive(tmp_path) as state:
+        left = offer_then_leave_log(state)
+        frozen = asyncio.run(state.freeze(work_on(state.replica.params, 3), 30))
+        asyncio.run(advance(state, frozen, Step(frozenset(range(PARTS)), False, False, False), 8))
+        generation = state.generation
+        certificate, encoded = count(state, left, frozenset(range(PARTS)), 9)
+        asyncio.run(commit(state, certificate, encoded))
+        assert asyncio.run(state.settle(certificate.result, ME)) == ()
+        assert state.generation != generation, "the local parameters, where it is in, are given up"
+
+
 def test_work_that_a_life_unknown_here_contributed_is_not_applied_twice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
