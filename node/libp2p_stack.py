@@ -425,7 +425,8 @@ class DirectPubsub(Pubsub):
         self.on_message(publish_message)
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
-        await super()._handle_new_peer(peer_id)
+        with connected_only():  # the library tries this again for a while, and by then the peer may have gone
+            await super()._handle_new_peer(peer_id)
         if queue := self.peer_queues.get(peer_id):
             queue._queue.max_size = GOSSIP_RPCS_QUEUED_MAX
 

@@ -322,6 +322,24 @@ async def test_nobody_is_called_back_to_be_told_of_addresses(members: Members, m
     assert told and not dialled
 
 
+async def test_nobody_is_called_back_to_be_told_of_presences(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library opens its stream for these as soon as it hears of a connection, and again where that fails."""
+    one, other = await members.start(2)
+    assert isinstance(one.plane, Libp2pHost)
+    engine, thread = one.plane._running(), one.plane._thread
+    await one.plane.disconnect(other.peer)
+    assert await one.find("lost") == (other.peer,)
+    engine._pubsub.peers.pop(libp2p_id(other.peer), None)
+    dialled: list[ID] = []
+
+    async def note_dial(peer_id: ID) -> None:
+        dialled.append(peer_id)
+
+    monkeypatch.setattr(engine._swarm, "dial_known", note_dial)
+    await thread.call(engine._pubsub._handle_new_peer_with_retry, libp2p_id(other.peer))
+    assert not dialled
+
+
 async def test_stopping_leaves_no_thread(members: Members) -> None:
     before = set(threading.enumerate())
     one, other = await members.start(2)
