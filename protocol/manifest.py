@@ -413,10 +413,12 @@ def check_draft(draft: Draft) -> None:
     if draft.rounds.presence_timeout_s < 2 * draft.rounds.presence_period_s:
         fix = "use at least twice rounds.presence_period_s"
         raise ManifestError("rounds.presence_timeout_s", "leaves no room for one lost heartbeat", fix)
-    owner_s, exchange_s = draft.rounds.owner_timeout_s, draft.rounds.exchange_timeout_s
-    if owner_s > exchange_s:
-        problem = f"is {owner_s:g}, and the whole exchange ends after rounds.exchange_timeout_s, {exchange_s:g}"
-        raise ManifestError("rounds.owner_timeout_s", problem, "lower it, or raise rounds.exchange_timeout_s")
+    rounds = draft.rounds
+    for name, limit_s in (("sender_timeout_s", rounds.sender_timeout_s), ("owner_timeout_s", rounds.owner_timeout_s)):
+        if limit_s > rounds.exchange_timeout_s:
+            ends = f"the whole exchange ends after rounds.exchange_timeout_s, {rounds.exchange_timeout_s:g}"
+            fix = "lower it, or raise rounds.exchange_timeout_s"
+            raise ManifestError(f"rounds.{name}", f"is {limit_s:g}, and {ends}", fix)
     for one in CONDITIONS:
         if not one.is_met(draft, is_named=False):
             raise ManifestError(f"{one.table}.{one.field}", *one.describe_fault(draft))

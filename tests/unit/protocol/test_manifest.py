@@ -221,12 +221,13 @@ def test_fields_that_contradict_each_other_are_refused(draft: Draft, field: str)
     assert error.field == field and error.fix
 
 
-def test_an_owner_gets_no_longer_than_the_exchange_lasts() -> None:
-    rules = replace(RULES, owner_timeout_s=20.0, exchange_timeout_s=20.0)
-    check_draft(replace(DRAFT, rounds=rules))
-    error = refuse_pieces(replace(DRAFT, rounds=replace(rules, exchange_timeout_s=19.5)))
-    assert error.field == "rounds.owner_timeout_s"
-    assert error.problem == "is 20, and the whole exchange ends after rounds.exchange_timeout_s, 19.5"
+@pytest.mark.parametrize("field", ["sender_timeout_s", "owner_timeout_s"])
+def test_nobody_gets_longer_than_the_exchange_lasts(field: str) -> None:
+    rules = replace(RULES, exchange_timeout_s=20.0)
+    check_draft(replace(DRAFT, rounds=replace(rules, **{field: 20.0})))
+    error = refuse_pieces(replace(DRAFT, rounds=replace(rules, **{field: 20.5})))
+    assert error.field == f"rounds.{field}"
+    assert error.problem == "is 20.5, and the whole exchange ends after rounds.exchange_timeout_s, 20"
     assert error.fix == "lower it, or raise rounds.exchange_timeout_s"
 
 
