@@ -37,6 +37,9 @@ def full_disk(*_: object, **__: object) -> None:
     raise StoreError(Path("ledger.sqlite"), Failure.DISK_FULL, "the disk is full", "make space")
 
 
+LIMITS = ("plan_timeout_s", "sender_timeout_s", "owner_timeout_s", "exchange_timeout_s")
+
+
 def no_space(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
@@ -164,7 +167,7 @@ async def test_a_store_that_fails_at_the_commit_applies_nothing_and_a_restart_ma
 async def test_a_peer_votes_again_by_itself_once_its_disk_has_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = dict.fromkeys(("plan_timeout_s", "owner_timeout_s", "exchange_timeout_s", "commit_timeout_s"), 0.5)
+    limits = dict.fromkeys((*LIMITS, "commit_timeout_s"), 0.5)
     swarm = make_samples(founders=2, grace_s=0.1, **limits)  # both votes are needed
     async with open_peers(tmp_path, 2, swarm) as peers:
         ill, well = peers
@@ -302,7 +305,7 @@ async def test_a_message_that_no_honest_peer_sends_is_reported_and_one_that_is_l
 
 
 async def test_a_limit_that_passes_wakes_the_core(tmp_path: Path) -> None:
-    swarm = make_samples(founders=3, grace_s=0.0, plan_timeout_s=0.1, owner_timeout_s=0.2, exchange_timeout_s=0.2)
+    swarm = make_samples(founders=3, grace_s=0.0, **dict.fromkeys(LIMITS, 0.2))
     async with open_peer(swarm, 0, tmp_path, trains=True) as peer, open_puppet(swarm, 1, peer) as puppet:
         # Two are ready. Whoever proposes, by the swarm's id: nobody sends a plan, or the puppet reduces nothing.
         await peer.contribute(1)
