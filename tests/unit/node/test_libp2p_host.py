@@ -299,44 +299,48 @@ async def test_a_stream_for_a_connected_peer_calls_nobody_back_who_has_gone(memb
     assert [peer.peer for peer in one.plane.peers()] == [other.peer], "it could be dialled all the time"
 
 
-async def test_nobody_is_called_back_to_be_told_of_addresses(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+async def part(members: Members) -> tuple[Libp2pHost, ID]:
+    """One of two members, and the other one, from which it has parted."""
     one, other = await members.start(2)
     assert isinstance(one.plane, Libp2pHost)
-    engine, thread = one.plane._running(), one.plane._thread
     await one.plane.disconnect(other.peer)
     assert await one.find("lost") == (other.peer,)
+    return one.plane, libp2p_id(other.peer)
+
+
+def note_dials(plane: Libp2pHost, monkeypatch: pytest.MonkeyPatch) -> list[ID]:
+    """Whom it dials from now on, in place of the dialling."""
     dialled: list[ID] = []
 
     async def note_dial(peer_id: ID) -> None:
         dialled.append(peer_id)
 
-    monkeypatch.setattr(engine._swarm, "dial_known", note_dial)
+    monkeypatch.setattr(plane._running()._swarm, "dial_known", note_dial)
+    return dialled
+
+
+async def test_nobody_is_called_back_to_be_told_of_addresses(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    plane, gone = await part(members)
+    dialled = note_dials(plane, monkeypatch)
     told: list[ID] = []
 
     def connected_before() -> list[ID]:
-        told.append(libp2p_id(other.peer))
+        told.append(gone)
         return told
 
-    monkeypatch.setattr(engine._host, "get_connected_peers", connected_before)  # what was true a moment before
-    await thread.call(engine._host.push_identify)
+    host = plane._running()._host
+    monkeypatch.setattr(host, "get_connected_peers", connected_before)  # what was true a moment before
+    await plane._thread.call(host.push_identify)
     assert told and not dialled
 
 
 async def test_nobody_is_called_back_to_be_told_of_presences(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library opens its stream for these as soon as it hears of a connection, and again where that fails."""
-    one, other = await members.start(2)
-    assert isinstance(one.plane, Libp2pHost)
-    engine, thread = one.plane._running(), one.plane._thread
-    await one.plane.disconnect(other.peer)
-    assert await one.find("lost") == (other.peer,)
-    engine._pubsub.peers.pop(libp2p_id(other.peer), None)
-    dialled: list[ID] = []
-
-    async def note_dial(peer_id: ID) -> None:
-        dialled.append(peer_id)
-
-    monkeypatch.setattr(engine._swarm, "dial_known", note_dial)
-    await thread.call(engine._pubsub._handle_new_peer_with_retry, libp2p_id(other.peer))
+    plane, gone = await part(members)
+    dialled = note_dials(plane, monkeypatch)
+    pubsub = plane._running()._pubsub
+    pubsub.peers.pop(gone, None)
+    await plane._thread.call(pubsub._handle_new_peer_with_retry, gone)
     assert not dialled
 
 

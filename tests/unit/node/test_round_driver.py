@@ -32,12 +32,11 @@ from tests.unit.node.exposition import read
 from tests.unit.node.node_samples import Peer, make_chain, make_samples, open_peer, open_peers, wait_until
 from tests.unit.node.puppet import Puppet, open_puppet
 
+LIMITS = ("plan_timeout_s", "sender_timeout_s", "owner_timeout_s", "exchange_timeout_s")
+
 
 def full_disk(*_: object, **__: object) -> None:
     raise StoreError(Path("ledger.sqlite"), Failure.DISK_FULL, "the disk is full", "make space")
-
-
-LIMITS = ("plan_timeout_s", "sender_timeout_s", "owner_timeout_s", "exchange_timeout_s")
 
 
 def no_space(*_: object, **__: object) -> None:
