@@ -249,7 +249,7 @@ class CatchUp:
             if donor in self.donors.liars:
                 continue
             index = await self.donors.ask_snapshot(donor, target - 1, self._manifest.layout.elements)
-            if index is None or index.round < max(first, self._state.head.round + 2):
+            if index is None or index.round < max(first, self._state.head.round + 1):
                 continue
             await self._lengthen(chain, donor, index.round + 1)
             if first + len(chain) <= index.round + 1:

@@ -62,8 +62,9 @@ def choose_route(distance: Distance, offers: Sequence[SnapshotOffer]) -> Route |
     routes = [
         _by_snapshot(distance, offer)
         for offer in offers
-        # One round ahead there is nothing to gain; the updates after it must be there, too.
-        if distance.head + 1 < offer.round <= distance.target and distance.updates_from <= offer.round + 1
+        # The updates after it must be there, too. One round ahead it may be all that is left of that round: those who
+        # made the round have gone, and those who took the snapshot have never had the update.
+        if distance.head < offer.round <= distance.target and distance.updates_from <= offer.round + 1
     ]
     best = min(routes, key=lambda route: route.seconds, default=None)
     if replay is None or best is None:

@@ -51,12 +51,21 @@ def ask_for_log(peer: "SimPeer", donor: "SimPeer", target: int) -> None:
     if target - head > REPLAY_ROUNDS_MAX:
         peer.transmit(donor, QUESTION_BYTES, "snapshot?", tell_snapshot, donor, peer, head)
     else:
-        peer.transmit(donor, QUESTION_BYTES, "behind", tell_certificates, donor, peer, head + 1)
+        peer.transmit(donor, QUESTION_BYTES, "behind", tell_log, donor, peer, head + 1)
 
 
 def is_catching_up(peer: "SimPeer") -> bool:
     """Whether it is on its way to a round; meanwhile its log is compared with nobody's."""
     return peer.core.head.round < peer.target and peer.clock() < peer.target_until_s
+
+
+def tell_log(donor: "SimPeer", asker: "SimPeer", first: int) -> None:
+    """Certificates whose updates are here, or what leads over those whose updates are not."""
+    certificate = donor.disk.certificates.get(first)
+    if certificate is not None and any(donor.disk.read(part.digest) is None for part in certificate.result.parts):
+        tell_snapshot(donor, asker, first - 1)
+    else:
+        tell_certificates(donor, asker, first)
 
 
 def tell_certificates(donor: "SimPeer", asker: "SimPeer", first: int) -> None:
@@ -94,7 +103,7 @@ def tell_snapshot(donor: "SimPeer", asker: "SimPeer", after: int) -> None:
     certificates = donor.disk.certificates
     for number in sorted(donor.disk.snapshots, reverse=True):
         chain = tuple(certificates[one] for one in range(after + 1, number + 2) if one in certificates)
-        if number > after + 1 and len(chain) == number + 1 - after:
+        if number > after and len(chain) == number + 1 - after:
             snapshot = donor.disk.snapshots[number]
             size = snapshot.params.nbytes * 2
             args = (asker, donor, snapshot, chain)

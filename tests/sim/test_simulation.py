@@ -11,6 +11,7 @@ import pytest
 
 from shoal.protocol.errors import Refusal
 from shoal.protocol.messages import Result
+from shoal.protocol.quorum import Head
 from shoal.protocol.rounds import RoundCore
 from tests.sim.campaign import main
 from tests.sim.checkers import Checker, InvariantBroken
@@ -111,6 +112,23 @@ def test_an_update_that_is_gone_with_its_quorum_is_given_up() -> None:
     outcome = world.run()
     assert outcome.attempts_failed["update_lost"] == 1 and world.checker.reroots["declared"] == 1
     assert outcome.rounds > 3
+
+
+def test_a_round_whose_update_is_gone_is_jumped_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 83044376 as it was found: whoever made round 12 is gone for good but one who lacks its update. Those who are
+    left came by its snapshot."""
+    steps = []
+    installed = Checker.installed
+
+    def note(checker: Checker, peer: SimPeer, head: Head) -> None:
+        steps.append((peer.core.head.round, head.round))
+        installed(checker, peer, head)
+
+    monkeypatch.setattr(Checker, "installed", note)
+    seed = 83044376
+    world = World(seed, faults=[World(seed).faults[number] for number in (0, 2, 4, 5, 6, 7, 8)])
+    assert world.run().rounds >= 20
+    assert (11, 12) in steps
 
 
 def test_without_a_reroot_a_second_log_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """What the tests of catch-up share: a newcomer and its donors over real tensor links, some of them not honest."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from shoal.node import fetch
 from shoal.protocol.errors import Refusal
 from shoal.protocol.identity import PeerId
 from shoal.protocol.messages import (
+    Certificate,
     decode_message_untrusted,
     encode_message,
 )
@@ -66,6 +68,12 @@ async def open_newcomer(swarm: Swarm, folder: Path, donors: list[Peer], number: 
             await newcomer.connect(donor)
             newcomer.meet(donor)
         yield newcomer
+
+
+def keep_updates(chain: Chain, certificates: Sequence[Certificate]) -> Chain:
+    """With the updates of these rounds alone."""
+    digests = {part.digest for one in certificates for part in one.result.parts}
+    return replace(chain, blobs={digest: raw for digest, raw in chain.blobs.items() if digest in digests})
 
 
 def rewrite_answers(donor: Peer, change: Change) -> None:

@@ -28,6 +28,7 @@ from tests.unit.node.catchup_samples import (
     SNAPSHOT,
     assert_same_state,
     assert_untouched,
+    keep_updates,
     open_newcomer,
     open_swarm,
     rewrite_answers,
@@ -38,6 +39,9 @@ from tests.unit.node.catchup_samples import (
 from tests.unit.node.node_samples import (
     TINY_ELEMENTS,
     WIDE_ELEMENTS,
+    fill_folder,
+    make_chain,
+    make_samples,
     open_peer,
     wait_until,
 )
@@ -154,6 +158,24 @@ async def test_far_behind_takes_a_snapshot_from_several_donors_and_replays_the_r
         assert newcomer.state.stores.snapshots.rounds() == [SNAPSHOT]
         assert [one.result.round for one in newcomer.state.load_certificates(1, 99)] == list(range(1, FAR + 1))
         assert list((newcomer.folder / "catchup").iterdir()) == []
+
+
+async def test_one_round_is_jumped_over_where_nobody_has_its_update_any_more(tmp_path: Path) -> None:
+    """Those who made the round have gone, and the donor came by its snapshot."""
+    swarm = make_samples()
+    chain = make_chain(swarm, FAR, (SNAPSHOT,))
+    before, after = chain.certificates[: SNAPSHOT - 1], chain.certificates[SNAPSHOT:]
+    fill_folder(swarm, tmp_path / str(NEWCOMER), keep_updates(replace(chain, certificates=before, states={}), before))
+    fill_folder(swarm, tmp_path / "0", keep_updates(chain, after))
+    async with open_peer(swarm, 0, tmp_path) as donor:
+        await donor.providers.refresh()
+        assert donor.presence.describe().updates_from == SNAPSHOT + 1
+        async with open_newcomer(swarm, tmp_path, [donor]) as newcomer:
+            assert newcomer.state.head == chain.heads[SNAPSHOT - 1]
+            await newcomer.catch_up.run(donor.me, FAR)
+            assert newcomer.state.head == chain.heads[FAR]
+            assert_same_state(newcomer, donor)
+            assert newcomer.catch_up.snapshots_taken == 1
 
 
 async def test_what_a_snapshot_brought_survives_a_restart(tmp_path: Path) -> None:

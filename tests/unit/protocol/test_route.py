@@ -74,6 +74,7 @@ def test_a_snapshot_that_only_slow_donors_have_is_left() -> None:
 
 def test_without_the_updates_there_is_only_the_snapshot() -> None:
     assert snapshot_of(distance(3, updates_from=103), offer(102)) == 102
+    assert snapshot_of(distance(3, updates_from=102), offer(101)) == 101
     assert choose_route(distance(3, updates_from=103), []) is None
     assert choose_route(distance(3, updates_from=104), [offer(102)]) is None
 
