@@ -80,7 +80,8 @@ class Checker:
         self.suspects: set[PeerId] = set()  # who lies, or was restored from a backup: no word of theirs is binding
         self.lies: set[bytes] = set()  # digests of results that an owner made up
         self.refusals: Counter[str] = Counter()  # of liars' messages, by reason
-        self._contributed: dict[tuple[bytes, int], tuple[PeerId, int, Vector]] = {}  # by digest and round
+        # By peer, round, part and digest: two peers may have made the same bytes.
+        self._contributed: dict[tuple[PeerId, int, int, bytes], Vector] = {}
         self._readies: dict[tuple[PeerId, int], set[oracle.Claim]] = {}
         self._reductions: dict[tuple[int, int, bytes], list[Reduction]] = {}
         self._books: dict[PeerId, Books] = {}
@@ -155,7 +156,7 @@ class Checker:
         for part, raw in enumerate(frozen.encoded):
             first, end = oracle.find_span(self.manifest, frozen.round, part)
             vectors[first, end] = oracle.decode(codec, raw, end - first)
-            self._contributed[frozen.digests[part], frozen.round] = (peer, part, vectors[first, end])
+            self._contributed[peer, frozen.round, part, frozen.digests[part]] = vectors[first, end]
         return vectors
 
     def announced(self, peer: PeerId, ready: Ready) -> None:
@@ -385,8 +386,8 @@ class Checker:
                 continue
             vectors = []
             for index, digest in zip(indices, reduction.digests, strict=True):
-                source, of_part, vector = self._contributed.get((digest, number), (b"", part, None))
-                if vector is not None and (source, of_part) == (result.members[index].peer, part):
+                vector = self._contributed.get((result.members[index].peer, number, part, digest))
+                if vector is not None:
                     vectors.append(vector)
             weights = [result.members[index].weight for index in indices]
             if len(vectors) == len(indices):
