@@ -11,6 +11,7 @@ piece at one donor; a donor that gave wrong bytes is asked nothing more; a donor
 less often and in the end no more; what is delivered is never asked for again.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -194,18 +195,17 @@ class FetchPlan:
         for digest, (piece, donors) in self._asked.items():
             if len(donors) < ASKS_PER_PIECE_MAX and digest not in self._done:
                 times += [self._late_at_s(self._donors[donor], piece, digest) for donor in donors]
+                if not self._waiting:
+                    times.append(self._overdue_at_s(piece, donors))
         return min((at for at in times if at > now), default=None)
 
     def delivered(self, ask: Ask, now: float) -> bool:
         """The piece is here, checked. False when another donor was sooner."""
         one = self._donors[ask.donor]
-        asked_s = self._close(ask)
+        seconds = _time_of(one, self._close(ask), now)
         one.failures = one.misses = 0
-        # What came before it on the same link is not its own time.
-        seconds = max(now - max(asked_s, one.served_s), 1e-6)
         one.served_s = now
-        one.delivered = one.delivered * _MEMORY + ask.piece.nbytes
-        one.seconds = one.seconds * _MEMORY + seconds
+        _measure(one, ask.piece, seconds)
         if ask.piece.digest in self._done:
             return False
         self._delivered_bytes[ask.donor] = self._delivered_bytes.get(ask.donor, 0) + ask.piece.nbytes
@@ -216,7 +216,7 @@ class FetchPlan:
     def failed(self, ask: Ask, failure: AskFailure, now: float) -> None:
         """The donor did not give the piece: somebody else is asked, unless it is here already."""
         one = self._donors[ask.donor]
-        self._close(ask)
+        seconds = _time_of(one, self._close(ask), now)
         match failure:
             case AskFailure.WRONG:
                 one.is_out = one.has_lied = True
@@ -225,6 +225,10 @@ class FetchPlan:
                 one.misses += 1
                 one.is_out = one.is_out or one.misses >= MISSES_MAX
             case AskFailure.LOST:
+                # It would have come now at best, so the donor is no faster than that: who was never measured, or has
+                # become slow, is not taken for fast again and again.
+                if ask.piece.nbytes < one.bytes_per_s * seconds:
+                    _measure(one, ask.piece, seconds)
                 if now >= one.benched_until_s:  # the asks that one lost link has ended are one failure
                     one.failures += 1
                     one.benched_until_s = now + BENCH_S * 2 ** (one.failures - 1)
@@ -270,6 +274,16 @@ class FetchPlan:
                 best = max(best or (worth, piece), (worth, piece), key=lambda item: item[0])
         return None if best is None else best[1]
 
+    def _overdue_at_s(self, piece: Piece, donors: list[PeerId]) -> float:
+        """When it is overdue by so much that an idle donor would certainly be sooner, as `_next_late` reckons."""
+        idle = [
+            one
+            for peer, one in self._donors.items()
+            if not one.is_out and peer not in donors and self._may_have(one, piece)
+        ]
+        cost_s = min(((self._open_bytes(one) + piece.nbytes) / one.bytes_per_s for one in idle), default=math.inf)
+        return self._ends_s(self._donors[donors[0]], piece.digest) + cost_s + LATE_MIN_S
+
     def _ask(self, donor: PeerId, one: _Donor, piece: Piece, now: float) -> Ask:
         self._waiting.pop(piece.digest, None)
         _, donors = self._asked.setdefault(piece.digest, (piece, []))
@@ -312,3 +326,13 @@ class FetchPlan:
         asked_s = one.open[digest]
         should_s = max(self._ends_s(one, digest) - asked_s, piece.nbytes / one.bytes_per_s)
         return asked_s + LATE_MIN_S + LATE_FACTOR * should_s
+
+
+def _time_of(one: _Donor, asked_s: float, now: float) -> float:
+    """What an ask that ends now has taken: what came before it on the same link is not its own time."""
+    return max(now - max(asked_s, one.served_s), 1e-6)
+
+
+def _measure(one: _Donor, piece: Piece, seconds: float) -> None:
+    one.delivered = one.delivered * _MEMORY + piece.nbytes
+    one.seconds = one.seconds * _MEMORY + seconds

@@ -8,6 +8,7 @@ from shoal.protocol.fetch_plan import (
     ASKS_PER_PIECE_MAX,
     BENCH_S,
     FAILURES_MAX,
+    LATE_MIN_S,
     MISSES_MAX,
     WINDOW_MAX,
     WINDOW_MIN,
@@ -237,6 +238,31 @@ def test_the_last_piece_is_asked_of_whoever_brings_it_sooner() -> None:
     plan.add_donor(B, 10e6)
     (fast,) = plan.take_asks(0.0, BYTES_MAX)
     assert (slow.donor, fast.donor) == (A, B)
+
+
+def test_what_is_overdue_is_asked_of_an_idle_donor_though_nothing_else_happens() -> None:
+    (piece,) = make_pieces(1)
+    plan = begin(piece, donors=((A, 1e5), (B, 9e4)))
+    (first,) = plan.take_asks(0.0, BYTES_MAX)
+    due_s, overdue_s = piece.nbytes / 1e5, plan.next_deadline(0.0)
+    assert overdue_s == pytest.approx(due_s + piece.nbytes / 9e4 + LATE_MIN_S)
+    assert plan.take_asks(due_s, BYTES_MAX) == [], "it may come any moment"
+    (second,) = plan.take_asks(overdue_s, BYTES_MAX)
+    assert (first.donor, second.donor) == (A, B)
+
+
+def test_who_has_let_an_ask_time_out_is_not_taken_for_fast_again() -> None:
+    first, second = make_pieces(2)
+    plan = begin(first, donors=((A, None),))
+    (ask,) = plan.take_asks(0.0, BYTES_MAX)
+    plan.failed(ask, AskFailure.LOST, ask.timeout_s)
+    assert plan.figures()[A].bytes_per_s <= first.nbytes / ask.timeout_s
+    plan.add_donor(B, 1e6)
+    assert [one.donor for one in plan.take_asks(ask.timeout_s + BENCH_S, BYTES_MAX)] == [B]
+    lost = begin(second, donors=((A, 1e3),))
+    (ask,) = lost.take_asks(0.0, BYTES_MAX)
+    lost.failed(ask, AskFailure.LOST, 0.001)
+    assert lost.figures()[A].bytes_per_s == 1e3, "a link that is lost at once says nothing of the line"
 
 
 def test_an_ask_is_given_up_in_bounded_time() -> None:
