@@ -121,14 +121,15 @@ class _Process:
         async def serve(peer: PeerId, digest: bytes) -> memoryview | Refusal | None:
             if 0 <= self._options.stalls_after <= self._served:
                 await asyncio.Event().wait()
-            found = await honest_serve(peer, digest)
+            self._served += 1  # before it waits: as many more may be asked for meanwhile
+            number, found = self._served, await honest_serve(peer, digest)
             if not isinstance(found, memoryview):
+                self._served -= 1
                 return found
-            self._served += 1
             self.tell("served", nbytes=found.nbytes)
             if self._bucket is not None:
                 await self._bucket.take(found.nbytes)
-            return spoil(found, self._served * 7919) if self._options.lies else found
+            return spoil(found, number * 7919) if self._options.lies else found
 
         async def run(peer: PeerId, target: int) -> None:
             if daemon.rejoin.catch_up.active:
