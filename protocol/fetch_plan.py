@@ -179,7 +179,7 @@ class FetchPlan:
         free = self._by_rate(now)
         while free:
             nbytes = next((piece.nbytes for piece in self._waiting.values()), 0)
-            donor, one = min(free, key=lambda item: (self._open_bytes(item[1]) + nbytes) / item[1].bytes_per_s)
+            donor, one = min(free, key=lambda item: self._cost_s(item[1], nbytes))
             piece = self._next_waiting(one) or self._next_late(donor, one, now)
             is_full = len(one.open) >= self._window(one)
             if is_full or piece is None or room <= 0 or (piece.nbytes > room and self._asked):
@@ -268,20 +268,20 @@ class FetchPlan:
             ends_s = self._ends_s(other, digest)
             ends_s = max(ends_s, 2 * now - ends_s)  # what is overdue will take as long again
             is_late = now >= self._late_at_s(other, piece, digest)
-            gain_s = ends_s - (now + (self._open_bytes(one) + piece.nbytes) / one.bytes_per_s)
+            gain_s = ends_s - (now + self._cost_s(one, piece.nbytes))
             if is_late or (not self._waiting and gain_s > GAIN_MIN_S):
                 worth = ends_s + (ASK_TIMEOUT_MAX_S if is_late else 0.0)
                 best = max(best or (worth, piece), (worth, piece), key=lambda item: item[0])
         return None if best is None else best[1]
 
     def _overdue_at_s(self, piece: Piece, donors: list[PeerId]) -> float:
-        """When it is overdue by so much that an idle donor would certainly be sooner, as `_next_late` reckons."""
-        idle = [
+        """When it is overdue by so much that another donor would certainly be sooner, as `_next_late` reckons."""
+        others = [
             one
             for peer, one in self._donors.items()
             if not one.is_out and peer not in donors and self._may_have(one, piece)
         ]
-        cost_s = min(((self._open_bytes(one) + piece.nbytes) / one.bytes_per_s for one in idle), default=math.inf)
+        cost_s = min((self._cost_s(one, piece.nbytes) for one in others), default=math.inf)
         return self._ends_s(self._donors[donors[0]], piece.digest) + cost_s + LATE_MIN_S
 
     def _ask(self, donor: PeerId, one: _Donor, piece: Piece, now: float) -> Ask:
@@ -289,7 +289,7 @@ class FetchPlan:
         _, donors = self._asked.setdefault(piece.digest, (piece, []))
         donors.append(donor)
         one.open[piece.digest] = now
-        should_s = self._open_bytes(one) / one.bytes_per_s
+        should_s = self._cost_s(one)
         timeout_s = min(ASK_TIMEOUT_MIN_S + LATE_FACTOR * should_s, ASK_TIMEOUT_MAX_S)
         return Ask(donor=donor, piece=piece, timeout_s=timeout_s)
 
@@ -312,6 +312,10 @@ class FetchPlan:
 
     def _open_bytes(self, one: _Donor) -> int:
         return sum(self._piece(digest).nbytes for digest in one.open)
+
+    def _cost_s(self, one: _Donor, nbytes: int = 0) -> float:
+        """What so many bytes more would take there, behind all that is open."""
+        return (self._open_bytes(one) + nbytes) / one.bytes_per_s
 
     def _ends_s(self, one: _Donor, digest: bytes) -> float:
         """When a piece should be here, after those that were asked of the same donor before it."""
